@@ -1,0 +1,402 @@
+"""The configuration of a run: YAML and ``key=value`` overrides into typed, closed models.
+
+One section per process or concern. Every model rejects unknown keys; a mistake is one `ConfigError` line that names
+the key, the value and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["auto", "float32", "bfloat16"]
+"""`auto`: bfloat16 on a GPU, float32 on CPU."""
+
+
+class ConfigError(ValueError):
+    """One line that names the key, the value and what would be valid."""
+
+
+class Section(BaseModel):
+    """Base of every section: closed and immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Section)
+
+
+class RunConfig(Section):
+    """Identity of the run and where it leaves its files (``dir/name/``)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    dir: Path = Path("runs")
+    seed: NonNegative = 0
+
+    @property
+    def path(self) -> Path:
+        """``dir/name``: everything the run writes."""
+        return self.dir / self.name
+
+
+class StudentConfig(Section):
+    """The model that learns. It never sees the context."""
+
+    model: str
+    """A folder in Hugging Face format, or a hub name."""
+    dtype: Dtype = "auto"
+    system: Literal["template", "none", "text"] = "template"
+    """Chat rows: leave the system turn to the chat template, insist that there is none, or use `system_text`."""
+    system_text: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    """Passed to the chat template on both sides, for example ``{enable_thinking: false}``."""
+    max_sequence_tokens: Positive | None = None
+    """Prompt + response, default: what the model supports."""
+
+    @model_validator(mode="after")
+    def _text_goes_with_system_text(self) -> StudentConfig:
+        if (self.system == "text") != (self.system_text is not None):
+            raise ValueError("student.system_text is set exactly when student.system is `text`")
+        return self
+
+
+class TeacherConfig(Section):
+    """The model that scores the student's tokens under the context: launched by the run, or reached at `url`."""
+
+    url: str | None = None
+    """Address of a running teacher server; None: the run starts one of its own."""
+    model: str | None = None
+    """Default: the student's initial model. With a `url` it is needed only to generate in-context answers."""
+    dtype: Dtype = "auto"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0: any free one."""
+    backend: Literal["transformers"] = "transformers"
+    max_k: Positive = 1024
+    max_sequence_tokens: Positive | None = None
+    """Context + prompt + response, default: what the model supports."""
+    max_items: Positive = 1024
+    """Largest number of items in one request."""
+    max_body_bytes: Positive = 256 * 1024 * 1024
+    batch_tokens: Positive = 8192
+    """Own (prompt + response) tokens of one forward pass."""
+    batch_window_ms: Annotated[float, Field(ge=0)] = 5.0
+    """How long the scheduler waits for more requests before a batch that is not full."""
+    max_queued_tokens: Positive = 4 * 1024 * 1024
+    context_cache_bytes: Positive = 4 * 1024**3
+    """Bound on cached key-value state, least recently used contexts leave first."""
+    threads: Positive | None = None
+    """CPU threads of the forward pass, default: torch's choice."""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    request_timeout_s: PositiveFloat = 600.0
+    """Deadline of the client for one request, retries included."""
+    max_failed_fraction: Fraction = 0.0
+    """Share of a step's samples that may stay unscored (they are counted and left out) before the run stops."""
+
+
+class ContextConfig(Section):
+    """What the teacher knows and the student does not."""
+
+    text: str | None = None
+    file: Path | None = None
+    placement: Literal["prefix", "system", "user_prefix"] | None = None
+    """Ahead of a raw prompt, in the system turn, or ahead of the first user content. Default: `prefix` for raw rows,
+    `system` for chat rows."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ContextConfig:
+        if (self.text is None) == (self.file is None):
+            raise ValueError("exactly one of context.text and context.file must be set")
+        return self
+
+    def read(self) -> str:
+        """The context's text, byte for byte as it stands in the file."""
+        if self.text is not None:
+            return self.text
+        assert self.file is not None
+        try:
+            return self.file.read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"context.file: cannot read {self.file}: {error}") from error
+
+
+class DataConfig(Section):
+    """JSON-lines files: `train` to learn on, `valid` to choose a checkpoint by, `eval` to report on."""
+
+    train: Path
+    valid: Path | None = None
+    eval: Path | None = None
+
+
+class RolloutConfig(Section):
+    """How the student answers, and the vLLM engines that make it."""
+
+    batch_size: Positive = 128
+    """Prompts of one optimiser step."""
+    samples_per_prompt: Positive = 1
+    max_tokens: Positive = 512
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature. The temperature inside the divergence is `loss.temperature`."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer; the token that completes one is the answer's last."""
+    topk_from: Literal["engine", "learner"] = "engine"
+    workers: Positive = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    tensor_parallel_size: Positive = 1
+    gpu_memory_utilization: Fraction = 0.9
+    kv_cache_gib: Positive = 1
+    """Key-value space of an engine on CPU."""
+    threads: Positive | None = None
+    """CPU threads of an engine, default: torch's choice."""
+    max_num_seqs: Positive = 128
+    enforce_eager: bool = True
+    concurrency: Positive = 512
+    """Answers in flight in one worker."""
+
+
+class LossConfig(Section):
+    """The per-token divergence and how it is averaged."""
+
+    form: Literal["tail", "raw", "renorm", "generalized", "exact"] = "tail"
+    direction: Literal["reverse", "forward", "jsd"] = "reverse"
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Weight of the teacher in the mixture of `jsd`."""
+    support: Literal["student", "teacher", "union"] = "student"
+    top_k: Positive = 256
+    normalize: Literal["token", "sequence"] = "token"
+    temperature: PositiveFloat = 1.0
+    """Divides both sides' logits inside the divergence."""
+    skip_first_tokens: NonNegative = 0
+    clip_per_token: PositiveFloat | None = None
+
+
+class LearnerConfig(Section):
+    """The optimiser and the ranks that run it."""
+
+    steps: Positive = 50
+    ranks: Positive = 1
+    gpus_per_rank: Annotated[float, Field(ge=0)] = 0
+    threads: Positive | None = None
+    """CPU threads of a rank, default: torch's choice."""
+    lr: PositiveFloat = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    grad_clip: PositiveFloat = 1.0
+    warmup_steps: NonNegative = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    micro_batch_tokens: Positive = 8192
+    """Padded tokens of one micro-batch of one rank."""
+    logit_chunk_tokens: Positive = 1024
+    """Response positions whose logits are alive at a time."""
+    gradient_checkpointing: bool = False
+
+
+class SyncConfig(Section):
+    """How new weights reach the engines, and the proof that they did."""
+
+    backend: Literal["gloo", "nccl"] = "gloo"
+    bucket_bytes: Positive = 256 * 1024 * 1024
+    timeout_s: PositiveFloat = 300.0
+    probe_prompts: Positive = 8
+    probe_tokens: Positive = 32
+    """Response tokens of each probe sequence."""
+    parity_nats: PositiveFloat | None = None
+    """Largest engine-learner difference of a sampled token's log-prob, default: 2e-4 in float32, 0.1 in bfloat16."""
+    parity_change_ratio: PositiveFloat = 0.1
+    """Largest rms of (engine's change - learner's change) over the rms of the learner's change."""
+
+
+class EvalConfig(Section):
+    """Greedy answers on held-out rows, before, during and after."""
+
+    every: NonNegative = 0
+    """Steps between evaluations; 0: only before and after."""
+    grader: str = "exact"
+    """`exact`, `exact_casefold`, `contains` or `regex:PATTERN`; both sides stripped, answers cut at the stop."""
+    max_tokens: Positive | None = None
+    """Default: `rollout.max_tokens`."""
+
+
+class Config(Section):
+    """Everything one run is made of."""
+
+    run: RunConfig
+    student: StudentConfig
+    teacher: TeacherConfig = TeacherConfig()
+    context: ContextConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sync: SyncConfig = SyncConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def teacher_model(self) -> str:
+        """Folder or hub name of the teacher: the student's own initial model unless another is named."""
+        return self.teacher.model or self.student.model
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.loss.form == "exact":
+            raise ValueError(
+                "loss.form: `exact` needs full teacher log-probs, which no teacher server sends; use `tail`"
+            )
+        if self.rollout.topk_from == "learner" and self.loss.support == "student":
+            raise ValueError("rollout.topk_from: `learner` is not available yet; use `engine`")
+        if self.loss.support != "student":
+            raise ValueError("loss.support: only `student` is wired through the loop yet")
+        if self.loss.top_k > self.teacher.max_k:
+            raise ValueError(f"loss.top_k {self.loss.top_k} is larger than teacher.max_k {self.teacher.max_k}")
+        return self
+
+
+class TeacherServerConfig(Section):
+    """What ``opcd teacher`` reads: the `teacher` section of the same file, its model named."""
+
+    teacher: TeacherConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a run's configuration; `overrides` are ``section.key=value`` with YAML values (``null`` unsets a key).
+
+    Raises ConfigError, in one line, for a missing file, bad YAML, an unknown key or a bad value.
+    """
+    return validate(Config, _read(Path(path), overrides))
+
+
+def load_teacher_config(path: str | Path, overrides: Sequence[str] = ()) -> TeacherServerConfig:
+    """Read only what a teacher server needs; other sections of the file may be there and are not looked at.
+
+    ``teacher.model`` falls back to ``student.model`` of the same file.
+    """
+    tree = _read(Path(path), overrides)
+    teacher = dict(tree.get("teacher") or {})
+    if teacher.get("model") is None:
+        teacher["model"] = (tree.get("student") or {}).get("model")
+    if teacher["model"] is None:
+        raise ConfigError(f"{path}: teacher.model is missing (and there is no student.model to fall back to)")
+    return validate(TeacherServerConfig, {"teacher": teacher})
+
+
+def dump_config(config: Section) -> str:
+    """The resolved whole as YAML; `load_config` reads it back to an equal value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def validate(model: type[S], tree: dict[str, Any]) -> S:
+    """`model` from plain values, with a validation error turned into one ConfigError line per mistake."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(model, detail) for detail in error.errors())) from None
+
+
+def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `run:` and `student:`, got {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *parents, leaf = key.split(".")
+    if not equals or not parents or not leaf:
+        raise ConfigError(f"override {override!r}: expected section.key=value, for example learner.lr=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    if isinstance(value, str):
+        value = _number_as_yaml_1_2(value)
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    if value is None:
+        node.pop(leaf, None)  # the key's own default, or "missing" if it has none
+    else:
+        node[leaf] = value
+
+
+def _number_as_yaml_1_2(text: str) -> str | float:
+    """PyYAML reads ``1e-5`` (no dot) as text; everyone who types it means the number."""
+    try:
+        return float(text) if "e" in text.lower() and text[:1] in "+-.0123456789" else text
+    except ValueError:
+        return text
+
+
+def _explain(model: type[BaseModel], detail: Any) -> str:
+    location = [part for part in detail["loc"] if isinstance(part, str)]
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key}={detail['input']!r}{_nearest_key(model, location)}"
+    if detail["type"] == "missing":
+        return f"missing key {key}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if not location:
+        return message
+    if detail["type"] == "value_error":
+        return message
+    hint = ""
+    if detail["type"] == "literal_error":
+        options = str(detail["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
+        close = difflib.get_close_matches(str(detail["input"]), options, n=1, cutoff=0.3)
+        hint = f"; did you mean {close[0]}?" if close else ""
+    return f"bad value {key}={detail['input']!r}: {message}{hint}"
+
+
+def _nearest_key(model: type[BaseModel], location: Sequence[str]) -> str:
+    """The closest valid key, first in the same section, then anywhere."""
+    known = _keys(model)
+    key = ".".join(location)
+    section = key.rpartition(".")[0]
+    beside = [name for name in known if name.rpartition(".")[0] == section]
+    close = difflib.get_close_matches(key, beside, n=1, cutoff=0.6) or difflib.get_close_matches(
+        location[-1], [name.rpartition(".")[2] for name in known], n=1, cutoff=0.6
+    )
+    if not close:
+        return f" (valid here: {', '.join(sorted(name.rpartition('.')[2] for name in beside))})" if beside else ""
+    names = [name for name in known if name == close[0] or name.rpartition(".")[2] == close[0]]
+    return f"; did you mean {names[0]}?"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for kind in _members(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys.extend(_keys(kind, f"{prefix}{name}."))
+    return keys
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    origin = typing.get_origin(annotation)
+    return typing.get_args(annotation) if origin in (typing.Union, types.UnionType) else (annotation,)

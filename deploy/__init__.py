@@ -1,0 +1,1 @@
+"""How runs are started: the ``opcd`` command line, configurations and requirements."""
