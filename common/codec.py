@@ -205,7 +205,7 @@ def _load(body: bytes) -> Mapping[str, Any]:
         # The default limits of msgpack's unpackb tie every length to the size of the body: no length can ask for
         # more memory than was sent.
         message = msgpack.unpackb(body, raw=False, strict_map_key=True)
-    except Exception as error:  # noqa: BLE001 - msgpack raises ValueError, TypeError, RecursionError and its own types
+    except Exception as error:  # msgpack raises its own types beside ValueError and TypeError
         raise CodecError(f"not a msgpack message: {error}") from error
     fields = _map(message, "message")
     if fields.get("v") != PROTOCOL_VERSION:

@@ -16,7 +16,7 @@ class TeacherError(RuntimeError):
 
 
 class Scorer(Protocol):
-    """Scores one finished answer at a time, many at once; raises ScoringError or TeacherError, never a partial score."""
+    """Scores finished answers, many at once; raises ScoringError or TeacherError, never returns a partial score."""
 
     async def score(self, trajectory: Trajectory) -> ScoredTrajectory:
         """The teacher's log-probabilities for all response tokens of `trajectory`."""
