@@ -10,6 +10,7 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -61,6 +62,8 @@ class StudentConfig(Section):
     system_text: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
     """Passed to the chat template on both sides, for example ``{enable_thinking: false}``."""
+    template_date: date = date(2026, 1, 1)
+    """The day a chat template may print: fixed, so that a repeated or resumed run renders the same prompts."""
     max_sequence_tokens: Positive | None = None
     """Prompt + response, default: what the model supports."""
 

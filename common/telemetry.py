@@ -1,0 +1,104 @@
+"""What a run writes down while it goes: metrics, samples, spans of time, lines on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Span = tuple[float, float]
+"""(start, end), seconds since the epoch."""
+
+
+def covered_s(spans: Iterable[Span]) -> float:
+    """Seconds during which at least one of `spans` was open: overlapping work counts once."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write by rename, so a reader (or a crash) never meets half a file."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+@dataclass
+class RunFiles:
+    """The folder of one run: ``metrics.jsonl``, ``samples.jsonl``, TensorBoard events.
+
+    Every line is flushed as it is written: what was done before a crash is kept.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._samples = (self.folder / "samples.jsonl").open("w", encoding="utf-8")
+        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line of ``metrics.jsonl``; numbers go to TensorBoard too."""
+        self._line(self._metrics, {"step": step, **values})
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def sample(self, values: Mapping[str, Any]) -> None:
+        """One line of ``samples.jsonl``."""
+        self._line(self._samples, values)
+
+    def __enter__(self) -> RunFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._samples.close()
+        self._board.close()
+
+    @staticmethod
+    def _line(stream: Any, values: Mapping[str, Any]) -> None:
+        stream.write(json.dumps(values, ensure_ascii=False) + "\n")
+        stream.flush()
+
+
+class Progress:
+    """Lines for a log, and on a terminal one line that is rewritten while something long goes on."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stdout.isatty() and not quiet
+        self._open = False
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self._clear()
+        if not self._quiet:
+            print(text, flush=True)
+
+    def status(self, text: str) -> None:
+        """What goes on right now; nothing where the output is not a terminal."""
+        if self._terminal:
+            width = os.get_terminal_size().columns - 1
+            sys.stdout.write("\r\033[K" + text[:width])
+            sys.stdout.flush()
+            self._open = True
+
+    def _clear(self) -> None:
+        if self._open:
+            sys.stdout.write("\r\033[K")
+            self._open = False
