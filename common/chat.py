@@ -6,7 +6,7 @@ same tokens, and the response is appended to either as tokens, never as text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -218,34 +218,25 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(first[:length])
 
 
-def teacher_sequence(prompt: Prompt, contexts: Mapping[str, Context]) -> tuple[int, ...]:
+def teacher_sequence(prompt: Prompt, contexts: Mapping[str, Context]) -> list[int]:
     """The teacher's whole prompt, context included: what in-context generation starts from."""
-    lead = () if prompt.context is None else tuple(contexts[prompt.context].ids)
-    return (*(int(i) for i in lead), *(int(i) for i in prompt.teacher_ids))
+    lead: list[int] = [] if prompt.context is None else contexts[prompt.context].ids.tolist()
+    return [*lead, *prompt.teacher_ids.tolist()]
 
 
 def check_lengths(
-    prompts: Iterable[Prompt],
-    contexts: Mapping[str, Context],
-    *,
-    max_tokens: int,
-    student_limit: int,
-    teacher_limit: int,
+    side: Literal["student", "teacher"], prompt_tokens: Mapping[str, int], *, max_tokens: int, limit: int
 ) -> None:
-    """Raise DataError naming every row (the first 20) whose prompt and longest answer exceed what a side can take."""
-    faults = []
-    for prompt in prompts:
-        student = len(prompt.student_ids) + max_tokens
-        teacher = len(teacher_sequence(prompt, contexts)) + max_tokens
-        for side, tokens, limit, key in (
-            ("student", student, student_limit, "student.max_sequence_tokens"),
-            ("teacher", teacher, teacher_limit, "teacher.max_sequence_tokens"),
-        ):
-            if tokens > limit:
-                faults.append(
-                    f"row {prompt.row_id!r}: {tokens} tokens on the {side}'s side ({tokens - max_tokens} of prompt + "
-                    f"{max_tokens} of answer), at most {limit}: shorten it, lower rollout.max_tokens or raise {key}"
-                )
+    """Raise DataError naming every row (the first 20) whose prompt and longest answer exceed what `side` can take.
+
+    `prompt_tokens` are by row id, the context counted in on the teacher's side.
+    """
+    faults = [
+        f"row {row!r}: {tokens + max_tokens} tokens on the {side}'s side ({tokens} of prompt, {max_tokens} of answer), "
+        f"at most {limit}: shorten it, lower rollout.max_tokens or raise {side}.max_sequence_tokens"
+        for row, tokens in prompt_tokens.items()
+        if tokens + max_tokens > limit
+    ]
     if faults:
         more = [f"... and {len(faults) - 20} more"] if len(faults) > 20 else []
         raise DataError("\n".join(faults[:20] + more))

@@ -1,0 +1,52 @@
+"""When scored answers become micro-batches: as soon as every rank has a full one."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class MicroBatchFiller(Generic[T]):
+    """Collects answers as they arrive and deals out groups of `ranks` micro-batches.
+
+    A micro-batch holds answers of like length, at most ``budget_tokens`` tokens padding included (a longer answer is
+    one by itself). Every rank gets one micro-batch of each group, an empty one where there are too few.
+    """
+
+    def __init__(self, ranks: int, budget_tokens: int) -> None:
+        self._ranks = ranks
+        self._budget = budget_tokens
+        self._waiting: list[tuple[int, T]] = []
+
+    def add(self, tokens: int, item: T) -> list[list[list[T]]]:
+        """Take an answer of `tokens` tokens (prompt + response); groups that are full now, usually none."""
+        self._waiting.append((tokens, item))
+        full = self._cut()[:-1]  # the last one may still grow
+        groups = []
+        while len(full) >= self._ranks:
+            groups.append([[item for _, item in batch] for batch in full[: self._ranks]])
+            taken = sum(len(batch) for batch in full[: self._ranks])
+            self._waiting = self._waiting[taken:]
+            full = full[self._ranks :]
+        return groups
+
+    def flush(self) -> list[list[list[T]]]:
+        """Everything that is left, dealt out evenly."""
+        batches = [[item for _, item in batch] for batch in self._cut()] if self._waiting else []
+        self._waiting = []
+        missing = -len(batches) % self._ranks
+        batches += [[] for _ in range(missing)]
+        return [batches[i : i + self._ranks] for i in range(0, len(batches), self._ranks)]
+
+    def _cut(self) -> list[list[tuple[int, T]]]:
+        """The waiting answers, longest first, cut where the padded size would pass the budget."""
+        self._waiting.sort(key=lambda pair: -pair[0])
+        batches: list[list[tuple[int, T]]] = [[]]
+        for pair in self._waiting:
+            batch = batches[-1]
+            if batch and batch[0][0] * (len(batch) + 1) > self._budget:
+                batch = []
+                batches.append(batch)
+            batch.append(pair)
+        return batches

@@ -1,0 +1,75 @@
+"""What a run reads, checked and rendered before anything heavy starts."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.chat import Renderer, check_lengths, load_tokenizer, teacher_sequence
+from common.config import Config
+from common.data import Row, read_rows
+from common.fingerprint import tokenizer_fingerprint
+from common.graders import Grader, make_grader
+from common.schema import Context, Prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rendered rows by set, the contexts they name, and how answers are judged."""
+
+    train: list[Prompt]
+    valid: list[Prompt]
+    eval: list[Prompt]
+    contexts: dict[str, Context]
+    grader: Grader
+    tokenizer_fingerprint: str
+
+    def teacher_tokens(self) -> dict[str, int]:
+        """Prompt tokens on the teacher's side by row, the context included."""
+        rows = (*self.train, *self.valid, *self.eval)
+        return {row.row_id: len(teacher_sequence(row, self.contexts)) for row in rows}
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Read and render every row; raises ConfigError or DataError naming file, line or row."""
+    grader = make_grader(config.eval.grader)
+    train = read_rows(config.data.train)
+    valid, held_out = _held_out(config.data.valid), _held_out(config.data.eval)
+    text = config.context.read()
+    tokenizer = load_tokenizer(config.student.model)
+    renderer = Renderer(tokenizer, text, config.student, config.context.placement)
+    inputs = Inputs(
+        train=[renderer.render(row) for row in train],
+        valid=[renderer.render(row) for row in valid],
+        eval=[renderer.render(row) for row in held_out],
+        contexts=renderer.contexts,
+        grader=grader,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+    if renderer.without_shared_prefix:
+        log.warning(
+            "%d rows (the first is %r) do not start with the context's own tokens, the tokenizer merges across its "
+            "end: they are scored right, but without the context's cache",
+            len(renderer.without_shared_prefix),
+            renderer.without_shared_prefix[0],
+        )
+    check_lengths(
+        "student",
+        {row.row_id: len(row.student_ids) for row in (*inputs.train, *inputs.valid, *inputs.eval)},
+        max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens or 0),
+        limit=config.student.max_sequence_tokens or _model_limit(config.student.model),
+    )
+    return inputs
+
+
+def _held_out(path: Path | None) -> list[Row]:
+    return [] if path is None else read_rows(path, need_answers=True)
+
+
+def _model_limit(model: str) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings)
