@@ -1,0 +1,46 @@
+"""The process group of the learner's ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def join_ranks(rank: int, world_size: int, host: str, port: int, device: torch.device, timeout_s: float) -> None:
+    """Form the ranks' group, gloo on CPU and nccl on GPUs, then hand it to DeepSpeed.
+
+    torch's group comes first and without a ``device_id``: DeepSpeed would pass one, and weight-sync groups formed
+    later in the same process then hang.
+    """
+    import deepspeed
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # One device is visible to each rank, so the local rank is 0 whatever the rank. DeepSpeed reads these.
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=host, MASTER_PORT=str(port)
+    )
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{host}:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    deepspeed.init_distributed(dist_backend=backend)
+
+
+def leave_ranks() -> None:
+    """Take the group down; harmless where there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,112 @@
+"""The student model as the learner needs it: a backbone that gives hidden states, and the chunked output layer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config import Config
+from learner.batching import PaddedBatch, TrainingBatch
+from learner.head import OutputLayer, check_transform, logit_transform
+from learner.objective import Objective
+
+log = logging.getLogger(__name__)
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal language model whose logits are only ever made chunk by chunk.
+
+    `model` keeps all parameters under their checkpoint names; `head` shares the output embedding's.
+    """
+
+    def __init__(self, model: Any, chunk_tokens: int) -> None:
+        super().__init__()
+        linear = model.get_output_embeddings()
+        backbone = model.base_model
+        if linear is None or backbone is model or model.config.is_encoder_decoder:
+            raise ValueError(f"{type(model).__name__} is not a decoder with an output layer of its own")
+        self.model = model
+        self.head = OutputLayer(linear, logit_transform(model.config), chunk_tokens)
+        check_transform(model, self.head, backbone)
+
+    def hidden(self, batch: PaddedBatch) -> Tensor:
+        """Hidden states that predict the response tokens, ``[R, d]``."""
+        # Padding is on the right: positions count from 0 in every row, and causality hides it from real tokens.
+        states = self.model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
+        return states.flatten(0, 1)[batch.positions]
+
+    def forward(self, batch: TrainingBatch, objective: Objective) -> Tensor:
+        """The weighted sum of `objective` over the micro-batch, a scalar."""
+        return self.head(
+            self.hidden(batch.sequences),
+            batch.ids,
+            batch.sequences.response_ids,
+            temperature=objective.config.temperature,
+            loss=objective,
+        )
+
+    def response_logprobs(self, batch: PaddedBatch, temperature: float) -> Tensor:
+        """log-probs of the response tokens ``[R]``, float32, without gradient."""
+        out = torch.empty(len(batch.positions), dtype=torch.float32, device=batch.positions.device)
+
+        def read(rows: slice, logits: Tensor) -> None:
+            chosen = logits.gather(-1, batch.response_ids[rows].unsqueeze(-1)).squeeze(-1)
+            out[rows] = chosen - logits.logsumexp(dim=-1)
+
+        with torch.no_grad():
+            self.head(self.hidden(batch), temperature=temperature, read=read)
+        return out
+
+    def topk(self, batch: PaddedBatch, k: int) -> Tensor:
+        """The k most likely ids at each response position, best first, ``[R, k]``, without gradient."""
+        out = torch.empty(len(batch.positions), k, dtype=torch.long, device=batch.positions.device)
+
+        def read(rows: slice, logits: Tensor) -> None:
+            out[rows] = logits.topk(k, dim=-1).indices
+
+        with torch.no_grad():
+            self.head(self.hidden(batch), read=read)
+        return out
+
+
+def load_policy(config: Config, device: torch.device, dtype: torch.dtype) -> Policy:
+    """The student's initial weights on `device`.
+
+    Dropout is off whatever the checkpoint says: the policy that is trained must be the one that was sampled from.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.from_pretrained(config.student.model)
+    _without_dropout(settings)
+    model = AutoModelForCausalLM.from_pretrained(config.student.model, config=settings, dtype=dtype)
+    model.to(device)
+    if config.learner.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(model, config.learner.logit_chunk_tokens)
+    policy.train()  # Hugging Face checkpoints activations in training mode only
+    return policy
+
+
+def _without_dropout(settings: Any) -> None:
+    for part in {id(c): c for c in (settings, settings.get_text_config())}.values():
+        for name, value in list(vars(part).items()):
+            if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value:
+                log.info("%s %s -> 0", name, value)
+                setattr(part, name, 0.0)
+
+
+def device_of(config: Config) -> torch.device:
+    """CUDA where the rank was given a GPU, else CPU."""
+    return torch.device("cuda", 0) if config.learner.gpus_per_rank > 0 else torch.device("cpu")
+
+
+def dtype_of(config: Config, device: torch.device) -> torch.dtype:
+    """Of weights and activations: as asked, or bfloat16 on a GPU and float32 on CPU."""
+    if config.student.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.student.dtype]

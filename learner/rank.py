@@ -1,0 +1,97 @@
+"""One rank of the learner as a Ray actor: starts the engine where it was placed and passes calls on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import Config
+from common.schema import ScoredTrajectory, TokenSequence
+from common.weights import SyncManifest
+from learner.distributed import free_port
+from learner.reports import AccumulateReport, LearnerInfo, StepReport
+
+if TYPE_CHECKING:
+    from learner.engine import LearnerEngine
+    from learner.publish import SendReport, WeightSender
+
+log = logging.getLogger(__name__)
+
+
+class LearnerRank:
+    """Make one per rank with ``ray.remote(LearnerRank)``; ask rank 0 for its `address`, then `setup` all of them."""
+
+    def __init__(self, rank: int, world_size: int, config: Config) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._config = config
+        self._engine: LearnerEngine | None = None
+        self._sender: WeightSender | None = None
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port: where the ranks, or the weight group, can meet."""
+        import ray.util
+
+        return ray.util.get_node_ip_address(), free_port()
+
+    def setup(self, host: str, port: int) -> LearnerInfo:
+        """Meet the other ranks at rank 0's address and bring up DeepSpeed; blocks until all are there."""
+        from learner.engine import LearnerEngine
+
+        self._engine = LearnerEngine(self._config, self._rank, self._world_size, host, port)
+        return self._engine.info()
+
+    def accumulate(self, *scored: ScoredTrajectory) -> AccumulateReport:
+        """Add the gradients of a micro-batch (given as object references; may be none)."""
+        return self._running.accumulate(scored)
+
+    def finish_step(self, tokens: int, sequences: int) -> StepReport:
+        """Close the step with its global counts."""
+        return self._running.finish_step(tokens, sequences)
+
+    def logprobs(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[NDArray[np.float32]]:
+        """log-probs of fixed responses, one ``[T]`` array each: the learner's side of the parity probe."""
+        return self._running.logprobs(sequences, temperature)
+
+    def open_sync(self, host: str, port: int, world_size: int) -> None:
+        """Join the weight group; rank 0 of the learner is its sender, the other ranks take no part."""
+        if self._rank == 0:
+            from learner.publish import WeightSender
+
+            self._sender = WeightSender(host, port, world_size, self._config.sync.timeout_s)
+
+    def publish(self) -> SendReport | None:
+        """Send the weights as they are to every engine; None on the ranks that only help to gather them."""
+        engine = self._running
+        weights = engine.named_weights()
+        if self._rank != 0:
+            for _ in weights:
+                pass
+            return None
+        if self._sender is None:
+            raise RuntimeError("publish was called before open_sync")
+        return self._sender.send(weights, SyncManifest(engine.weight_specs(), self._config.sync.bucket_bytes))
+
+    def save(self, folder: str) -> None:
+        """Export a Hugging Face folder; every rank is called, rank 0 writes."""
+        self._running.save(Path(folder))
+
+    def close(self) -> None:
+        """Leave all groups."""
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @property
+    def _running(self) -> LearnerEngine:
+        if self._engine is None:
+            raise RuntimeError("the rank was called before setup")
+        return self._engine

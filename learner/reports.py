@@ -1,0 +1,57 @@
+"""What the ranks tell the controller: small values only, never tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from common.weights import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerInfo:
+    """A rank that is set up. ``tensors`` is the sending order of a weight sync; ``zero_stage`` the one in force."""
+
+    rank: int
+    world_size: int
+    device: str
+    dtype: str
+    zero_stage: int
+    parameters: int
+    vocab_size: int
+    max_sequence_tokens: int
+    tensors: tuple[TensorSpec, ...]
+    weight_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class AccumulateReport:
+    """One `accumulate` call of one rank. Times are seconds since the epoch; ``padded_tokens`` is what the forward
+    passes computed; ``sums`` are metric sums over ``loss_tokens`` (the response tokens not skipped by the loss);
+    ``nonfinite`` names samples whose loss was NaN or infinite.
+    """
+
+    sequences: int
+    response_tokens: int
+    loss_tokens: int
+    padded_tokens: int
+    micro_batches: int
+    started: float
+    ended: float
+    sums: dict[str, float] = field(default_factory=dict)
+    nonfinite: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One optimiser step, equal on every rank.
+
+    ``weight_version`` counts finished steps, skipped ones too (their weights equal the version before).
+    ``metrics`` are global means over the step's loss tokens, and `loss grad_norm lr`; ``nonfinite`` names this rank's
+    samples with a NaN or infinite loss.
+    """
+
+    weight_version: int
+    applied: bool
+    skipped_in_a_row: int
+    metrics: dict[str, float]
+    nonfinite: tuple[str, ...] = ()
