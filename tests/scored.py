@@ -28,7 +28,14 @@ def make_scored(
     """
     rng = np.random.default_rng(seed)
     return [
-        _one(rng, f"{seed}/{index}", k, rng.integers(*prompt_tokens), rng.integers(*response_tokens), vocabulary)
+        _one(
+            rng,
+            f"{seed}/{index}",
+            k,
+            int(rng.integers(*prompt_tokens)),
+            int(rng.integers(*response_tokens)),
+            vocabulary,
+        )
         for index in range(count)
     ]
 
