@@ -1,0 +1,135 @@
+"""Micro-batches: nothing lost, budget kept, and every response token predicted from the position before it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.config import LossConfig
+from common.schema import LOGPROB_FLOOR, PAD_ID, TokenSequence, as_ids
+from learner.batching import (
+    loss_tokens,
+    pad_sequences,
+    plan_micro_batches,
+    response_positions,
+    token_weights,
+    training_batch,
+)
+from tests.scored import make_scored
+
+
+def sequence(prompt: list[int], response: list[int]) -> TokenSequence:
+    return TokenSequence(as_ids(prompt), as_ids(response))
+
+
+def test_a_response_token_is_predicted_by_the_position_before_it() -> None:
+    """Not by its own position (it would see itself), not by two before."""
+    assert response_positions(3, 4).tolist() == [2, 3, 4, 5]
+    batch = pad_sequences([sequence([1, 2, 3], [4, 5]), sequence([6], [7, 8, 9])])
+    flat = batch.input_ids.flatten()
+    assert flat[batch.positions].tolist() == [3, 4, 6, 7, 8]
+    assert flat[batch.positions + 1].tolist() == batch.response_ids.tolist() == [4, 5, 7, 8, 9]
+
+
+def test_padding_is_on_the_right_and_masked_by_length() -> None:
+    """Real tokens with the id that pads (0 here) stay visible: masks come from lengths."""
+    batch = pad_sequences([sequence([0, 0], [0]), sequence([5], [6])])
+    assert batch.input_ids.tolist() == [[0, 0, 0], [5, 6, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.lengths == (1, 1)
+    assert batch.padded_tokens == 6
+
+
+@pytest.mark.parametrize(("prompt", "response"), [([], [1]), ([1], [])])
+def test_an_empty_side_is_refused(prompt: list[int], response: list[int]) -> None:
+    with pytest.raises(ValueError, match="both must be there"):
+        pad_sequences([sequence(prompt, response)])
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), budget=st.integers(1, 120))
+def test_a_plan_holds_everything_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    plan = plan_micro_batches(lengths, budget)
+    assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
+    for batch in plan:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+    ordered = [lengths[index] for batch in plan for index in batch]
+    assert ordered == sorted(lengths, reverse=True)
+
+
+def test_a_plan_wastes_no_room() -> None:
+    assert plan_micro_batches([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
+    assert plan_micro_batches([1, 10, 1, 10], 20) == [[1, 3], [0, 2]]
+    assert plan_micro_batches([], 8) == []
+
+
+def test_rows_of_a_batch_belong_to_their_response_token() -> None:
+    scored = make_scored(3, k=4)
+    batch = training_batch(scored, LossConfig())
+    row = 0
+    for owner, item in enumerate(scored):
+        for t in range(len(item.trajectory.response_ids)):
+            assert batch.owners[row] == owner
+            assert batch.ids[row].tolist() == item.trajectory.topk_ids[t].tolist()
+            np.testing.assert_array_equal(
+                batch.teacher_logprobs[row].numpy(), item.score.logprobs[t].astype(np.float32)
+            )
+            assert batch.teacher_tail[row] == item.score.tail_logprob[t]
+            assert batch.teacher_sampled[row] == item.score.sampled_logprob[t]
+            assert batch.engine_sampled[row] == item.trajectory.sampled_logprobs[t]
+            assert batch.sequences.response_ids[row] == item.trajectory.response_ids[t]
+            row += 1
+    assert row == len(batch.weights) == batch.weights.sum()
+
+
+def test_the_teachers_ids_win_where_it_picked_the_support() -> None:
+    (item,) = make_scored(1, k=4)
+    picked = as_ids(item.trajectory.topk_ids[:, ::-1])
+    batch = training_batch([replace(item, score=replace(item.score, topk_ids=picked))], LossConfig())
+    assert batch.ids.tolist() == picked.tolist()
+
+
+def test_narrow_supports_are_padded_to_the_widest() -> None:
+    narrow, wide = make_scored(1, k=4) + make_scored(1, k=6, seed=1)
+    batch = training_batch([narrow, wide], LossConfig())
+    rows = len(narrow.trajectory.response_ids)
+    assert batch.ids.shape[1] == 6
+    assert (batch.ids[:rows, 4:] == PAD_ID).all()
+    assert (batch.teacher_logprobs[:rows, 4:] == LOGPROB_FLOOR).all()
+    assert (batch.ids[rows:] != PAD_ID).all()
+
+
+def test_weights_skip_the_first_tokens_and_average_over_the_others() -> None:
+    by_token = LossConfig(skip_first_tokens=2)
+    assert token_weights(4, by_token).tolist() == [0, 0, 1, 1]
+    by_sequence = LossConfig(skip_first_tokens=2, normalize="sequence")
+    assert token_weights(4, by_sequence).tolist() == [0, 0, 0.5, 0.5]
+    assert token_weights(2, by_sequence).tolist() == [0, 0]
+    assert [loss_tokens(n, by_token) for n in (1, 2, 3)] == [0, 0, 1]
+
+
+def test_scores_that_do_not_fit_are_refused_with_the_sample() -> None:
+    (item,) = make_scored(1)
+    short = replace(item, score=replace(item.score, logprobs=item.score.logprobs[1:]))
+    with pytest.raises(ValueError, match=r"sample 0/0: teacher log-probs"):
+        training_batch([short], LossConfig())
+    blank = item.trajectory.topk_ids.copy()
+    blank[1] = PAD_ID
+    with pytest.raises(ValueError, match=r"sample 0/0: a position has no support"):
+        training_batch([replace(item, trajectory=replace(item.trajectory, topk_ids=blank))], LossConfig())
+    none = replace(item.trajectory, topk_ids=blank[:, :0])
+    with pytest.raises(ValueError, match="k > 0"):
+        training_batch(
+            [replace(item, trajectory=none, score=replace(item.score, logprobs=item.score.logprobs[:, :0]))],
+            LossConfig(),
+        )
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    batch = training_batch(make_scored(2), LossConfig()).to(torch.device("meta"))
+    assert batch.ids.device.type == batch.sequences.input_ids.device.type == "meta"
+    assert batch.sample_ids == ("0/0", "0/1")
