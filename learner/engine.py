@@ -26,7 +26,6 @@ from learner.batching import (
     sequence_of,
     training_batch,
 )
-from learner.distributed import join_ranks, leave_ranks
 from learner.export import WeightView
 from learner.objective import METRICS, Objective
 from learner.optimizer import deepspeed_config, effective_zero_stage, learning_rate, make_optimizer
@@ -43,16 +42,16 @@ class LearnerEngine:
     sequences), clips, and steps. So the result depends neither on how the work was cut nor on who did it.
     """
 
-    def __init__(self, config: Config, rank: int, world_size: int, host: str, port: int) -> None:
+    def __init__(self, config: Config) -> None:
+        """Load the student and put DeepSpeed around it, on the ranks that `join_ranks` has brought together."""
         self._config = config
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         if config.learner.threads is not None:
             torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
         self._device = device_of(config)
         dtype = dtype_of(config, self._device)
         self._stage = effective_zero_stage(config.learner.zero_stage, dtype)
-        join_ranks(rank, world_size, host, port, self._device, config.sync.timeout_s)
         policy = load_policy(config, self._device, dtype)
         self._vocab_size = int(policy.head.weight.shape[0])
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -60,7 +59,7 @@ class LearnerEngine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=policy,
             optimizer=make_optimizer(trained, config, self._stage),
-            config=deepspeed_config(config, self._stage, dtype, world_size),
+            config=deepspeed_config(config, self._stage, dtype, self._world_size),
             dist_init_required=False,
         )
         self._policy = self._deepspeed.module
@@ -255,10 +254,6 @@ class LearnerEngine:
         group_bytes = self._config.sync.bucket_bytes
         self._weights.save(folder, tokenizer, write=self._rank == 0, group_bytes=group_bytes)
         dist.barrier()
-
-    def close(self) -> None:
-        """Leave the ranks' group."""
-        leave_ranks()
 
 
 def _nothing() -> TrainingBatch:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from common.config import Config
 from common.schema import ScoredTrajectory, TokenSequence
 from common.weights import SyncManifest
-from learner.distributed import free_port
+from learner.distributed import free_port, join_ranks, leave_ranks
 from learner.reports import AccumulateReport, LearnerInfo, StepReport
 
 if TYPE_CHECKING:
@@ -42,8 +42,11 @@ class LearnerRank:
     def setup(self, host: str, port: int) -> LearnerInfo:
         """Meet the other ranks at rank 0's address and bring up DeepSpeed; blocks until all are there."""
         from learner.engine import LearnerEngine
+        from learner.policy import device_of
 
-        self._engine = LearnerEngine(self._config, self._rank, self._world_size, host, port)
+        timeout_s = self._config.sync.timeout_s
+        join_ranks(self._rank, self._world_size, host, port, device_of(self._config), timeout_s)
+        self._engine = LearnerEngine(self._config)
         return self._engine.info()
 
     def accumulate(self, *scored: ScoredTrajectory) -> AccumulateReport:
@@ -86,9 +89,8 @@ class LearnerRank:
         if self._sender is not None:
             self._sender.close()
             self._sender = None
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        self._engine = None
+        leave_ranks()
 
     @property
     def _running(self) -> LearnerEngine:
