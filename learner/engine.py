@@ -110,11 +110,12 @@ class LearnerEngine:
         batches = [training_batch([batch[index] for index in indices], loss) for indices in plan]
         sums: Counter[str] = Counter()
         nonfinite: list[str] = []
+        missing = self._agreed_passes(len(batches)) - len(batches)
         for micro_batch in batches:
             objective = self._backward(micro_batch)
             sums.update(objective.metric_sums())
             nonfinite.extend(objective.nonfinite_samples())
-        for _ in range(self._agreed_passes(len(batches)) - len(batches)):
+        for _ in range(missing):
             self._backward(_nothing())
         responses = [len(item.trajectory.response_ids) for item in batch]
         counted = [loss_tokens(tokens, loss) for tokens in responses]
