@@ -108,8 +108,10 @@ class Controller:
         started = time.time()
         tokens, sequences, metrics = self._stream(step, clock)
         closing = time.time()
-        report = self._services.finish_step(tokens, sequences)[0]
+        reports = self._services.finish_step(tokens, sequences)
+        report = reports[0]
         clock.add("learner", closing, time.time())
+        self._check_finite(step, reports)
         parity = self._publish(report, step + 1, clock)
         total = time.time() - started
         seconds = {**clock.seconds(), "total": total}
@@ -201,6 +203,17 @@ class Controller:
                 f"allows ({self._config.teacher.max_failed_fraction}); the last one: {failures[-1]}"
             )
 
+    def _check_finite(self, step: int, reports: Sequence[StepReport]) -> None:
+        """A step whose gradient was NaN or infinite was skipped by the learner; too many in a row end the run."""
+        skipped, allowed = reports[0].skipped_in_a_row, self._config.learner.max_skipped_steps
+        if skipped > allowed:
+            samples = sorted({sample for report in reports for sample in report.nonfinite})
+            raise RunError(
+                f"step {step}: gradient or loss was NaN or infinite for {skipped} steps in a row (learner."
+                f"max_skipped_steps is {allowed}); samples of the last one: {', '.join(samples) or 'none by itself'}; "
+                "lower learner.lr, or set loss.clip_per_token"
+            )
+
     @staticmethod
     def _check_on_policy(summary: Any, step: int) -> None:
         if any(version != step for _, version in summary.versions):
@@ -223,4 +236,4 @@ class Controller:
 
 def sample_seed(run: str, seed: int, sample_id: str) -> int:
     """Seed of one answer: a function of the run, the step, the row and the sample, not of scheduling."""
-    return xxhash.xxh32_intdigest(f"{run}/{seed}/{sample_id}") & 0x7FFFFFFF
+    return xxhash.xxh32_intdigest(f"{run}/{seed}/{sample_id}".encode()) & 0x7FFFFFFF

@@ -72,7 +72,7 @@ def step_line(step: int, planned: int, metrics: Mapping[str, Any]) -> str:
     """One line of progress: step, divergence, speed, where the time went."""
     stages = " ".join(f"{stage} {metrics.get(f'time/{stage}_s', 0.0):.1f}" for stage in STAGES)
     return (
-        f"step {step}/{planned}  kl {metrics['kl']:.4f}  grad {metrics['grad_norm']:.2f}  "
+        f"step {step}/{planned}  kl {metrics['kl/full_bound']:.4f}  grad {metrics['grad_norm']:.2f}  "
         f"{metrics['tokens_per_s']:.0f} tok/s  {metrics['time/total_s']:.1f} s ({stages})  "
         f"parity {metrics['parity/max_nats']:.1e}"
     )
@@ -96,6 +96,6 @@ def final_table(tally: Tally) -> str:
     lines.append(f"{'gap closed':<26}{'-' if gap is None else f'{gap:.1%}':>8}")
     total = tally.seconds.get("total", 0.0)
     lines += ["", f"{'time':<26}{'seconds':>8}   of the run (stages overlap)"]
-    for name, value in tally.seconds.items():
-        lines.append(f"{name:<26}{value:>8.1f}   {value / total if total else 0:.0%}")
+    for stage, seconds in tally.seconds.items():
+        lines.append(f"{stage:<26}{seconds:>8.1f}   {seconds / total if total else 0:.0%}")
     return "\n".join(lines)

@@ -120,7 +120,7 @@ class Run:
         for step in range(config.learner.steps):
             outcome = self._controller.step(step)
             tally.steps = outcome.version
-            tally.kl.append(outcome.metrics["kl"])
+            tally.kl.append(outcome.metrics["kl/full_bound"])
             tally.parity_max_nats = max(tally.parity_max_nats, outcome.parity.max_nats)
             tally.add_seconds({stage: value for stage, value in outcome.seconds.items() if stage != "total"})
             self._files.metrics(outcome.version, outcome.metrics)

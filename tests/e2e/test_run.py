@@ -1,0 +1,164 @@
+"""Whole runs on real parts: rollouts in vLLM, a teacher over HTTP, DeepSpeed, weights back; and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@contextmanager
+def started_run(config: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """``python -m learner.train`` as a user starts it, in a process group of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "learner.train", str(config), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def descendants(root: int) -> set[int]:
+    """Process ids below `root`, read from /proc."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError):
+                continue
+    found = {root}
+    while True:
+        more = {pid for pid, parent in parents.items() if parent in found} - found
+        if not more:
+            return found - {root}
+        found |= more
+
+
+def alive(pids: set[int]) -> set[int]:
+    """Those of `pids` that still run (zombies do not)."""
+    left = set()
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        if state not in "ZX":
+            left.add(pid)
+    return left
+
+
+def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:
+    """Until ``metrics.jsonl`` has the line of `step`."""
+    while process.poll() is None:
+        path = run / "metrics.jsonl"
+        if path.exists() and any("kl/full_bound" in line and f'"step": {step},' in line for line in path.open()):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"the run ended early: {process.communicate()}")
+
+
+def assert_nothing_left(pids: set[int]) -> None:
+    """All of `pids` end within 20 s."""
+    assert pids
+    deadline = time.monotonic() + 20
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not alive(pids)
+
+
+def metric_lines(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "kl/full_bound" in line]
+
+
+def test_kl_falls_over_a_whole_run(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "runs/tiny"
+    with started_run(write_config()) as process:
+        wait_for_step(run, process, 1)
+        children = descendants(process.pid)
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    summary = json.loads((run / "summary.json").read_text())
+    lines = metric_lines(run)
+    assert [line["weight_version"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert summary["kl_last"] < 0.7 * summary["kl_first"]
+    assert summary["outcome"] == "finished"
+    assert summary["base"]["n"] == summary["in_context"]["n"] == summary["final"]["n"] == 4
+    assert 0 < summary["parity_max_nats"] <= 2e-4
+    assert set(summary["time_s"]) >= {"rollout", "teacher", "learner", "sync", "total"}
+    assert max(line["drift/rms"] for line in lines) < 1e-4  # engine and learner see the same tokens and positions
+    assert "gap closed" in output
+    assert_nothing_left(children)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(run / "checkpoint")
+    trained = AutoModelForCausalLM.from_pretrained(run / "checkpoint").state_dict()
+    assert not any(value.isnan().any() for value in trained.values())
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {sample["set"] for sample in samples} == {"base", "in_context", "valid", "final"}
+
+
+def test_ctrl_c_keeps_what_was_done_and_leaves_no_process(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "runs/tiny"
+    with started_run(write_config(), "learner.steps=1000", "eval.every=0") as process:
+        wait_for_step(run, process, 2)
+        children = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted after" in output
+    assert "Traceback" not in output + errors
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["outcome"] == "interrupted"
+    assert summary["steps"] >= 2
+    assert (run / "checkpoint/model.safetensors").exists()
+    assert_nothing_left(children)
+
+
+def test_a_lost_teacher_ends_the_run_in_one_clear_line(
+    write_config: Callable[..., Path], tmp_path: Path, teacher_process: Callable[[Path], tuple[str, int]]
+) -> None:
+    run = tmp_path / "runs/tiny"
+    path = write_config(learner={"steps": 1000}, eval={"every": 0})
+    url, pid = teacher_process(path)
+    with started_run(path, f"teacher.url={url}", "teacher.request_timeout_s=5") as process:
+        wait_for_step(run, process, 1)
+        children = descendants(process.pid)
+        os.kill(pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=90)
+    assert process.returncode == 2
+    lines = [line for line in errors.splitlines() if line.startswith("opcd: ")]
+    assert len(lines) == 1
+    assert url in lines[0]
+    assert "Traceback" not in errors
+    assert json.loads((run / "summary.json").read_text())["outcome"].startswith("failed: TeacherError")
+    assert_nothing_left(children)
+
+
+def test_a_killed_driver_leaves_no_process(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    with started_run(write_config(), "learner.steps=1000", "eval.every=0") as process:
+        wait_for_step(tmp_path / "runs/tiny", process, 1)
+        children = descendants(process.pid)
+        process.kill()
+        process.communicate()
+    assert_nothing_left(children)
