@@ -1,0 +1,148 @@
+"""The ``opcd`` command line. Heavy imports happen inside the commands, so that ``opcd --help`` answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.config import Config, ConfigError, dump_config, load_config, load_teacher_config
+from common.data import DataError
+
+app = typer.Typer(
+    name="opcd",
+    help="On-policy context distillation: vLLM rollouts, a shared teacher server, a DeepSpeed learner.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see deploy/configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as learner.lr=1e-5; null unsets a key."),
+]
+
+
+class Model(StrEnum):
+    """Models that `opcd prepare` knows."""
+
+    SMOLLM2 = "smollm2"
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration, check the data, start nothing.")
+    ] = False,
+) -> None:
+    """Distil a context into a student: the whole run."""
+    with known_errors(ConfigError, DataError):
+        resolved = load_config(config, overrides or ())
+        if dry_run:
+            typer.echo(dump_config(resolved), nl=False)
+            typer.echo(check_data(resolved), err=True)
+            return
+    from learner import train as entry
+
+    with known_errors(*entry.KNOWN_ERRORS):
+        raise typer.Exit(entry.run(resolved))
+
+
+@app.command()
+def teacher(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Serve the teacher of a configuration until it is told to stop."""
+    with known_errors(ConfigError):
+        resolved = load_teacher_config(config, overrides or ())
+    from teacher_server.serve import serve
+
+    with known_errors(ConfigError):
+        serve(resolved)
+
+
+@app.command()
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A model folder to evaluate; default: the student's initial model.", file_okay=False),
+    ] = None,
+) -> None:
+    """Held-out accuracy without and with the context."""
+    with known_errors(ConfigError):
+        resolved = load_config(config, overrides or ())
+        if checkpoint is not None and not (checkpoint / "config.json").is_file():
+            raise ConfigError(f"--checkpoint {checkpoint}: no model there (no config.json)")
+    from learner import train as entry
+
+    with known_errors(*entry.KNOWN_ERRORS):
+        raise typer.Exit(entry.evaluate(resolved, checkpoint))
+
+
+@app.command()
+def prepare(
+    model: Annotated[Model, typer.Argument(help="Which model.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: models/MODEL.")] = None,
+) -> None:
+    """Write a Hugging Face folder from packaged weights, once. Installs and downloads nothing."""
+    from deploy.prepare import PrepareError, prepare_smollm2
+
+    folder = out or Path("models") / model.value
+    with known_errors(PrepareError):
+        written = prepare_smollm2(folder)
+    typer.echo(f"{folder}: {'written' if written else 'there already'}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine can run, and what is missing or broken."""
+    from deploy.doctor import report
+
+    raise typer.Exit(report())
+
+
+@contextmanager
+def known_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors whose text is all a user needs go to stderr, with exit status 2; all others keep their trace."""
+    try:
+        yield
+    except kinds as error:
+        typer.echo(f"opcd: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def check_data(config: Config) -> str:
+    """Read and render every row as a run would, if the student's tokenizer is at hand; says what was checked.
+
+    Raises ConfigError or DataError.
+    """
+    from common.data import read_rows
+
+    if not Path(config.student.model).is_dir():
+        # A hub name, or a folder that is made later: the rows can be read, but not rendered.
+        rows = {"train": read_rows(config.data.train)}
+        for name, path in (("valid", config.data.valid), ("eval", config.data.eval)):
+            rows[name] = [] if path is None else read_rows(path, need_answers=True)
+        config.context.read()
+        counts = ", ".join(f"{len(found)} {name}" for name, found in rows.items())
+        return f"# data is fine: {counts}; not rendered, {config.student.model} is no folder here"
+    from learner.inputs import read_inputs
+
+    inputs = read_inputs(config)
+    longest = max(inputs.teacher_tokens().values())
+    return (
+        f"# data is fine: {len(inputs.train)} train, {len(inputs.valid)} valid, {len(inputs.eval)} eval; "
+        f"longest prompt on the teacher's side {longest} tokens"
+    )
+
+
+def main() -> None:
+    """Entry of the ``opcd`` script."""
+    app()
