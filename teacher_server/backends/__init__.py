@@ -1,0 +1,1 @@
+"""What computes the scores: one small interface (``base``), one folder-mate per way to run a model."""

@@ -1,0 +1,73 @@
+"""The interface between the server (which knows tenants, queues and bytes) and what runs a model (which knows none)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from common.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode
+
+
+class BackendError(RuntimeError):
+    """The backend cannot run this model as asked; the text says why and what would work."""
+
+
+class Prefix(Protocol):
+    """A context as a backend keeps it: computed once, shared by every sequence that starts with it."""
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole prefix, parents included: where the positions of a prompt begin."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by this state alone, parents not included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """One item of a batch with everything a backend needs; ids, shapes and lengths are already checked."""
+
+    item: ScoreItem
+    prefix: Any | None
+    mode: ScoreMode
+    temperature: float
+    k: int
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that a forward pass pays for: prompt and response, the context not."""
+        return self.item.prompt_ids.size + self.item.response_ids.size
+
+
+class Backend(Protocol):
+    """Runs a model. Calls come from one thread at a time; nothing here touches an event loop."""
+
+    name: str
+    dtype: str
+    model_name: str
+    model_fingerprint: str
+    vocab_size: int
+    max_sequence_tokens: int
+    weight_version: int
+    modes: Mapping[ScoreMode, tuple[float, ...] | None]
+    """As in `TeacherInfo.modes`."""
+
+    def prefix_bytes(self, tokens: int) -> int:
+        """Memory that the state of `tokens` context tokens takes."""
+        ...
+
+    def embeds(self, ids: Ids) -> bool:
+        """Whether the model has an input embedding for every id."""
+        ...
+
+    def prefill(self, ids: Ids, parent: Any | None) -> Any:
+        """State of the prefix ``parent + ids``; `ids` are the tokens after the parent's."""
+        ...
+
+    def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
+        """Results in the order of `batch`, which may mix prefixes, modes, temperatures and lengths."""
+        ...

@@ -1,0 +1,126 @@
+"""From hidden states to the numbers of a reply: the output layer in chunks, full-vocabulary log-softmax in f32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.schema import LOGPROB_FLOOR, PAD_ID, ScoreMode
+
+CHUNK_BYTES = 64 * 1024 * 1024
+"""Of f32 logits alive at a time."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Values:
+    """For n positions: ``logprobs [n, k]``, ``sampled [n]``, ``tail [n]`` (f32), ``ids [n, k]`` where the teacher
+    picked them, ``floored [n]`` how many values were clamped, ``finite [n]`` whether the model gave numbers at all.
+    """
+
+    logprobs: Tensor
+    sampled: Tensor
+    tail: Tensor
+    ids: Tensor | None
+    floored: Tensor
+    finite: Tensor
+
+
+def score_hidden(
+    hidden: Tensor,
+    output_layer: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    *,
+    sampled: Tensor,
+    ids: Tensor | None,
+    mode: ScoreMode,
+    temperature: float,
+    k: int,
+) -> Values:
+    """Scores of n positions from ``hidden [n, H]``; never more than `CHUNK_BYTES` of logits alive."""
+    rows = max(1, CHUNK_BYTES // (4 * vocab_size))
+    parts = [
+        score_logits(
+            output_layer(hidden[start : start + rows]).float(),
+            sampled=sampled[start : start + rows],
+            ids=None if ids is None else ids[start : start + rows],
+            mode=mode,
+            temperature=temperature,
+            k=k,
+        )
+        for start in range(0, hidden.shape[0], rows)
+    ]
+    return Values(
+        logprobs=torch.cat([part.logprobs for part in parts]),
+        sampled=torch.cat([part.sampled for part in parts]),
+        tail=torch.cat([part.tail for part in parts]),
+        ids=None if parts[0].ids is None else torch.cat([part.ids for part in parts if part.ids is not None]),
+        floored=torch.cat([part.floored for part in parts]),
+        finite=torch.cat([part.finite for part in parts]),
+    )
+
+
+def score_logits(
+    logits: Tensor, *, sampled: Tensor, ids: Tensor | None, mode: ScoreMode, temperature: float, k: int
+) -> Values:
+    """The same from ``logits [n, V]`` (f32, overwritten). Ids at or above V get the floor: the teacher lacks them."""
+    if temperature != 1.0:
+        logits = logits / temperature
+    picked = logits.topk(min(k, logits.shape[-1]), dim=-1).indices if mode in ("teacher_topk", "union") else None
+    if mode == "teacher_topk":
+        assert picked is not None
+        support = picked
+    elif mode == "union":
+        assert picked is not None
+        assert ids is not None
+        support = torch.cat([ids, picked.masked_fill(_contained(picked, ids), PAD_ID)], dim=-1)
+    else:
+        support = ids if ids is not None else sampled.new_empty((sampled.shape[0], 0))
+    width = logits.shape[-1]
+    lacking = support >= width
+    if bool(lacking.any()) or bool((sampled >= width).any()):
+        # One column more, for the ids that the model does not have.
+        logits = torch.nn.functional.pad(logits, (0, 1), value=float("-inf"))
+        places, sampled = support.clamp(max=width), sampled.clamp(max=width)
+    else:
+        places = support
+    top = logits.amax(-1, keepdim=True)
+    at_support, at_sampled = logits.gather(-1, places), logits.gather(-1, sampled[:, None])
+    mass = (logits - top).exp_()
+    log_total = mass.sum(-1, keepdim=True).log()
+    normaliser = top + log_total
+    # The mass outside is summed from its own terms: 1 - sum would drown in rounding.
+    rest = mass.scatter_(-1, places, 0.0).sum(-1)
+    tail = rest.log() - log_total[:, 0]
+    drowned = rest < 1e-30
+    if bool(drowned.any()):
+        rows = logits[drowned].scatter(-1, places[drowned], float("-inf"))
+        tail[drowned] = rows.logsumexp(-1) - normaliser[drowned, 0]
+    logprobs, sampled_logprob = at_support - normaliser, (at_sampled - normaliser)[:, 0]
+    asked = logprobs if mode != "union" else logprobs.masked_fill(support == PAD_ID, 0.0)
+    floored = (asked < LOGPROB_FLOOR).sum(-1) + (sampled_logprob < LOGPROB_FLOOR) + (tail < LOGPROB_FLOOR)
+    return Values(
+        logprobs=logprobs.clamp_(min=LOGPROB_FLOOR),
+        sampled=sampled_logprob.clamp_(min=LOGPROB_FLOOR),
+        tail=tail.clamp_(min=LOGPROB_FLOOR),
+        ids=support if mode in ("teacher_topk", "union") else None,
+        floored=floored,
+        finite=normaliser[:, 0].isfinite(),
+    )
+
+
+def _contained(picked: Tensor, ids: Tensor) -> Tensor:
+    """``[n, k]``: which of `picked` occur in the same row of `ids`, without an [n, k, k] tensor."""
+    ordered = ids.sort(dim=-1).values
+    place = torch.searchsorted(ordered, picked.contiguous()).clamp(max=ids.shape[-1] - 1)
+    return ordered.gather(-1, place) == picked
+
+
+def spans(lengths: list[int]) -> Iterator[slice]:
+    """Consecutive slices of the given lengths."""
+    start = 0
+    for length in lengths:
+        yield slice(start, start + length)
+        start += length

@@ -1,0 +1,258 @@
+"""A Hugging Face model as a teacher, on any device: packed forward passes over shared context caches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from common.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
+from teacher_server.backends.attention import NAME, AttentionPlan, KeyValues, shared_prefix_attention
+from teacher_server.backends.base import BackendError, Work
+from teacher_server.backends.outputs import Values, score_hidden, spans
+from teacher_server.backends.packing import Packed, PrefixState, Sequence_, pack
+from teacher_server.fingerprint import model_fingerprint
+
+SELF_CHECK_NATS = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+"""How far packed scores may be from the model's own forward pass at load; a wrong architecture is off by nats."""
+
+AttentionInterface.register(NAME, shared_prefix_attention)
+
+
+class TransformersBackend:
+    """Scores with a causal language model of transformers.
+
+    Raises BackendError for models whose attention is not plain causal attention over everything before (sliding
+    windows, chunks, capped scores): they are refused by name, never approximated.
+    """
+
+    name = "transformers"
+    modes: Mapping[ScoreMode, tuple[float, ...] | None] = {
+        "at_ids": None,
+        "teacher_topk": None,
+        "union": None,
+        "sampled": None,
+    }
+
+    def __init__(self, model: Any, *, model_name: str, prefill_tokens: int = 8192) -> None:
+        """`model` is a loaded ``*ForCausalLM``; contexts are computed `prefill_tokens` at a time."""
+        self.model_name = model_name
+        self.weight_version = 0
+        self._prefill_tokens = prefill_tokens
+        self._model = model.eval()
+        self._decoder = model.get_decoder()
+        self._output_layer = model.get_output_embeddings()
+        self.vocab_size = int(self._output_layer.weight.shape[0])
+        self._embedded = int(model.get_input_embeddings().weight.shape[0])
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.max_sequence_tokens = int(model.config.max_position_embeddings)
+        self.model_fingerprint = model_fingerprint(model)
+        _refuse_unusual_attention(model.config)
+        self._token_bytes = 0
+        self._check_against_plain_forward()
+
+    @classmethod
+    def load(
+        cls, folder: str, *, dtype: str = "auto", device_map: str | None = None, prefill_tokens: int = 8192
+    ) -> TransformersBackend:
+        """From a Hugging Face folder or hub name; `dtype` ``auto`` is bfloat16 on a GPU, float32 on CPU."""
+        gpu = torch.cuda.is_available()
+        if dtype == "auto":
+            dtype = "bfloat16" if gpu else "float32"
+        _refuse_unusual_attention(AutoConfig.from_pretrained(folder))
+        where = device_map or ("auto" if gpu else None)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=where)
+        return cls(model, model_name=folder, prefill_tokens=prefill_tokens)
+
+    # --- Backend ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prefill(self, ids: Ids, parent: PrefixState | None) -> PrefixState:
+        """Keys and values of `ids` after `parent`; long prefixes in pieces that later ones attend to."""
+        pieces: list[PrefixState] = []
+        last = parent
+        for start in range(0, ids.size, self._prefill_tokens):
+            last = self._prefill_piece(ids[start : start + self._prefill_tokens], last)
+            pieces.append(last)
+        assert last is not None
+        if len(pieces) == 1:
+            return pieces[0]
+        layers = range(len(last.own.keys))
+        own = KeyValues(
+            keys=[torch.cat([piece.own.keys[layer] for piece in pieces], 1) for layer in layers],
+            values=[torch.cat([piece.own.values[layer] for piece in pieces], 1) for layer in layers],
+        )
+        return _state(parent, own, int(ids.size), last.last_hidden)
+
+    @torch.inference_mode()
+    def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
+        """One packed forward pass for the whole batch, then the output layer at response positions only."""
+        packed = pack([Sequence_(work.prefix, work.item.prompt_ids, work.item.response_ids) for work in batch])
+        hidden = self._hidden(packed)
+        results: list[ItemScore | ItemError | None] = [None] * len(batch)
+        for members in _alike(batch):
+            scored = self._score_alike([batch[i] for i in members], [hidden[packed.rows[i]] for i in members])
+            for i, result in zip(members, scored, strict=True):
+                results[i] = result
+        return [result for result in results if result is not None]
+
+    def embeds(self, ids: Ids) -> bool:
+        """Whether the model has an input embedding for every id."""
+        return int(ids.max(initial=0)) < self._embedded
+
+    def prefix_bytes(self, tokens: int) -> int:
+        """Keys and values of `tokens` tokens in all layers."""
+        return tokens * self._token_bytes
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def _prefill_piece(self, ids: Ids, parent: PrefixState | None) -> PrefixState:
+        packed = pack([Sequence_(parent, ids, as_ids([0]))])
+        record: dict[int, tuple[Tensor, Tensor]] = {}
+        plan = AttentionPlan(packed.plan.blocks, packed.plan.crosses, record)
+        hidden = self._forward(packed.ids, packed.positions, plan)
+        layers = range(len(record))
+        own = KeyValues([record[layer][0] for layer in layers], [record[layer][1] for layer in layers])
+        return _state(parent, own, int(ids.size), hidden[-1].clone())
+
+    def _hidden(self, packed: Packed) -> Tensor:
+        """Final hidden states ``[N + prefixes, H]``: of the packed tokens, then of the prefixes' last tokens."""
+        parts = [prefix.last_hidden[None] for prefix in packed.prefixes]
+        if packed.ids.numel():
+            parts.insert(0, self._forward(packed.ids, packed.positions, packed.plan))
+        if not parts:
+            return torch.empty((0, self._output_layer.weight.shape[1]), dtype=self._model.dtype)
+        return torch.cat(parts)
+
+    def _forward(self, ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        device = self._model.device
+        output = self._decoder(
+            input_ids=ids[None].to(device),
+            position_ids=positions[None].to(device),
+            use_cache=False,
+            attention_plan=plan,
+        )
+        return output.last_hidden_state[0]
+
+    def _score_alike(self, works: list[Work], hidden: list[Tensor]) -> list[ItemScore | ItemError]:
+        """Items of one mode, temperature and width, as one run of positions."""
+        first = works[0]
+        lengths = [work.item.response_ids.size for work in works]
+        if not sum(lengths):
+            return [_empty(work) for work in works]
+        rows = torch.cat(hidden).to(self._output_layer.weight.device)
+        ids = None
+        if first.mode in ("at_ids", "union"):
+            ids = _ids_tensor([_support(work.item) for work in works], rows.device)
+        values = score_hidden(
+            rows,
+            self._output_layer,
+            self.vocab_size,
+            sampled=_ids_tensor([work.item.response_ids for work in works], rows.device),
+            ids=ids,
+            mode=first.mode,
+            temperature=first.temperature,
+            k=first.k,
+        )
+        return [_item_score(values, span) for span in spans(lengths)]
+
+    def _check_against_plain_forward(self) -> None:
+        """Packed scores over a cached, parented context against the model's own forward pass, once, at load."""
+        generator = np.random.default_rng(0)
+        length = min(24, self.max_sequence_tokens)
+        ids = as_ids(generator.integers(0, min(self.vocab_size, self._embedded), length))
+        a, b, c = length // 4, length // 2, 3 * length // 4
+        with torch.inference_mode():
+            tokens = torch.from_numpy(ids.astype(np.int64))[None].to(self._model.device)
+            logits = self._model(input_ids=tokens, use_cache=False).logits[0, c - 1 : -1].float()
+        expected = logits.log_softmax(-1).cpu().gather(-1, torch.from_numpy(ids[c:].astype(np.int64))[:, None])[:, 0]
+        self._model.set_attn_implementation(NAME)
+        prefix = self.prefill(ids[a:b], self.prefill(ids[:a], None))
+        self._token_bytes = sum(t.nbytes for t in (*prefix.own.keys, *prefix.own.values)) // prefix.own_tokens
+        item = ScoreItem(context=None, prompt_ids=ids[b:c], response_ids=ids[c:])
+        (result,) = self.score([Work(item, prefix, "sampled", 1.0, 0)])
+        difference = (
+            float(np.abs(result.sampled_logprob - expected.numpy()).max())
+            if isinstance(result, ItemScore)
+            else float("nan")
+        )
+        allowed = SELF_CHECK_NATS.get(self._model.dtype, 0.5)
+        if not difference <= allowed:
+            raise BackendError(
+                f"{self.model_name} ({self._model.config.model_type}): scores over a cached context differ from "
+                f"its own forward pass by {difference:.2g} nats (at most {allowed:g}); this architecture is not supported"
+            )
+
+
+def _refuse_unusual_attention(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "layer_types", None) and window and getattr(config, "use_sliding_window", True):
+        kinds.add(f"sliding window of {window} tokens")
+    if getattr(config, "attention_chunk_size", None):
+        kinds.add("chunked attention")
+    if getattr(config, "attn_logit_softcapping", None):
+        kinds.add("capped attention scores")
+    if kinds:
+        raise BackendError(
+            f"model type {config.model_type}: the transformers backend scores full causal attention only, "
+            f"and this model has {', '.join(sorted(kinds))}"
+        )
+
+
+def _state(parent: PrefixState | None, own: KeyValues, tokens: int, last_hidden: Tensor) -> PrefixState:
+    return PrefixState(
+        parent=parent,
+        own=own,
+        own_tokens=tokens,
+        total_tokens=tokens + (0 if parent is None else parent.total_tokens),
+        last_hidden=last_hidden,
+        nbytes=sum(tensor.nbytes for tensor in (*own.keys, *own.values)) + last_hidden.nbytes,
+    )
+
+
+def _alike(batch: Sequence[Work]) -> list[list[int]]:
+    """Numbers of the items that one pass of the output stage can take together."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, work in enumerate(batch):
+        width = 0 if work.item.topk_ids is None else work.item.topk_ids.shape[1]
+        groups.setdefault((work.mode, work.temperature, work.k, width), []).append(i)
+    return list(groups.values())
+
+
+def _support(item: ScoreItem) -> Ids:
+    assert item.topk_ids is not None
+    return item.topk_ids
+
+
+def _ids_tensor(arrays: list[Ids], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device)
+
+
+def _item_score(values: Values, span: slice) -> ItemScore | ItemError:
+    if not bool(values.finite[span].all()):
+        return ItemError(code="internal", message="the model gave logits that are not numbers (NaN or infinite)")
+    return ItemScore(
+        logprobs=values.logprobs[span].to(torch.float16).cpu().numpy(),
+        sampled_logprob=values.sampled[span].cpu().numpy(),
+        tail_logprob=values.tail[span].cpu().numpy(),
+        topk_ids=None if values.ids is None else as_ids(values.ids[span].cpu().numpy()),
+        floored=int(values.floored[span].sum()),
+    )
+
+
+def _empty(work: Work) -> ItemScore:
+    """The score of an empty response: no positions."""
+    width = 0 if work.item.topk_ids is None else work.item.topk_ids.shape[1]
+    width += work.k if work.mode in ("teacher_topk", "union") else 0
+    picks = work.mode in ("teacher_topk", "union")
+    return ItemScore(
+        logprobs=np.empty((0, width), dtype=np.float16),
+        sampled_logprob=np.empty(0, dtype=np.float32),
+        tail_logprob=np.empty(0, dtype=np.float32),
+        topk_ids=np.empty((0, width), dtype=np.uint32) if picks else None,
+    )

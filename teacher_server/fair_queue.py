@@ -1,0 +1,123 @@
+"""Whose turn it is: fair by tokens between tenants, and between the runs of a tenant. Pure; no clock, no threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Account(Generic[T]):
+    """Of a tenant (then it has `members`, its runs) or of a run (then it has `items`, each with its tokens)."""
+
+    finish: float = 0.0
+    level: float = 0.0
+    tokens: int = 0
+    members: dict[str, _Account[T]] = field(default_factory=dict)
+    items: deque[tuple[T, int]] = field(default_factory=deque)
+
+    def member(self, name: str) -> _Account[T]:
+        """The member's account, opened at the level of the last one served: idling saves nothing up."""
+        account = self.members.setdefault(name, _Account())
+        if not account.tokens:
+            account.finish = max(account.finish, self.level)
+        return account
+
+    def next(self) -> tuple[str, _Account[T]]:
+        """Of the members that wait, the one served least."""
+        waiting = ((name, account) for name, account in self.members.items() if account.tokens)
+        return min(waiting, key=lambda entry: entry[1].finish)
+
+    def serve(self, name: str, account: _Account[T], tokens: int) -> None:
+        """Charge a member whose turn it was; forget who is idle and owes nothing, so that names do not pile up."""
+        self.level = account.finish
+        account.finish += tokens
+        for other in [n for n, a in self.members.items() if not a.tokens and a.finish <= self.level and n != name]:
+            del self.members[other]
+
+
+class FairQueue(Generic[T]):
+    """Start-time fair queueing over two levels.
+
+    `pop` takes from the tenant that was served the fewest tokens, and of its runs from the one served the fewest. Who
+    was idle starts at the level of those who are not, so a newcomer is next however long the others' queues are.
+    """
+
+    def __init__(self) -> None:
+        self._root: _Account[T] = _Account()
+        self._count = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that wait, of all tenants."""
+        return self._root.tokens
+
+    def push(self, tenant: str, run: str, item: T, tokens: int) -> None:
+        """Append `item`, which costs `tokens` (at least 1)."""
+        tokens = max(1, tokens)
+        owner = self._root.member(tenant)
+        queue = owner.member(run)
+        queue.items.append((item, tokens))
+        for account in (self._root, owner, queue):
+            account.tokens += tokens
+        self._count += 1
+
+    def peek_tokens(self) -> int:
+        """Tokens of what `pop` would return."""
+        return self._root.next()[1].next()[1].items[0][1]
+
+    def pop(self) -> T:
+        """The next item; IndexError where nothing waits."""
+        if not self._count:
+            raise IndexError("nothing waits")
+        tenant, owner = self._root.next()
+        run, queue = owner.next()
+        item, tokens = queue.items.popleft()
+        for account in (self._root, owner, queue):
+            account.tokens -= tokens
+        self._root.serve(tenant, owner, tokens)
+        owner.serve(run, queue, tokens)
+        self._count -= 1
+        return item
+
+    def charge(self, tenant: str, run: str, tokens: int) -> None:
+        """Count tokens that were computed for a run beside its items (a context's first computation)."""
+        owner = self._root.members.get(tenant)
+        if owner is not None:
+            owner.finish += tokens
+            if run in owner.members:
+                owner.members[run].finish += tokens
+
+    def discard(self, tenant: str, run: str, items: list[T]) -> None:
+        """Take out those of `items` that still wait."""
+        owner = self._root.members.get(tenant)
+        queue = owner.members.get(run) if owner else None
+        if owner is None or queue is None:
+            return
+        dead = {id(item) for item in items}
+        kept = deque(entry for entry in queue.items if id(entry[0]) not in dead)
+        gone = sum(tokens for _, tokens in queue.items) - sum(tokens for _, tokens in kept)
+        self._count -= len(queue.items) - len(kept)
+        queue.items = kept
+        for account in (self._root, owner, queue):
+            account.tokens -= gone
+
+    def waiting_tokens(self, tenant: str, run: str | None = None) -> int:
+        """Tokens that wait for a tenant, or for one of its runs."""
+        account = self._root.members.get(tenant)
+        if account is not None and run is not None:
+            account = account.members.get(run)
+        return 0 if account is None else account.tokens
+
+    def __iter__(self) -> Iterator[T]:
+        for owner in self._root.members.values():
+            for queue in owner.members.values():
+                for item, _ in queue.items:
+                    yield item
+
+    def __len__(self) -> int:
+        return self._count

@@ -1,0 +1,217 @@
+"""Requests to batches: a bounded fair queue on the event loop, one worker thread that computes.
+
+The loop picks items by fairness up to a budget of own tokens and hands them to the thread; while a batch runs the next
+one gathers. Items of a batch may come from any tenant and context: the backend packs them side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+from common.schema import ItemError, ItemScore
+from teacher_server.backends.base import Backend, Work
+from teacher_server.contexts import CacheCounts, CacheFull, Located, PrefixCache
+from teacher_server.fair_queue import FairQueue
+
+log = logging.getLogger(__name__)
+
+RUN_SHARE = 0.25
+TENANT_SHARE = 0.5
+"""Of the queue that one run, and one tenant, may fill while it has other work waiting: the rest stays for others."""
+
+
+class QueueFull(RuntimeError):
+    """No room: try again after `retry_after_s`."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("the queue is full")
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One item on its way: `work.prefix` is filled in by the thread."""
+
+    tenant: str
+    run: str
+    work: Work
+    located: Located | None
+    future: asyncio.Future[ItemScore | ItemError]
+    queued_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What one batch was: for metrics, for accounting and for the estimate of Retry-After."""
+
+    items: int
+    own_tokens: int
+    seconds: float
+    queued_s: tuple[tuple[str, str, float], ...]
+    context_tokens: dict[tuple[str, str], int]
+
+
+class Scheduler:
+    """Owns the queue, the thread and the cache of context states."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        batch_tokens: int,
+        window_s: float,
+        max_queued_tokens: int,
+        context_cache_bytes: int,
+        thread_setup: Callable[[], None] | None = None,
+    ) -> None:
+        self._backend = backend
+        self._batch_tokens = batch_tokens
+        self._window_s = window_s
+        self._max_queued = max_queued_tokens
+        self.cache = PrefixCache(backend, context_cache_bytes)
+        self.queue: FairQueue[Job] = FairQueue()
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "teacher", initializer=thread_setup or _nothing)
+        self._loop_task: asyncio.Task[None] | None = None
+        self._tokens_per_s = 1000.0
+        self._stopping = False
+        self.on_batch: list[Callable[[BatchReport], None]] = []
+
+    # --- on the event loop ------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin taking batches; called on the event loop that will call `submit`."""
+        self._loop_task = asyncio.get_running_loop().create_task(self._run(), name="teacher-batches")
+
+    async def stop(self) -> None:
+        """Finish what is queued, then stop."""
+        self._stopping = True
+        self._arrived.set()
+        if self._loop_task is not None:
+            await asyncio.wait([self._loop_task])
+        self._thread.shutdown(wait=True)
+
+    async def submit(
+        self, tenant: str, run: str, works: Sequence[tuple[Work, Located | None]]
+    ) -> list[ItemScore | ItemError]:
+        """Queue items and wait for all of them. Raises QueueFull; a cancelled caller's items leave the queue."""
+        tokens = sum(work.own_tokens for work, _ in works)
+        self._admit(tenant, run, tokens)
+        loop = asyncio.get_running_loop()
+        jobs = [Job(tenant, run, work, located, loop.create_future()) for work, located in works]
+        for job in jobs:
+            self.queue.push(tenant, run, job, job.work.own_tokens)
+        self._arrived.set()
+        try:
+            return list(await asyncio.gather(*(job.future for job in jobs)))
+        finally:
+            self.queue.discard(tenant, run, [job for job in jobs if not job.future.done() or job.future.cancelled()])
+
+    def _admit(self, tenant: str, run: str, tokens: int) -> None:
+        own, team = self.queue.waiting_tokens(tenant, run), self.queue.waiting_tokens(tenant)
+        full = (
+            self.queue.tokens + tokens > self._max_queued
+            or (own and own + tokens > RUN_SHARE * self._max_queued)
+            or (team and team + tokens > TENANT_SHARE * self._max_queued)
+        )
+        # A request larger than the whole queue could never be admitted otherwise.
+        if full and self.queue:
+            raise QueueFull(retry_after_s=min(60.0, max(0.1, self.queue.tokens / self._tokens_per_s / 2)))
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while await self._wait_for_work():
+            jobs = self._take()
+            try:
+                report, results = await loop.run_in_executor(self._thread, self._compute, jobs)
+            except Exception as error:  # whatever the backend raises must reach the callers, not end the loop
+                log.exception("a batch of %d items failed", len(jobs))
+                failed = ItemError(code="internal", message=f"the backend failed: {type(error).__name__}")
+                results = [failed] * len(jobs)
+            else:
+                self._account(report)
+            for job, result in zip(jobs, results, strict=True):
+                if not job.future.done():
+                    job.future.set_result(result)
+
+    async def _wait_for_work(self) -> bool:
+        """Until something waits, then a short window for more, unless a full batch is there already; False: stop."""
+        while not self.queue:
+            if self._stopping:
+                return False
+            self._arrived.clear()
+            await self._arrived.wait()
+        deadline = min(job.queued_at for job in self.queue) + self._window_s
+        while self.queue.tokens < self._batch_tokens and (left := deadline - time.monotonic()) > 0:
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), left)
+            except TimeoutError:
+                break
+        return True
+
+    def _take(self) -> list[Job]:
+        jobs: list[Job] = []
+        tokens = 0
+        while self.queue and (not jobs or tokens + self.queue.peek_tokens() <= self._batch_tokens):
+            job = self.queue.pop()
+            if not job.future.done():
+                jobs.append(job)
+                tokens += job.work.own_tokens
+        return jobs
+
+    def _account(self, report: BatchReport) -> None:
+        for (tenant, run), tokens in report.context_tokens.items():
+            self.queue.charge(tenant, run, tokens)
+        spent = report.own_tokens + sum(report.context_tokens.values())
+        if report.seconds > 0 and spent:
+            self._tokens_per_s += 0.2 * (spent / report.seconds - self._tokens_per_s)
+        for listener in self.on_batch:
+            listener(report)
+
+    # --- on the thread ----------------------------------------------------------------------------------------------
+
+    def _compute(self, jobs: list[Job]) -> tuple[BatchReport, list[ItemScore | ItemError]]:
+        """Score a batch, in several passes where its contexts do not fit into the cache together."""
+        began = time.monotonic()
+        context_tokens: dict[tuple[str, str], int] = {}
+        results: list[ItemScore | ItemError] = []
+        while len(results) < len(jobs):
+            with self.cache.pinned() as pins:
+                works: list[Work] = []
+                for job in jobs[len(results) :]:
+                    before = self.cache.counts.computed_tokens
+                    try:
+                        prefix = None if job.located is None else pins.state(job.located)
+                    except CacheFull:
+                        if not works:
+                            raise
+                        break
+                    works.append(replace(job.work, prefix=prefix))
+                    spent = self.cache.counts.computed_tokens - before
+                    if spent:
+                        account = (job.tenant, job.run)
+                        context_tokens[account] = context_tokens.get(account, 0) + spent
+                results += self._backend.score(works)
+        return (
+            BatchReport(
+                items=len(jobs),
+                own_tokens=sum(job.work.own_tokens for job in jobs),
+                seconds=time.monotonic() - began,
+                queued_s=tuple((job.tenant, job.run, began - job.queued_at) for job in jobs),
+                context_tokens=context_tokens,
+            ),
+            results,
+        )
+
+
+def _nothing() -> None:
+    return
+
+
+__all__ = ["BatchReport", "CacheCounts", "Job", "QueueFull", "Scheduler"]

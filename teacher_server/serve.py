@@ -1,0 +1,143 @@
+"""Starts a teacher in this process: loads the model, binds the address, runs uvicorn until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import uvicorn
+from transformers import AutoTokenizer
+
+from common.config import TeacherConfig, TeacherServerConfig
+from common.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
+from common.scoring import TeacherError
+from teacher_server.app import create_app
+from teacher_server.backends.base import BackendError
+from teacher_server.backends.transformers import TransformersBackend
+from teacher_server.service import TeacherService, TokenizerIdentity
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 600
+"""Longest wait for requests in progress after SIGTERM."""
+
+
+def build_service(config: TeacherConfig) -> TeacherService:
+    """Load the model and its tokenizer; raises TeacherError where the model cannot be a teacher."""
+    if config.model is None:
+        raise TeacherError("teacher.model is missing: name the folder or hub name of the model that scores")
+    set_threads = _thread_setup(config.threads)
+    set_threads()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        backend = TransformersBackend.load(config.model, dtype=config.dtype, prefill_tokens=config.batch_tokens)
+    except (BackendError, OSError, ValueError) as error:
+        raise TeacherError(f"teacher.model {config.model} cannot be loaded: {error}") from error
+    identity = TokenizerIdentity(tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer))
+    return TeacherService(backend, config, identity, thread_setup=set_threads)
+
+
+@dataclass
+class RunningServer:
+    """A uvicorn server in a thread of its own, for callers that have a thread of control already."""
+
+    url: str
+    _server: uvicorn.Server
+    _thread: threading.Thread
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """Drain, then stop."""
+        self._server.should_exit = True
+        self._thread.join(timeout_s)
+
+
+def start_in_thread(service: TeacherService, config: TeacherConfig) -> RunningServer:
+    """Serve `service` from a new thread; returns when requests are taken. Raises TeacherError."""
+    listener = _listen(config)
+    server = _server(service, config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="teacher-http", daemon=True)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+        if not thread.is_alive():
+            raise TeacherError("the teacher's HTTP server stopped while it was starting; its log says why")
+    return RunningServer(_url(config.host, listener), server, thread)
+
+
+def serve(config: TeacherServerConfig, *, announce: Callable[[str], None] = print) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what was begun and return. Port 0 takes a free one."""
+    section = config.teacher
+    service = build_service(section)
+    listener = _listen(section)
+    server = _server(service, section)
+    info = service.info()
+    announce(f"teacher {info.model} ({info.backend}, {info.dtype}) at {_url(section.host, listener)}")
+
+    def leave(_: int, __: FrameType | None) -> None:
+        server.should_exit = True
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, leave)
+    server.run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals alone: uvicorn would raise them again after draining, and the exit code would not be 0."""
+
+    def install_signal_handlers(self) -> None:
+        return
+
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+
+def _server(service: TeacherService, config: TeacherConfig) -> uvicorn.Server:
+    return _Server(
+        uvicorn.Config(
+            create_app(service),
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_S,
+            timeout_keep_alive=75,
+        )
+    )
+
+
+def _listen(config: TeacherConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise TeacherError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
+            "set teacher.host and teacher.port (0: any free port)"
+        ) from error
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    name = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}"
+
+
+def _thread_setup(threads: int | None) -> Callable[[], None]:
+    """torch keeps its number of OpenMP threads per calling thread: each thread that computes must set it."""
+
+    def setup() -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+    return setup
