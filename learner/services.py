@@ -20,7 +20,7 @@ from common.schema import Context, Prompt, Sampling, TeacherInfo, TokenSequence
 from common.weights import SyncManifest
 from learner.rank import LearnerRank
 from learner.reports import AccumulateReport, LearnerInfo, StepReport
-from rollout_workers.actor import Answer, RolloutWorker, WorkerInfo
+from rollout_workers.actor import CONTROL, Answer, RolloutWorker, WorkerInfo
 from teacher_server.actor import TeacherActor
 from teacher_server.client import TeacherClient, TeacherScorerFactory, handshake
 
@@ -87,7 +87,7 @@ class Services:
     def begin_workers(self, model: str, scorer: TeacherScorerFactory | None, count: int) -> None:
         """Place rollout workers; `wait_workers` waits until their engines answer."""
         rollout = self.config.rollout
-        actor = ray.remote(RolloutWorker)
+        actor = ray.remote(concurrency_groups={CONTROL: 8})(RolloutWorker)
         for _ in range(count):
             self.workers.append(
                 actor.options(

@@ -27,7 +27,7 @@ def make_tiny_model(folder: Path, *, tied: bool = True, seed: int = 0, hidden: i
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=hidden // 4,
+        head_dim=32,  # the smallest that the CPU attention of vLLM takes
         max_position_embeddings=4096,
         tie_word_embeddings=tied,
         initializer_range=0.2,

@@ -1,0 +1,168 @@
+"""A rollout worker: one engine in one Ray actor, each answer scored beside it the moment it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ray
+
+from common.config import Config
+from common.schema import F32, FinishReason, Prompt, Sampling, ScoredTrajectory, TokenSequence, Trajectory
+from common.scoring import Scorer, ScorerFactory, ScoringError
+from common.weights import SyncManifest
+from rollout_workers.stops import cut_text
+
+if TYPE_CHECKING:
+    from rollout_workers.engine import RolloutEngine
+
+CONTROL = "control"
+"""Concurrency group of calls that must not wait behind answers in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """An engine that is up."""
+
+    vocab_size: int
+    limit_tokens: int
+    weight_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSummary:
+    """What the controller hears of one answer; the answer itself stays in the object store. Times are seconds since
+    the epoch. `error` says why there is no score.
+    """
+
+    sample_id: str
+    row_id: str
+    prompt_tokens: int
+    response_tokens: int
+    finish_reason: FinishReason
+    versions: tuple[tuple[int, int], ...]
+    rollout_started: float
+    rollout_ended: float
+    score_started: float
+    score_ended: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated answer as text (special tokens and the stop left out) and as tokens."""
+
+    text: str
+    ids: list[int]
+    finish_reason: FinishReason
+
+
+class RolloutWorker:
+    """Make it with ``ray.remote(RolloutWorker)``; `ready` returns when the engine is up."""
+
+    def __init__(self, model: str, config: Config, scorer_factory: ScorerFactory | None, *, max_logprobs: int) -> None:
+        self._model = model
+        self._config = config
+        self._max_logprobs = max_logprobs
+        self._scorer_factory = scorer_factory
+        self._scorer: Scorer | None = None
+        self._engine: RolloutEngine | None = None
+        self._starting = asyncio.Lock()
+
+    @ray.method(concurrency_group=CONTROL)
+    async def ready(self) -> WorkerInfo:
+        """Start the engine, once."""
+        engine = await self._running()
+        return WorkerInfo(engine.vocab_size, engine.limit_tokens, engine.weight_version)
+
+    async def rollout_scored(
+        self, prompt: Prompt, sample_id: str, step: int, sampling: Sampling
+    ) -> tuple[RolloutSummary, ScoredTrajectory | None]:
+        """Answer `prompt` and have the answer scored (call with ``num_returns=2``).
+
+        A sample that cannot be scored comes back without a trajectory and with `error`; TeacherError propagates.
+        """
+        if self._scorer is None:
+            if self._scorer_factory is None:
+                raise RuntimeError("this worker was started without a scorer: it can only generate")
+            self._scorer = self._scorer_factory()
+        engine = await self._running()
+        started = time.time()
+        answer = await engine.generate(prompt.student_ids, sampling, sample_id)
+        ended = time.time()
+        trajectory = Trajectory(
+            sample_id=sample_id,
+            step=step,
+            prompt=prompt,
+            response_ids=answer.response_ids,
+            sampled_logprobs=answer.sampled_logprobs,
+            topk_ids=answer.topk_ids,
+            finish_reason=answer.finish_reason,
+            versions=answer.versions,
+        )
+        scored, error = None, None
+        try:
+            scored = await self._scorer.score(trajectory)
+        except ScoringError as failure:
+            error = str(failure)
+        summary = RolloutSummary(
+            sample_id=sample_id,
+            row_id=prompt.row_id,
+            prompt_tokens=len(prompt.student_ids),
+            response_tokens=len(answer.response_ids),
+            finish_reason=answer.finish_reason,
+            versions=answer.versions,
+            rollout_started=started,
+            rollout_ended=ended,
+            score_started=ended,
+            score_ended=time.time(),
+            error=error,
+        )
+        return summary, scored
+
+    async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+        """Answers to token prompts, in their order."""
+        engine = await self._running()
+
+        async def one(index: int, prompt: Sequence[int]) -> Answer:
+            answer = await engine.generate(prompt, sampling, f"generate-{time.monotonic_ns()}-{index}")
+            ids = answer.response_ids.tolist()
+            return Answer(cut_text(engine.decode(ids), sampling.stop), ids, answer.finish_reason)
+
+        return list(await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts))))
+
+    @ray.method(concurrency_group=CONTROL)
+    async def probe(self, sequences: Sequence[TokenSequence]) -> list[F32]:
+        """The engine's log-probs of fixed responses, ``[T]`` each."""
+        return await (await self._running()).logprobs(sequences)
+
+    @ray.method(concurrency_group=CONTROL)
+    async def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
+        """Join the weight group with `rank` as this engine's first."""
+        await (await self._running()).join_sync(host, port, rank, world_size)
+
+    @ray.method(concurrency_group=CONTROL)
+    async def receive_weights(self, manifest: SyncManifest, version: int) -> None:
+        """Take the weights of `version`."""
+        await (await self._running()).receive(manifest, version)
+
+    @ray.method(concurrency_group=CONTROL)
+    async def close(self) -> None:
+        """Stop the engine and let go of the teacher."""
+        if self._scorer is not None:
+            await self._scorer.close()
+            self._scorer = None
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    async def _running(self) -> RolloutEngine:
+        async with self._starting:
+            if self._engine is None:
+                from rollout_workers.engine import RolloutEngine
+
+                self._engine = await RolloutEngine.start(self._model, self._config, max_logprobs=self._max_logprobs)
+            return self._engine
