@@ -26,6 +26,12 @@ from common.schema import (
     ScoreResponse,
 )
 
+MAX_ITEMS = 16_384
+"""Items of one message; more are refused while it is being read, whatever a server's own limit is."""
+
+MAX_FIELDS = 16
+"""Keys of one map; no message of this protocol has more."""
+
 MEDIA_TYPE = "application/vnd.opcd.v1+msgpack"
 
 
@@ -202,15 +208,43 @@ def _dump(message: dict[str, Any]) -> bytes:
 
 def _load(body: bytes) -> Mapping[str, Any]:
     try:
-        # The default limits of msgpack's unpackb tie every length to the size of the body: no length can ask for
-        # more memory than was sent.
-        message = msgpack.unpackb(body, raw=False, strict_map_key=True)
+        message = msgpack.unpackb(
+            body,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_FIELDS,
+            max_ext_len=0,
+            **_count_containers(),
+        )
     except Exception as error:  # msgpack raises its own types beside ValueError and TypeError
         raise CodecError(f"not a msgpack message: {error}") from error
-    fields = _map(message, "message")
+    fields = _map(message, "the message")
     if fields.get("v") != PROTOCOL_VERSION:
         raise CodecError(f"protocol version is {fields.get('v')!r}, this side speaks {PROTOCOL_VERSION}")
     return fields
+
+
+def _count_containers() -> dict[str, Any]:
+    """Hooks that stop a body of millions of tiny maps and lists, each of which costs far more memory than its byte."""
+    left, long_lists = 8 * MAX_ITEMS, 1
+
+    def count_map(value: dict[str, Any]) -> dict[str, Any]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("more maps and lists than any message has")
+        return value
+
+    def count_list(value: list[Any]) -> list[Any]:
+        nonlocal left, long_lists
+        left -= 1
+        long_lists -= len(value) > 2
+        if left < 0 or long_lists < 0:
+            raise ValueError("more maps and lists than any message has")
+        return value
+
+    return {"object_hook": count_map, "list_hook": count_list}
 
 
 def _map(value: object, field: str) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The HTTP face of the teacher. Bodies are the binary form of ``common.codec``; errors are JSON ``{error, message}``."""
+"""The HTTP face of the teacher. Bodies are in the binary form of ``common.codec``, errors in JSON."""
 
 from __future__ import annotations
 

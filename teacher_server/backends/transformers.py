@@ -184,7 +184,7 @@ class TransformersBackend:
         if not difference <= allowed:
             raise BackendError(
                 f"{self.model_name} ({self._model.config.model_type}): scores over a cached context differ from "
-                f"its own forward pass by {difference:.2g} nats (at most {allowed:g}); this architecture is not supported"
+                f"its own forward pass by {difference:.2g} nats (at most {allowed:g}): not supported"
             )
 
 
