@@ -18,7 +18,7 @@ from learner.reports import AccumulateReport, LearnerInfo, StepReport
 
 if TYPE_CHECKING:
     from learner.engine import LearnerEngine
-    from learner.publish import SendReport, WeightSender
+    from learner.publish import Sender, SendReport
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class LearnerRank:
         self._world_size = world_size
         self._config = config
         self._engine: LearnerEngine | None = None
-        self._sender: WeightSender | None = None
+        self._sender: Sender | None = None
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port: where the ranks, or the weight group, can meet."""
@@ -64,9 +64,10 @@ class LearnerRank:
     def open_sync(self, host: str, port: int, world_size: int) -> None:
         """Join the weight group; rank 0 of the learner is its sender, the other ranks take no part."""
         if self._rank == 0:
-            from learner.publish import WeightSender
+            from learner.publish import open_sender
 
-            self._sender = WeightSender(host, port, world_size, self._config.sync.timeout_s)
+            sync = self._config.sync
+            self._sender = open_sender(sync.backend, host, port, world_size, sync.timeout_s)
 
     def publish(self) -> SendReport | None:
         """Send the weights as they are to every engine; None on the ranks that only help to gather them."""

@@ -25,7 +25,7 @@ class Tally:
     kl: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     parity_max_nats: float = 0.0
-    outcome: str = "running"
+    outcome: str = "crashed"
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
         """Add to the time of each stage."""

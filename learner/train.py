@@ -18,6 +18,7 @@ from types import FrameType
 import ray
 
 from common.chat import check_lengths, teacher_sequence
+from common.collective import SyncError
 from common.config import Config, ConfigError, dump_config, load_config
 from common.data import DataError
 from common.evaluation import Accuracy, accuracy, grade
@@ -30,7 +31,7 @@ from learner.parity import ParityError
 from learner.services import Services
 from learner.summary import Tally, final_table, step_line, summary_of
 
-KNOWN_ERRORS = (ConfigError, DataError, RunError, ParityError, TeacherError)
+KNOWN_ERRORS = (ConfigError, DataError, RunError, ParityError, SyncError, TeacherError)
 """Errors whose text is all a user needs; anything else shows its trace."""
 
 INTERRUPTED = 130
@@ -61,9 +62,10 @@ class Run:
             self.tally.outcome = "interrupted"
             self._keep_interrupted()
             raise
-        except BaseException as error:
-            self.tally.outcome = f"failed: {type(error).__name__}: {error}".splitlines()[0]
-            raise
+        except (*KNOWN_ERRORS, ray.exceptions.RayError) as error:
+            plain = plain_error(error)
+            self.tally.outcome = f"failed: {type(plain).__name__}: {plain}".splitlines()[0]
+            raise plain from (None if isinstance(plain, KNOWN_ERRORS) else error)
         finally:
             self._progress.status("stopping")
             self.tally.seconds["total"] = time.time() - self._began
@@ -159,6 +161,17 @@ class Run:
         self._files.metrics(step, {f"accuracy/{name}": result.accuracy})
         self._progress.line(f"accuracy {name:<11} {result.accuracy:.3f} ({low:.3f} to {high:.3f}, n = {result.n})")
         return result
+
+
+def plain_error(error: Exception) -> Exception:
+    """The error a user should see: what an actor raised instead of Ray's wrapping of it, or which actor died."""
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, KNOWN_ERRORS):
+        return error.cause
+    if isinstance(error, ray.exceptions.RayActorError):
+        node = ray._private.worker.global_worker.node
+        logs = f"; its log is under {node.get_logs_dir_path()}" if node else ""
+        return RunError(f"an actor of the run died: {' '.join(str(error).split())}{logs}")
+    return error
 
 
 def evaluate_rows(

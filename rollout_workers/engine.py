@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.chat import load_tokenizer
-from common.config import Config
+from common.config import Config, SyncConfig
 from common.schema import F32, FinishReason, Ids, Sampling, TokenSequence, as_ids
 from common.weights import SyncManifest
 from rollout_workers.stops import Stops, first_stop, resolve_stops
@@ -38,8 +38,9 @@ class Generation:
 class RolloutEngine:
     """A running vLLM engine under one model; start it with `start`, always `close` it."""
 
-    def __init__(self, engine: Any, tokenizer: Any, limit_tokens: int, vocab_size: int) -> None:
+    def __init__(self, engine: Any, tokenizer: Any, limit_tokens: int, vocab_size: int, sync: SyncConfig) -> None:
         self._engine = engine
+        self._sync = sync
         self._tokenizer = tokenizer
         self._stops: dict[tuple[str, ...], Stops] = {}
         self.limit_tokens = limit_tokens
@@ -78,7 +79,7 @@ class RolloutEngine:
         if max_logprobs > vocab_size:
             engine.shutdown()
             raise ValueError(f"loss.top_k is {max_logprobs}, the vocabulary has {vocab_size} ids")
-        return cls(engine, load_tokenizer(model), int(model_config.max_model_len), vocab_size)
+        return cls(engine, load_tokenizer(model), int(model_config.max_model_len), vocab_size, config.sync)
 
     async def generate(self, prompt_ids: Sequence[int] | Ids, sampling: Sampling, request_id: str) -> Generation:
         """One answer to a token prompt, its last token the stop where there was one.
@@ -141,7 +142,16 @@ class RolloutEngine:
         """Join the weight group; this engine's workers take the ranks from `rank` on. Blocks until all are there."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        info = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": world_size}
+        info: dict[str, Any] = {
+            "master_address": host,
+            "master_port": port,
+            "rank_offset": rank,
+            "world_size": world_size,
+        }
+        if self._sync.backend == "gloo":
+            info |= {"timeout_s": self._sync.timeout_s}
+        else:
+            info |= {"packed": True, "packed_buffer_size_bytes": self._sync.bucket_bytes}
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def receive(self, manifest: SyncManifest, version: int) -> None:
@@ -150,7 +160,9 @@ class RolloutEngine:
 
         await self._engine.pause_generation(mode="keep", clear_cache=True)
         await self._engine.start_weight_update()
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info(manifest)))
+        await self._engine.update_weights(
+            WeightTransferUpdateRequest(update_info=update_info(manifest, self._sync.backend))
+        )
         await self._engine.finish_weight_update(weight_version=str(version))
         self.weight_version = version
         await self._engine.resume_generation()
@@ -186,12 +198,15 @@ class RolloutEngine:
         return sorted({i for i in (*listed, own) if i is not None})
 
 
-def update_info(manifest: SyncManifest) -> dict[str, Any]:
-    """A manifest as plain fields, the way it travels through vLLM."""
+def update_info(manifest: SyncManifest, backend: str) -> dict[str, Any]:
+    """A manifest as plain fields, the way it travels through vLLM to the engine of `backend`."""
+    if backend == "gloo":
+        tensors = [asdict(tensor) for tensor in manifest.tensors]
+        return {"tensors": tensors, "bucket_bytes": manifest.bucket_bytes, "digest": manifest.digest()}
     return {
-        "tensors": [asdict(tensor) for tensor in manifest.tensors],
-        "bucket_bytes": manifest.bucket_bytes,
-        "digest": manifest.digest(),
+        "names": [tensor.name for tensor in manifest.tensors],
+        "dtype_names": [tensor.dtype for tensor in manifest.tensors],
+        "shapes": [list(tensor.shape) for tensor in manifest.tensors],
     }
 
 
