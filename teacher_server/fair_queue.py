@@ -21,9 +21,11 @@ class _Account(Generic[T]):
     items: deque[tuple[T, int]] = field(default_factory=deque)
 
     def member(self, name: str) -> _Account[T]:
-        """The member's account, opened at the level of the last one served: idling saves nothing up."""
+        """The member's account, opened at the level of those who wait: idling saves nothing up."""
         account = self.members.setdefault(name, _Account())
         if not account.tokens:
+            waiting = (other.finish for other in self.members.values() if other.tokens)
+            self.level = max(self.level, min(waiting, default=0.0))
             account.finish = max(account.finish, self.level)
         return account
 
@@ -34,14 +36,20 @@ class _Account(Generic[T]):
 
     def serve(self, name: str, account: _Account[T], tokens: int) -> None:
         """Charge a member whose turn it was; forget who is idle and owes nothing, so that names do not pile up."""
-        self.level = account.finish
+        waiting = sum(1 for other in self.members.values() if other.tokens or other is account)
+        # What each would have got by now of a server that serves all at once: it rises whoever is new, so a stream of
+        # new names cannot keep overtaking those who are there.
+        self.level += tokens / waiting
         account.finish += tokens
+        if not self.tokens:  # nobody waits: nobody was kept waiting for another, all accounts are even
+            self.members.clear()
+            self.level = 0.0
         for other in [n for n, a in self.members.items() if not a.tokens and a.finish <= self.level and n != name]:
             del self.members[other]
 
 
 class FairQueue(Generic[T]):
-    """Start-time fair queueing over two levels.
+    """Weighted fair queueing over two levels, all weights equal.
 
     `pop` takes from the tenant that was served the fewest tokens, and of its runs from the one served the fewest. Who
     was idle starts at the level of those who are not, so a newcomer is next however long the others' queues are.

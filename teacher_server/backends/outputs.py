@@ -17,7 +17,8 @@ CHUNK_BYTES = 64 * 1024 * 1024
 @dataclass(frozen=True, slots=True, eq=False)
 class Values:
     """For n positions: ``logprobs [n, k]``, ``sampled [n]``, ``tail [n]`` (f32), ``ids [n, k]`` where the teacher
-    picked them, ``floored [n]`` how many values were clamped, ``finite [n]`` whether the model gave numbers at all.
+    picked them, ``floored [n]`` how many values were clamped, ``finite [n]`` whether the model gave numbers at all,
+    ``repeated [n]`` whether a support that came in had an id twice.
     """
 
     logprobs: Tensor
@@ -26,6 +27,7 @@ class Values:
     ids: Tensor | None
     floored: Tensor
     finite: Tensor
+    repeated: Tensor
 
 
 def score_hidden(
@@ -59,6 +61,7 @@ def score_hidden(
         ids=None if parts[0].ids is None else torch.cat([part.ids for part in parts if part.ids is not None]),
         floored=torch.cat([part.floored for part in parts]),
         finite=torch.cat([part.finite for part in parts]),
+        repeated=torch.cat([part.repeated for part in parts]),
     )
 
 
@@ -108,7 +111,14 @@ def score_logits(
         ids=support if mode in ("teacher_topk", "union") else None,
         floored=floored,
         finite=normaliser[:, 0].isfinite(),
+        repeated=_repeated(ids) if ids is not None else torch.zeros_like(sampled, dtype=torch.bool),
     )
+
+
+def _repeated(ids: Tensor) -> Tensor:
+    """``[n]``: whether an id occurs twice in its row; its mass would be counted twice."""
+    ordered = ids.sort(dim=-1).values
+    return (ordered[:, 1:] == ordered[:, :-1]).any(-1)
 
 
 def _contained(picked: Tensor, ids: Tensor) -> Tensor:

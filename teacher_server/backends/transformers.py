@@ -236,6 +236,9 @@ def _ids_tensor(arrays: list[Ids], device: torch.device) -> Tensor:
 def _item_score(values: Values, span: slice) -> ItemScore | ItemError:
     if not bool(values.finite[span].all()):
         return ItemError(code="internal", message="the model gave logits that are not numbers (NaN or infinite)")
+    if bool(values.repeated[span].any()):
+        position = int(values.repeated[span].nonzero()[0, 0])
+        return ItemError(code="bad_ids", message=f"the support at position {position} has an id twice")
     return ItemScore(
         logprobs=values.logprobs[span].to(torch.float16).cpu().numpy(),
         sampled_logprob=values.sampled[span].cpu().numpy(),
