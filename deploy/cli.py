@@ -12,6 +12,7 @@ import typer
 
 from common.config import Config, ConfigError, dump_config, load_config, load_teacher_config
 from common.data import DataError
+from common.scoring import TeacherError
 
 app = typer.Typer(
     name="opcd",
@@ -19,12 +20,13 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see deploy/configs/.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as learner.lr=1e-5; null unsets a key."),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides such as learner.lr=1e-5; null unsets a key."),
 ]
 
 
@@ -46,8 +48,9 @@ def train(
     with known_errors(ConfigError, DataError):
         resolved = load_config(config, overrides or ())
         if dry_run:
+            checked = check_data(resolved)
             typer.echo(dump_config(resolved), nl=False)
-            typer.echo(check_data(resolved), err=True)
+            typer.echo(checked, err=True)
             return
     from learner import train as entry
 
@@ -62,7 +65,7 @@ def teacher(config: ConfigPath, overrides: Overrides = None) -> None:
         resolved = load_teacher_config(config, overrides or ())
     from teacher_server.serve import serve
 
-    with known_errors(ConfigError):
+    with known_errors(ConfigError, TeacherError):
         serve(resolved)
 
 
