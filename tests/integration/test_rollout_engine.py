@@ -1,0 +1,238 @@
+"""A real vLLM engine against plain transformers: what it samples, what it reports, and its weights after syncs."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.config import Config, validate
+from common.schema import Sampling, TokenSequence, as_ids
+from common.weights import SyncManifest, TensorSpec
+from learner.parity import ParityError, ParityGate
+from learner.publish import Sender, open_sender
+from rollout_workers.engine import RolloutEngine, RolloutError
+
+pytestmark = pytest.mark.timeout(240)
+
+PROMPT = [48, 25, 220, 66, 64, 83, 198, 32, 25]
+K = 64
+
+
+def run_config(model: Path) -> Config:
+    return validate(
+        Config,
+        {
+            "run": {"name": "test"},
+            "student": {"model": str(model), "max_sequence_tokens": 256},
+            "context": {"text": "unused"},
+            "data": {"train": "unused"},
+            "rollout": {"threads": 1, "max_num_seqs": 16},
+            "loss": {"top_k": K},
+        },
+    )
+
+
+@dataclass
+class Pair:
+    """An engine and the model whose weights it is sent: the stand-in for the learner."""
+
+    engine: RolloutEngine
+    model: Any
+    tied: bool
+    version: int = 0
+    sender: Sender | None = None
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.model.state_dict().items():
+            if not (self.tied and name == "lm_head.weight"):
+                yield name, tensor
+
+    def manifest(self, bucket_bytes: int = 100_000) -> SyncManifest:
+        return SyncManifest(
+            tuple(TensorSpec(name, "float32", tuple(tensor.shape)) for name, tensor in self.named()), bucket_bytes
+        )
+
+    def train(self, lr: float) -> None:
+        """One AdamW step on random tokens: moves every weight by about `lr`."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
+        tokens = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(self.version))
+        self.model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        self.model.zero_grad()
+
+    async def sync(self) -> None:
+        self.version += 1
+        assert self.sender is not None
+        sent = asyncio.to_thread(self.sender.send, list(self.named()), self.manifest())
+        await asyncio.gather(sent, self.engine.receive(self.manifest(), self.version))
+
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray[Any, Any]]:
+        """Plain transformers: log-probs of the response tokens."""
+        values = []
+        for sequence in sequences:
+            response = torch.tensor(sequence.response_ids.astype(np.int64))
+            logits = self.logits(sequence.prompt_ids.tolist(), sequence.response_ids.tolist())
+            values.append(logits.log_softmax(-1).gather(1, response[:, None])[:, 0].numpy())
+        return values
+
+    def logits(self, prompt: list[int], response: list[int]) -> Tensor:
+        """``[T, V]``: row t predicts response[t]."""
+        with torch.no_grad():
+            logits: Tensor = self.model(torch.tensor([prompt + response])).logits[0]
+        return logits[len(prompt) - 1 : -1].float()
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+async def pair(request: pytest.FixtureRequest, tiny_model: Path, tiny_untied_model: Path) -> AsyncIterator[Pair]:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model if request.param == "tied" else tiny_untied_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # lets a test reach into the worker
+        engine = await RolloutEngine.start(str(folder), run_config(folder), max_logprobs=K)
+        pair = Pair(engine, AutoModelForCausalLM.from_pretrained(folder), tied=request.param == "tied")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        sender, _ = await asyncio.gather(
+            asyncio.to_thread(open_sender, "gloo", "127.0.0.1", port, 2, 60.0),
+            engine.join_sync("127.0.0.1", port, 1, 2),
+        )
+        pair.sender = sender
+        yield pair
+        engine.close()
+
+
+async def probe_of(pair: Pair) -> list[TokenSequence]:
+    answers = await asyncio.gather(
+        *(pair.engine.generate(PROMPT[: 4 + i], Sampling(max_tokens=24, seed=i), f"probe{i}") for i in range(5))
+    )
+    return [TokenSequence(as_ids(PROMPT[: 4 + i]), answer.response_ids) for i, answer in enumerate(answers)]
+
+
+def is_plain(text: str) -> bool:
+    """One ASCII character: neither half of a longer one nor an id that the tokenizer does not have."""
+    return len(text) == 1 and text.isascii()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+async def test_reported_logprobs_are_at_the_sampling_temperature_and_position(pair: Pair, temperature: float) -> None:
+    answer = await pair.engine.generate(PROMPT, Sampling(40, temperature, top_k=K, seed=1), f"t{temperature}")
+    ids = answer.response_ids.tolist()
+    expected = (pair.logits(PROMPT, ids) / temperature).log_softmax(-1)
+    sampled = expected.gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
+    assert np.abs(answer.sampled_logprobs - sampled).max() < 1e-4
+    assert np.abs(answer.sampled_logprobs[1:] - sampled[:-1]).max() > 0.1  # a shift by one is far off
+
+
+async def test_topk_ids_are_the_students_own_best_first_without_the_sampled_column(pair: Pair) -> None:
+    answer = await pair.engine.generate(PROMPT, Sampling(60, 1.5, top_k=K, seed=2), "topk")
+    logits = pair.logits(PROMPT, answer.response_ids.tolist())
+    assert answer.topk_ids.shape == (len(answer.response_ids), K)
+    assert (logits.topk(K).indices.numpy() == answer.topk_ids).mean() > 0.99  # near-ties may swap
+    outside = [token not in row for token, row in zip(answer.response_ids, answer.topk_ids, strict=True)]
+    assert any(outside)  # at this temperature some samples lie outside the top k: no column was theirs
+
+
+async def test_greedy_is_the_argmax(pair: Pair) -> None:
+    answer = await pair.engine.generate(PROMPT, Sampling(20, 0.0), "greedy")
+    ids = answer.response_ids.tolist()
+    assert pair.logits(PROMPT, ids).argmax(-1).tolist() == ids
+    assert answer.topk_ids.shape == (20, 0)
+
+
+async def test_a_stop_string_ends_the_answer_and_belongs_to_it(pair: Pair) -> None:
+    free = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_k=4, seed=3), "free")
+    texts = [pair.engine.decode([token]) for token in free.response_ids.tolist()]
+    place, stop = next((i, text) for i, text in enumerate(texts) if i > 5 and is_plain(text) and text not in texts[:i])
+    stopped = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_k=4, stop=(stop,), seed=3), "stopped")
+    assert stopped.response_ids.tolist() == free.response_ids.tolist()[: place + 1]
+    assert stopped.finish_reason == "stop"
+    assert free.finish_reason == "length"
+    assert len(stopped.sampled_logprobs) == len(stopped.topk_ids) == place + 1
+
+
+async def test_a_stop_that_spans_tokens_cuts_after_the_token_that_completes_it(pair: Pair) -> None:
+    free = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_k=4, seed=3), "free2")
+    texts = [pair.engine.decode([token]) for token in free.response_ids.tolist()]
+    place = next(i for i in range(5, 59) if is_plain(texts[i]) and is_plain(texts[i + 1]))
+    stop = texts[place] + texts[place + 1]
+    whole = pair.engine.decode(free.response_ids.tolist())
+    stopped = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_k=4, stop=(stop,), seed=3), "stopped2")
+    assert stopped.finish_reason == "stop"
+    assert pair.engine.decode(stopped.response_ids.tolist()) == whole[: whole.index(stop) + len(stop)]
+    assert len(stopped.sampled_logprobs) == len(stopped.topk_ids) == len(stopped.response_ids)
+
+
+async def test_a_seed_gives_the_same_answer_whatever_runs_beside_it(pair: Pair) -> None:
+    alone = await pair.engine.generate(PROMPT, Sampling(20, 1.0, seed=7), "alone")
+    crowd = await asyncio.gather(
+        *(pair.engine.generate(PROMPT, Sampling(20, 1.0, seed=seed), f"crowd{seed}") for seed in range(8))
+    )
+    assert crowd[7].response_ids.tolist() == alone.response_ids.tolist()
+    assert len({tuple(answer.response_ids.tolist()) for answer in crowd}) == 8
+
+
+async def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers(pair: Pair) -> None:
+    with pytest.raises(RolloutError, match=r"long: 250 prompt tokens \+ 7 of answer are 257, the engine takes 256"):
+        await pair.engine.generate([5] * 250, Sampling(7), "long")
+
+
+async def test_engine_follows_the_learner_through_three_syncs(pair: Pair) -> None:
+    probe = await probe_of(pair)
+    gate = ParityGate(2e-4, 0.1)
+    gate.begin(await pair.engine.logprobs(probe), pair.logprobs(probe))
+    before = pair.logprobs(probe)
+    for _ in range(3):
+        pair.train(lr=1e-3)
+        await pair.sync()
+        report = gate.check(pair.version, await pair.engine.logprobs(probe), pair.logprobs(probe))
+        assert report.max_nats < 2e-4
+    moved = max(np.abs(old - new).max() for old, new in zip(before, pair.logprobs(probe), strict=True))
+    assert moved > 0.01  # the syncs had something to carry
+    answer = await pair.engine.generate(PROMPT, Sampling(8, 0.0), "after")
+    assert answer.versions == ((0, pair.version),)
+    assert pair.logits(PROMPT, answer.response_ids.tolist()).argmax(-1).tolist() == answer.response_ids.tolist()
+
+
+def leave_output_layer_stale(worker: Any) -> None:
+    import rollout_workers.weight_transfer as module
+
+    module.repack_output_layer = lambda model: None
+
+
+def mend_output_layer(worker: Any) -> None:
+    import importlib
+
+    import rollout_workers.weight_transfer as module
+
+    importlib.reload(module)
+    engine = worker.weight_transfer_engine
+    module.repack_output_layer(engine.model)
+    engine.finish_weight_update.__func__.__globals__["repack_output_layer"] = module.repack_output_layer
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-6])
+async def test_the_gate_fails_when_the_output_layer_is_left_stale(pair: Pair, lr: float) -> None:
+    if not pair.tied:
+        return  # an output layer of its own is loaded, and packed, like any other
+    probe = await probe_of(pair)
+    gate = ParityGate(2e-4, 0.1)
+    gate.begin(await pair.engine.logprobs(probe), pair.logprobs(probe))
+    await pair.engine._engine.collective_rpc(leave_output_layer_stale)
+    try:
+        pair.train(lr)
+        await pair.sync()
+        with pytest.raises(ParityError):
+            gate.check(pair.version, await pair.engine.logprobs(probe), pair.logprobs(probe))
+    finally:
+        await pair.engine._engine.collective_rpc(mend_output_layer)
