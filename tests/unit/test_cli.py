@@ -109,10 +109,13 @@ def test_a_missing_context_is_one_line(path: Path) -> None:
     assert "context.file: cannot read none.txt" in refusal(result)
 
 
-def test_a_prompt_that_does_not_fit_is_refused(path: Path) -> None:
-    line = refusal(opcd("train", path, "student.max_sequence_tokens=16", "rollout.max_tokens=8", "--dry-run"))
-    assert "17" in line
-    assert "16" in line
+def test_every_prompt_that_does_not_fit_is_a_line_with_its_numbers(path: Path) -> None:
+    result = opcd("train", path, "student.max_sequence_tokens=16", "rollout.max_tokens=8", "--dry-run")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 5
+    assert "row 'cat': 17 tokens on the student's side (9 of prompt, 8 of answer), at most 16" in lines[0]
 
 
 def test_a_checkpoint_that_is_none_is_one_line(path: Path, tmp_path: Path) -> None:
