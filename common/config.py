@@ -99,6 +99,17 @@ class TeacherConfig(Section):
     max_queued_tokens: Positive = 4 * 1024 * 1024
     context_cache_bytes: Positive = 4 * 1024**3
     """Bound on cached key-value state, least recently used contexts leave first."""
+    keys_file: Path | None = None
+    """Of a server: who may ask, one ``TENANT SHA256`` a line (``opcd key`` makes them)."""
+    allow_anonymous: bool = False
+    """Of a server on a loopback address: serve anybody, as one tenant."""
+    tls_certificate: Path | None = None
+    """Of a server: PEM chain; with `tls_key` it speaks HTTPS."""
+    tls_key: Path | None = None
+    key_file: Path | None = None
+    """Of a run with a `url`: the file that holds its key, nothing else."""
+    ca_file: Path | None = None
+    """Of a run with an ``https`` `url`: PEM bundle to trust instead of the system's."""
     threads: Positive | None = None
     """CPU threads of the forward pass, default: torch's choice."""
     gpus: Annotated[float, Field(ge=0)] = 0
@@ -202,9 +213,16 @@ class LearnerConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_tokens: Positive = 8192
     """Padded tokens of one micro-batch of one rank."""
-    logit_chunk_tokens: Positive = 1024
+    logit_chunk_tokens: Positive = 256
     """Response positions whose logits are alive at a time."""
     gradient_checkpointing: bool = False
+    """Recompute activations layer by layer in the backward pass: less memory for about a third more time."""
+    cpu_offload: bool = False
+    """Optimiser state, and its update, in host memory (ZeRO 1 to 3)."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, answers in a fixed order: for tests and for debugging."""
+    max_skipped_steps: NonNegative = 3
+    """Steps in a row that a NaN or infinite gradient may cost before the run stops."""
 
 
 class SyncConfig(Section):
@@ -262,6 +280,8 @@ class Config(Section):
             raise ValueError("rollout.topk_from: `learner` is not available yet; use `engine`")
         if self.loss.support != "student":
             raise ValueError("loss.support: only `student` is wired through the loop yet")
+        if self.learner.cpu_offload and self.learner.zero_stage == 0:
+            raise ValueError("learner.cpu_offload needs learner.zero_stage 1, 2 or 3")
         if self.loss.top_k > self.teacher.max_k:
             raise ValueError(f"loss.top_k {self.loss.top_k} is larger than teacher.max_k {self.teacher.max_k}")
         return self

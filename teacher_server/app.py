@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import math
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from common.codec import MEDIA_TYPE, CodecError, decode_context, decode_request, encode_response
-from common.schema import ItemScore, TeacherInfo
+from common.schema import ItemError, ItemScore, ScoreRequest, TeacherInfo
+from teacher_server.auth import Authenticator, NotAuthorised
+from teacher_server.bodies import BodyBudget
 from teacher_server.checks import RequestRefused
+from teacher_server.replies import Conflict, Replies
 from teacher_server.service import TeacherService
 
 T = TypeVar("T")
@@ -21,14 +26,106 @@ T = TypeVar("T")
 INLINE_BYTES = 256 * 1024
 """Bodies above this are decoded and encoded in a thread, so that the event loop goes on."""
 
-BODY_TIMEOUT_S = 60.0
-"""A body that is not here by then is cut off."""
+BODIES_AT_ONCE = 4
+"""Of the largest size: what all requests in progress may hold together."""
+
+REPLY_CACHE_BYTES = 64 * 1024 * 1024
+"""Replies kept for requests that are sent again."""
+
+LONGEST_DEADLINE_S = 3600.0
+
+DEADLINE_HEADER = "X-Deadline-S"
+"""Seconds that the client will wait; without it, an hour."""
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
-def create_app(service: TeacherService) -> FastAPI:
-    """The application around a service; it starts and drains the service with its own lifespan."""
+class _Face:
+    """The routes' common parts: who asks, reading, answering."""
+
+    def __init__(self, service: TeacherService, auth: Authenticator) -> None:
+        self.service = service
+        self.auth = auth
+        self.limit = service.info().max_body_bytes
+        self.budget = BodyBudget(BODIES_AT_ONCE * self.limit)
+        self.replies = Replies(REPLY_CACHE_BYTES)
+
+    def tenant(self, request: Request) -> str:
+        """Before anything else of a request is looked at."""
+        try:
+            return self.auth.tenant(request.headers.get("authorization"))
+        except NotAuthorised as error:
+            raise RequestRefused(401, "unauthorised", str(error)) from None
+
+    async def put_context(self, name: str, request: Request) -> Response:
+        """Decode and store."""
+        tenant = self.tenant(request)
+        if not _HASH.fullmatch(name):
+            raise RequestRefused(422, "hash", "a context's name is 64 lowercase hex digits")
+        async with self.budget.read(request, tenant, self.limit) as body:
+            parent, ids = await _off_loop(decode_context, body, len(body))
+            context = self.service.put_context(tenant, name, ids, parent)
+        return JSONResponse({"hash": context.hash, "tokens": int(context.ids.size)})
+
+    async def score(self, request: Request) -> Response:
+        """Decode, compute once per request id, give up when the client is gone."""
+        tenant = self.tenant(request)
+        metrics = self.service.metrics
+        label = metrics.run(tenant, "")
+        try:
+            async with self.budget.read(request, tenant, self.limit) as body:
+                decoded = await _off_loop(decode_request, body, len(body))
+                label = metrics.run(tenant, decoded.run)
+                metrics.bytes_in.labels(label).inc(len(body))
+                digest = await _off_loop(_digest, body, len(body))
+                deadline = _deadline(request)
+                del body  # its arrays are copies
+                reply = await _while_connected(
+                    request,
+                    self.replies.once(
+                        (tenant, decoded.run, decoded.request_id),
+                        digest,
+                        lambda: self._compute(tenant, decoded, deadline),
+                    ),
+                )
+        except Conflict as error:
+            raise self._count(RequestRefused(409, "request_id", str(error)), label) from error
+        except CodecError as error:
+            raise self._count(RequestRefused(400, "body", str(error)), label) from error
+        except RequestRefused as error:
+            raise self._count(error, label) from error
+        metrics.bytes_out.labels(label).inc(len(reply))
+        metrics.requests.labels(label, "200").inc()
+        return Response(reply, media_type=MEDIA_TYPE)
+
+    async def _compute(self, tenant: str, request: ScoreRequest, deadline_s: float) -> tuple[bytes, bool]:
+        response = await self.service.score(tenant, request, deadline_s=deadline_s)
+        size = sum(result.logprobs.nbytes for result in response.results if isinstance(result, ItemScore))
+        # What may be otherwise next time is not kept: the same request can be sent again.
+        passing = any(
+            isinstance(result, ItemError) and result.code in ("internal", "unknown_context")
+            for result in response.results
+        )
+        return await _off_loop(encode_response, response, size), not passing
+
+    def _count(self, error: RequestRefused, label: str) -> RequestRefused:
+        self.service.metrics.rejected.labels(label, error.code).inc()
+        self.service.metrics.requests.labels(label, str(error.status)).inc()
+        return error
+
+    def metrics(self, request: Request) -> Response:
+        """Prometheus text, for the operator."""
+        if not self.auth.may_read_metrics(self.tenant(request)):
+            raise RequestRefused(403, "forbidden", "metrics show all tenants' runs: they need a key of `operator`")
+        self.service.metrics.body_bytes.set(self.budget.held)
+        return Response(self.service.render_metrics(), media_type="text/plain; version=0.0.4")
+
+
+def create_app(service: TeacherService, auth: Authenticator | None = None) -> FastAPI:
+    """The application around a service; it starts and drains the service with its own lifespan.
+
+    Without `auth` everybody is served as one tenant.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -36,73 +133,107 @@ def create_app(service: TeacherService) -> FastAPI:
         yield
         await service.stop()
 
+    face = _Face(service, auth or Authenticator())
     app = FastAPI(title="opcd teacher", version="1", lifespan=lifespan)
-
-    @app.exception_handler(RequestRefused)
-    async def _refused(_: Request, error: RequestRefused) -> JSONResponse:
-        headers = {} if error.retry_after_s is None else {"Retry-After": f"{error.retry_after_s:.1f}"}
-        return JSONResponse({"error": error.code, "message": str(error)}, error.status, headers)
-
-    @app.exception_handler(CodecError)
-    async def _undecodable(_: Request, error: CodecError) -> JSONResponse:
-        return JSONResponse({"error": "body", "message": str(error)}, 400)
+    app.add_exception_handler(RequestRefused, _refused)  # type: ignore[arg-type]
+    app.add_exception_handler(CodecError, _undecodable)  # type: ignore[arg-type]
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The process is alive."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
-    async def readyz() -> JSONResponse:
+    @app.get("/readyz", response_model=None)
+    async def readyz() -> Response:
         """Whether requests are taken: 200, or 503 while starting and draining."""
-        ready = service.scheduler is not None and not service.draining
-        return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+        return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+
+    @app.get("/metrics", response_model=None)
+    async def metrics(request: Request) -> Response:
+        """Prometheus text; a key of the tenant `operator` where there are tenants."""
+        return face.metrics(request)
 
     @app.get("/v1/info")
-    async def info() -> TeacherInfo:
+    async def info(request: Request) -> TeacherInfo:
         """Who this teacher is and what it can do."""
+        face.tenant(request)
         return service.info()
 
-    @app.put("/v1/contexts/{name}")
-    async def put_context(name: str, request: Request) -> JSONResponse:
-        """Store a context under its hash."""
-        if not _HASH.fullmatch(name):
-            raise RequestRefused(422, "hash", "a context's name is 64 lowercase hex digits")
-        body = await _read(request, service.info().max_body_bytes)
-        parent, ids = await _off_loop(decode_context, body, len(body))
-        context = service.put_context("anonymous", name, ids, parent)
-        return JSONResponse({"hash": context.hash, "tokens": int(context.ids.size)})
+    @app.put("/v1/contexts/{name}", response_model=None, openapi_extra=_binary("a context"))
+    async def put_context(name: str, request: Request) -> Response:
+        """Store a context under its hash. Putting it again changes nothing."""
+        return await face.put_context(name, request)
 
-    @app.post("/v1/score")
+    @app.post("/v1/score", response_model=None, openapi_extra=_binary("a score request"))
     async def score(request: Request) -> Response:
-        """Log-probabilities of given responses."""
-        body = await _read(request, service.info().max_body_bytes)
-        decoded = await _off_loop(decode_request, body, len(body))
-        del body
-        response = await service.score("anonymous", decoded)
-        size = sum(result.logprobs.nbytes for result in response.results if isinstance(result, ItemScore))
-        return Response(await _off_loop(encode_response, response, size), media_type=MEDIA_TYPE)
+        """Log-probabilities of given responses under their contexts."""
+        return await face.score(request)
 
     return app
 
 
-async def _read(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is known to be larger than `limit`."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise RequestRefused(413, "body", f"the body has {declared} bytes, at most {limit}")
-    chunks: list[bytes] = []
-    size = 0
+def _binary(what: str) -> dict[str, Any]:
+    schema = {"schema": {"type": "string", "format": "binary"}}
+    return {
+        "requestBody": {
+            "required": True,
+            "description": f"msgpack: {what}, laid out as docs/teacher-api.md says",
+            "content": {MEDIA_TYPE: schema},
+        }
+    }
+
+
+async def _refused(_: Request, error: RequestRefused) -> JSONResponse:
+    headers: dict[str, str] = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = f"{math.ceil(error.retry_after_s)}"
+    if error.status in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": error.code, "message": str(error)}, error.status, headers)
+
+
+async def _undecodable(_: Request, error: CodecError) -> JSONResponse:
+    return JSONResponse({"error": "body", "message": str(error)}, 400)
+
+
+def _deadline(request: Request) -> float:
+    text = request.headers.get(DEADLINE_HEADER)
+    if text is None:
+        return LONGEST_DEADLINE_S
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise RequestRefused(413, "body", f"the body has more than {limit} bytes")
-                chunks.append(chunk)
-    except TimeoutError as error:
-        raise RequestRefused(408, "body", f"the body was not complete after {BODY_TIMEOUT_S:.0f} s") from error
-    return b"".join(chunks)
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise RequestRefused(400, "deadline", f"{DEADLINE_HEADER} must be a positive number of seconds")
+    return min(seconds, LONGEST_DEADLINE_S)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise RequestRefused(499, "gone", "the client closed the connection")
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest()
 
 
 async def _off_loop(convert: Callable[..., T], value: object, size: int) -> T:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import httpx
 
-from common.codec import MEDIA_TYPE, CodecError, decode_response, encode_context, encode_request
+from common.codec import CodecError, decode_response, encode_context, encode_request
 from common.schema import (
     PROTOCOL_VERSION,
     Context,
@@ -26,32 +24,39 @@ from common.schema import (
     Trajectory,
 )
 from common.scoring import ScoringError, TeacherError
+from teacher_server.transport import Transport
 
-RETRIED_STATUS = frozenset({429, 502, 503, 504})
-FIRST_BACKOFF_S = 0.1
-LONGEST_BACKOFF_S = 5.0
 COALESCE_S = 0.005
 """How long a scorer waits for more finished answers before it sends a request."""
-REQUEST_TOKENS = 16_384
-"""Own tokens of one request of a scorer: small enough that several are in flight."""
+LOST_AFTER_S = 120.0
+"""How long a teacher may be out of reach (restarting, loading its model) before the run stops."""
+
+REPUT_ATTEMPTS = 3
+"""How often contexts are put again for one call: a server that evicts them faster is too small for its clients."""
+
+REQUEST_BYTES = 8 * 1024 * 1024
+"""Largest request of a scorer (about 10,000 tokens at k = 256): small enough that several are in flight."""
 
 
 class TeacherClient:
     """Talks to one teacher server. All methods raise TeacherError when the teacher is lost or refuses the run."""
 
-    def __init__(self, url: str, run: str, timeout_s: float, api_key: str | None = None) -> None:
-        """`timeout_s` is the deadline of each call, retries included."""
-        self.url = url.rstrip("/")
+    def __init__(
+        self,
+        url: str,
+        run: str,
+        timeout_s: float,
+        api_key: str | None = None,
+        *,
+        lost_after_s: float = LOST_AFTER_S,
+        ca_file: str | None = None,
+    ) -> None:
+        """`timeout_s` is the deadline of each call, retries included; see `Transport` for the others."""
         self.run = run
-        self._timeout_s = timeout_s
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._http = httpx.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            timeout=httpx.Timeout(timeout_s, connect=10.0),
-            limits=httpx.Limits(max_connections=64, max_keepalive_connections=16),
-            trust_env=False,
+        self._transport = Transport(
+            url, timeout_s=timeout_s, lost_after_s=lost_after_s, api_key=api_key, ca_file=ca_file
         )
+        self.url = self._transport.url
         self._contexts: dict[str, Context] = {}
 
     async def info(self) -> TeacherInfo:
@@ -79,83 +84,56 @@ class TeacherClient:
 
     async def score(self, items: Sequence[ScoreItem], mode: ScoreMode, temperature: float, k: int) -> ScoreResponse:
         """Score `items`; contexts that this client was given and the server has lost are put again."""
-        response = await self._score(ScoreRequest(uuid.uuid4().hex, self.run, mode, temperature, k, tuple(items)))
-        lost = [
-            i
-            for i, result in enumerate(response.results)
-            if isinstance(result, ItemError) and result.code == "unknown_context" and items[i].context in self._contexts
-        ]
-        if not lost:
-            return response
-        for name in {items[i].context for i in lost}:
-            assert name is not None
-            await self.put_context(self._contexts[name])
-        again = await self._score(
-            ScoreRequest(uuid.uuid4().hex, self.run, mode, temperature, k, tuple(items[i] for i in lost))
-        )
-        if (again.model_fingerprint, again.weight_version) != (response.model_fingerprint, response.weight_version):
-            # The server was replaced in between: the caller must see one identity per response.
-            return await self.score(items, mode, temperature, k)
-        results = list(response.results)
-        for i, result in zip(lost, again.results, strict=True):
-            results[i] = result
-        return replace(response, results=tuple(results))
+        response = await self._score(mode, temperature, k, items)
+        for _ in range(REPUT_ATTEMPTS):
+            lost = self._lost(items, response)
+            if not lost:
+                break
+            for name in {items[i].context for i in lost}:
+                assert name is not None
+                await self.put_context(self._contexts[name])
+            again = await self._score(mode, temperature, k, [items[i] for i in lost])
+            if _identity(again) != _identity(response):
+                # The server was replaced in between: one response must have one identity.
+                response = await self._score(mode, temperature, k, items)
+                continue
+            results = list(response.results)
+            for i, result in zip(lost, again.results, strict=True):
+                results[i] = result
+            response = replace(response, results=tuple(results))
+        return response
 
     async def close(self) -> None:
         """Let go of the connections."""
-        await self._http.aclose()
+        await self._transport.close()
 
-    # --- HTTP -------------------------------------------------------------------------------------------------------
-
-    async def _score(self, request: ScoreRequest) -> ScoreResponse:
+    async def _score(self, mode: ScoreMode, temperature: float, k: int, items: Sequence[ScoreItem]) -> ScoreResponse:
+        request = ScoreRequest(uuid.uuid4().hex, self.run, mode, temperature, k, tuple(items))
         reply = await self._send("POST", "/v1/score", encode_request(request))
         try:
             response = decode_response(reply.content)
         except CodecError as error:
             raise TeacherError(f"{self.url} answered what is not a score: {error}") from error
-        if response.request_id != request.request_id or len(response.results) != len(request.items):
+        if response.request_id != request.request_id or len(response.results) != len(items):
             raise TeacherError(f"{self.url} answered another request than the one that was sent")
         return response
 
+    def _lost(self, items: Sequence[ScoreItem], response: ScoreResponse) -> list[int]:
+        """Numbers of the items whose context the server does not have and this client does."""
+        return [
+            i
+            for i, (item, result) in enumerate(zip(items, response.results, strict=True))
+            if isinstance(result, ItemError) and result.code == "unknown_context" and item.context in self._contexts
+        ]
+
     async def _put(self, context: Context, parent: Context | None) -> httpx.Response:
         body = encode_context(context, parent_tokens=0 if parent is None else int(parent.ids.size))
-        return await self._attempt("PUT", f"/v1/contexts/{context.hash}", body)
+        return await self._transport.send("PUT", f"/v1/contexts/{context.hash}", body)
 
     async def _send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
-        reply = await self._attempt(method, path, body)
+        reply = await self._transport.send(method, path, body)
         _raise_for(reply, self.url)
         return reply
-
-    async def _attempt(self, method: str, path: str, body: bytes | None) -> httpx.Response:
-        """Send until there is an answer that is not "try again", or the deadline has passed.
-
-        Every call may be repeated: contexts are immutable and scoring changes nothing.
-        """
-        deadline = time.monotonic() + self._timeout_s
-        backoff = FIRST_BACKOFF_S
-        headers = {} if body is None else {"Content-Type": MEDIA_TYPE}
-        while True:
-            left = deadline - time.monotonic()
-            wait, why = 0.0, ""
-            try:
-                reply = await self._http.request(
-                    method, path, content=body, headers=headers, timeout=httpx.Timeout(left, connect=min(10.0, left))
-                )
-            except httpx.TransportError as error:
-                why = f"{type(error).__name__} {error}".strip()
-            else:
-                if reply.status_code not in RETRIED_STATUS:
-                    return reply
-                why = f"HTTP {reply.status_code}"
-                wait = _retry_after(reply)
-            wait = max(wait, backoff) * random.uniform(0.75, 1.25)
-            if time.monotonic() + wait >= deadline:
-                raise TeacherError(
-                    f"the teacher at {self.url} gave no answer to {method} {path} in {self._timeout_s:g} s "
-                    f"(last: {why}); start it again, or raise teacher.request_timeout_s"
-                )
-            await asyncio.sleep(wait)
-            backoff = min(2 * backoff, LONGEST_BACKOFF_S)
 
 
 def handshake(
@@ -206,7 +184,9 @@ class TeacherScorerFactory:
     temperature: float
     k: int
     timeout_s: float
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    ca_file: str | None = None
+    lost_after_s: float = LOST_AFTER_S
 
     def __call__(self) -> TeacherScorer:
         """A scorer of this process."""
@@ -219,8 +199,10 @@ class _Waiting:
     future: asyncio.Future[tuple[ItemScore | ItemError, ScoreResponse]]
 
     @property
-    def tokens(self) -> int:
-        return int(self.item.prompt_ids.size + self.item.response_ids.size)
+    def size(self) -> int:
+        """Bytes on the wire, at most."""
+        support = 0 if self.item.topk_ids is None else self.item.topk_ids.size
+        return 256 + 3 * int(self.item.prompt_ids.size + self.item.response_ids.size + support)
 
 
 class TeacherScorer:
@@ -228,7 +210,14 @@ class TeacherScorer:
 
     def __init__(self, factory: TeacherScorerFactory) -> None:
         self._factory = factory
-        self._client = TeacherClient(factory.url, factory.run, factory.timeout_s, factory.api_key)
+        self._client = TeacherClient(
+            factory.url,
+            factory.run,
+            factory.timeout_s,
+            factory.api_key,
+            lost_after_s=factory.lost_after_s,
+            ca_file=factory.ca_file,
+        )
         self._waiting: list[_Waiting] = []
         self._flush: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[None]] = set()
@@ -287,14 +276,15 @@ class TeacherScorer:
     def _groups(self, waiting: list[_Waiting]) -> list[list[_Waiting]]:
         """Requests within the teacher's limits; a single answer is never split."""
         info = self._factory.expected_info
+        most = min(REQUEST_BYTES, info.max_body_bytes)
         groups: list[list[_Waiting]] = []
-        tokens = 0
+        size = 0
         for entry in waiting:
-            if not groups or len(groups[-1]) >= info.max_items or tokens + entry.tokens > REQUEST_TOKENS:
+            if not groups or len(groups[-1]) >= info.max_items or size + entry.size > most:
                 groups.append([])
-                tokens = 0
+                size = 0
             groups[-1].append(entry)
-            tokens += entry.tokens
+            size += entry.size
         return groups
 
     async def _send(self, group: list[_Waiting]) -> None:
@@ -331,6 +321,10 @@ class TeacherScorer:
             )
 
 
+def _identity(response: ScoreResponse) -> tuple[str, int]:
+    return response.model_fingerprint, response.weight_version
+
+
 def _raise_for(reply: httpx.Response, url: str) -> None:
     if reply.status_code < 400:
         return
@@ -340,13 +334,6 @@ def _raise_for(reply: httpx.Response, url: str) -> None:
     except (ValueError, KeyError, TypeError):
         text = reply.text[:200]
     raise TeacherError(f"the teacher at {url} refused with HTTP {reply.status_code}: {text}")
-
-
-def _retry_after(reply: httpx.Response) -> float:
-    try:
-        return min(60.0, float(reply.headers.get("Retry-After", "0")))
-    except ValueError:
-        return 0.0
 
 
 def _first_line(error: Exception) -> str:

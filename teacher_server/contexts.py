@@ -103,6 +103,11 @@ class Located:
     context: Context
     parents: tuple[Context, ...] = ()
 
+    @property
+    def name(self) -> Name:
+        """What the context is stored under."""
+        return self.tenant, self.context.hash
+
 
 @dataclass(slots=True, eq=False)
 class _Entry:
@@ -142,6 +147,10 @@ class PrefixCache:
         """Whether the state of `context` can be held at all."""
         return self._backend.prefix_bytes(int(context.ids.size)) <= self._max_bytes
 
+    def holds(self, located: Located) -> bool:
+        """Whether the state is here (may be asked from any thread; true only for the moment)."""
+        return self._key(located.tenant, located.context) in self._entries
+
     @contextmanager
     def pinned(self) -> Iterator[Pins]:
         """A scope in which acquired states stay; all of them are let go at its end."""
@@ -161,7 +170,7 @@ class PrefixCache:
             self.counts.misses += 1
             entry = self._compute(located)
         entry.pins += 1
-        self._touch(entry)
+        self._entries.move_to_end(entry.key)
         return entry
 
     def _compute(self, located: Located) -> _Entry:
@@ -209,10 +218,6 @@ class PrefixCache:
         if entry.parent is not None:
             entry.parent.children -= 1
 
-    def _touch(self, entry: _Entry) -> None:
-        """Most recently used, after its ancestors: they are dropped after their children anyway."""
-        self._entries.move_to_end(entry.key)
-
     def _key(self, tenant: str, context: Context) -> tuple[str, str, int]:
         return tenant, context.hash, self._backend.weight_version
 
@@ -229,10 +234,9 @@ class Pins:
 
     def state(self, located: Located) -> Any:
         """The state of `located`, pinned until the scope ends. Raises CacheFull."""
-        name = (located.tenant, located.context.hash)
-        if name not in self._entries:
-            self._entries[name] = self._cache.acquire(located)
-        return self._entries[name].state
+        if located.name not in self._entries:
+            self._entries[located.name] = self._cache.acquire(located)
+        return self._entries[located.name].state
 
     def release(self) -> None:
         """Let all of them go."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from common.schema import ItemError, ItemScore
 from teacher_server.backends.base import Backend, Work
-from teacher_server.contexts import CacheCounts, CacheFull, Located, PrefixCache
+from teacher_server.contexts import CacheFull, Located, PrefixCache
 from teacher_server.fair_queue import FairQueue
 
 log = logging.getLogger(__name__)
@@ -47,13 +47,20 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
-    """What one batch was: for metrics, for accounting and for the estimate of Retry-After."""
+    """What one batch was: for metrics, for accounting and for the estimate of Retry-After.
 
-    items: int
-    own_tokens: int
+    `context_tokens` were computed for contexts, by (tenant, run) of the item that needed them first.
+    """
+
+    jobs: Sequence[Job]
+    began: float
     seconds: float
-    queued_s: tuple[tuple[str, str, float], ...]
     context_tokens: dict[tuple[str, str], int]
+
+    @property
+    def own_tokens(self) -> int:
+        """Prompt and response tokens of the batch."""
+        return sum(job.work.own_tokens for job in self.jobs)
 
 
 class Scheduler:
@@ -68,6 +75,7 @@ class Scheduler:
         max_queued_tokens: int,
         context_cache_bytes: int,
         thread_setup: Callable[[], None] | None = None,
+        on_batch: Callable[[BatchReport], None] = lambda _: None,
     ) -> None:
         self._backend = backend
         self._batch_tokens = batch_tokens
@@ -76,11 +84,12 @@ class Scheduler:
         self.cache = PrefixCache(backend, context_cache_bytes)
         self.queue: FairQueue[Job] = FairQueue()
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "teacher", initializer=thread_setup or _nothing)
+        self._thread = ThreadPoolExecutor(1, "teacher", initializer=thread_setup or (lambda: None))
         self._loop_task: asyncio.Task[None] | None = None
         self._tokens_per_s = 1000.0
         self._stopping = False
-        self.on_batch: list[Callable[[BatchReport], None]] = []
+        self.running_items = 0
+        self._on_batch = on_batch
 
     # --- on the event loop ------------------------------------------------------------------------------------------
 
@@ -127,14 +136,12 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         while await self._wait_for_work():
             jobs = self._take()
-            try:
-                report, results = await loop.run_in_executor(self._thread, self._compute, jobs)
-            except Exception as error:  # whatever the backend raises must reach the callers, not end the loop
-                log.exception("a batch of %d items failed", len(jobs))
-                failed = ItemError(code="internal", message=f"the backend failed: {type(error).__name__}")
-                results = [failed] * len(jobs)
-            else:
-                self._account(report)
+            if not jobs:
+                continue
+            self.running_items = len(jobs)
+            report, results = await loop.run_in_executor(self._thread, self._compute_safely, jobs)
+            self.running_items = 0
+            self._account(report)
             for job, result in zip(jobs, results, strict=True):
                 if not job.future.done():
                     job.future.set_result(result)
@@ -146,6 +153,8 @@ class Scheduler:
                 return False
             self._arrived.clear()
             await self._arrived.wait()
+        if self.queue.tokens >= self._batch_tokens:
+            return True
         deadline = min(job.queued_at for job in self.queue) + self._window_s
         while self.queue.tokens < self._batch_tokens and (left := deadline - time.monotonic()) > 0:
             self._arrived.clear()
@@ -156,13 +165,19 @@ class Scheduler:
         return True
 
     def _take(self) -> list[Job]:
+        """The next batch: at least one item, then as many as the budget holds, contexts to be computed included."""
         jobs: list[Job] = []
         tokens = 0
+        new: set[tuple[str, str]] = set()
         while self.queue and (not jobs or tokens + self.queue.peek_tokens() <= self._batch_tokens):
             job = self.queue.pop()
-            if not job.future.done():
-                jobs.append(job)
-                tokens += job.work.own_tokens
+            if job.future.done():
+                continue
+            jobs.append(job)
+            tokens += job.work.own_tokens
+            if job.located is not None and job.located.name not in new and not self.cache.holds(job.located):
+                new.add(job.located.name)
+                tokens += int(job.located.context.ids.size)
         return jobs
 
     def _account(self, report: BatchReport) -> None:
@@ -171,10 +186,22 @@ class Scheduler:
         spent = report.own_tokens + sum(report.context_tokens.values())
         if report.seconds > 0 and spent:
             self._tokens_per_s += 0.2 * (spent / report.seconds - self._tokens_per_s)
-        for listener in self.on_batch:
-            listener(report)
+        self._on_batch(report)
 
     # --- on the thread ----------------------------------------------------------------------------------------------
+
+    def _compute_safely(self, jobs: list[Job]) -> tuple[BatchReport, list[ItemScore | ItemError]]:
+        """A batch that fails is tried item by item: one bad item must not take its neighbours, or the server, along."""
+        try:
+            return self._compute(jobs)
+        except Exception as error:
+            log.exception("a batch of %d items failed", len(jobs))
+            if len(jobs) == 1:
+                failed = ItemError(code="internal", message=f"the backend failed: {type(error).__name__}")
+                return BatchReport(jobs, time.monotonic(), 0.0, {}), [failed]
+        began = time.monotonic()
+        results = [self._compute_safely([job])[1][0] for job in jobs]
+        return BatchReport(jobs, began, time.monotonic() - began, {}), results
 
     def _compute(self, jobs: list[Job]) -> tuple[BatchReport, list[ItemScore | ItemError]]:
         """Score a batch, in several passes where its contexts do not fit into the cache together."""
@@ -198,20 +225,4 @@ class Scheduler:
                         account = (job.tenant, job.run)
                         context_tokens[account] = context_tokens.get(account, 0) + spent
                 results += self._backend.score(works)
-        return (
-            BatchReport(
-                items=len(jobs),
-                own_tokens=sum(job.work.own_tokens for job in jobs),
-                seconds=time.monotonic() - began,
-                queued_s=tuple((job.tenant, job.run, began - job.queued_at) for job in jobs),
-                context_tokens=context_tokens,
-            ),
-            results,
-        )
-
-
-def _nothing() -> None:
-    return
-
-
-__all__ = ["BatchReport", "CacheCounts", "Job", "QueueFull", "Scheduler"]
+        return BatchReport(jobs, began, time.monotonic() - began, context_tokens), results

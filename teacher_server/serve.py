@@ -6,7 +6,8 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -18,8 +19,10 @@ from common.config import TeacherConfig, TeacherServerConfig
 from common.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
 from common.scoring import TeacherError
 from teacher_server.app import create_app
+from teacher_server.auth import Authenticator, authenticator
 from teacher_server.backends.base import BackendError
 from teacher_server.backends.transformers import TransformersBackend
+from teacher_server.http_limits import LimitedHttpProtocol
 from teacher_server.service import TeacherService, TokenizerIdentity
 
 log = logging.getLogger(__name__)
@@ -57,27 +60,28 @@ class RunningServer:
         self._thread.join(timeout_s)
 
 
-def start_in_thread(service: TeacherService, config: TeacherConfig) -> RunningServer:
+def start_in_thread(service: TeacherService, config: TeacherConfig, auth: Authenticator) -> RunningServer:
     """Serve `service` from a new thread; returns when requests are taken. Raises TeacherError."""
     listener = _listen(config)
-    server = _server(service, config)
+    server = _server(service, config, auth)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="teacher-http", daemon=True)
     thread.start()
     while not server.started:
         thread.join(0.01)
         if not thread.is_alive():
             raise TeacherError("the teacher's HTTP server stopped while it was starting; its log says why")
-    return RunningServer(_url(config.host, listener), server, thread)
+    return RunningServer(_url(config, listener), server, thread)
 
 
 def serve(config: TeacherServerConfig, *, announce: Callable[[str], None] = print) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was begun and return. Port 0 takes a free one."""
     section = config.teacher
+    auth = authenticator(section.host, section.keys_file, allow_anonymous=section.allow_anonymous)
     service = build_service(section)
     listener = _listen(section)
-    server = _server(service, section)
+    server = _server(service, section, auth)
     info = service.info()
-    announce(f"teacher {info.model} ({info.backend}, {info.dtype}) at {_url(section.host, listener)}")
+    announce(f"teacher {info.model} ({info.backend}, {info.dtype}) at {_url(section, listener)}")
 
     def leave(_: int, __: FrameType | None) -> None:
         server.should_exit = True
@@ -90,19 +94,21 @@ def serve(config: TeacherServerConfig, *, announce: Callable[[str], None] = prin
 class _Server(uvicorn.Server):
     """Leaves signals alone: uvicorn would raise them again after draining, and the exit code would not be 0."""
 
-    def install_signal_handlers(self) -> None:
-        return
-
-    def capture_signals(self):  # type: ignore[no-untyped-def]
-        from contextlib import nullcontext
-
-        return nullcontext()
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Nothing to capture."""
+        yield
 
 
-def _server(service: TeacherService, config: TeacherConfig) -> uvicorn.Server:
+def _server(service: TeacherService, config: TeacherConfig, auth: Authenticator) -> uvicorn.Server:
     return _Server(
         uvicorn.Config(
-            create_app(service),
+            create_app(service, auth),
+            http=LimitedHttpProtocol,
+            ws="none",
+            ssl_certfile=config.tls_certificate,
+            ssl_keyfile=config.tls_key,
+            server_header=False,
             host=config.host,
             port=config.port,
             log_level="warning",
@@ -128,9 +134,10 @@ def _listen(config: TeacherConfig) -> socket.socket:
     return listener
 
 
-def _url(host: str, listener: socket.socket) -> str:
+def _url(config: TeacherConfig, listener: socket.socket) -> str:
+    host = config.host
     name = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
-    return f"http://{name}:{listener.getsockname()[1]}"
+    return f"{'http' if config.tls_certificate is None else 'https'}://{name}:{listener.getsockname()[1]}"
 
 
 def _thread_setup(threads: int | None) -> Callable[[], None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.config import TeacherConfig
@@ -12,6 +13,7 @@ from common.schema import (
     Ids,
     ItemError,
     ItemScore,
+    ScoreItem,
     ScoreRequest,
     ScoreResponse,
     TeacherInfo,
@@ -19,7 +21,8 @@ from common.schema import (
 from teacher_server.backends.base import Backend, Work
 from teacher_server.checks import RequestRefused, check_item, check_request
 from teacher_server.contexts import ContextRefused, ContextStore, Located
-from teacher_server.scheduler import QueueFull, Scheduler
+from teacher_server.metrics import Metrics
+from teacher_server.scheduler import BatchReport, QueueFull, Scheduler
 
 CONTEXT_IDS_BYTES = 256 * 1024 * 1024
 """Bound on the tokens of stored contexts (their states have a bound of their own)."""
@@ -48,28 +51,39 @@ class TeacherService:
         self._config = config
         self._identity = identity
         self._longest = min(config.max_sequence_tokens or backend.max_sequence_tokens, backend.max_sequence_tokens)
-        self.contexts = ContextStore(identity.tokenizer, max_tokens=self._longest, max_bytes=CONTEXT_IDS_BYTES)
         self._thread_setup = thread_setup
-        self.scheduler: Scheduler | None = None
-        self.draining = False
+        self._scheduler: Scheduler | None = None
+        self._draining = False
+        self.contexts = ContextStore(identity.tokenizer, max_tokens=self._longest, max_bytes=CONTEXT_IDS_BYTES)
+        self.metrics = Metrics()
 
     def start(self) -> None:
         """Begin to take requests."""
-        self.scheduler = Scheduler(
+        self._scheduler = Scheduler(
             self._backend,
             batch_tokens=self._config.batch_tokens,
             window_s=self._config.batch_window_ms / 1000,
             max_queued_tokens=self._config.max_queued_tokens,
             context_cache_bytes=self._config.context_cache_bytes,
             thread_setup=self._thread_setup,
+            on_batch=self._observe,
         )
-        self.scheduler.start()
+        self._scheduler.start()
 
     async def stop(self) -> None:
         """Take nothing more, finish what is queued."""
-        self.draining = True
-        if self.scheduler is not None:
-            await self.scheduler.stop()
+        self.drain()
+        if self._scheduler is not None:
+            await self._scheduler.stop()
+
+    def drain(self) -> None:
+        """Refuse new requests from here on."""
+        self._draining = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._scheduler is not None and not self._draining
 
     def info(self) -> TeacherInfo:
         """The handshake."""
@@ -83,7 +97,7 @@ class TeacherService:
             backend=backend.name,
             dtype=backend.dtype,
             vocab_size=backend.vocab_size,
-            max_k=config.max_k,
+            max_k=min(config.max_k, backend.vocab_size),
             max_sequence_tokens=self._longest,
             max_items=config.max_items,
             max_body_bytes=config.max_body_bytes,
@@ -100,39 +114,91 @@ class TeacherService:
             status = 404 if error.code == "unknown_parent" else 422
             raise RequestRefused(status, error.code, str(error)) from error
 
-    async def score(self, tenant: str, request: ScoreRequest) -> ScoreResponse:
-        """Score the items that can be scored, say of the others why not; raises RequestRefused for the whole."""
-        if self.draining or self.scheduler is None:
+    async def score(self, tenant: str, request: ScoreRequest, *, deadline_s: float | None = None) -> ScoreResponse:
+        """Score the items that can be scored, say of the others why not; raises RequestRefused for the whole.
+
+        After `deadline_s` the items leave the queue and the request is refused: nobody waits for it any more.
+        """
+        scheduler = self._scheduler
+        if scheduler is None or self._draining:
             raise RequestRefused(503, "draining", "this teacher is shutting down", retry_after_s=1.0)
-        check_request(request, self.info())
-        results: list[ItemScore | ItemError | None] = []
+        info = self.info()
+        check_request(request, info)
+        faults, works = self._prepare(tenant, request, info, scheduler)
+        try:
+            async with asyncio.timeout(deadline_s):
+                scored = iter(await scheduler.submit(tenant, request.run, works) if works else ())
+        except QueueFull as error:
+            raise RequestRefused(429, "busy", str(error), retry_after_s=error.retry_after_s) from error
+        except TimeoutError as error:
+            raise RequestRefused(504, "deadline", f"not scored within the {deadline_s:g} s asked for") from error
+        results = tuple(next(scored) if fault is None else fault for fault in faults)
+        self._count(tenant, request, results)
+        return ScoreResponse(
+            request_id=request.request_id,
+            model_fingerprint=self._backend.model_fingerprint,
+            weight_version=self._backend.weight_version,
+            results=results,
+        )
+
+    def render_metrics(self) -> bytes:
+        """Prometheus text, gauges brought up to date."""
+        if self._scheduler is not None:
+            cache = self._scheduler.cache
+            self.metrics.queued_tokens.set(self._scheduler.queue.tokens)
+            self.metrics.cache_bytes.set(cache.nbytes)
+            self.metrics.cache_hits.set(cache.counts.hits)
+            self.metrics.cache_misses.set(cache.counts.misses)
+            self.metrics.cache_evictions.set(cache.counts.evictions)
+        return self.metrics.render()
+
+    def _prepare(
+        self, tenant: str, request: ScoreRequest, info: TeacherInfo, scheduler: Scheduler
+    ) -> tuple[list[ItemError | None], list[tuple[Work, Located | None]]]:
+        """Per item its fault or None; the work of those without one."""
+        faults: list[ItemError | None] = []
         works: list[tuple[Work, Located | None]] = []
         for item in request.items:
-            located = self._locate(tenant, item.context)
+            located = self._locate(tenant, item)
             context = None if located is None else located.context
-            fault = check_item(item, context, request, self.info(), self._backend)
-            if fault is None and context is not None and not self.scheduler.cache.fits(context):
+            fault = check_item(item, context, request, info, self._backend)
+            if fault is None and context is not None and not scheduler.cache.fits(context):
                 fault = ItemError(
                     "too_long",
                     f"the cache of a context of {context.ids.size} tokens takes more than "
                     f"teacher.context_cache_bytes={self._config.context_cache_bytes}",
                 )
-            results.append(fault)
+            faults.append(fault)
             if fault is None:
                 works.append((Work(item, None, request.mode, request.temperature, request.k), located))
-        try:
-            scored = iter(await self.scheduler.submit(tenant, request.run, works)) if works else iter(())
-        except QueueFull as error:
-            raise RequestRefused(429, "busy", str(error), retry_after_s=error.retry_after_s) from error
-        return ScoreResponse(
-            request_id=request.request_id,
-            model_fingerprint=self._backend.model_fingerprint,
-            weight_version=self._backend.weight_version,
-            results=tuple(next(scored) if result is None else result for result in results),
-        )
+        return faults, works
 
-    def _locate(self, tenant: str, name: str | None) -> Located | None:
-        if name is None:
-            return None
-        context = self.contexts.get(tenant, name)
+    def _locate(self, tenant: str, item: ScoreItem) -> Located | None:
+        context = None if item.context is None else self.contexts.get(tenant, item.context)
         return None if context is None else Located(tenant, context, self.contexts.parents(tenant, context))
+
+    def _observe(self, report: BatchReport) -> None:
+        metrics = self.metrics
+        needed: dict[str, int] = {}
+        metrics.batch_items.observe(len(report.jobs))
+        metrics.batch_tokens.observe(report.own_tokens)
+        metrics.batch_s.observe(report.seconds)
+        for job in report.jobs:
+            label = metrics.run(job.tenant, job.run)
+            metrics.queue_s.observe(report.began - job.queued_at)
+            metrics.tokens_computed.labels(label).inc(job.work.own_tokens)
+            if job.located is not None:
+                needed[label] = needed.get(label, 0) + int(job.located.context.ids.size)
+        computed = {metrics.run(*account): tokens for account, tokens in report.context_tokens.items()}
+        for label, tokens in needed.items():
+            metrics.context_computed.labels(label).inc(computed.get(label, 0))
+            metrics.context_saved.labels(label).inc(max(0, tokens - computed.get(label, 0)))
+
+    def _count(self, tenant: str, request: ScoreRequest, results: Sequence[ItemScore | ItemError]) -> None:
+        label = self.metrics.run(tenant, request.run)
+        for result in results:
+            if isinstance(result, ItemError):
+                self.metrics.rejected.labels(label, result.code).inc()
+            else:
+                self.metrics.tokens_scored.labels(label).inc(result.sampled_logprob.size)
+                self.metrics.floored.labels(label).inc(result.floored)

@@ -1,0 +1,64 @@
+"""What ``/metrics`` shows. One registry per server, so that several can live in one process."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+MAX_RUNS = 500
+"""Runs with series of their own; those that come later share the name ``other``."""
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+_TOKENS = (16, 64, 256, 1024, 4096, 16_384, 65_536)
+
+
+class Metrics:
+    """All series of one server. `run` labels are ``tenant/run``."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._runs: set[str] = set()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"opcd_teacher_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"opcd_teacher_{name}", text, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"opcd_teacher_{name}", text, registry=self.registry, buckets=buckets)
+
+        self.requests = counter("requests", "Score requests, by HTTP status.", "run", "status")
+        self.rejected = counter("rejected", "Requests and items not scored, by reason.", "run", "reason")
+        self.tokens_scored = counter("tokens_scored", "Response tokens scored.", "run")
+        self.tokens_computed = counter("tokens_computed", "Prompt and response tokens run through the model.", "run")
+        self.context_computed = counter("context_tokens_computed", "Context tokens run through the model.", "run")
+        self.context_saved = counter(
+            "context_tokens_saved", "Context tokens that scoring without a cache would have run again.", "run"
+        )
+        self.floored = counter("values_floored", "Log-probabilities clamped to the floor.", "run")
+        self.bytes_in = counter("bytes_in", "Bytes of request bodies.", "run")
+        self.bytes_out = counter("bytes_out", "Bytes of replies.", "run")
+        self.repeated = counter("requests_repeated", "Requests answered from an earlier or running computation.", "run")
+        self.queue_s = histogram("queue_seconds", "From arrival of an item to the start of its batch.", _SECONDS)
+        self.batch_s = histogram("batch_seconds", "Duration of a batch.", _SECONDS)
+        self.batch_items = histogram("batch_items", "Items of a batch.", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
+        self.batch_tokens = histogram("batch_tokens", "Prompt and response tokens of a batch.", _TOKENS)
+        self.queued_tokens = gauge("queued_tokens", "Tokens that wait.")
+        self.cache_hits = gauge("context_cache_hits", "Look-ups of a context's state that found it.")
+        self.cache_misses = gauge("context_cache_misses", "Look-ups of a context's state that computed it.")
+        self.cache_evictions = gauge("context_cache_evictions", "States that made room for others.")
+        self.cache_bytes = gauge("context_cache_bytes", "Memory of the contexts' states.")
+        self.body_bytes = gauge("body_bytes", "Memory of the request bodies being worked on.")
+
+    def run(self, tenant: str, run: str) -> str:
+        """The label of a run; names that clients make up cannot grow the registry without bound."""
+        label = f"{tenant}/{run}"
+        if label not in self._runs:
+            if len(self._runs) >= MAX_RUNS:
+                return "other"
+            self._runs.add(label)
+        return label
+
+    def render(self) -> bytes:
+        """Prometheus text format."""
+        return generate_latest(self.registry)

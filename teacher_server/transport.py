@@ -1,0 +1,133 @@
+"""HTTP to a teacher: retries with jitter on safe errors, back-pressure, a circuit breaker, one deadline over all."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from dataclasses import dataclass, field
+
+import httpx
+
+from common.codec import MEDIA_TYPE
+from common.scoring import TeacherError
+
+RETRIED_STATUS = frozenset({408, 429, 502, 503, 504})
+FIRST_BACKOFF_S = 0.1
+LONGEST_BACKOFF_S = 5.0
+CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass
+class Breaker:
+    """After `threshold` failures in a row one caller at a time tries, the others wait for what it finds out."""
+
+    threshold: int = 3
+    failures: int = 0
+    down_since: float | None = None
+    probe: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def open(self) -> bool:
+        """Whether the server counts as down."""
+        return self.failures >= self.threshold
+
+    def failed(self) -> None:
+        """The server could not be reached."""
+        self.failures += 1
+        if self.down_since is None:
+            self.down_since = time.monotonic()
+
+    def succeeded(self) -> None:
+        """The server answered, whatever it said."""
+        self.failures, self.down_since = 0, None
+
+    @property
+    def down_s(self) -> float:
+        """Since when nothing got through."""
+        return 0.0 if self.down_since is None else time.monotonic() - self.down_since
+
+
+class Transport:
+    """Sends requests that may all be repeated: contexts are immutable, scoring changes nothing.
+
+    Raises TeacherError when a call's deadline has passed, or the server was out of reach for `lost_after_s`.
+    """
+
+    def __init__(
+        self, url: str, *, timeout_s: float, lost_after_s: float, api_key: str | None = None, ca_file: str | None = None
+    ) -> None:
+        """`timeout_s` is the deadline of each call, retries included."""
+        self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._lost_after_s = lost_after_s
+        self._breaker = Breaker()
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            limits=httpx.Limits(max_connections=64, max_keepalive_connections=16),
+            verify=True if ca_file is None else ssl.create_default_context(cafile=ca_file),
+            trust_env=False,
+        )
+
+    async def send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
+        """The first answer that is not "try again"; its status may still be an error."""
+        deadline = time.monotonic() + self._timeout_s
+        backoff = FIRST_BACKOFF_S
+        while True:
+            reply, why = await self._try(method, path, body, deadline)
+            if reply is not None and reply.status_code not in RETRIED_STATUS:
+                return reply
+            asked = 0.0 if reply is None else _retry_after(reply)
+            wait = max(asked, backoff) * random.uniform(0.75, 1.25)
+            if self._breaker.down_s > self._lost_after_s:
+                raise TeacherError(
+                    f"the teacher at {self.url} is out of reach since {self._breaker.down_s:.0f} s ({why}): "
+                    "start it again and resume the run"
+                )
+            if time.monotonic() + wait >= deadline:
+                raise TeacherError(
+                    f"the teacher at {self.url} gave no answer to {method} {path} in {self._timeout_s:g} s "
+                    f"(last: {why}): it is down or too busy; start it again, or raise teacher.request_timeout_s"
+                )
+            await asyncio.sleep(wait)
+            backoff = min(2 * backoff, LONGEST_BACKOFF_S)
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._http.aclose()
+
+    async def _try(
+        self, method: str, path: str, body: bytes | None, deadline: float
+    ) -> tuple[httpx.Response | None, str]:
+        """One attempt: (answer or None, why it is not the last one)."""
+        if self._breaker.open:
+            async with self._breaker.probe:
+                return await self._attempt(method, path, body, deadline)
+        return await self._attempt(method, path, body, deadline)
+
+    async def _attempt(
+        self, method: str, path: str, body: bytes | None, deadline: float
+    ) -> tuple[httpx.Response | None, str]:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None, "no time left"
+        headers = {"X-Deadline-S": f"{left:.3f}"}
+        if body is not None:
+            headers["Content-Type"] = MEDIA_TYPE
+        timeout = httpx.Timeout(left, connect=min(CONNECT_TIMEOUT_S, left))
+        try:
+            reply = await self._http.request(method, path, content=body, headers=headers, timeout=timeout)
+        except httpx.TransportError as error:
+            self._breaker.failed()
+            return None, f"{type(error).__name__} {error}".strip()
+        self._breaker.succeeded()
+        return reply, f"HTTP {reply.status_code}"
+
+
+def _retry_after(reply: httpx.Response) -> float:
+    try:
+        return min(60.0, max(0.0, float(reply.headers.get("Retry-After", "0"))))
+    except ValueError:
+        return 0.0
