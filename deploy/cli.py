@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -148,4 +150,10 @@ def check_data(config: Config) -> str:
 
 def main() -> None:
     """Entry of the ``opcd`` script."""
+    # An environment that was not activated is not on PATH, and DeepSpeed calls the `ninja` that lies in it.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     app()
+
+
+if __name__ == "__main__":
+    main()
