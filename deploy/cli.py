@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides such as learner.lr=1e-5; null unsets a key."),
 ]
+
+TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Model(StrEnum):
@@ -103,6 +106,27 @@ def prepare(
     with known_errors(PrepareError):
         written = prepare_smollm2(folder)
     typer.echo(f"{folder}: {'written' if written else 'there already'}")
+
+
+@app.command()
+def key(
+    tenant: Annotated[str, typer.Argument(help="The team the key belongs to.")],
+    out: Annotated[
+        Path | None, typer.Option(help="New file for the key (teacher.key_file of a run); default: show it.")
+    ] = None,
+) -> None:
+    """Make a key for a teacher server. Prints the line for its teacher.keys_file: opcd key TEAM >> keys."""
+    from teacher_server.auth import new_key
+
+    secret, digest = new_key()
+    with known_errors(ConfigError, OSError):
+        if not TENANT.fullmatch(tenant):
+            raise ConfigError(f"tenant {tenant!r}: 1 to 64 letters, digits, dots, dashes and underscores")
+        if out is not None:
+            with open(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as stream:
+                stream.write(secret + "\n")
+    typer.echo(f"{tenant} {digest}")
+    typer.echo(f"the key, shown this once: {secret}" if out is None else f"the key is in {out}", err=True)
 
 
 @app.command()

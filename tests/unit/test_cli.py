@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from common.config import load_config
 from deploy.cli import app
+from teacher_server.auth import NotAuthorised, read_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,6 +121,29 @@ def test_every_prompt_that_does_not_fit_is_a_line_with_its_numbers(path: Path) -
 
 def test_a_checkpoint_that_is_none_is_one_line(path: Path, tmp_path: Path) -> None:
     assert "no model there" in refusal(opcd("evaluate", path, "--checkpoint", tmp_path))
+
+
+def test_a_new_key_opens_the_teacher_whose_file_holds_its_line(tmp_path: Path) -> None:
+    result = opcd("key", "team-a", "--out", tmp_path / "key")
+    assert result.exit_code == 0, result.output
+    secret = (tmp_path / "key").read_text().strip()
+    assert secret not in result.output
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "keys").write_text(result.stdout)
+    known = read_keys(tmp_path / "keys")
+    assert known.tenant(f"Bearer {secret}") == "team-a"
+    with pytest.raises(NotAuthorised):
+        known.tenant("Bearer another")
+
+
+def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("in use")
+    assert "File exists" in refusal(opcd("key", "team-a", "--out", tmp_path / "key"))
+    assert (tmp_path / "key").read_text() == "in use"
+
+
+def test_a_tenant_that_the_key_file_could_not_hold_is_refused() -> None:
+    assert "team a" in refusal(opcd("key", "team a"))
 
 
 def test_prepare_leaves_a_model_alone(tiny_model: Path) -> None:
