@@ -187,8 +187,8 @@ async def _refused(_: Request, error: RequestRefused) -> JSONResponse:
     headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = f"{math.ceil(error.retry_after_s)}"
-    if error.status in (408, 413):
-        headers["Connection"] = "close"  # the rest of the body is not waited for
+    if error.status == 408:
+        headers["Connection"] = "close"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"error": error.code, "message": str(error)}, error.status, headers)

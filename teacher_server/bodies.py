@@ -23,7 +23,6 @@ class BodyBudget:
     """Bytes of all bodies that are being read or worked on. One tenant holds at most half of it."""
 
     max_bytes: int
-    idle_s: float = IDLE_S
 
     def __post_init__(self) -> None:
         self.held = 0
@@ -55,10 +54,10 @@ class BodyBudget:
         chunks: list[bytes] = []
         size = 0
         stream = request.stream().__aiter__()
-        deadline = asyncio.get_running_loop().time() + self.idle_s + limit / SLOWEST_BYTES_PER_S
+        deadline = asyncio.get_running_loop().time() + IDLE_S + limit / SLOWEST_BYTES_PER_S
         while True:
             try:
-                async with asyncio.timeout(min(self.idle_s, deadline - asyncio.get_running_loop().time())):
+                async with asyncio.timeout(min(IDLE_S, deadline - asyncio.get_running_loop().time())):
                     chunk = await anext(stream)
             except StopAsyncIteration:
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)

@@ -1,0 +1,407 @@
+"""The whole teacher over HTTP on loopback: a real server, a real tiny model, the oracle in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from common.codec import decode_response, encode_request
+from common.schema import ItemError, ItemScore, ScoreRequest, as_ids
+from teacher_server.client import TeacherClient
+from tests.teacher_oracle import Oracle, assert_score
+from tests.teacher_running import KEYS, Running, items, post, put, request_of, running, scored, tokens
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model: Path) -> Iterator[Running]:
+    with running(tiny_model, max_items=64, max_body_bytes=4 * 1024 * 1024) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model: Path) -> Oracle:
+    return Oracle.load(tiny_model)
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+async def test_scores_are_a_plain_forward_pass(teacher: Running, oracle: Oracle) -> None:
+    """With and without context, with a parent, mixed lengths, cold and warm cache."""
+    root = teacher.context(tokens(1, 40))
+    leaf = teacher.context(tokens(1, 90), root)
+    assert (leaf.ids[:40] == root.ids).all()
+    by_name = {None: as_ids([]), root.hash: root.ids, leaf.hash: leaf.ids}
+    batch = [
+        *items(1, 3, context=leaf.hash),
+        *items(2, 2, prompt=30, response=1, context=root.hash),
+        *items(3, 2, prompt=1, response=50),
+        *items(4, 1, prompt=0, response=5, context=leaf.hash),
+        *items(5, 1, response=0),
+    ]
+    client = TeacherClient(teacher.url, "run", 30, KEYS["red"])
+    await client.put_context(root)
+    await client.put_context(leaf)
+    for _ in ("cold", "warm"):
+        response = await client.score(batch, "at_ids", 1.0, 8)
+        assert response.model_fingerprint == teacher.info.model_fingerprint
+        for item, result in zip(batch, response.results, strict=True):
+            assert isinstance(result, ItemScore)
+            if item.response_ids.size:
+                assert_score(result, oracle.logprobs(by_name[item.context], item.prompt_ids, item.response_ids), item)
+    await client.close()
+
+
+async def test_many_at_once_each_gets_its_own(teacher: Running, oracle: Oracle) -> None:
+    context = teacher.context(tokens(2, 33))
+    async with teacher.http() as http:
+        await put(http, context)
+        batches = [items(seed, 1 + seed % 3, response=1 + seed, context=context.hash) for seed in range(24)]
+        responses = await asyncio.gather(*(scored(http, batch, run=f"run-{n % 3}") for n, batch in enumerate(batches)))
+    for batch, response in zip(batches, responses, strict=True):
+        for item, result in zip(batch, response.results, strict=True):
+            assert isinstance(result, ItemScore)
+            assert_score(result, oracle.logprobs(context.ids, item.prompt_ids, item.response_ids), item)
+
+
+async def test_a_bad_item_leaves_the_others_answered(teacher: Running) -> None:
+    good = items(1, 1)[0]
+    bad = [
+        (items(2, 1, context="0" * 64)[0], "unknown_context"),
+        (items(3, 1, prompt=3000, response=1097)[0], "too_long"),
+        (items(4, 1, prompt=0)[0], "bad_shape"),
+    ]
+    for item, code in bad:
+        async with teacher.http() as http:
+            first, second, third = (await scored(http, [good, item, good])).results
+        assert isinstance(first, ItemScore)
+        assert isinstance(second, ItemError)
+        assert isinstance(third, ItemScore)
+        assert (second.code, bool(second.message)) == (code, True)
+
+
+async def test_ids_outside_the_vocabulary(teacher: Running) -> None:
+    item = items(1, 1)[0]
+    item.prompt_ids[0] = 512
+    async with teacher.http() as http:
+        (result,) = (await scored(http, [item])).results
+    assert isinstance(result, ItemError)
+    assert result.code == "bad_ids"
+    assert "512" in result.message
+
+
+async def test_a_backend_that_fails_takes_only_the_item_along(teacher: Running) -> None:
+    poison = items(9, 1, response=13)[0]
+    teacher.gate.fails = lambda batch: any(work.item.response_ids.size == 13 for work in batch)
+    try:
+        async with teacher.http() as http:
+            first, second, third = (await scored(http, [*items(1, 1), poison, *items(2, 1)])).results
+    finally:
+        teacher.gate.fails = lambda _: False
+    assert isinstance(first, ItemScore)
+    assert isinstance(second, ItemError)
+    assert second.code == "internal"
+    assert isinstance(third, ItemScore)
+
+
+# --- refusals of whole requests -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"temperature": 0.0}, 400, "temperature"),
+        ({"temperature": float("nan")}, 400, "temperature"),
+        ({"mode": "teacher_topk", "k": 0}, 400, "k"),
+        ({"mode": "teacher_topk", "k": 10**6}, 400, "k"),
+        ({"run": ""}, 400, "run"),
+        ({"items": tuple(items(0, 65))}, 413, "items"),
+    ],
+)
+async def test_requests_out_of_bounds(teacher: Running, change: dict[str, object], status: int, code: str) -> None:
+    fields = {"request_id": "", "run": "run", "mode": "at_ids", "temperature": 1.0, "k": 8, "items": ()}
+    async with teacher.http() as http:
+        reply = await post(http, ScoreRequest(**{**fields, **change}))  # type: ignore[arg-type]
+    assert (reply.status_code, reply.json()["error"]) == (status, code)
+    assert reply.json()["message"]
+
+
+async def test_a_request_without_items(teacher: Running) -> None:
+    async with teacher.http() as http:
+        assert (await scored(http, [])).results == ()
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"\x80", b"\xff" * 100])
+async def test_bodies_that_are_no_message(teacher: Running, body: bytes) -> None:
+    async with teacher.http() as http:
+        for reply in (
+            await http.post("/v1/score", content=body),
+            await http.put(f"/v1/contexts/{'0' * 64}", content=body),
+        ):
+            assert (reply.status_code, reply.json()["error"]) == (400, "body")
+
+
+async def test_a_body_that_is_too_large(teacher: Running) -> None:
+    """By its declared length before a byte of it is taken, or as soon as it has grown too large."""
+
+    async def endless() -> object:
+        for _ in range(10_000):
+            yield b"\0" * 65_536
+
+    async with teacher.http() as http:
+        declared = await http.post("/v1/score", content=b"\0" * (5 * 1024 * 1024))
+        try:
+            undeclared = await http.post("/v1/score", content=endless())  # type: ignore[arg-type]
+        except httpx.WriteError:  # the server closed while we were still sending
+            undeclared = None
+    assert declared.status_code == 413
+    assert undeclared is None or undeclared.status_code == 413
+
+
+async def test_contexts_are_checked(teacher: Running) -> None:
+    context = teacher.context(tokens(3, 10))
+    async with teacher.http() as http:
+        wrong = await http.put(f"/v1/contexts/{'1' * 64}", content=b"")
+        assert (wrong.status_code, wrong.json()["error"]) == (400, "body")
+        other = await put(http, type(context)("1" * 64, context.ids))
+        assert (other.status_code, other.json()["error"]) == (422, "hash_mismatch")
+        named = await http.put("/v1/contexts/short", content=b"")
+        assert (named.status_code, named.json()["error"]) == (422, "hash")
+        orphan = await put(http, type(context)(context.hash, context.ids, "2" * 64))
+        assert (orphan.status_code, orphan.json()["error"]) == (404, "unknown_parent")
+        assert (await put(http, context)).json() == {"hash": context.hash, "tokens": 10}
+        assert (await put(http, context)).status_code == 200
+
+
+# --- tenants --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_key_is_needed(teacher: Running) -> None:
+    async with teacher.http(None) as http:
+        replies = [
+            await http.get("/v1/info"),
+            await http.get("/metrics"),
+            await post(http, request_of(items(1, 1))),
+            await put(http, teacher.context(tokens(4, 5))),
+            await http.get("/v1/info", headers={"Authorization": "Bearer wrong"}),
+            await http.get("/v1/info", headers={"Authorization": f"Basic {KEYS['red']}"}),
+        ]
+        assert {reply.status_code for reply in replies} == {401}
+        assert (await http.get("/healthz")).status_code == 200
+        assert (await http.get("/readyz")).status_code == 200
+
+
+async def test_tenants_do_not_see_each_others_contexts(teacher: Running) -> None:
+    """Not as a context, not as a parent, not by a cache that is warm already."""
+    context = teacher.context(tokens(5, 64))
+    child = teacher.context(tokens(5, 70), context)
+    item = items(1, 1, context=context.hash)
+    async with teacher.http("red") as red, teacher.http("blue") as blue:
+        await put(red, context)
+        assert isinstance((await scored(red, item)).results[0], ItemScore)
+        (unknown,) = (await scored(blue, item)).results
+        assert isinstance(unknown, ItemError)
+        assert unknown.code == "unknown_context"
+        stranger = await put(blue, child)
+        never = await put(blue, type(child)(child.hash, child.ids, "3" * 64))
+        assert stranger.status_code == never.status_code == 404
+        assert stranger.json()["message"].replace(context.hash, "") == never.json()["message"].replace("3" * 64, "")
+        scheduler = teacher.service._scheduler
+        assert scheduler is not None
+        before = scheduler.cache.counts.computed_tokens
+        await put(blue, context)
+        assert isinstance((await scored(blue, item)).results[0], ItemScore)
+        assert scheduler.cache.counts.computed_tokens - before == 64
+
+
+async def test_metrics_are_the_operators(teacher: Running) -> None:
+    async with teacher.http("red") as red, teacher.http("operator") as operator:
+        await scored(red, items(1, 2, response=9), run="counted")
+        assert (await red.get("/metrics")).status_code == 403
+        lines = (await operator.get("/metrics")).text.splitlines()
+    series = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(series['opcd_teacher_tokens_scored_total{run="red/counted"}']) == 18
+    assert float(series['opcd_teacher_requests_total{run="red/counted",status="200"}']) == 1
+    assert float(series["opcd_teacher_batch_items_count"]) >= 1
+    assert not any(key in line for key in KEYS.values() for line in lines)
+
+
+async def test_what_the_cache_saves_is_counted(teacher: Running) -> None:
+    context = teacher.context(tokens(6, 50))
+    async with teacher.http("red") as red, teacher.http("operator") as operator:
+        await put(red, context)
+        await scored(red, items(1, 4, context=context.hash), run="saver")
+        await scored(red, items(2, 4, context=context.hash), run="saver")
+        text = (await operator.get("/metrics")).text
+    assert 'opcd_teacher_context_tokens_computed_total{run="red/saver"} 50.0' in text
+    assert 'opcd_teacher_context_tokens_saved_total{run="red/saver"} 350.0' in text
+
+
+# --- repeated, cancelled and late requests --------------------------------------------------------------------------
+
+
+async def test_a_repeated_request_is_computed_once(teacher: Running) -> None:
+    """While the first is still being computed, and after it was answered."""
+    request = request_of(items(1, 2), request_id="again")
+    async with teacher.http() as http:
+        before = len(teacher.gate.batches)
+        with teacher.gate.held():
+            two = [asyncio.create_task(post(http, request)) for _ in range(2)]
+            await asyncio.to_thread(teacher.gate.entered.acquire)
+            await asyncio.sleep(0.05)
+        first, second = await asyncio.gather(*two)
+        third = await post(http, request)
+        assert first.content == second.content == third.content
+        assert len(teacher.gate.batches) - before == 1
+        other = await post(http, request_of(items(2, 2), request_id="again"))
+        assert (other.status_code, other.json()["error"]) == (409, "request_id")
+        elsewhere = await post(http, request_of(items(2, 2), request_id="again", run="other"))
+        assert elsewhere.status_code == 200
+    async with teacher.http("blue") as http:
+        assert (await post(http, request_of(items(3, 2), request_id="again"))).status_code == 200
+
+
+async def test_one_of_two_askers_leaves(teacher: Running) -> None:
+    request = request_of(items(1, 1), request_id="leaves")
+    async with teacher.http() as http, teacher.http() as impatient:
+        with teacher.gate.held():
+            stays = asyncio.create_task(post(http, request))
+            leaves = asyncio.create_task(post(impatient, request))
+            await asyncio.sleep(0.1)
+            leaves.cancel()
+            await asyncio.sleep(0.1)
+        reply = await stays
+    assert isinstance(decode_response(reply.content).results[0], ItemScore)
+
+
+async def test_a_cancelled_request_leaves_the_queue(teacher: Running) -> None:
+    scheduler = teacher.service._scheduler
+    assert scheduler is not None
+    async with teacher.http() as http:
+        with teacher.gate.held():
+            running_now = asyncio.create_task(post(http, request_of(items(1, 1))))
+            await until(lambda: scheduler.running_items == 1)
+            async with teacher.http() as impatient:
+                queued = asyncio.create_task(post(impatient, request_of(items(2, 5))))
+                await until(lambda: len(scheduler.queue) == 5)
+                queued.cancel()
+                await asyncio.gather(queued, return_exceptions=True)
+            await until(lambda: len(scheduler.queue) == 0)
+        assert (await running_now).status_code == 200
+    assert [len(batch) for batch in teacher.gate.batches[-1:]] == [1]
+
+
+async def test_a_late_request_leaves_the_queue(teacher: Running) -> None:
+    scheduler = teacher.service._scheduler
+    assert scheduler is not None
+    async with teacher.http() as http:
+        with teacher.gate.held():
+            running_now = asyncio.create_task(post(http, request_of(items(1, 1))))
+            await until(lambda: scheduler.running_items == 1)
+            late = await post(http, request_of(items(2, 5)), **{"X-Deadline-S": "0.1"})
+            assert (late.status_code, late.json()["error"]) == (504, "deadline")
+            assert len(scheduler.queue) == 0
+        await running_now
+        bad = await post(http, request_of(items(1, 1)), **{"X-Deadline-S": "soon"})
+        assert bad.status_code == 400
+
+
+async def until(condition: object) -> None:
+    """Wait for something another thread will bring about."""
+    for _ in range(1000):
+        if condition():  # type: ignore[operator]
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not come about")
+
+
+# --- slow and malformed HTTP ----------------------------------------------------------------------------------------
+
+
+async def raw(teacher: Running, data: bytes, *, hold_s: float) -> bytes:
+    """Send bytes as they are, keep the connection, return what comes back until the server closes."""
+    host, port = teacher.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(data)
+        return await asyncio.wait_for(reader.read(), hold_s)
+    finally:
+        writer.close()
+
+
+async def test_slow_headers_are_cut_off(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_server.http_limits.LimitedHttpProtocol.headers_timeout_s", 0.2)
+    for start in (b"", b"GET /v1/info HTTP/1.1\r\nHost: x\r\nX-Slow: "):
+        assert await raw(teacher, start, hold_s=5) == b""
+
+
+async def test_endless_headers_are_cut_off(teacher: Running) -> None:
+    with pytest.raises(ConnectionResetError):
+        await raw(teacher, b"GET /v1/info HTTP/1.1\r\nX-Long: " + b"a" * 2_000_000, hold_s=5)
+
+
+async def test_a_slow_body_is_cut_off(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_server.bodies.IDLE_S", 0.2)
+    head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['red']}\r\nContent-Length: 1000\r\n\r\n"
+    answer = await raw(teacher, head.encode() + b"\x80", hold_s=5)
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+async def test_memory_of_bodies_is_bounded_before_it_is_taken(teacher: Running) -> None:
+    """Four bodies of the largest size at once, two of one tenant: the third is refused by what it declares."""
+    lines = ["POST /v1/score HTTP/1.1", "Host: x", f"Authorization: Bearer {KEYS['red']}", f"Content-Length: {4 << 20}"]
+    head = "\r\n".join([*lines, "", ""]).encode()
+    host, port = teacher.url.removeprefix("http://").split(":")
+    held = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+    try:
+        for _, writer in held:
+            writer.write(head)
+        await asyncio.sleep(0.1)
+        async with teacher.http("red") as http:
+            refused = await http.post("/v1/score", content=b"\0" * (1 << 20))
+            assert (refused.status_code, refused.json()["error"]) == (429, "memory")
+            assert int(refused.headers["Retry-After"]) >= 1
+        async with teacher.http("blue") as http:
+            assert (await post(http, request_of(items(1, 1)))).status_code == 200
+    finally:
+        for _, writer in held:
+            writer.close()
+    async with teacher.http("red") as http:
+        await asyncio.sleep(0.1)
+        assert (await post(http, request_of(items(1, 1)))).status_code == 200
+
+
+async def test_keys_are_not_logged(teacher: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG"):
+        async with teacher.http() as http:
+            await post(http, request_of(items(1, 1)))
+            await http.post("/v1/score", content=b"junk")
+        await raw(teacher, f"\0 {KEYS['red']}\r\n\r\n".encode(), hold_s=5)
+    server_lines = [record.getMessage() for record in caplog.records if not record.name.startswith("http")]
+    assert not any(KEYS["red"] in line for line in server_lines)
+
+
+def test_openapi_page_names_the_binary_form(teacher: Running) -> None:
+    spec = httpx.get(teacher.url + "/openapi.json", trust_env=False).json()
+    assert set(spec["paths"]) == {"/healthz", "/readyz", "/metrics", "/v1/info", "/v1/contexts/{name}", "/v1/score"}
+    body = spec["paths"]["/v1/score"]["post"]["requestBody"]
+    assert "application/vnd.opcd.v1+msgpack" in body["content"]
+    assert "docs/teacher-api.md" in body["description"]
+
+
+async def test_encoded_sizes_are_what_travels(teacher: Running) -> None:
+    """Reply and request bytes a token at k = 256 and this vocabulary, measured on a real exchange."""
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.choice(512, 256, replace=False) for _ in range(64)])
+    one = items(1, 1, prompt=16, response=64)[0]
+    batch = [type(one)(None, one.prompt_ids, one.response_ids, as_ids(rows))] * 16
+    async with teacher.http() as http:
+        reply = await post(http, request_of(batch, k=256))
+    assert reply.status_code == 200
+    assert len(reply.content) / (16 * 64) <= 530
+    assert len(encode_request(request_of(batch, k=256))) / (16 * 64) <= 800
