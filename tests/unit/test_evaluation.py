@@ -40,7 +40,7 @@ def test_the_interval_is_wilsons() -> None:
 
 
 def test_a_missing_answer_is_an_error_not_a_wrong_one() -> None:
-    with pytest.raises(ValueError, match="longer|shorter"):
+    with pytest.raises(ValueError, match=r"longer|shorter"):
         grade(["a"], ["a", "b"], make_grader("exact"))
 
 
