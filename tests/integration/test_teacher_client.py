@@ -1,0 +1,337 @@
+"""The client and the scorer against a real server, and what they do when it is lost, replaced, killed or drained."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from common.config import TeacherConfig, TeacherServerConfig
+from common.schema import Context, Ids, ItemScore, Prompt, ScoreItem, TeacherInfo, Trajectory, as_ids, context_hash
+from common.scoring import ScoringError, TeacherError
+from teacher_server.actor import TeacherActor
+from teacher_server.client import TeacherClient, TeacherScorerFactory, handshake
+from tests.teacher_oracle import Oracle, assert_score
+from tests.teacher_running import KEYS, Running, items, running, tokens
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model: Path) -> Iterator[Running]:
+    with running(tiny_model, max_items=16) as server:
+        yield server
+
+
+def factory_for(teacher: Running, *contexts: Context, **changes: object) -> TeacherScorerFactory:
+    return TeacherScorerFactory(
+        **{  # type: ignore[arg-type]
+            "url": teacher.url,
+            "run": "run",
+            "expected_info": teacher.info,
+            "contexts": contexts,
+            "mode": "at_ids",
+            "temperature": 1.0,
+            "k": 8,
+            "timeout_s": 30.0,
+            "api_key": KEYS["red"],
+            **changes,
+        }
+    )
+
+
+def trajectory(item: ScoreItem, name: str = "sample") -> Trajectory:
+    assert item.topk_ids is not None
+    prompt = Prompt(row_id=name, student_ids=item.prompt_ids, teacher_ids=item.prompt_ids, context=item.context)
+    zeros = np.zeros(item.response_ids.size, dtype=np.float32)
+    return Trajectory(name, 0, prompt, item.response_ids, zeros, item.topk_ids, "length", ((0, 0),))
+
+
+async def test_scorer_gives_the_teachers_scores_in_few_requests(teacher: Running, tiny_model: Path) -> None:
+    oracle = Oracle.load(tiny_model)
+    context = teacher.context(tokens(1, 30))
+    scorer = pickle.loads(pickle.dumps(factory_for(teacher, context)))()
+    batch = [items(n, 1, response=2 + n, context=context.hash if n % 2 else None)[0] for n in range(20)]
+    results = await asyncio.gather(*(scorer.score(trajectory(item, f"{n}")) for n, item in enumerate(batch)))
+    for n, (item, result) in enumerate(zip(batch, results, strict=True)):
+        assert result.trajectory.sample_id == str(n)
+        assert (result.model_fingerprint, result.teacher_version) == (teacher.info.model_fingerprint, 0)
+        lead = context.ids if item.context else as_ids([])
+        assert_score(result.score, oracle.logprobs(lead, item.prompt_ids, item.response_ids), item)
+    await scorer.close()
+    async with teacher.http("operator") as http:
+        text = (await http.get("/metrics")).text
+    assert 'opcd_teacher_requests_total{run="red/run",status="200"} 2.0' in text  # 20 answers, 16 items a request
+
+
+async def test_a_bad_sample_is_a_scoring_error_of_its_own(teacher: Running) -> None:
+    scorer = factory_for(teacher)()
+    good, bad = items(1, 2)
+    bad = replace(bad, context="0" * 64)
+    results = await asyncio.gather(
+        scorer.score(trajectory(good)), scorer.score(trajectory(bad, "row-7")), return_exceptions=True
+    )
+    await scorer.close()
+    assert not isinstance(results[0], BaseException)
+    assert isinstance(results[1], ScoringError)
+    assert "row-7" in str(results[1])
+    assert "unknown_context" in str(results[1])
+
+
+async def test_lost_contexts_are_put_again(teacher: Running) -> None:
+    """The server forgot parent and child; the caller does not notice."""
+    root = teacher.context(tokens(2, 20))
+    leaf = teacher.context(tokens(2, 50), root)
+    client = TeacherClient(teacher.url, "run", 30, KEYS["red"])
+    await client.put_context(root)
+    await client.put_context(leaf)
+    batch = [*items(1, 2, context=leaf.hash), *items(2, 2), *items(3, 1, context=root.hash)]
+    before = await client.score(batch, "at_ids", 1.0, 8)
+    teacher.service.contexts._contexts.clear()
+    after = await client.score(batch, "at_ids", 1.0, 8)
+    await client.close()
+    for one, other in zip(before.results, after.results, strict=True):
+        assert isinstance(one, ItemScore)
+        assert isinstance(other, ItemScore)
+        np.testing.assert_allclose(one.sampled_logprob, other.sampled_logprob, atol=1e-5)
+
+
+async def test_another_model_stops_the_run(teacher: Running) -> None:
+    expected = teacher.info.model_copy(update={"model_fingerprint": "ab" * 32})
+    scorer = factory_for(teacher, expected_info=expected)()
+    with pytest.raises(TeacherError, match="another model now") as caught:
+        await scorer.score(trajectory(items(1, 1)[0]))
+    await scorer.close()
+    assert "\n" not in str(caught.value)
+
+
+async def test_another_weight_version_stops_a_run_with_a_frozen_teacher(teacher: Running) -> None:
+    expected = teacher.info.model_copy(update={"weight_version": 3})
+    scorer = factory_for(teacher, expected_info=expected)()
+    with pytest.raises(TeacherError, match="weight version 0"):
+        await scorer.score(trajectory(items(1, 1)[0]))
+    await scorer.close()
+
+
+async def test_a_wrong_key_stops_the_run_and_is_not_shown(teacher: Running) -> None:
+    factory = factory_for(teacher, api_key="secret-of-mine")
+    assert "secret-of-mine" not in repr(factory)
+    scorer = factory()
+    with pytest.raises(TeacherError, match="401") as caught:
+        await scorer.score(trajectory(items(1, 1)[0]))
+    await scorer.close()
+    assert "secret-of-mine" not in str(caught.value)
+
+
+async def test_back_pressure_is_waited_out(tiny_model: Path) -> None:
+    """A queue of a few items, a held backend, many requests: 429s on the way, an answer for everyone."""
+    with running(tiny_model, max_queued_tokens=120, batch_tokens=16, batch_window_ms=0) as small:
+        clients = [TeacherClient(small.url, f"run-{n % 2}", 60, KEYS["red"]) for n in range(8)]
+        with small.gate.held():
+            asked = [
+                asyncio.create_task(client.score(items(n, 2), "at_ids", 1.0, 8)) for n, client in enumerate(clients)
+            ]
+            await asyncio.sleep(0.3)
+        responses = await asyncio.gather(*asked)
+        assert all(isinstance(result, ItemScore) for response in responses for result in response.results)
+        async with small.http("operator") as http:
+            text = (await http.get("/metrics")).text
+        assert 'reason="busy"' in text
+        for client in clients:
+            await client.close()
+
+
+async def test_a_teacher_that_is_not_there_is_one_clear_line() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    client = TeacherClient(url, "run", 600, lost_after_s=0.3)
+    began = time.monotonic()
+    with pytest.raises(TeacherError, match="out of reach") as caught:
+        await client.info()
+    assert time.monotonic() - began < 10
+    await client.close()
+    assert url in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_deadline_is_kept(teacher: Running) -> None:
+    client = TeacherClient(teacher.url, "run", 0.5, KEYS["red"])
+    began = time.monotonic()
+    with teacher.gate.held():
+        with pytest.raises(TeacherError, match="request_timeout_s"):
+            await client.score(items(1, 1), "at_ids", 1.0, 8)
+        assert time.monotonic() - began < 5
+    await client.close()
+
+
+async def test_something_else_on_the_port() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    client = TeacherClient(f"http://127.0.0.1:{port}", "run", 5)
+    with pytest.raises(TeacherError, match="does not answer as a teacher"):
+        await client.info()
+    await client.close()
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("info", "asked", "says"),
+    [
+        ({"protocol": 9}, {}, "protocol 9"),
+        ({"tokenizer_fingerprint": "cd" * 32}, {}, "another tokenizer"),
+        ({"modes": {"sampled": None}}, {}, "cannot score in mode at_ids"),
+        ({"modes": {"at_ids": (1.0,)}}, {"temperature": 0.7}, r"\[1.0\].*0.7"),
+        ({}, {"k": 600}, "loss.top_k is 600.*at most 512"),
+        ({}, {"longest_tokens": 5000}, "5000 tokens.*4096"),
+    ],
+)
+def test_handshake(teacher: Running, info: dict[str, object], asked: dict[str, object], says: str) -> None:
+    fits = {
+        "tokenizer_fingerprint": teacher.info.tokenizer_fingerprint,
+        "k": 256,
+        "mode": "at_ids",
+        "temperature": 1.0,
+        "longest_tokens": 4096,
+    }
+    handshake(teacher.info, **fits)  # type: ignore[arg-type]
+    with pytest.raises(TeacherError, match=says):
+        handshake(teacher.info.model_copy(update=info), **{**fits, **asked})  # type: ignore[arg-type]
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def process(model: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A teacher in a process of its own: (process, address)."""
+    code = (
+        "from common.config import TeacherConfig, TeacherServerConfig\n"
+        "from teacher_server.serve import serve\n"
+        f"config = TeacherConfig(model={str(model)!r}, port={port}, threads=1, allow_anonymous=True)\n"
+        "serve(TeacherServerConfig(teacher=config), announce=lambda line: print(line, flush=True))\n"
+    )
+    started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert started.stdout is not None
+        line = ""
+        while " at http" not in line:
+            line = started.stdout.readline()
+            assert line, f"the teacher ended with {started.wait()}"
+        url = line.strip().rpartition(" ")[2]
+        wait_until_ready(url)
+        yield started, url
+    finally:
+        started.kill()
+        started.wait()
+
+
+def wait_until_ready(url: str) -> None:
+    for _ in range(600):
+        try:
+            if httpx.get(url + "/readyz", trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError("the teacher did not come up")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def large(count: int, context: str | None) -> list[ScoreItem]:
+    return [items(n, 1, prompt=100, response=800, context=context)[0] for n in range(count)]
+
+
+def context_of(info: TeacherInfo, ids: Ids) -> Context:
+    return Context(context_hash(info.tokenizer_fingerprint, ids), ids)
+
+
+async def test_sigterm_finishes_what_was_begun_and_exits_0(tiny_model: Path) -> None:
+    with process(tiny_model) as (server, url):
+        client = TeacherClient(url, "run", 60)
+        asked = asyncio.create_task(client.score(large(12, None), "at_ids", 1.0, 8))
+        await asyncio.sleep(0.3)
+        assert not asked.done()
+        server.send_signal(signal.SIGTERM)
+        response = await asked
+        assert all(isinstance(result, ItemScore) for result in response.results)
+        assert await asyncio.to_thread(server.wait, 30) == 0
+        await client.close()
+
+
+async def test_killed_in_mid_batch_and_started_again(tiny_model: Path) -> None:
+    """The run goes on: connections are made again, contexts put again, every score is right."""
+    port = free_port()
+    ids = tokens(3, 60)
+    with process(tiny_model, port) as (server, url):
+        client = TeacherClient(url, "run", 120)
+        info = await client.info()
+        context = context_of(info, ids)
+        await client.put_context(context)
+        batch = large(12, context.hash)
+        asked = asyncio.create_task(client.score(batch, "at_ids", 1.0, 8))
+        await asyncio.sleep(0.3)
+        assert not asked.done()
+        server.kill()
+        server.wait()
+    with process(tiny_model, port):
+        response = await asked
+        await client.close()
+    oracle = Oracle.load(tiny_model)
+    assert response.model_fingerprint == info.model_fingerprint
+    for item, result in zip(batch[:2], response.results, strict=False):
+        assert isinstance(result, ItemScore)
+        assert_score(result, oracle.logprobs(ids, item.prompt_ids, item.response_ids), item)
+
+
+async def test_actor_starts_and_stops(tiny_model: Path) -> None:
+    config = TeacherServerConfig(teacher=TeacherConfig(model=str(tiny_model), threads=1))
+    actor = TeacherActor(config, api_key="mine")
+    url = await asyncio.to_thread(actor.start)
+    assert await asyncio.to_thread(actor.start) == url
+    client, stranger = TeacherClient(url, "run", 10, "mine"), TeacherClient(url, "run", 10)
+    assert (await client.info()).model == str(tiny_model)
+    with pytest.raises(TeacherError, match="401"):
+        await stranger.info()
+    await client.close()
+    await stranger.close()
+    await asyncio.to_thread(actor.stop)
+    with pytest.raises(httpx.TransportError):
+        await asyncio.to_thread(httpx.get, url + "/healthz", trust_env=False)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    actor = TeacherActor(TeacherServerConfig(teacher=TeacherConfig(model=str(tmp_path / "nothing"))))
+    with pytest.raises(TeacherError, match=r"teacher.model .* cannot be loaded"):
+        actor.start()
+
+
+def test_a_port_that_is_taken(tiny_model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = TeacherConfig(model=str(tiny_model), port=port, threads=1)
+        with pytest.raises(TeacherError, match=r"teacher.port"):
+            TeacherActor(TeacherServerConfig(teacher=config)).start()
