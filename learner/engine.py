@@ -62,6 +62,9 @@ class LearnerEngine:
             config=deepspeed_config(config, self._stage, dtype, self._world_size),
             dist_init_required=False,
         )
+        if self._world_size == 1 and self._stage == 0:
+            # It would copy all gradients into a buffer to average them over one rank.
+            self._deepspeed.enable_backward_allreduce = False
         self._policy = self._deepspeed.module
         self._weights = WeightView(self._policy.model)
         self._dtype = dtype

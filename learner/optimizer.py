@@ -16,6 +16,10 @@ from torch import Tensor
 from common.config import Config
 
 
+BUCKET_ELEMENTS = 50_000_000
+"""Of ZeRO's communication buffers (200 MB in float32; DeepSpeed's default is ten times that, several times over)."""
+
+
 class BoundaryAdamW(torch.optim.AdamW):
     """AdamW for gradients that are sums: divides by `loss_scale`, measures, clips, and refuses what is not finite.
 
@@ -85,10 +89,19 @@ def deepspeed_config(config: Config, zero_stage: int, dtype: torch.dtype, world_
         # Micro-batches vary in number; the boundary is the call to step().
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0 if zero_stage == 0 else learner.grad_clip,
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": True},
-        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
         "steps_per_print": None,
     }
+    if learner.cpu_offload:
+        tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        # DeepSpeed's own CPU Adam is compiled for this machine at start; torch's fused one is as exact and is there.
+        tree["zero_force_ds_cpu_optimizer"] = False
     if dtype == torch.bfloat16:
         tree["bf16"] = {"enabled": True, "check_grad_overflow": True}
         tree["data_types"] = {"grad_accum_dtype": "fp32"}

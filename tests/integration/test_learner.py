@@ -179,6 +179,14 @@ def test_gradients_are_divided_before_they_are_clipped(two: Ranks, tiny_model: P
         assert relative_difference(change, expected_change(config, gradients)) < 1e-5
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_optimiser_state_in_host_memory_changes_nothing(two: Ranks, tiny_model: Path, stage: int) -> None:
+    scored = make_scored(6)
+    config = smooth_config(tiny_model, stage, learner={"cpu_offload": True, "grad_clip": 0.1})
+    for change, _, _ in two.call(step, config, [[scored[:4], scored[4:]], [[], []]]):
+        assert relative_difference(change, expected_change(config, expected_gradients(config, scored))) < 1e-5
+
+
 def test_an_output_layer_of_its_own_is_trained(one: Ranks, tiny_untied_model: Path) -> None:
     scored = make_scored(4)
     config = smooth_config(tiny_untied_model)
