@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +23,14 @@ from learner.rank import LearnerRank
 from learner.reports import AccumulateReport, LearnerInfo, StepReport
 from rollout_workers.actor import CONTROL, Answer, RolloutWorker, WorkerInfo
 from teacher_server.actor import TeacherActor
-from teacher_server.client import TeacherClient, TeacherScorerFactory, handshake
+from teacher_server.client import LOST_AFTER_S, TeacherClient, TeacherScorerFactory, handshake, read_key
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
+OWN_TEACHER_LOST_AFTER_S = 15.0
+"""Nobody starts a run's own teacher again: waiting for it is short."""
 
 Arrays = list[NDArray[np.float32]]
 
@@ -41,6 +44,7 @@ class Services:
     ranks: list[Any] = field(default_factory=list)
     teacher: Any = None
     teacher_info: TeacherInfo | None = None
+    teacher_key: str | None = field(default=None, repr=False)
     learner_info: LearnerInfo | None = None
     manifest: SyncManifest | None = None
 
@@ -52,7 +56,10 @@ class Services:
             return None
         section = self.config.teacher.model_copy(update={"model": self.config.teacher_model})
         options = {"num_cpus": 0, "num_gpus": section.gpus}
-        self.teacher = ray.remote(TeacherActor).options(**options).remote(TeacherServerConfig(teacher=section))
+        self.teacher_key = secrets.token_urlsafe(32)  # other users of the machine reach the port too
+        self.teacher = (
+            ray.remote(TeacherActor).options(**options).remote(TeacherServerConfig(teacher=section), self.teacher_key)
+        )
         return self.teacher.start.remote()
 
     def connect_teacher(
@@ -64,7 +71,10 @@ class Services:
         """
         config = self.config
         url = config.teacher.url or ray.get(started, timeout=START_TIMEOUT_S)
-        self.teacher_info = asyncio.run(_info(url, config))
+        if config.teacher.key_file is not None and config.teacher.url is not None:
+            self.teacher_key = read_key(config.teacher.key_file)
+        ca_file = None if config.teacher.ca_file is None else str(config.teacher.ca_file)
+        self.teacher_info = asyncio.run(_info(url, config, self.teacher_key, ca_file))
         handshake(
             self.teacher_info,
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -82,6 +92,9 @@ class Services:
             temperature=config.loss.temperature,
             k=config.loss.top_k,
             timeout_s=config.teacher.request_timeout_s,
+            api_key=self.teacher_key,
+            ca_file=ca_file,
+            lost_after_s=LOST_AFTER_S if config.teacher.url is not None else OWN_TEACHER_LOST_AFTER_S,
         )
 
     def begin_workers(self, model: str, scorer: TeacherScorerFactory | None, count: int) -> None:
@@ -201,8 +214,8 @@ class Services:
         ray.get([rank.save.remote(folder) for rank in self.ranks])
 
 
-async def _info(url: str, config: Config) -> TeacherInfo:
-    client = TeacherClient(url, config.run.name, config.teacher.request_timeout_s)
+async def _info(url: str, config: Config, key: str | None, ca_file: str | None) -> TeacherInfo:
+    client = TeacherClient(url, config.run.name, config.teacher.request_timeout_s, key, ca_file=ca_file)
     try:
         return await client.info()
     finally:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from common.config import TeacherServerConfig
 from teacher_server.auth import authenticator, single_key
-from teacher_server.serve import RunningServer, build_service, start_in_thread
+
+if TYPE_CHECKING:
+    from teacher_server.serve import RunningServer
 
 
 class TeacherActor:
@@ -19,6 +23,9 @@ class TeacherActor:
     def start(self) -> str:
         """Load the model and serve; returns the address. Raises TeacherError."""
         if self._server is None:
+            # Here and not above: the driver names this class and needs neither torch nor transformers for it.
+            from teacher_server.serve import build_service, start_in_thread
+
             host, key = self._config.host, self._api_key
             auth = authenticator(host, None, allow_anonymous=True) if key is None else single_key(key)
             self._server = start_in_thread(build_service(self._config), self._config, auth)

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import httpx
 
@@ -170,6 +171,17 @@ def handshake(
             f"{info.max_sequence_tokens}: shorten the context, lower rollout.max_tokens or raise "
             "teacher.max_sequence_tokens"
         )
+
+
+def read_key(path: Path) -> str:
+    """The key in a file (``teacher.key_file``); raises TeacherError, which never shows what is in it."""
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TeacherError(f"teacher.key_file {path} cannot be read: {type(error).__name__}") from error
+    if not key or not key.isascii() or len(key.split()) != 1:
+        raise TeacherError(f"teacher.key_file {path} must hold one key and nothing else")
+    return key
 
 
 @dataclass(frozen=True)

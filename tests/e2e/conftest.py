@@ -62,7 +62,15 @@ def teacher_process(tmp_path: Path) -> Iterator[Callable[[Path], tuple[str, int]
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "deploy.cli", "teacher", str(config), f"teacher.port={port}"]
+        command = [
+            sys.executable,
+            "-m",
+            "deploy.cli",
+            "teacher",
+            str(config),
+            f"teacher.port={port}",
+            "teacher.allow_anonymous=true",
+        ]
         with (tmp_path / "teacher.log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         started.append(process)
