@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from common.config import LossConfig
-from common.schema import LOGPROB_FLOOR, PAD_ID, Ids, ScoredTrajectory, TokenSequence
+from common.schema import LOGPROB_FLOOR, PAD_ID, Ids, ScoredTrajectory, TokenSequence, as_ids
+
+B = TypeVar("B", "PaddedBatch", "TrainingBatch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,22 @@ def training_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig) -> Trai
     )
 
 
+def empty_batch() -> TrainingBatch:
+    """One token of weight zero: a pass that takes part in the collectives and adds zero gradients."""
+    ids = as_ids([0])
+    return TrainingBatch(
+        sequences=pad_sequences([TokenSequence(ids, ids)]),
+        ids=torch.zeros(1, 1, dtype=torch.long),
+        teacher_logprobs=torch.zeros(1, 1),
+        teacher_tail=torch.zeros(1),
+        teacher_sampled=torch.zeros(1),
+        engine_sampled=torch.zeros(1),
+        weights=torch.zeros(1),
+        owners=torch.zeros(1, dtype=torch.long),
+        sample_ids=("nothing",),
+    )
+
+
 def sequence_of(scored: ScoredTrajectory) -> TokenSequence:
     """What the student saw and answered."""
     return TokenSequence(scored.trajectory.prompt.student_ids, scored.trajectory.response_ids)
@@ -193,6 +212,6 @@ def _float(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def _moved(batch, device):  # type: ignore[no-untyped-def]
+def _moved(batch: B, device: torch.device) -> B:
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return type(batch)(**{name: v.to(device) if hasattr(v, "to") else v for name, v in values.items()})

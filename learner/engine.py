@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import deepspeed
 import numpy as np
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.config import Config
-from common.schema import ScoredTrajectory, TokenSequence
+from common.schema import Ids, ScoredTrajectory, TokenSequence
 from common.weights import TensorSpec
 from learner.batching import (
+    PaddedBatch,
     TrainingBatch,
+    empty_batch,
     loss_tokens,
     pad_sequences,
     plan_micro_batches,
@@ -31,6 +34,9 @@ from learner.objective import METRICS, Objective
 from learner.optimizer import deepspeed_config, effective_zero_stage, learning_rate, make_optimizer
 from learner.policy import device_of, dtype_of, load_policy
 from learner.reports import AccumulateReport, LearnerInfo, StepReport
+from learner.state import load_state, save_state
+
+R = TypeVar("R", bound=np.generic)
 
 _COUNTS = ("sequences", "response_tokens", "loss_tokens", "loss_sequences")
 
@@ -49,6 +55,9 @@ class LearnerEngine:
         if config.learner.threads is not None:
             torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
+        if config.learner.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+            torch.use_deterministic_algorithms(True)
         self._device = device_of(config)
         dtype = dtype_of(config, self._device)
         self._stage = effective_zero_stage(config.learner.zero_stage, dtype)
@@ -78,6 +87,7 @@ class LearnerEngine:
         self._counts: Counter[str] = Counter()
         self._sums: Counter[str] = Counter()
         self._nonfinite: list[str] = []
+        self._held: list[ScoredTrajectory] = []
 
     @property
     def weight_version(self) -> int:
@@ -104,32 +114,28 @@ class LearnerEngine:
     def accumulate(self, batch: Sequence[ScoredTrajectory]) -> AccumulateReport:
         """Add the gradients of `batch` (any number of answers, none included), micro-batch by micro-batch.
 
+        With ``learner.deterministic`` the answers are held until the step's end and then taken in the order of their
+        ids, so that the order of arrival cannot show in the last bit.
         Raises ValueError, naming the sample, for arrays that do not fit its response; nothing was added then.
         """
         started = time.time()
         loss = self._config.loss
-        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in map(sequence_of, batch)]
-        plan = plan_micro_batches(lengths, self._config.learner.micro_batch_tokens)
-        batches = [training_batch([batch[index] for index in indices], loss) for indices in plan]
-        sums: Counter[str] = Counter()
-        nonfinite: list[str] = []
-        missing = self._agreed_passes(len(batches)) - len(batches)
-        for micro_batch in batches:
-            objective = self._backward(micro_batch)
-            sums.update(objective.metric_sums())
-            nonfinite.extend(objective.nonfinite_samples())
-        for _ in range(missing):
-            self._backward(_nothing())
         responses = [len(item.trajectory.response_ids) for item in batch]
         counted = [loss_tokens(tokens, loss) for tokens in responses]
+        batches: list[TrainingBatch] = []
+        sums: dict[str, float] = {}
+        nonfinite: tuple[str, ...] = ()
+        if self._config.learner.deterministic:
+            self._held.extend(batch)
+        else:
+            batches = self._micro_batches(batch)
+            sums, nonfinite = self._backward_all(batches)
         self._counts.update(
             sequences=len(batch),
             response_tokens=sum(responses),
             loss_tokens=sum(counted),
             loss_sequences=sum(1 for tokens in counted if tokens),
         )
-        self._sums.update(sums)
-        self._nonfinite.extend(nonfinite)
         return AccumulateReport(
             sequences=len(batch),
             response_tokens=sum(responses),
@@ -138,9 +144,29 @@ class LearnerEngine:
             micro_batches=len(batches),
             started=started,
             ended=time.time(),
-            sums=dict(sums),
-            nonfinite=tuple(nonfinite),
+            sums=sums,
+            nonfinite=nonfinite,
         )
+
+    def _micro_batches(self, batch: Sequence[ScoredTrajectory]) -> list[TrainingBatch]:
+        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in map(sequence_of, batch)]
+        plan = plan_micro_batches(lengths, self._config.learner.micro_batch_tokens)
+        return [training_batch([batch[index] for index in indices], self._config.loss) for indices in plan]
+
+    def _backward_all(self, batches: Sequence[TrainingBatch]) -> tuple[dict[str, float], tuple[str, ...]]:
+        """Gradients of all of them, and of as many empty ones as it takes to keep up with the other ranks."""
+        missing = self._agreed_passes(len(batches)) - len(batches)
+        sums: Counter[str] = Counter()
+        nonfinite: list[str] = []
+        for batch in batches:
+            objective = self._backward(batch)
+            sums.update(objective.metric_sums())
+            nonfinite.extend(objective.nonfinite_samples())
+        for _ in range(missing):
+            self._backward(empty_batch())
+        self._sums.update(sums)
+        self._nonfinite.extend(nonfinite)
+        return dict(sums), tuple(nonfinite)
 
     def _backward(self, batch: TrainingBatch) -> Objective:
         batch = batch.to(self._device)
@@ -164,6 +190,8 @@ class LearnerEngine:
         `tokens` and `sequences` are all response tokens and answers of the step, over all ranks. Raises ValueError
         where they differ from what the ranks were given: an answer was lost or trained on twice.
         """
+        if self._config.learner.deterministic:
+            self._backward_all(self._micro_batches(sorted(self._held, key=lambda item: item.trajectory.sample_id)))
         totals, sums = self._global_sums()
         if (tokens, sequences) != (totals["response_tokens"], totals["sequences"]):
             raise ValueError(
@@ -199,7 +227,7 @@ class LearnerEngine:
         if denominator == 0:
             return False
         if self._passes == 0:  # a rank without any answer still takes part in the reduction
-            self._backward(_nothing())
+            self._backward(empty_batch())
         optimizer = self._deepspeed.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -227,15 +255,25 @@ class LearnerEngine:
 
         Every rank computes all of them (a collective under ZeRO-3).
         """
-        results: list[Any] = [None] * len(sequences)
+        return self._read(sequences, lambda batch: self._policy.response_logprobs(batch, temperature).cpu().numpy())
+
+    def topk(self, sequences: Sequence[TokenSequence], k: int) -> list[Ids]:
+        """The k most likely ids at every response position, best first, one ``[T, k]`` array per sequence.
+
+        For supports that the learner picks: long answers, or answers of an older version. Every rank computes all of
+        them (a collective under ZeRO-3).
+        """
+        return self._read(sequences, lambda batch: self._policy.topk(batch, k).cpu().numpy().astype(np.uint32))
+
+    def _read(self, sequences: Sequence[TokenSequence], read: Callable[[PaddedBatch], NDArray[R]]) -> list[NDArray[R]]:
+        """`read` over micro-batches, cut apart again, in the order of `sequences`."""
+        results: dict[int, NDArray[R]] = {}
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
         for indices in plan_micro_batches(lengths, self._config.learner.micro_batch_tokens):
             batch = pad_sequences([sequences[index] for index in indices]).to(self._device)
-            values = self._policy.response_logprobs(batch, temperature).cpu().numpy()
-            parts = np.split(values, np.cumsum(batch.lengths)[:-1])
-            for index, part in zip(indices, parts, strict=True):
-                results[index] = part
-        return results
+            parts = np.split(read(batch), np.cumsum(batch.lengths)[:-1])
+            results.update(zip(indices, parts, strict=True))
+        return [results[index] for index in range(len(sequences))]
 
     # --- the weights ------------------------------------------------------------------------------------------------
 
@@ -259,20 +297,23 @@ class LearnerEngine:
         self._weights.save(folder, tokenizer, write=self._rank == 0, group_bytes=group_bytes)
         dist.barrier()
 
+    def save_state(self, folder: Path) -> None:
+        """Everything a bit-equal continuation needs: DeepSpeed's state, counters, random number generators.
 
-def _nothing() -> TrainingBatch:
-    """One token of weight zero: a pass that takes part in the collectives and adds zero gradients."""
-    from common.schema import as_ids
+        Call it between steps (raises RuntimeError within one). Every rank writes its part; whoever keeps checkpoints
+        makes the folder count only when all have returned.
+        """
+        if self._passes or self._held or self._counts["sequences"]:
+            raise RuntimeError("save_state was called in the middle of a step: its gradients would be lost")
+        save_state(
+            self._deepspeed,
+            folder,
+            {"version": self._version, "updates": self._updates, "skipped": self._skipped_in_a_row},
+        )
 
-    ids = as_ids([0])
-    return TrainingBatch(
-        sequences=pad_sequences([TokenSequence(ids, ids)]),
-        ids=torch.zeros(1, 1, dtype=torch.long),
-        teacher_logprobs=torch.zeros(1, 1),
-        teacher_tail=torch.zeros(1),
-        teacher_sampled=torch.zeros(1),
-        engine_sampled=torch.zeros(1),
-        weights=torch.zeros(1),
-        owners=torch.zeros(1, dtype=torch.long),
-        sample_ids=("nothing",),
-    )
+    def load_state(self, folder: Path) -> None:
+        """Continue from `save_state`, under the same world size and ZeRO stage. Raises ValueError where they differ."""
+        counters = load_state(self._deepspeed, folder)
+        self._version, self._updates = counters["version"], counters["updates"]
+        self._skipped_in_a_row = counters["skipped"]
+        self._begin_step()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import Config
-from common.schema import ScoredTrajectory, TokenSequence
+from common.schema import Ids, ScoredTrajectory, TokenSequence
 from common.weights import SyncManifest
 from learner.distributed import free_port, join_ranks, leave_ranks
 from learner.reports import AccumulateReport, LearnerInfo, StepReport
@@ -61,6 +61,10 @@ class LearnerRank:
         """log-probs of fixed responses, one ``[T]`` array each: the learner's side of the parity probe."""
         return self._running.logprobs(sequences, temperature)
 
+    def topk(self, sequences: Sequence[TokenSequence], k: int) -> list[Ids]:
+        """The k most likely ids at every response position, one ``[T, k]`` array each."""
+        return self._running.topk(sequences, k)
+
     def open_sync(self, host: str, port: int, world_size: int) -> None:
         """Join the weight group; rank 0 of the learner is its sender, the other ranks take no part."""
         if self._rank == 0:
@@ -84,6 +88,15 @@ class LearnerRank:
     def save(self, folder: str) -> None:
         """Export a Hugging Face folder; every rank is called, rank 0 writes."""
         self._running.save(Path(folder))
+
+    def save_state(self, folder: str) -> None:
+        """This rank's part of a resumable state; every rank is called, with the same folder."""
+        self._running.save_state(Path(folder))
+
+    def load_state(self, folder: str) -> LearnerInfo:
+        """Continue from `save_state`; every rank is called, after `setup`."""
+        self._running.load_state(Path(folder))
+        return self._running.info()
 
     def close(self) -> None:
         """Leave all groups."""

@@ -428,6 +428,99 @@ def test_a_save_replaces_the_folder_as_a_whole(one: Ranks, tiny_model: Path, tmp
     assert not folder.with_name("checkpoint.partial").exists()
 
 
+def continued(rank: int, config: Config, cuts: Sequence[Cut], folder: str | None) -> dict[str, Tensor]:
+    """Four steps; with a `folder`, by two engines: the second starts from what the first left after two."""
+    from learner.engine import LearnerEngine
+
+    engine = LearnerEngine(config)
+    for number in range(4):
+        if number == 2 and folder is not None:
+            engine.save_state(Path(folder))
+            engine = LearnerEngine(config)
+            engine.load_state(Path(folder))
+            assert engine.weight_version == 2
+        batch = cuts[number][rank]
+        engine.accumulate(batch)
+        report = engine.finish_step(*totals([item for part in cuts[number] for item in part]))
+        assert report.weight_version == number + 1
+    return weights_now(engine)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16")]
+)
+def test_a_resumed_learner_ends_bit_equal(
+    one: Ranks, two: Ranks, tiny_model: Path, tmp_path: Path, world: int, stage: int, dtype: str
+) -> None:
+    config = learner_config(
+        tiny_model,
+        student={"dtype": dtype},
+        learner={"zero_stage": stage, "deterministic": True, "warmup_steps": 6, "weight_decay": 0.1},
+    )
+    steps = [make_scored(4, seed=seed) for seed in range(4)]
+    cuts = [[scored[rank::world] for rank in range(world)] for scored in steps]
+    ranks = {1: one, 2: two}[world]
+    whole = ranks.call(continued, config, cuts, None)
+    resumed = ranks.call(continued, config, cuts, str(tmp_path))
+    for a, b in zip(whole, resumed, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_state_of_another_shape_or_from_within_a_step_is_refused(one: Ranks, tiny_model: Path, tmp_path: Path) -> None:
+    def save(rank: int, config: Config, scored: list[ScoredTrajectory], folder: str) -> None:
+        from learner.engine import LearnerEngine
+
+        engine = LearnerEngine(config)
+        engine.accumulate(scored)
+        engine.save_state(Path(folder))
+
+    def load(rank: int, config: Config, folder: str) -> None:
+        from learner.engine import LearnerEngine
+
+        LearnerEngine(config).load_state(Path(folder))
+
+    with pytest.raises(ray.exceptions.RayTaskError, match="middle of a step"):
+        one.call(save, learner_config(tiny_model), make_scored(1), str(tmp_path))
+    one.call(save, learner_config(tiny_model), [], str(tmp_path))
+    with pytest.raises(ray.exceptions.RayTaskError, match="ZeRO stage 0"):
+        one.call(load, learner_config(tiny_model, learner={"zero_stage": 1}), str(tmp_path))
+
+
+def test_a_deterministic_step_does_not_see_the_order_of_arrival(one: Ranks, tiny_model: Path) -> None:
+    scored = make_scored(7)
+    config = learner_config(tiny_model, learner={"deterministic": True, "micro_batch_tokens": 60})
+    ((a, report, _),) = one.call(step, config, [[scored[:3], scored[3:]]])
+    ((b, again, reports),) = one.call(step, config, [[scored[5:], scored[4::-1]]])
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert report == again
+    assert [r.sequences for r in reports] == [2, 5]
+    ((usual, _, _),) = one.call(step, learner_config(tiny_model), [[scored]])
+    assert relative_difference(a, usual) < 1e-2  # Adam at its usual eps
+
+
+def test_the_learners_topk_are_the_most_likely_ids(one: Ranks, two: Ranks, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def read_topk(rank: int, config: Config, sequences: list[TokenSequence]) -> list[np.ndarray]:
+        from learner.engine import LearnerEngine
+
+        return list(LearnerEngine(config).topk(sequences, 5))
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    sequences = [
+        TokenSequence(item.trajectory.prompt.student_ids, item.trajectory.response_ids) for item in make_scored(5)
+    ]
+    for results in one.call(read_topk, smooth_config(tiny_model), sequences) + two.call(
+        read_topk, smooth_config(tiny_model, 3), sequences
+    ):
+        for got, sequence in zip(results, sequences, strict=True):
+            ids = torch.tensor([[*sequence.prompt_ids.tolist(), *sequence.response_ids.tolist()]])
+            logits = model(ids).logits[0, len(sequence.prompt_ids) - 1 : -1]
+            assert got.dtype == np.uint32
+            assert got.tolist() == logits.topk(5).indices.tolist()
+
+
 # --- the actor ------------------------------------------------------------------------------------------------------
 
 

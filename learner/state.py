@@ -1,0 +1,57 @@
+"""A rank's resumable state on disk: DeepSpeed's own checkpoint, with counters and random number generators."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+_TAG = "state"
+
+
+def save_state(deepspeed_engine: Any, folder: Path, counters: dict[str, int]) -> None:
+    """Write this rank's part under `folder`; returns when all ranks have."""
+    deepspeed_engine.save_checkpoint(str(folder), tag=_TAG, client_state={"counters": counters}, save_latest=False)
+    torch.save(_generators(), folder / _TAG / f"generators_{dist.get_rank()}.pt")
+    shape = torch.tensor([dist.get_world_size(), deepspeed_engine.zero_optimization_stage()])
+    if dist.get_rank() == 0:
+        torch.save(shape, folder / _TAG / "shape.pt")
+    dist.barrier()
+
+
+def load_state(deepspeed_engine: Any, folder: Path) -> dict[str, int]:
+    """Read this rank's part; the counters that were saved with it.
+
+    Raises FileNotFoundError where there is none, ValueError where it was written by another world size or stage.
+    """
+    world_size, stage = torch.load(folder / _TAG / "shape.pt").tolist()
+    here = (dist.get_world_size(), deepspeed_engine.zero_optimization_stage())
+    if (world_size, stage) != here:
+        raise ValueError(
+            f"{folder} was saved by {world_size} ranks at ZeRO stage {stage}, this run has {here[0]} at "
+            f"stage {here[1]}: resume with the same learner.ranks and learner.zero_stage"
+        )
+    _, client = deepspeed_engine.load_checkpoint(str(folder), tag=_TAG)
+    _restore(torch.load(folder / _TAG / f"generators_{dist.get_rank()}.pt", weights_only=False))
+    return dict(client["counters"])
+
+
+def _generators() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def _restore(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
