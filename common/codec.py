@@ -47,10 +47,10 @@ def pack_ids(ids: Ids) -> dict[str, Any]:
     flat = np.ascontiguousarray(ids, dtype="<u4")
     largest = int(flat.max(initial=0))
     if largest < 1 << 16:
-        return {"n": list(flat.shape), "w": 2, "b": flat.astype("<u2").tobytes()}
+        return {"n": list(flat.shape), "w": 2, "b": _raw(flat.astype("<u2"))}
     if largest < 1 << 24:
         planes = flat.reshape(-1, 1).view(np.uint8)[:, :3]
-        return {"n": list(flat.shape), "w": 3, "b": planes.tobytes()}
+        return {"n": list(flat.shape), "w": 3, "b": _raw(np.ascontiguousarray(planes))}
     raise CodecError(f"token id {largest} does not fit in 3 bytes")
 
 
@@ -70,7 +70,12 @@ def unpack_ids(value: object, field: str) -> Ids:
 
 
 def _pack_floats(values: np.ndarray[Any, Any], dtype: str) -> dict[str, Any]:
-    return {"n": list(values.shape), "b": np.ascontiguousarray(values, dtype=dtype).tobytes()}
+    return {"n": list(values.shape), "b": _raw(np.ascontiguousarray(values, dtype=dtype))}
+
+
+def _raw(array: np.ndarray[Any, Any]) -> memoryview | bytes:
+    """The bytes of a contiguous array, not copied: the packer does that."""
+    return array.reshape(-1).view(np.uint8).data if array.size else b""
 
 
 def _unpack_floats(value: object, dtype: str, field: str) -> np.ndarray[Any, Any]:
@@ -203,7 +208,34 @@ def _decode_result(value: object, field: str) -> ItemScore | ItemError:
 
 
 def _dump(message: dict[str, Any]) -> bytes:
-    return cast(bytes, msgpack.packb({"v": PROTOCOL_VERSION, **message}, use_bin_type=True))
+    parts: list[bytes | memoryview] = []
+    _emit({"v": PROTOCOL_VERSION, **message}, msgpack.Packer(use_bin_type=True), parts)
+    return b"".join(parts)
+
+
+def _emit(value: object, packer: Any, parts: list[bytes | memoryview]) -> None:
+    """Append the msgpack form of `value`, long bytes as they are: `msgpack.packb` would copy them twice more."""
+    if isinstance(value, dict):
+        parts.append(packer.pack_map_header(len(value)))
+        for key, inner in value.items():
+            parts.append(packer.pack(key))
+            _emit(inner, packer, parts)
+    elif isinstance(value, list):
+        parts.append(packer.pack_array_header(len(value)))
+        for inner in value:
+            _emit(inner, packer, parts)
+    elif isinstance(value, bytes | memoryview):
+        size = len(value)
+        parts.append(
+            b"\xc4" + size.to_bytes(1)
+            if size < 1 << 8
+            else b"\xc5" + size.to_bytes(2)
+            if size < 1 << 16
+            else b"\xc6" + size.to_bytes(4)
+        )
+        parts.append(value)
+    else:
+        parts.append(packer.pack(value))
 
 
 def _load(body: bytes) -> Mapping[str, Any]:
@@ -264,14 +296,14 @@ def _shape(packed: Mapping[str, Any], field: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _bytes(packed: Mapping[str, Any], field: str) -> bytes:
+def _bytes(packed: Mapping[str, Any], field: str) -> bytes | memoryview:
     raw = packed.get("b")
-    if not isinstance(raw, bytes):
+    if not isinstance(raw, bytes | memoryview):
         raise CodecError(f"{field}.b: expected bytes, got {type(raw).__name__}")
     return raw
 
 
-def _check_size(shape: tuple[int, ...], width: int, raw: bytes, field: str) -> None:
+def _check_size(shape: tuple[int, ...], width: int, raw: bytes | memoryview, field: str) -> None:
     expected = width
     for n in shape:
         expected *= n

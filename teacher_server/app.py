@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+import xxhash
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -233,7 +233,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _digest(body: bytes) -> bytes:
-    return hashlib.sha256(body).digest()
+    return xxhash.xxh3_128_digest(body)
 
 
 async def _off_loop(convert: Callable[..., T], value: object, size: int) -> T:

@@ -1,0 +1,294 @@
+"""The teacher: what a cached context saves, what the wire costs, how a quiet run fares beside loud ones.
+
+SmolLM2-135M, 16 samples of 16 prompt and 64 response tokens, k = 256 unless said; all figures of one run are taken in
+one process, alternating where two are compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.codec import encode_request, encode_response
+from common.config import TeacherConfig
+from common.schema import Context, Ids, ItemScore, ScoreItem, ScoreRequest, as_ids, context_hash
+from teacher_server.auth import Authenticator
+from teacher_server.backends.base import Work
+from teacher_server.backends.transformers import TransformersBackend
+from teacher_server.client import TeacherClient
+from teacher_server.serve import start_in_thread
+from teacher_server.service import TeacherService, TokenizerIdentity
+
+MODEL = Path("models/smollm2")
+THREADS = 2
+K, PROMPT, RESPONSE = 256, 16, 64
+IDENTITY = TokenizerIdentity("ab" * 32, "cd" * 32)
+
+Figures = dict[str, dict[str, Any]]
+
+
+def run() -> Figures:
+    """All figures."""
+    torch.set_num_threads(THREADS)
+    backend = TransformersBackend.load(str(MODEL))
+    figures: Figures = {}
+    for part in (cache_speedup, linearity, memory, bytes_per_token, flood):
+        figures.update(part(backend))
+    figures.update(wire())
+    return figures
+
+
+def figure(value: float, unit: str, target: str, ok: bool, how: str) -> dict[str, Any]:
+    """One measurement in the form of the results file."""
+    return {"value": round(value, 3), "unit": unit, "target": target, "ok": bool(ok), "how": how}
+
+
+def make_items(
+    count: int, *, seed: int = 0, lead: Ids | None = None, prompt: int = PROMPT, response: int = RESPONSE
+) -> list[ScoreItem]:
+    """Items of random ids; `lead` is put ahead of every prompt."""
+    rng = np.random.default_rng(seed)
+    return [
+        ScoreItem(
+            context=None,
+            prompt_ids=as_ids(np.concatenate([as_ids([]) if lead is None else lead, rng.integers(0, 49_152, prompt)])),
+            response_ids=as_ids(rng.integers(0, 49_152, response)),
+            topk_ids=as_ids(np.stack([rng.choice(49_152, K, replace=False) for _ in range(response)])),
+        )
+        for _ in range(count)
+    ]
+
+
+def works(items: list[ScoreItem], prefix: Any = None) -> list[Work]:
+    """The items as a backend takes them."""
+    return [Work(item, prefix, "at_ids", 1.0, K) for item in items]
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Duration of one call."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def cache_speedup(backend: TransformersBackend) -> Figures:
+    """Context of 1,024 tokens, cached, against the same backend with the context ahead of every prompt."""
+    context = as_ids(np.random.default_rng(1).integers(0, 49_152, 1024))
+    prefix = backend.prefill(context, None)
+    cached, whole = works(make_items(16), prefix), works(make_items(16, lead=context))
+    backend.score(cached)
+    with_cache, without = [], []
+    for _ in range(3):
+        with_cache.append(seconds(lambda: backend.score(cached)))
+        # Item by item as it fits best: a packed row of 17,664 tokens would only make it slower.
+        without.append(seconds(lambda: [backend.score([work]) for work in whole]))
+    ratio = statistics.median(without) / statistics.median(with_cache)
+    how = (
+        f"16 samples under 1,024 tokens of context: {statistics.median(without):.2f} s with the context in every "
+        f"forward pass, {statistics.median(with_cache):.2f} s with its cache warm; medians of 3, alternating"
+    )
+    return {"teacher.context_cache_speedup": figure(ratio, "x", ">= 8.5", ratio >= 8.5, how)}
+
+
+def linearity(backend: TransformersBackend) -> Figures:
+    """Seconds a sample at 64 samples over seconds a sample at 8."""
+    prefix = backend.prefill(as_ids(np.random.default_rng(1).integers(0, 49_152, 1024)), None)
+    few, many = works(make_items(8), prefix), works(make_items(64), prefix)
+    backend.score(few)
+    each_few, each_many = [], []
+    for _ in range(3):
+        each_few.append(statistics.median(seconds(lambda: backend.score(few)) for _ in range(3)) / 8)
+        each_many.append(seconds(lambda: backend.score(many)) / 64)
+    ratio = statistics.median(each_many) / statistics.median(each_few)
+    how = (
+        f"{1000 * statistics.median(each_few):.0f} ms a sample at 8 samples, "
+        f"{1000 * statistics.median(each_many):.0f} ms at 64, context of 1,024 tokens; medians of 3, alternating"
+    )
+    return {"teacher.context_linearity": figure(ratio, "x", "<= 1.1", ratio <= 1.1, how)}
+
+
+def memory(backend: TransformersBackend) -> Figures:
+    """Peak of the process while 32 samples are scored under a context, over what the context's state takes."""
+    context = as_ids(np.random.default_rng(1).integers(0, 49_152, 4096))
+    batch = make_items(32)
+    backend.score(works(make_items(2)))
+    prefix = backend.prefill(context, None)
+    held = prefix.nbytes
+    del prefix
+    gc.collect()
+    before = resident_bytes("VmRSS")
+    prefix = backend.prefill(context, None)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    backend.score(works(batch, prefix))
+    extra = resident_bytes("VmHWM") - before
+    ratio = extra / held
+    how = (
+        f"peak resident memory while 32 samples are scored under 4,096 tokens of context, context included, less what "
+        f"was resident before: {extra / 1e6:.0f} MB over {held / 1e6:.0f} MB of one context state"
+    )
+    return {"teacher.context_memory_ratio": figure(ratio, "x", "<= 1.5", ratio <= 1.5, how)}
+
+
+def resident_bytes(field: str) -> int:
+    """A size of this process from the kernel."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)
+
+
+def bytes_per_token(backend: TransformersBackend) -> Figures:
+    """Encoded bodies of one real exchange over its response tokens."""
+    batch = make_items(16)
+    request = len(encode_request(ScoreRequest("0" * 32, "run", "at_ids", 1.0, K, tuple(batch)))) / (16 * RESPONSE)
+    results = tuple(backend.score(works(batch)))
+    from common.schema import ScoreResponse
+
+    reply = len(encode_response(ScoreResponse("0" * 32, "0" * 64, 0, results))) / (16 * RESPONSE)
+    return {
+        "teacher.request_bytes_per_token": figure(request, "B", "<= 800", request <= 800, "encoded request, k = 256"),
+        "teacher.reply_bytes_per_token": figure(reply, "B", "<= 530", reply <= 530, "encoded reply, k = 256"),
+    }
+
+
+# --- over HTTP ------------------------------------------------------------------------------------------------------
+
+
+class ZeroCost:
+    """A backend of the same shapes that computes nothing: what remains is encode, copy, HTTP and decode."""
+
+    name = "zero-cost"
+    dtype = "float32"
+    model_name = "none"
+    model_fingerprint = "0" * 64
+    vocab_size = 49_152
+    max_sequence_tokens = 1 << 20
+    weight_version = 0
+
+    def __init__(self) -> None:
+        self.modes = {"at_ids": None}
+        rng = np.random.default_rng(0)
+        self._score = ItemScore(
+            rng.normal(size=(1024, K)).astype(np.float16),
+            rng.normal(size=1024).astype(np.float32),
+            rng.normal(size=1024).astype(np.float32),
+        )
+
+    def prefix_bytes(self, tokens: int) -> int:
+        """Nothing is kept."""
+        return tokens
+
+    def embeds(self, ids: Ids) -> bool:
+        """All ids are fine."""
+        return True
+
+    def prefill(self, ids: Ids, parent: Any) -> Any:
+        """Nothing is computed."""
+        raise NotImplementedError
+
+    def score(self, batch: list[Work]) -> list[ItemScore]:
+        """The same numbers every time."""
+        return [self._score for _ in batch]
+
+
+@contextmanager
+def served(backend: Any, **settings: Any) -> Iterator[str]:
+    """A server around `backend` in a thread of this process: its address."""
+    config = TeacherConfig(model="bench", **settings)
+    service = TeacherService(backend, config, IDENTITY, thread_setup=lambda: torch.set_num_threads(THREADS))
+    server = start_in_thread(service, config, Authenticator())
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
+def wire() -> Figures:
+    """One request of 65,536 tokens through client and server, bytes both ways over the time it takes."""
+    batch = make_items(64, response=1024)
+    sent = len(encode_request(ScoreRequest("0" * 32, "run", "at_ids", 1.0, K, tuple(batch))))
+
+    async def exchange(url: str) -> tuple[float, int]:
+        client = TeacherClient(url, "run", 60)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            response = await client.score(batch, "at_ids", 1.0, K)
+            times.append(time.perf_counter() - began)
+        await client.close()
+        return statistics.median(times), len(encode_response(response))
+
+    with served(ZeroCost(), max_sequence_tokens=2048, batch_tokens=1 << 20, batch_window_ms=0) as url:
+        took, received = asyncio.run(exchange(url))
+    rate = (sent + received) / took / 1e6
+    how = (
+        f"65,536 tokens in one request of {sent / 1e6:.0f} MB, reply {received / 1e6:.0f} MB, {1000 * took:.0f} ms; "
+        "client and server in one process; median of 5"
+    )
+    return {"teacher.wire_rate": figure(rate, "MB/s", ">= 300", rate >= 300, how)}
+
+
+def flood(backend: TransformersBackend) -> Figures:
+    """p99 of a quiet run's single requests beside three runs that always have four requests of 16 samples waiting."""
+    context_ids = as_ids(np.random.default_rng(1).integers(0, 49_152, 256))
+    context = Context(context_hash(IDENTITY.tokenizer, context_ids), context_ids)
+    single = [ScoreItem(context.hash, i.prompt_ids, i.response_ids, i.topk_ids) for i in make_items(1)]
+    stop = threading.Event()
+
+    async def quiet(url: str, count: int) -> list[float]:
+        client = TeacherClient(url, "quiet", 120)
+        await client.put_context(context)
+        times = []
+        for _ in range(count):
+            began = time.perf_counter()
+            await client.score(single, "at_ids", 1.0, K)
+            times.append(time.perf_counter() - began)
+        await client.close()
+        return times
+
+    async def loud(url: str, name: str) -> None:
+        client = TeacherClient(url, name, 120)
+        await client.put_context(context)
+        batch = [ScoreItem(context.hash, i.prompt_ids, i.response_ids, i.topk_ids) for i in make_items(16)]
+
+        async def again() -> None:
+            while not stop.is_set():
+                await client.score(batch, "at_ids", 1.0, K)
+
+        await asyncio.gather(*(again() for _ in range(4)))
+        await client.close()
+
+    async def both(url: str) -> list[float]:
+        floods = [asyncio.create_task(loud(url, f"loud-{n}")) for n in range(3)]
+        await asyncio.sleep(2)
+        times = await quiet(url, 60)
+        stop.set()
+        await asyncio.gather(*floods)
+        return times
+
+    with served(backend, batch_tokens=FLOOD_BATCH_TOKENS) as url:
+        asyncio.run(quiet(url, 5))
+        alone = asyncio.run(quiet(url, 60))
+        beside = asyncio.run(both(url))
+    p99_alone, p99_beside = (float(np.quantile(times, 0.99)) for times in (alone, beside))
+    ratio = p99_beside / p99_alone
+    how = (
+        f"single requests of a quiet run: p99 {1000 * p99_alone:.0f} ms alone, {1000 * p99_beside:.0f} ms beside three "
+        f"runs with four requests of 16 samples waiting each; 60 requests each, batch_tokens={FLOOD_BATCH_TOKENS}"
+    )
+    return {"teacher.flood_p99_ratio": figure(ratio, "x", "<= 4", ratio <= 4, how)}
+
+
+FLOOD_BATCH_TOKENS = 256
+"""Own tokens of a batch where delay matters more than throughput."""
