@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import xxhash
 
@@ -21,13 +21,15 @@ class SyncError(RuntimeError):
 
 def gloo_group(host: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
     """Meet the other ranks at ``host:port``, where the sender listens; raises SyncError when not all come in time."""
-    from torch.distributed import DistError, PrefixStore, ProcessGroupGloo, TCPStore
+    import torch.distributed as dist
+
+    ends: Any = dist  # re-exported without being declared
 
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = TCPStore(host, port, world_size, is_master=rank == SENDER, timeout=timeout)
-        return ProcessGroupGloo(PrefixStore("opcd-weights", store), rank, world_size, timeout)
-    except (DistError, RuntimeError) as error:
+        store = ends.TCPStore(host, port, world_size, is_master=rank == SENDER, timeout=timeout)
+        return dist.ProcessGroupGloo(ends.PrefixStore("opcd-weights", store), rank, world_size, timeout)
+    except RuntimeError as error:
         raise SyncError(
             f"rank {rank} of {world_size} could not join the weight group at {host}:{port} within {timeout_s:.0f} s: "
             f"{error}; raise sync.timeout_s if engines are slow to start"
@@ -37,7 +39,7 @@ def gloo_group(host: str, port: int, rank: int, world_size: int, timeout_s: floa
 def broadcast(group: ProcessGroupGloo, tensor: Tensor, what: str) -> None:
     """One blocking broadcast from the sender; `what` names it in the SyncError of a lost peer or a time-out."""
     try:
-        group.broadcast(tensor, SENDER).wait()
+        cast(Any, group).broadcast(tensor, SENDER).wait()
     except RuntimeError as error:
         raise SyncError(f"weight sync broke at {what}: {error}") from error
 
@@ -46,7 +48,7 @@ def wire_digest(data: Tensor) -> Tensor:
     """xxh3 of a byte tensor, as 8 bytes: sent behind the data, recomputed by the receiver."""
     import torch
 
-    digest = xxhash.xxh3_64_digest(memoryview(data.numpy()))
+    digest = xxhash.xxh3_64_digest(cast(Any, data.numpy()))
     return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
 
 

@@ -1,12 +1,17 @@
-"""A rollout worker: one engine in one Ray actor, each answer scored beside it the moment it ends."""
+"""A rollout worker: one engine in one Ray actor, each answer scored beside it the moment it ends.
+
+Ray gives every concurrency group of an async actor an event loop of its own, and an engine (like an HTTP client)
+belongs to the loop it was made in. So all work happens on one loop of the worker's own, and the actor's methods wait.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
@@ -18,6 +23,8 @@ from rollout_workers.stops import cut_text
 
 if TYPE_CHECKING:
     from rollout_workers.engine import RolloutEngine
+
+R = TypeVar("R")
 
 CONTROL = "control"
 """Concurrency group of calls that must not wait behind answers in flight."""
@@ -71,11 +78,13 @@ class RolloutWorker:
         self._scorer: Scorer | None = None
         self._engine: RolloutEngine | None = None
         self._starting = asyncio.Lock()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
 
     @ray.method(concurrency_group=CONTROL)
     async def ready(self) -> WorkerInfo:
         """Start the engine, once."""
-        engine = await self._running()
+        engine = await self._on_loop(self._running())
         return WorkerInfo(engine.vocab_size, engine.limit_tokens, engine.weight_version)
 
     async def rollout_scored(
@@ -85,6 +94,11 @@ class RolloutWorker:
 
         A sample that cannot be scored comes back without a trajectory and with `error`; TeacherError propagates.
         """
+        return await self._on_loop(self._rollout_scored(prompt, sample_id, step, sampling))
+
+    async def _rollout_scored(
+        self, prompt: Prompt, sample_id: str, step: int, sampling: Sampling
+    ) -> tuple[RolloutSummary, ScoredTrajectory | None]:
         if self._scorer is None:
             if self._scorer_factory is None:
                 raise RuntimeError("this worker was started without a scorer: it can only generate")
@@ -125,6 +139,9 @@ class RolloutWorker:
 
     async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answers to token prompts, in their order."""
+        return await self._on_loop(self._generate(prompts, sampling))
+
+    async def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         engine = await self._running()
 
         async def one(index: int, prompt: Sequence[int]) -> Answer:
@@ -137,27 +154,36 @@ class RolloutWorker:
     @ray.method(concurrency_group=CONTROL)
     async def probe(self, sequences: Sequence[TokenSequence]) -> list[F32]:
         """The engine's log-probs of fixed responses, ``[T]`` each."""
-        return await (await self._running()).logprobs(sequences)
+        return await self._on_loop(self._called(lambda engine: engine.logprobs(sequences)))
 
     @ray.method(concurrency_group=CONTROL)
     async def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
         """Join the weight group with `rank` as this engine's first."""
-        await (await self._running()).join_sync(host, port, rank, world_size)
+        await self._on_loop(self._called(lambda engine: engine.join_sync(host, port, rank, world_size)))
 
     @ray.method(concurrency_group=CONTROL)
     async def receive_weights(self, manifest: SyncManifest, version: int) -> None:
         """Take the weights of `version`."""
-        await (await self._running()).receive(manifest, version)
+        await self._on_loop(self._called(lambda engine: engine.receive(manifest, version)))
 
     @ray.method(concurrency_group=CONTROL)
     async def close(self) -> None:
         """Stop the engine and let go of the teacher."""
+        await self._on_loop(self._close())
+
+    async def _close(self) -> None:
         if self._scorer is not None:
             await self._scorer.close()
             self._scorer = None
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+    def _on_loop(self, work: Coroutine[Any, Any, R]) -> asyncio.Future[R]:
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def _called(self, call: Callable[[RolloutEngine], Coroutine[Any, Any, R]]) -> R:
+        return await call(await self._running())
 
     async def _running(self) -> RolloutEngine:
         async with self._starting:

@@ -130,6 +130,6 @@ def repack_output_layer(model: torch.nn.Module) -> None:
     On CPU linear weights are packed when they are loaded. Layerwise reload does that anew for what it loads, but a
     tied output layer is loaded as the embedding: its packed copy would go on answering with the old weights.
     """
-    head = getattr(model, "lm_head", None)
-    if isinstance(head, torch.nn.Module) and hasattr(head, "quant_method"):
+    head: Any = getattr(model, "lm_head", None)
+    if hasattr(head, "quant_method"):
         head.quant_method.process_weights_after_loading(head)
