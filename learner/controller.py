@@ -77,10 +77,13 @@ class Controller:
 
     def begin_parity(self) -> ParityReport:
         """Choose the probe (answers of the engine at version 0) and measure the pair's noise floor on it."""
-        sync, info = self._config.sync, self._services.learner_info
+        sync, info, worker = self._config.sync, self._services.learner_info, self._services.worker_info
         assert info is not None
+        assert worker is not None
         prompts = self._prompts[: sync.probe_prompts]
-        sampling = Sampling(max_tokens=sync.probe_tokens, temperature=1.0, seed=self._config.run.seed)
+        # Scoring takes the whole sequence as a prompt, and an engine needs room for one more token.
+        room = worker.limit_tokens - 1 - max(len(prompt.student_ids) for prompt in prompts)
+        sampling = Sampling(max_tokens=min(sync.probe_tokens, room), temperature=1.0, seed=self._config.run.seed)
         answers = self._services.generate([prompt.student_ids.tolist() for prompt in prompts], sampling)
         self._probe = [
             TokenSequence(prompt_ids=prompt.student_ids, response_ids=as_ids(answer.ids))

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
+SYNC_GRACE_S = 30.0
+"""Beyond the weight group's own limit, so that its error, which says more, comes first."""
 OWN_TEACHER_LOST_AFTER_S = 15.0
 """Nobody starts a run's own teacher again: waiting for it is short."""
 
@@ -46,6 +48,7 @@ class Services:
     teacher_info: TeacherInfo | None = None
     teacher_key: str | None = field(default=None, repr=False)
     learner_info: LearnerInfo | None = None
+    worker_info: WorkerInfo | None = None
     manifest: SyncManifest | None = None
 
     # --- start and stop ---------------------------------------------------------------------------------------------
@@ -110,9 +113,9 @@ class Services:
                 ).remote(model, self.config, scorer, max_logprobs=self.config.loss.top_k)
             )
 
-    def wait_workers(self) -> list[WorkerInfo]:
+    def wait_workers(self) -> None:
         """Block until every engine is up."""
-        return list(ray.get([worker.ready.remote() for worker in self.workers], timeout=START_TIMEOUT_S))
+        self.worker_info = ray.get([worker.ready.remote() for worker in self.workers], timeout=START_TIMEOUT_S)[0]
 
     def begin_ranks(self) -> list[Any]:
         """Place the learner's ranks; the references resolve when DeepSpeed is up on all of them."""
@@ -138,7 +141,7 @@ class Services:
         joined = [self.ranks[0].open_sync.remote(host, port, world)]
         for index, worker in enumerate(self.workers):
             joined.append(worker.join_sync.remote(host, port, 1 + index * size, world))
-        ray.get(joined, timeout=self.config.sync.timeout_s)
+        ray.get(joined, timeout=self.config.sync.timeout_s + SYNC_GRACE_S)
 
     def close_workers(self) -> None:
         """Stop the engines and give their devices back."""
@@ -187,7 +190,7 @@ class Services:
         """Send the learner's weights to every engine as `version`; returns rank 0's report."""
         sent = [rank.publish.remote() for rank in self.ranks]
         received = [worker.receive_weights.remote(self.manifest, version) for worker in self.workers]
-        return ray.get([*sent, *received], timeout=self.config.sync.timeout_s)[0]
+        return ray.get([*sent, *received])[0]  # every collective in it has its own time limit
 
     def probe_engines(self, sequences: Sequence[TokenSequence]) -> list[Arrays]:
         """Every engine's log-probs of the probe's response tokens."""

@@ -34,7 +34,6 @@ CONTROL = "control"
 class WorkerInfo:
     """An engine that is up."""
 
-    vocab_size: int
     limit_tokens: int
     weight_version: int
 
@@ -78,6 +77,7 @@ class RolloutWorker:
         self._scorer: Scorer | None = None
         self._engine: RolloutEngine | None = None
         self._starting = asyncio.Lock()
+        self._closed = False
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
 
@@ -85,7 +85,7 @@ class RolloutWorker:
     async def ready(self) -> WorkerInfo:
         """Start the engine, once."""
         engine = await self._on_loop(self._running())
-        return WorkerInfo(engine.vocab_size, engine.limit_tokens, engine.weight_version)
+        return WorkerInfo(engine.limit_tokens, engine.weight_version)
 
     async def rollout_scored(
         self, prompt: Prompt, sample_id: str, step: int, sampling: Sampling
@@ -175,9 +175,11 @@ class RolloutWorker:
         if self._scorer is not None:
             await self._scorer.close()
             self._scorer = None
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        async with self._starting:
+            self._closed = True
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
 
     def _on_loop(self, work: Coroutine[Any, Any, R]) -> asyncio.Future[R]:
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
@@ -187,6 +189,8 @@ class RolloutWorker:
 
     async def _running(self) -> RolloutEngine:
         async with self._starting:
+            if self._closed:
+                raise RuntimeError("the rollout worker is closed")
             if self._engine is None:
                 from rollout_workers.engine import RolloutEngine
 

@@ -38,13 +38,12 @@ class Generation:
 class RolloutEngine:
     """A running vLLM engine under one model; start it with `start`, always `close` it."""
 
-    def __init__(self, engine: Any, tokenizer: Any, limit_tokens: int, vocab_size: int, sync: SyncConfig) -> None:
+    def __init__(self, engine: Any, tokenizer: Any, limit_tokens: int, sync: SyncConfig) -> None:
         self._engine = engine
         self._sync = sync
         self._tokenizer = tokenizer
         self._stops: dict[tuple[str, ...], Stops] = {}
         self.limit_tokens = limit_tokens
-        self.vocab_size = vocab_size
         self.weight_version = 0
 
     @classmethod
@@ -72,14 +71,18 @@ class RolloutEngine:
             weight_transfer_config=WeightTransferConfig(backend=PLUGIN_BACKENDS[config.sync.backend]),
             disable_log_stats=True,
         )
+        tokenizer = load_tokenizer(model)
         engine = AsyncLLM.from_engine_args(args)
-        await engine.update_weight_version("0")
-        model_config = engine.model_config
-        vocab_size = int(model_config.get_vocab_size())
-        if max_logprobs > vocab_size:
-            engine.shutdown()
-            raise ValueError(f"loss.top_k is {max_logprobs}, the vocabulary has {vocab_size} ids")
-        return cls(engine, load_tokenizer(model), int(model_config.max_model_len), vocab_size, config.sync)
+        running = cls(engine, tokenizer, int(engine.model_config.max_model_len), config.sync)
+        try:
+            vocab_size = int(engine.model_config.get_vocab_size())
+            if max_logprobs > vocab_size:
+                raise ValueError(f"loss.top_k is {max_logprobs}, the vocabulary has {vocab_size} ids")
+            await engine.update_weight_version("0")
+        except BaseException:
+            running.close()
+            raise
+        return running
 
     async def generate(self, prompt_ids: Sequence[int] | Ids, sampling: Sampling, request_id: str) -> Generation:
         """One answer to a token prompt, its last token the stop where there was one.
@@ -109,7 +112,7 @@ class RolloutEngine:
         completion = await self._run(prompt, params, request_id, lambda output: output.outputs[0])
         ids = as_ids(completion.token_ids)
         sampled, topk = _columns(completion.logprobs, len(ids), sampling.top_k)
-        finish: FinishReason = "stop" if completion.finish_reason == "stop" else "length"
+        finish = _finish(completion.finish_reason, request_id)
         kept = first_stop(ids.tolist(), stops.spanning, self.decode) if stops.spanning else None
         if kept is not None:
             ids, sampled, topk, finish = ids[:kept], sampled[:kept], topk[:kept], "stop"
@@ -158,6 +161,7 @@ class RolloutEngine:
         """Take the weights that the sender publishes as `version`; answers in flight wait and go on under them."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        # No resume after a failure: the engine may hold half of the weights, and the error ends the run.
         await self._engine.pause_generation(mode="keep", clear_cache=True)
         await self._engine.start_weight_update()
         await self._engine.update_weights(
@@ -208,6 +212,15 @@ def update_info(manifest: SyncManifest, backend: str) -> dict[str, Any]:
         "dtype_names": [tensor.dtype for tensor in manifest.tensors],
         "shapes": [list(tensor.shape) for tensor in manifest.tensors],
     }
+
+
+def _finish(reason: str | None, request_id: str) -> FinishReason:
+    """An aborted answer is a part of one: it must not be trained on as if the student had ended there."""
+    if reason == "stop":
+        return "stop"
+    if reason == "length":
+        return "length"
+    raise RolloutError(f"{request_id}: the engine ended the answer with {reason!r}")
 
 
 def _columns(flat: Any, tokens: int, k: int) -> tuple[F32, Ids]:
