@@ -25,6 +25,13 @@ TENANT_SHARE = 0.5
 """Of the queue that one run, and one tenant, may fill while it has other work waiting: the rest stays for others."""
 
 
+BATCH_S = 0.5
+"""About how long a batch may take: who comes while one runs waits for it, and for one more."""
+
+LEAST_BATCH_TOKENS = 128
+"""Of a batch however slow the model is: smaller ones only read the weights more often."""
+
+
 class QueueFull(RuntimeError):
     """No room: try again after `retry_after_s`."""
 
@@ -74,11 +81,13 @@ class Scheduler:
         window_s: float,
         max_queued_tokens: int,
         context_cache_bytes: int,
+        batch_s: float = BATCH_S,
         thread_setup: Callable[[], None] | None = None,
         on_batch: Callable[[BatchReport], None] = lambda _: None,
     ) -> None:
         self._backend = backend
         self._batch_tokens = batch_tokens
+        self._batch_s = batch_s
         self._window_s = window_s
         self._max_queued = max_queued_tokens
         self.cache = PrefixCache(backend, context_cache_bytes)
@@ -153,10 +162,10 @@ class Scheduler:
                 return False
             self._arrived.clear()
             await self._arrived.wait()
-        if self.queue.tokens >= self._batch_tokens:
+        if self.queue.tokens >= self._budget:
             return True
         deadline = min(job.queued_at for job in self.queue) + self._window_s
-        while self.queue.tokens < self._batch_tokens and (left := deadline - time.monotonic()) > 0:
+        while self.queue.tokens < self._budget and (left := deadline - time.monotonic()) > 0:
             self._arrived.clear()
             try:
                 await asyncio.wait_for(self._arrived.wait(), left)
@@ -164,12 +173,17 @@ class Scheduler:
                 break
         return True
 
+    @property
+    def _budget(self) -> int:
+        """Tokens of the next batch: the configured bound, or what the measured speed does in `batch_s`."""
+        return min(self._batch_tokens, max(LEAST_BATCH_TOKENS, int(self._tokens_per_s * self._batch_s)))
+
     def _take(self) -> list[Job]:
         """The next batch: at least one item, then as many as the budget holds, contexts to be computed included."""
         jobs: list[Job] = []
         tokens = 0
         new: set[tuple[str, str]] = set()
-        while self.queue and (not jobs or tokens + self.queue.peek_tokens() <= self._batch_tokens):
+        while self.queue and (not jobs or tokens + self.queue.peek_tokens() <= self._budget):
             job = self.queue.pop()
             if job.future.done():
                 continue

@@ -298,7 +298,7 @@ def flood(backend: TransformersBackend) -> Figures:
         await asyncio.gather(*floods)
         return times
 
-    with served(backend, batch_tokens=FLOOD_BATCH_TOKENS) as url:
+    with served(backend) as url:
         asyncio.run(quiet(url, 5))
         alone = asyncio.run(quiet(url, 60))
         beside = asyncio.run(both(url))
@@ -306,10 +306,6 @@ def flood(backend: TransformersBackend) -> Figures:
     ratio = p99_beside / p99_alone
     how = (
         f"single requests of a quiet run: p99 {1000 * p99_alone:.0f} ms alone, {1000 * p99_beside:.0f} ms beside three "
-        f"runs with four requests of 16 samples waiting each; 60 requests each, batch_tokens={FLOOD_BATCH_TOKENS}"
+        f"runs with four requests of 16 samples waiting each; 60 requests each, default settings"
     )
     return {"teacher.flood_p99_ratio": figure(ratio, "x", "<= 4", ratio <= 4, how)}
-
-
-FLOOD_BATCH_TOKENS = 256
-"""Own tokens of a batch where delay matters more than throughput."""
