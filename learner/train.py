@@ -76,12 +76,12 @@ class Run:
         config, services, started = self._config, self._services, time.time()
         local_teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
         if self._inputs.eval and local_teacher not in (None, config.student.model):
-            self._progress.status(f"evaluating {local_teacher} in context")
+            self._progress.line(f"evaluating {local_teacher} in context")
             services.begin_workers(str(local_teacher), None, 1)
             services.wait_workers()
             self.tally.in_context = self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
             services.close_workers()
-        self._progress.status("starting the teacher and the learner")
+        self._progress.line("starting the teacher and the learner")
         teacher = services.begin_teacher()
         ranks = services.begin_ranks()
         scorer = services.connect_teacher(
@@ -91,7 +91,7 @@ class Run:
             longest_tokens=max(self._inputs.teacher_tokens().values()) + config.rollout.max_tokens,
         )
         self._check_teacher_lengths()
-        self._progress.status("starting the rollout engines")
+        self._progress.line("starting the rollout engines")
         services.begin_workers(config.student.model, scorer, config.rollout.workers)
         services.wait_workers()
         services.wait_ranks(ranks)

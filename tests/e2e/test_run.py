@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import alive, descendants
+
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -34,36 +36,6 @@ def started_run(config: Path, *overrides: str) -> Iterator[subprocess.Popen[str]
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def descendants(root: int) -> set[int]:
-    """Process ids below `root`, read from /proc."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (OSError, IndexError):
-                continue
-    found = {root}
-    while True:
-        more = {pid for pid, parent in parents.items() if parent in found} - found
-        if not more:
-            return found - {root}
-        found |= more
-
-
-def alive(pids: set[int]) -> set[int]:
-    """Those of `pids` that still run (zombies do not)."""
-    left = set()
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            continue
-        if state not in "ZX":
-            left.add(pid)
-    return left
 
 
 def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:

@@ -1,0 +1,111 @@
+"""The rollout worker as a Ray actor: calls beside each other, samples that cannot be scored, what a kill leaves."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from common.schema import ItemScore, Prompt, Sampling, ScoredTrajectory, Trajectory, as_ids
+from common.scoring import ScoringError, TeacherError
+from rollout_workers.actor import CONTROL, RolloutWorker
+from tests.integration.test_rollout_engine import PROMPT, K, run_config
+from tests.processes import alive, descendants
+
+pytestmark = pytest.mark.timeout(240)
+
+
+class StubScorer:
+    """Scores with zeros; refuses or fails by the row's name: the faults a real teacher shows rarely."""
+
+    async def score(self, trajectory: Trajectory) -> ScoredTrajectory:
+        if trajectory.prompt.row_id == "refused":
+            raise ScoringError("refused by the teacher")
+        if trajectory.prompt.row_id == "lost":
+            raise TeacherError("the teacher is gone")
+        tokens = len(trajectory.response_ids)
+        score = ItemScore(np.zeros((tokens, K), np.float16), np.zeros(tokens, np.float32), np.zeros(tokens, np.float32))
+        return ScoredTrajectory(trajectory, score, "stub", 0)
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class StubFactory:
+    def __call__(self) -> StubScorer:
+        return StubScorer()
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_model: Path) -> Iterator[Any]:
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    root = os.getpid()
+    actor = ray.remote(concurrency_groups={CONTROL: 4})(RolloutWorker)
+    handle = actor.options(num_cpus=0, max_concurrency=64).remote(
+        str(tiny_model), run_config(tiny_model), StubFactory(), max_logprobs=K
+    )
+    ray.get(handle.ready.remote())
+    yield handle
+    children = descendants(root)
+    ray.kill(handle)  # without a word: the engine has no chance to shut down
+    deadline = time.monotonic() + 15
+    engines = {pid for pid in children if "VLLM" in Path(f"/proc/{pid}/cmdline").read_text()}
+    assert engines
+    while alive(engines) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    left = alive(engines)
+    ray.shutdown()
+    assert not left
+
+
+def rollout(worker: Any, row: str, max_tokens: int = 12) -> tuple[Any, Any]:
+    prompt = Prompt(row_id=row, student_ids=as_ids(PROMPT), teacher_ids=as_ids(PROMPT), context=None)
+    sampling = Sampling(max_tokens, top_k=K, seed=1)
+    summary, scored = worker.rollout_scored.options(num_returns=2).remote(prompt, f"0/{row}", 0, sampling)
+    return summary, scored
+
+
+def test_an_answer_comes_back_scored_and_its_summary_apart(worker: Any) -> None:
+    summary, scored = ray.get(list(rollout(worker, "row")))
+    assert summary.error is None
+    assert summary.response_tokens == len(scored.trajectory.response_ids) == 12
+    assert summary.prompt_tokens == len(PROMPT)
+    assert summary.versions == ((0, 0),)
+    assert summary.rollout_started <= summary.rollout_ended <= summary.score_ended
+    assert scored.trajectory.topk_ids.shape == (12, K)
+
+
+def test_a_sample_that_cannot_be_scored_has_an_error_and_no_trajectory(worker: Any) -> None:
+    summary, scored = ray.get(list(rollout(worker, "refused")))
+    assert summary.error == "refused by the teacher"
+    assert scored is None
+
+
+def test_a_lost_teacher_is_raised_to_the_caller(worker: Any) -> None:
+    summary, _ = rollout(worker, "lost")
+    with pytest.raises(TeacherError, match="the teacher is gone"):
+        ray.get(summary)
+
+
+def test_control_calls_do_not_wait_for_answers_in_flight(worker: Any) -> None:
+    running = [rollout(worker, f"row{i}", max_tokens=200)[0] for i in range(64)]  # as many as the worker takes
+    ray.get(worker.ready.remote(), timeout=10)
+    _, unfinished = ray.wait(running, num_returns=len(running), timeout=0)
+    assert unfinished
+    assert len(ray.get(running)) == 64
+
+
+def test_generated_text_ends_before_the_stop(worker: Any) -> None:
+    free = ray.get(worker.generate.remote([PROMPT], Sampling(30, 0.0)))[0]
+    stop = next(character for character in free.text[5:] if character.isascii())
+    answer = ray.get(worker.generate.remote([PROMPT], Sampling(30, 0.0, stop=(stop,))))[0]
+    assert answer.finish_reason == "stop"
+    assert answer.text == free.text[: free.text.index(stop)]
