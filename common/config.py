@@ -183,7 +183,9 @@ class RolloutConfig(Section):
 class LossConfig(Section):
     """The per-token divergence and how it is averaged."""
 
-    form: Literal["tail", "raw", "renorm", "generalized", "exact"] = "tail"
+    form: Literal["tail", "raw", "renorm", "generalized", "exact", "policy_gradient"] = "tail"
+    """What becomes of the mass outside the support. `policy_gradient` is a baseline: the sampled token's log-ratio as
+    a reward, with an importance ratio."""
     direction: Literal["reverse", "forward", "jsd"] = "reverse"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of `jsd`."""
@@ -194,6 +196,8 @@ class LossConfig(Section):
     """Divides both sides' logits inside the divergence."""
     skip_first_tokens: NonNegative = 0
     clip_per_token: PositiveFloat | None = None
+    ratio_clip: PositiveFloat | None = None
+    """Largest importance ratio of `policy_gradient`."""
 
 
 class LearnerConfig(Section):
@@ -280,6 +284,11 @@ class Config(Section):
             raise ValueError("rollout.topk_from: `learner` is not available yet; use `engine`")
         if self.loss.support != "student":
             raise ValueError("loss.support: only `student` is wired through the loop yet")
+        if self.loss.form == "policy_gradient" and self.loss.temperature != self.rollout.temperature:
+            raise ValueError(
+                f"loss.form: `policy_gradient` compares log-probs of the sampler and the learner, so loss.temperature "
+                f"({self.loss.temperature}) must equal rollout.temperature ({self.rollout.temperature})"
+            )
         if self.learner.cpu_offload and self.learner.zero_stage == 0:
             raise ValueError("learner.cpu_offload needs learner.zero_stage 1, 2 or 3")
         if self.loss.top_k > self.teacher.max_k:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from common.config import LossConfig
@@ -52,6 +52,8 @@ class TrainingBatch:
     ``ids [R, k]`` with `PAD_ID` in unused places, ``teacher_logprobs [R, k]``, ``teacher_tail [R]``,
     ``teacher_sampled [R]``, ``engine_sampled [R]`` (the engine's log-probs of the sampled tokens), ``weights [R]``
     (0 for tokens that the loss skips, 1/|y| under sequence normalisation), ``owners [R]`` (index into `sample_ids`).
+    ``stored [R, k]`` marks the ids that the student picked when the answer was made; ``overlap [R]`` is the share of
+    the teacher's top k that the student picked too (NaN where the teacher did not say what its top k is).
     """
 
     sequences: PaddedBatch
@@ -62,6 +64,8 @@ class TrainingBatch:
     engine_sampled: Float[Tensor, " R"]
     weights: Float[Tensor, " R"]
     owners: Int[Tensor, " R"]
+    stored: Bool[Tensor, "R k"]
+    overlap: Float[Tensor, " R"]
     sample_ids: tuple[str, ...]
 
     def to(self, device: torch.device) -> TrainingBatch:
@@ -124,6 +128,7 @@ def training_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig) -> Trai
     for item in scored:
         _check(item)
     width = max(support(item).shape[1] for item in scored)
+    stored = [picked_by_student(item) for item in scored]
     return TrainingBatch(
         sequences=pad_sequences([sequence_of(item) for item in scored]),
         ids=_long(np.concatenate([_widen(support(item), width, PAD_ID) for item in scored])),
@@ -133,6 +138,10 @@ def training_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig) -> Trai
         engine_sampled=_float(np.concatenate([item.trajectory.sampled_logprobs for item in scored])),
         weights=_float(np.concatenate([token_weights(len(item.trajectory.response_ids), loss) for item in scored])),
         owners=_long(np.repeat(np.arange(len(scored)), [len(item.trajectory.response_ids) for item in scored])),
+        stored=torch.from_numpy(np.concatenate([_widen(marks, width, False) for marks in stored])),
+        overlap=_float(
+            np.concatenate([overlap(item, marks, loss) for item, marks in zip(scored, stored, strict=True)])
+        ),
         sample_ids=tuple(item.trajectory.sample_id for item in scored),
     )
 
@@ -149,6 +158,8 @@ def empty_batch() -> TrainingBatch:
         engine_sampled=torch.zeros(1),
         weights=torch.zeros(1),
         owners=torch.zeros(1, dtype=torch.long),
+        stored=torch.ones(1, 1, dtype=torch.bool),
+        overlap=torch.zeros(1),
         sample_ids=("nothing",),
     )
 
@@ -162,6 +173,29 @@ def support(scored: ScoredTrajectory) -> Ids:
     """Ids at which the teacher's log-probs are, ``[T, k]``: the ones it sent back, or the student's own."""
     returned = scored.score.topk_ids
     return scored.trajectory.topk_ids if returned is None else returned
+
+
+def picked_by_student(scored: ScoredTrajectory) -> np.ndarray:
+    """Which places of the support, ``[T, k]``, hold ids of the student's own top k."""
+    if scored.score.topk_ids is None:
+        return scored.trajectory.topk_ids != PAD_ID
+    ids, own = scored.score.topk_ids, scored.trajectory.topk_ids
+    # One set test for all rows: an id is made distinct by its row (ids are under 2**24).
+    rows = np.arange(len(ids), dtype=np.int64)[:, None] << 24
+    return np.isin(ids + rows, own + rows) & (ids != PAD_ID)
+
+
+def overlap(scored: ScoredTrajectory, stored: np.ndarray, loss: LossConfig) -> np.ndarray:
+    """Share of the teacher's top k among the student's, ``[T]``; NaN where the student alone picked the support.
+
+    A union of two sets of k ids has 2k - overlap members, so its size tells.
+    """
+    tokens, own = stored.shape[0], scored.trajectory.topk_ids.shape[1]
+    if scored.score.topk_ids is None or not own:
+        return np.full(tokens, np.nan)
+    if loss.support == "teacher":
+        return stored.sum(-1) / loss.top_k
+    return (own + loss.top_k - (scored.score.topk_ids != PAD_ID).sum(-1)) / loss.top_k
 
 
 def loss_tokens(response_tokens: int, loss: LossConfig) -> int:
@@ -199,7 +233,7 @@ def _check(item: ScoredTrajectory) -> None:
         raise ValueError(f"sample {trajectory.sample_id}: a position has no support (its first id is padding)")
 
 
-def _widen(values: np.ndarray, width: int, fill: float) -> np.ndarray:
+def _widen(values: np.ndarray, width: int, fill: float | bool) -> np.ndarray:
     missing = width - values.shape[1]
     return values if not missing else np.pad(values, ((0, 0), (0, missing)), constant_values=fill)
 

@@ -206,14 +206,15 @@ class LearnerEngine:
         self._version += 1
         count = max(totals["loss_tokens"], 1)
         means = {name: sums[name] / count for name in METRICS}
-        rms = means.pop("drift/squared") ** 0.5
+        means["drift/rms"] = means.pop("drift/squared") ** 0.5
+        for name in self._unknown_metrics():
+            del means[name]
         report = StepReport(
             weight_version=self._version,
             applied=applied,
             skipped_in_a_row=self._skipped_in_a_row,
             metrics={
                 **means,
-                "drift/rms": rms,
                 "grad_norm": self._grad_norm(),
                 "lr": lr,
                 "skipped": float(not applied),
@@ -235,6 +236,14 @@ class LearnerEngine:
         self._deepspeed.step()
         optimizer.loss_scale = 1.0  # it would multiply the next step's losses
         return bool(self._deepspeed.was_step_applied())
+
+    def _unknown_metrics(self) -> Iterator[str]:
+        """What this configuration cannot tell."""
+        if self._config.loss.support == "student":
+            yield "overlap"
+        sampler = self._config.rollout
+        if self._config.loss.temperature != sampler.temperature or sampler.top_p != 1:
+            yield from ("drift/abs", "drift/rms")
 
     def _grad_norm(self) -> float:
         """Norm of the whole gradient, divided but not clipped."""

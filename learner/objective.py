@@ -10,7 +10,7 @@ from torch import Tensor
 from common.config import LossConfig
 from learner.batching import TrainingBatch
 from learner.head import ChunkView
-from learner.losses import limit_per_token, pointwise_divergence, topk_divergence
+from learner.losses import limit_per_token, pointwise_divergence, policy_gradient, topk_divergence
 
 METRICS = (
     "loss",
@@ -20,6 +20,7 @@ METRICS = (
     "mass/student_topk",
     "mass/teacher_topk",
     "support_coverage",
+    "overlap",
     "entropy",
     "drift/abs",
     "drift/squared",
@@ -29,8 +30,9 @@ METRICS = (
 ``loss``: the value minimised, before the weights. ``kl/support`` and ``kl/tail``: the parts of the reverse KL on the
 support and in the tail bucket, whatever the form; ``kl/full_bound`` their sum, a lower bound of the full KL.
 ``mass/*``: mass of either side on the support. ``support_coverage``: the student's mass, under the weights that are
-being trained, on the ids picked when the answer was made. ``entropy`` of the student on the support and the tail
-bucket. ``drift/*``: |.| and square of engine minus learner log-prob of the sampled token (at equal temperatures).
+being trained, on the ids picked when the answer was made. ``overlap``: share of the teacher's top k among the student's
+(NaN where only the student picks). ``entropy`` of the student on the support and the tail bucket. ``drift/*``: |.| and
+square of engine minus learner log-prob of the sampled token (where both are at one temperature).
 """
 
 
@@ -51,15 +53,23 @@ class Objective:
         batch, rows = self.batch, chunk.rows
         teacher, teacher_tail, weights = batch.teacher_logprobs[rows], batch.teacher_tail[rows], batch.weights[rows]
         config = self.config
-        values = topk_divergence(
-            chunk.logprobs,
-            teacher,
-            form=config.form,
-            direction=config.direction,
-            beta=config.beta,
-            student_tail=chunk.tail,
-            teacher_tail=teacher_tail,
-        )
+        if config.form == "policy_gradient":
+            values = policy_gradient(
+                chunk.sampled,
+                batch.teacher_sampled[rows],
+                batch.engine_sampled[rows],
+                ratio_clip=config.ratio_clip,
+            )
+        else:
+            values = topk_divergence(
+                chunk.logprobs,
+                teacher,
+                form=config.form,
+                direction=config.direction,
+                beta=config.beta,
+                student_tail=chunk.tail,
+                teacher_tail=teacher_tail,
+            )
         values = limit_per_token(values, config.clip_per_token)
         with torch.no_grad():
             self._collect(chunk, values, teacher, teacher_tail, weights)
@@ -82,7 +92,8 @@ class Objective:
             on_support + in_tail,
             mass,
             teacher.exp().sum(-1),
-            mass,
+            torch.where(batch.stored[rows], student.exp(), 0.0).sum(-1),
+            batch.overlap[rows],
             -(student.exp() * student).sum(-1) - tail.exp() * tail,
             drift.abs(),
             drift.square(),

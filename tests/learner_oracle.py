@@ -28,6 +28,7 @@ def expected_gradients(config: Config, scored: Sequence[ScoredTrajectory], *, sh
 
     model = AutoModelForCausalLM.from_pretrained(config.student.model)
     loss, total, count = config.loss, torch.zeros(()), 0.0
+    assert loss.form != "policy_gradient"
     for item in scored:
         prompt, response = item.trajectory.prompt.student_ids, item.trajectory.response_ids
         ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.config import Config
-from common.schema import ScoredTrajectory, TokenSequence
+from common.schema import LOGPROB_FLOOR, PAD_ID, ScoredTrajectory, TokenSequence
 from learner.reports import AccumulateReport, StepReport
 from tests.learner_oracle import SMOOTH, expected_change, expected_gradients, relative_difference, weights_of
 from tests.scored import learner_config, make_scored
@@ -185,6 +185,74 @@ def test_optimiser_state_in_host_memory_changes_nothing(two: Ranks, tiny_model: 
     config = smooth_config(tiny_model, stage, learner={"cpu_offload": True, "grad_clip": 0.1})
     for change, _, _ in two.call(step, config, [[scored[:4], scored[4:]], [[], []]]):
         assert relative_difference(change, expected_change(config, expected_gradients(config, scored))) < 1e-5
+
+
+def with_support(scored: list[ScoredTrajectory], support: str, k: int) -> list[ScoredTrajectory]:
+    """As a teacher answers that picks the support: the student's k ids and k others (`union`), or others alone."""
+    answers = []
+    for item in scored:
+        own, extra = item.trajectory.topk_ids[:, :k], item.trajectory.topk_ids[:, k : 2 * k].copy()
+        values = item.score.logprobs.copy()
+        if support == "union":  # one of the teacher's is the student's too: its place stays empty
+            extra[:, -1], values[:, 2 * k - 1] = PAD_ID, LOGPROB_FLOOR
+        ids = np.concatenate([own, extra], -1) if support == "union" else extra
+        values = values[:, : 2 * k] if support == "union" else values[:, k : 2 * k]
+        answers.append(
+            replace(
+                item,
+                trajectory=replace(item.trajectory, topk_ids=own),
+                score=replace(item.score, logprobs=values, topk_ids=ids),
+            )
+        )
+    return answers
+
+
+@pytest.mark.parametrize("support", ["teacher", "union"])
+def test_a_support_the_teacher_picked_reaches_the_gradient(one: Ranks, tiny_model: Path, support: str) -> None:
+    k = 4
+    scored = with_support(make_scored(4), support, k)
+    plain = smooth_config(tiny_model)
+    config = plain.model_copy(update={"loss": plain.loss.model_copy(update={"support": support, "top_k": k})})
+    ((change, report, _),) = one.call(step, config, [[scored]])
+    # The oracle knows no padding: drop the empty place, which holds no mass.
+    width = 2 * k - 1 if support == "union" else k
+    bare = [
+        replace(
+            item,
+            trajectory=replace(item.trajectory, topk_ids=item.score.topk_ids[:, :width]),
+            score=replace(item.score, logprobs=item.score.logprobs[:, :width], topk_ids=None),
+        )
+        for item in scored
+        if item.score.topk_ids is not None
+    ]
+    assert relative_difference(change, expected_change(config, expected_gradients(config, bare))) < 1e-5
+    metrics = report.metrics
+    if support == "union":
+        assert metrics["overlap"] == pytest.approx(1 / k)
+        assert 0 < metrics["support_coverage"] < metrics["mass/student_topk"]
+    else:
+        assert metrics["overlap"] == metrics["support_coverage"] == 0
+
+
+def test_the_policy_gradient_baseline_reaches_the_gradient(one: Ranks, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    scored = make_scored(4)
+    config = smooth_config(tiny_model, loss={"form": "policy_gradient", "ratio_clip": 2.0})
+    ((change, _, _),) = one.call(step, config, [[scored]])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    total = torch.zeros(())
+    for item in scored:
+        prompt, response = item.trajectory.prompt.student_ids, item.trajectory.response_ids
+        ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
+        logprobs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = logprobs.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
+        teacher, engine = (torch.from_numpy(x) for x in (item.score.sampled_logprob, item.trajectory.sampled_logprobs))
+        ratio = (chosen - engine).exp().clamp(max=2.0)
+        total = total + (ratio * (chosen - teacher).detach()).sum()
+    (total / totals(scored)[0]).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert relative_difference(change, expected_change(config, gradients)) < 1e-5
 
 
 def test_an_output_layer_of_its_own_is_trained(one: Ranks, tiny_untied_model: Path) -> None:

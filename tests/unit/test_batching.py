@@ -93,6 +93,24 @@ def test_the_teachers_ids_win_where_it_picked_the_support() -> None:
     assert batch.ids.tolist() == picked.tolist()
 
 
+def test_ids_that_the_student_picked_are_known_in_every_support() -> None:
+    """Row by row: an id of another row's top k does not count."""
+    (item,) = make_scored(1, k=2, response_tokens=(2, 3))
+    mine = replace(item, trajectory=replace(item.trajectory, topk_ids=as_ids([[1, 2], [3, 4]])))
+    assert training_batch([mine], LossConfig()).stored.tolist() == [[True, True], [True, True]]
+    score = replace(mine.score, topk_ids=as_ids([[2, 3], [3, PAD_ID]]))
+    batch = training_batch([replace(mine, score=score)], LossConfig(support="teacher", top_k=2))
+    assert batch.stored.tolist() == [[True, False], [True, False]]
+    assert batch.overlap.tolist() == [0.5, 0.5]
+    union = replace(
+        mine.score,
+        logprobs=np.full((2, 4), -2, np.float16),
+        topk_ids=as_ids([[1, 2, 5, PAD_ID], [3, 4, PAD_ID, PAD_ID]]),
+    )
+    batch = training_batch([replace(mine, score=union)], LossConfig(support="union", top_k=2))
+    assert batch.overlap.tolist() == [0.5, 1.0]
+
+
 def test_narrow_supports_are_padded_to_the_widest() -> None:
     narrow, wide = make_scored(1, k=4) + make_scored(1, k=6, seed=1)
     batch = training_batch([narrow, wide], LossConfig())

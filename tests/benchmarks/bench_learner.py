@@ -1,0 +1,215 @@
+"""The learner's memory and time: the output layer against the naive one, whole steps against bare transformers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learner.head import ChunkView, LogitTransform, OutputLayer
+from learner.losses import topk_divergence
+
+VOCABULARY, WIDTH, K = 151_936, 1024, 256
+CHUNK_TOKENS = 256
+"""`learner.logit_chunk_tokens`, its default."""
+FLOAT_BYTES = 4
+
+
+def run() -> dict[str, dict[str, Any]]:
+    """All figures; about five minutes on two cores."""
+    from deploy.prepare import prepare_smollm2
+
+    with tempfile.TemporaryDirectory(prefix="bench-learner-") as folder:
+        model = Path(folder) / "smollm2"
+        prepare_smollm2(model)
+        return {
+            **loss_peak(),
+            **loss_time(),
+            **{name: figure for part in (step_memory, forward_backward) for name, figure in apart(part, model).items()},
+        }
+
+
+def apart(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """`function` in a process of its own: peak memory and process groups belong to one measurement."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+# --- the output layer -----------------------------------------------------------------------------------------------
+
+
+class Head:
+    """One micro-batch of random hidden states over a vocabulary of today's size."""
+
+    def __init__(self, tokens: int) -> None:
+        torch.manual_seed(0)
+        self.linear = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        self.layer = OutputLayer(self.linear, LogitTransform(), CHUNK_TOKENS)
+        self.hidden = torch.randn(tokens, WIDTH).requires_grad_()
+        self.ids = torch.randint(0, VOCABULARY, (tokens, K))
+        self.sampled = torch.randint(0, VOCABULARY, (tokens,))
+        self.teacher = torch.full((tokens, K), -12.0)
+        self.teacher_tail = torch.full((tokens,), -0.01)
+
+    def chunked(self) -> None:
+        """As the learner does it."""
+
+        def loss(chunk: ChunkView) -> Tensor:
+            return self._divergence(chunk.logprobs, chunk.tail, chunk.rows)
+
+        self.layer(self.hidden, self.ids, self.sampled, loss=loss).backward()
+
+    def naive(self) -> None:
+        """All logits at once, log-softmax, gather, autograd; the tail left to `topk_divergence`."""
+        logprobs = self.linear(self.hidden).log_softmax(dim=-1).gather(-1, self.ids)
+        self._divergence(logprobs, None, slice(None)).backward()
+
+    def _divergence(self, logprobs: Tensor, tail: Tensor | None, rows: slice) -> Tensor:
+        return topk_divergence(
+            logprobs, self.teacher[rows], form="tail", student_tail=tail, teacher_tail=self.teacher_tail[rows]
+        ).sum()
+
+    def timed(self, method: Callable[[], None]) -> float:
+        """Seconds of one forward and backward pass."""
+        self.hidden.grad = self.linear.weight.grad = None
+        started = time.perf_counter()
+        method()
+        return time.perf_counter() - started
+
+
+def loss_peak(tokens: int = 8192) -> dict[str, dict[str, Any]]:
+    """Peak extra memory of loss and gradient over one float32 [tokens, V] tensor, the weight's gradient left out."""
+    peak = apart(_extra_bytes, tokens)["bytes"]
+    weight_gradient = VOCABULARY * WIDTH * FLOAT_BYTES
+    ratio = (peak - weight_gradient) / (tokens * VOCABULARY * FLOAT_BYTES)
+    how = f"V={VOCABULARY}, d={WIDTH}, {tokens} tokens, k={K}, chunks of {CHUNK_TOKENS}: resident memory, own process"
+    return {"learner.loss_peak_ratio": figure(ratio, 1 / 8, how, at_most=True)}
+
+
+def _extra_bytes(tokens: int) -> dict[str, int]:
+    head = Head(tokens)
+    before = reset_peak()
+    head.chunked()
+    return {"bytes": peak_bytes() - before}
+
+
+def loss_time(tokens: int = 1024, repeats: int = 3) -> dict[str, dict[str, Any]]:
+    """Time of loss and gradient over that of the naive version, which fits at this length. Medians, interleaved."""
+    head = Head(tokens)
+    pairs = [(head.timed(head.chunked), head.timed(head.naive)) for _ in range(repeats + 1)][1:]
+    ratio = statistics.median(ours for ours, _ in pairs) / statistics.median(naive for _, naive in pairs)
+    how = f"V={VOCABULARY}, d={WIDTH}, {tokens} tokens, k={K}: medians of {repeats}, taken in turns"
+    return {"learner.loss_time_ratio": figure(ratio, 1.15, how, at_most=True)}
+
+
+# --- whole steps ----------------------------------------------------------------------------------------------------
+
+ANSWERS, PROMPT_TOKENS, RESPONSE_TOKENS, BUDGET_TOKENS = 16, 8, 56, 256
+
+
+def make_engine(model: Path) -> tuple[Any, Any]:
+    """(engine, scored answers) of one rank at ZeRO 0."""
+    from learner.distributed import free_port, join_ranks
+    from learner.engine import LearnerEngine
+    from tests.scored import learner_config, make_scored
+
+    join_ranks(0, 1, "127.0.0.1", free_port(), torch.device("cpu"), 60.0)
+    learner = {
+        "micro_batch_tokens": BUDGET_TOKENS,
+        "logit_chunk_tokens": CHUNK_TOKENS,
+        "threads": torch.get_num_threads(),
+    }
+    scored = make_scored(
+        ANSWERS,
+        k=K,
+        prompt_tokens=(PROMPT_TOKENS, PROMPT_TOKENS + 1),
+        response_tokens=(RESPONSE_TOKENS, RESPONSE_TOKENS + 1),
+        vocabulary=49_152,
+    )
+    return LearnerEngine(learner_config(model, learner=learner)), scored
+
+
+def step_memory(model: Path) -> dict[str, dict[str, Any]]:
+    """Peak resident memory of the whole process in its third step over weights + gradients + Adam's state."""
+    engine, scored = make_engine(model)
+    peak = 0
+    for _ in range(3):
+        reset_peak()
+        engine.accumulate(scored)
+        engine.finish_step(ANSWERS * RESPONSE_TOKENS, ANSWERS)
+        peak = peak_bytes()
+    state = 4 * FLOAT_BYTES * engine.info().parameters
+    how = f"SmolLM2-135M, ZeRO 0, float32, micro-batches of {BUDGET_TOKENS} tokens; all of the process counts"
+    return {"learner.peak_rss_ratio": figure(peak / state, 1.6, how, at_most=True)}
+
+
+def forward_backward(model: Path, repeats: int = 5) -> dict[str, dict[str, Any]]:
+    """Tokens/s of `accumulate` over those of a bare transformers loop with cross-entropy on the same batches."""
+    from transformers import AutoModelForCausalLM
+
+    engine, scored = make_engine(model)
+    bare = AutoModelForCausalLM.from_pretrained(model)
+    bare.train()
+    rows = [[*s.trajectory.prompt.student_ids.tolist(), *s.trajectory.response_ids.tolist()] for s in scored]
+    batches = torch.tensor(rows).split(BUDGET_TOKENS // len(rows[0]))
+
+    def ours() -> None:
+        engine.accumulate(scored)
+
+    def theirs() -> None:
+        for ids in batches:
+            bare(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    times = [(seconds(ours), seconds(theirs)) for _ in range(repeats + 1)][1:]
+    ratio = statistics.median(t for _, t in times) / statistics.median(o for o, _ in times)
+    how = (
+        f"SmolLM2-135M, float32, {ANSWERS} answers of {PROMPT_TOKENS}+{RESPONSE_TOKENS} tokens in {len(batches)} "
+        f"micro-batches: medians of {repeats}, taken in turns"
+    )
+    return {"learner.fwd_bwd_ratio": figure(ratio, 0.95, how, at_most=False)}
+
+
+def seconds(function: Callable[[], None]) -> float:
+    """How long `function` takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def figure(value: float, limit: float, how: str, *, at_most: bool) -> dict[str, Any]:
+    """One measurement, as ``python -m tests.benchmarks`` wants it."""
+    return {
+        "value": value,
+        "unit": "ratio",
+        "target": f"{'at most' if at_most else 'at least'} {limit:g}",
+        "ok": value <= limit if at_most else value >= limit,
+        "how": f"{how}; {torch.get_num_threads()} threads",
+    }
+
+
+def reset_peak() -> int:
+    """Let the process's peak resident memory start again from here; bytes resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Peak resident memory since `reset_peak`."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
