@@ -232,8 +232,10 @@ class Controller:
         started = time.time()
         self._status(f"step {version}: weight sync")
         self._services.publish(version)
+        published = time.time()
         parity = self._parity(version)
         clock.add("sync", started, time.time())
+        clock.add("parity", published, time.time())
         return parity
 
 

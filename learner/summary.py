@@ -40,7 +40,9 @@ class Tally:
 
 
 def summary_of(tally: Tally) -> dict[str, Any]:
-    """The content of ``summary.json``. Stages overlap: their seconds need not add up to the total."""
+    """The content of ``summary.json``. Stages overlap: their seconds need not add up to the total (`parity` is part of
+    `sync`).
+    """
     return {
         "outcome": tally.outcome,
         **{

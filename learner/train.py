@@ -253,7 +253,8 @@ def cluster() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(log_to_driver=False, logging_level="WARNING", configure_logging=True)
+    own = "RAY_ADDRESS" not in os.environ
+    ray.init(log_to_driver=False, logging_level="WARNING", include_dashboard=False if own else None)
     try:
         yield
     finally:
