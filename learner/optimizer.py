@@ -15,7 +15,6 @@ from torch import Tensor
 
 from common.config import Config
 
-
 BUCKET_ELEMENTS = 50_000_000
 """Of ZeRO's communication buffers (200 MB in float32; DeepSpeed's default is ten times that, several times over)."""
 

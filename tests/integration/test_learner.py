@@ -39,7 +39,7 @@ class Host:
         from learner.distributed import join_ranks
 
         torch.set_num_threads(1)
-        join_ranks(self._rank, self._world_size, "127.0.0.1", port, torch.device("cpu"), 60.0)
+        join_ranks(self._rank, self._world_size, "127.0.0.1", port, torch.device("cpu"), 200.0)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(self._rank, *args)
