@@ -95,8 +95,7 @@ class Controller:
 
     def _parity(self, version: int) -> ParityReport:
         """Check every engine against the learner; the worst report. Raises ParityError."""
-        engines = self._services.probe_engines(self._probe)
-        learner = self._services.probe_learner(self._probe)
+        engines, learner = self._services.probe(self._probe)
         reports = [
             gate.begin(engine, learner) if version == 0 else gate.check(version, engine, learner)
             for gate, engine in zip(self._gates, engines, strict=True)

@@ -192,13 +192,12 @@ class Services:
         received = [worker.receive_weights.remote(self.manifest, version) for worker in self.workers]
         return ray.get([*sent, *received])[0]  # every collective in it has its own time limit
 
-    def probe_engines(self, sequences: Sequence[TokenSequence]) -> list[Arrays]:
-        """Every engine's log-probs of the probe's response tokens."""
-        return list(ray.get([worker.probe.remote(list(sequences)) for worker in self.workers]))
-
-    def probe_learner(self, sequences: Sequence[TokenSequence]) -> Arrays:
-        """The learner's log-probs of the same tokens."""
-        return list(ray.get([rank.logprobs.remote(list(sequences)) for rank in self.ranks])[0])
+    def probe(self, sequences: Sequence[TokenSequence]) -> tuple[list[Arrays], Arrays]:
+        """log-probs of the probe's response tokens: (every engine's, the learner's), computed side by side."""
+        fixed = list(sequences)
+        engines = [worker.probe.remote(fixed) for worker in self.workers]
+        ranks = [rank.logprobs.remote(fixed) for rank in self.ranks]
+        return list(ray.get(engines)), list(ray.get(ranks)[0])
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answers to token prompts, dealt out to the workers, in the order of the prompts."""
