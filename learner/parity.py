@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+NOISE_FLOORS = 3.0
+"""Noise floors (rms at version 0) by which a change may be off, whatever its size."""
+
 Values = NDArray[np.float64]
 LogProbs = Sequence[NDArray[np.float32]]
 
@@ -79,8 +82,8 @@ class ParityGate:
         """The ratio of the disagreement to the learner's own change."""
         engine, learner = now[0] - before[0], now[1] - before[1]
         off, moved = _rms(engine - learner), _rms(learner)
-        # Both ends of a difference carry the noise; sqrt(2) of it is expected, 2 allowed.
-        allowed = max(self._ratio * moved, 2.0 * self._noise)
+        # Both ends of a difference carry noise: sqrt(2) floors are expected, and it grows a little with the weights.
+        allowed = max(self._ratio * moved, NOISE_FLOORS * self._noise)
         if not off <= allowed:
             raise ParityError(
                 f"weight version {version}: since {since} the learner's log-probs moved by {moved:.2e} nats (rms) and "

@@ -35,6 +35,13 @@ def test_an_engine_that_follows_passes_at_every_size_of_step() -> None:
         assert report.noise_nats == pytest.approx(NOISE, rel=0.2)
 
 
+def test_an_engine_whose_noise_grows_by_half_is_not_stopped() -> None:
+    gate, level = begun()
+    for version in range(1, 51):
+        level = level + RNG.normal(0, 1e-6, TOKENS)
+        gate.check(version, split(level + RNG.normal(0, 1.5 * NOISE, TOKENS)), split(level))
+
+
 def test_an_engine_that_keeps_its_old_weights_fails_though_the_level_is_within_the_bound() -> None:
     gate, level = begun()
     moved = level + RNG.normal(0, 2e-5, TOKENS)
