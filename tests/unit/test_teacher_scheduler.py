@@ -101,12 +101,11 @@ async def test_batches_fill_up_to_the_budget_and_answers_keep_their_order() -> N
 async def test_batches_of_a_slow_model_are_cut_to_half_a_second() -> None:
     backend = Held()
     async with scheduler_of(backend, batch_tokens=10_000) as scheduler:
-        first = await hold(backend, scheduler)
-        asked = asyncio.create_task(scheduler.submit("t", "r", [work(50) for _ in range(20)]))
+        waiting = [await hold(backend, scheduler)]
+        waiting.append(asyncio.create_task(scheduler.submit("t", "r", [work(50) for _ in range(20)])))
         await asyncio.sleep(0.3)  # one token took all of this, after a guess of 1,000 tokens/s
         backend.open.set()
-        await asked
-        await first
+        await asyncio.gather(*waiting)
     assert 2 <= len(backend.batches[1]) <= 8
 
 
