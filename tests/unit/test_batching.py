@@ -98,7 +98,7 @@ def test_ids_that_the_student_picked_are_known_in_every_support() -> None:
     (item,) = make_scored(1, k=2, response_tokens=(2, 3))
     mine = replace(item, trajectory=replace(item.trajectory, topk_ids=as_ids([[1, 2], [3, 4]])))
     assert training_batch([mine], LossConfig()).stored.tolist() == [[True, True], [True, True]]
-    score = replace(mine.score, topk_ids=as_ids([[2, 3], [3, PAD_ID]]))
+    score = replace(mine.score, topk_ids=as_ids([[2, 4], [3, PAD_ID]]))
     batch = training_batch([replace(mine, score=score)], LossConfig(support="teacher", top_k=2))
     assert batch.stored.tolist() == [[True, False], [True, False]]
     assert batch.overlap.tolist() == [0.5, 0.5]
