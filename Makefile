@@ -44,7 +44,7 @@ bench: setup ## run the benchmarks, all or ONLY=name, into runs/bench/results.js
 
 docs: setup ## build the documentation into site/
 	$(BIN)/python -m deploy.docs --check
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## remove .venv, caches and built files (runs/ and models/ stay)
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
