@@ -405,18 +405,16 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
 
 
 def _nearest_key(model: type[BaseModel], location: Sequence[str]) -> str:
-    """The closest valid key, first in the same section, then anywhere."""
+    """The same name in another section, else the closest in the same one, else the closest anywhere."""
     known = _keys(model)
-    key = ".".join(location)
-    section = key.rpartition(".")[0]
+    section, leaf = ".".join(location[:-1]), location[-1]
     beside = [name for name in known if name.rpartition(".")[0] == section]
-    close = difflib.get_close_matches(key, beside, n=1, cutoff=0.6) or difflib.get_close_matches(
-        location[-1], [name.rpartition(".")[2] for name in known], n=1, cutoff=0.6
-    )
-    if not close:
-        return f" (valid here: {', '.join(sorted(name.rpartition('.')[2] for name in beside))})" if beside else ""
-    names = [name for name in known if name == close[0] or name.rpartition(".")[2] == close[0]]
-    return f"; did you mean {names[0]}?"
+    for candidates, cutoff in ((known, 1.0), (beside, 0.6), (known, 0.6)):
+        leaves = {name.rpartition(".")[2]: name for name in reversed(candidates)}
+        close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=cutoff)
+        if close:
+            return f"; did you mean {leaves[close[0]]}?"
+    return f" (valid here: {', '.join(sorted(name.rpartition('.')[2] for name in beside))})" if beside else ""
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:

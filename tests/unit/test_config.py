@@ -49,6 +49,7 @@ def test_defaults_fill_what_is_not_said(path: Path) -> None:
     [
         ("learner.stesp=3", "learner.stesp=3", "learner.steps"),
         ("rollout.tempersture=0.7", "rollout.tempersture=0.7", "rollout.temperature"),
+        ("rollout.zero_stage=3", "rollout.zero_stage=3", "learner.zero_stage"),  # right name, wrong section
         ("leaner.lr=1e-5", "leaner", "learner"),  # misspelt section
     ],
 )
