@@ -127,7 +127,13 @@ class RolloutEngine:
 
         # One token must be generated; it is not looked at.
         params = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            ignore_eos=True,
+            skip_reading_prefix_cache=True,
         )
 
         async def one(index: int, sequence: TokenSequence) -> F32:
@@ -145,16 +151,7 @@ class RolloutEngine:
         """Join the weight group; this engine's workers take the ranks from `rank` on. Blocks until all are there."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        info: dict[str, Any] = {
-            "master_address": host,
-            "master_port": port,
-            "rank_offset": rank,
-            "world_size": world_size,
-        }
-        if self._sync.backend == "gloo":
-            info |= {"timeout_s": self._sync.timeout_s}
-        else:
-            info |= {"packed": True, "packed_buffer_size_bytes": self._sync.bucket_bytes}
+        info = init_info(self._sync, host, port, rank, world_size)
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def receive(self, manifest: SyncManifest, version: int) -> None:
@@ -200,6 +197,19 @@ class RolloutEngine:
         listed = ends if isinstance(ends, list) else [ends]
         own = self._tokenizer.eos_token_id
         return sorted({i for i in (*listed, own) if i is not None})
+
+
+def init_info(sync: SyncConfig, host: str, port: int, rank: int, world_size: int) -> dict[str, Any]:
+    """Where the weight group meets, in the fields of the engine of ``sync.backend``."""
+    info: dict[str, Any] = {
+        "master_address": host,
+        "master_port": port,
+        "rank_offset": rank,
+        "world_size": world_size,
+    }
+    if sync.backend == "gloo":
+        return info | {"timeout_s": sync.timeout_s}
+    return info | {"packed": True, "packed_buffer_size_bytes": sync.bucket_bytes}
 
 
 def update_info(manifest: SyncManifest, backend: str) -> dict[str, Any]:

@@ -33,3 +33,11 @@ def alive(pids: set[int]) -> set[int]:
         if state not in "ZX":
             left.add(pid)
     return left
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return ""

@@ -17,7 +17,7 @@ from common.schema import ItemScore, Prompt, Sampling, ScoredTrajectory, Traject
 from common.scoring import ScoringError, TeacherError
 from rollout_workers.actor import CONTROL, RolloutWorker
 from tests.integration.test_rollout_engine import PROMPT, K, run_config
-from tests.processes import alive, descendants
+from tests.processes import alive, command_of, descendants
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -57,7 +57,7 @@ def worker(tiny_model: Path) -> Iterator[Any]:
     children = descendants(root)
     ray.kill(handle)  # without a word: the engine has no chance to shut down
     deadline = time.monotonic() + 15
-    engines = {pid for pid in children if "VLLM" in Path(f"/proc/{pid}/cmdline").read_text()}
+    engines = {pid for pid in children if "VLLM" in command_of(pid)}
     assert engines
     while alive(engines) and time.monotonic() < deadline:
         time.sleep(0.2)

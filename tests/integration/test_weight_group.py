@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,8 +13,10 @@ from torch import Tensor
 
 import learner.publish
 from common.collective import SyncError, gloo_group
+from common.config import SyncConfig
 from common.weights import SyncManifest, TensorSpec
 from learner.publish import open_sender
+from rollout_workers.engine import init_info, update_info
 from rollout_workers.weight_transfer import receive_buckets, split_bucket
 
 TENSORS = {
@@ -115,3 +118,21 @@ def test_buckets_hold_everything_in_order_and_never_mix_types() -> None:
     assert [spec.name for bucket in buckets for spec in bucket] == list(TENSORS)
     assert all(len({spec.dtype for spec in bucket}) == 1 for bucket in buckets)
     assert all(sum(spec.nbytes for spec in bucket) <= 60 or len(bucket) == 1 for bucket in buckets)
+
+
+def test_the_nccl_calls_fit_the_installed_vllm() -> None:
+    """They can only run on GPUs; their names and arguments can be checked anywhere."""
+    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, trainer_init
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+    sync = SyncConfig(backend="nccl", bucket_bytes=1234)
+    worker = NCCLWeightTransferInitInfo(**init_info(sync, "localhost", 1, 3, 5))
+    assert (worker.rank_offset, worker.world_size, worker.packed_buffer_size_bytes) == (3, 5, 1234)
+    update = NCCLWeightTransferUpdateInfo(**update_info(manifest(), "nccl"))
+    assert update.names == list(TENSORS)
+    assert update.shapes[0] == [2, 5]
+    inspect.signature(trainer_init).bind({"master_address": "localhost", "master_port": 1, "world_size": 5})
+    inspect.signature(packed_nccl_broadcast_producer).bind(
+        iterator=iter(()), group=None, src=0, post_iter_func=lambda pair: pair[1], buffer_size_bytes=1234
+    )
