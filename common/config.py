@@ -1,4 +1,4 @@
-"""The configuration of a run: YAML and ``key=value`` overrides into typed, closed models.
+"""The configuration of a run as typed, closed models; `common.config_file` reads them.
 
 One section per process or concern. Every model rejects unknown keys; a mistake is one `ConfigError` line that names
 the key, the value and the nearest valid one.
@@ -6,16 +6,11 @@ the key, the value and the nearest valid one.
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
-from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -33,9 +28,6 @@ class Section(BaseModel):
     """Base of every section: closed and immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-S = TypeVar("S", bound=Section)
 
 
 class RunConfig(Section):
@@ -85,7 +77,18 @@ class TeacherConfig(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """0: any free one."""
-    backend: Literal["transformers"] = "transformers"
+    kind: Literal["frozen", "self", "ema"] = "frozen"
+    """`frozen` keeps its weights. `self` and `ema` belong to one run and start from the student: they take every
+    version that the learner publishes, or an exponential moving average of them."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Of `ema`: average = decay * average + (1 - decay) * student, once a version."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    device_map: str | None = None
+    """Of `transformers`: where the layers go (`auto` spreads a model over several GPUs), default: one device."""
+    tensor_parallel_size: Positive = 1
+    """Of `vllm`: GPUs that one model is cut over."""
+    gpu_memory_utilization: Fraction = 0.9
+    """Of `vllm`: share of a GPU's memory that the engine may take."""
     max_k: Positive = 1024
     max_sequence_tokens: Positive | None = None
     """Context + prompt + response, default: what the model supports."""
@@ -200,6 +203,18 @@ class LossConfig(Section):
     """Largest importance ratio of `policy_gradient`."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters: only they are trained, the base weights stay as they are."""
+
+    rank: Positive = 16
+    alpha: PositiveFloat = 32.0
+    """The adapters' product is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the layers that get an adapter; `all-linear`: every linear layer but the output layer."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """What a checkpoint holds: a whole model, or the adapter alone. Engines always get merged weights."""
+
+
 class LearnerConfig(Section):
     """The optimiser and the ranks that run it."""
 
@@ -223,16 +238,39 @@ class LearnerConfig(Section):
     """Recompute activations layer by layer in the backward pass: less memory for about a third more time."""
     cpu_offload: bool = False
     """Optimiser state, and its update, in host memory (ZeRO 1 to 3)."""
+    packing: Literal["auto", "off"] = "auto"
+    """Lay answers end to end instead of padding them, where the model's attention can keep them apart."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time, answers in a fixed order: for tests and for debugging."""
     max_skipped_steps: NonNegative = 3
     """Steps in a row that a NaN or infinite gradient may cost before the run stops."""
+    kl_alarm_ratio: PositiveFloat = 10.0
+    """A step whose divergence is more than this many times the median of the 20 before it is reported."""
+
+
+class CheckpointConfig(Section):
+    """What a run keeps on disk to go on from (``opcd train CONFIG --resume``) and to serve."""
+
+    every: NonNegative = 0
+    """Steps between resumable checkpoints; 0: none."""
+    keep: Positive = 2
+    """Newest resumable checkpoints that stay."""
+    export_every: NonNegative = 0
+    """Steps between exports in Hugging Face format (all stay); 0: only the last step's, in ``checkpoint/``."""
 
 
 class SyncConfig(Section):
     """How new weights reach the engines, and the proof that they did."""
 
-    backend: Literal["gloo", "nccl"] = "gloo"
+    backend: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
+    """`gloo`: through host memory, any device. `nccl`: between GPUs. `ipc`: learner and engine share a GPU. `file`:
+    safetensors in `folder`, for whatever else can read it."""
+    folder: Path | None = None
+    """Of `file`: a folder that learner and engines share, default: ``weights/`` of the run."""
+    delta: bool = False
+    """Send only elements that changed since the version before (in bfloat16 most do not)."""
     bucket_bytes: Positive = 256 * 1024 * 1024
     timeout_s: PositiveFloat = 300.0
     probe_prompts: Positive = 8
@@ -267,6 +305,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     learner: LearnerConfig = LearnerConfig()
     sync: SyncConfig = SyncConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
 
     @property
@@ -280,6 +319,17 @@ class Config(Section):
             raise ValueError(
                 "loss.form: `exact` needs full teacher log-probs, which no teacher server sends; use `tail`"
             )
+        not_yet = {
+            "learner.lora": self.learner.lora is not None,
+            "sync.backend": self.sync.backend in ("ipc", "file"),
+            "sync.delta": self.sync.delta,
+            "teacher.kind": self.teacher.kind != "frozen",
+            "teacher.backend": self.teacher.backend != "transformers",
+            "checkpoint": self.checkpoint != CheckpointConfig(),
+        }
+        for key, asked in not_yet.items():
+            if asked:
+                raise ValueError(f"{key}: this value is not available yet")
         if self.rollout.topk_from == "learner" and self.loss.support == "student":
             raise ValueError("rollout.topk_from: `learner` is not available yet; use `engine`")
         if self.loss.support != "student":
@@ -300,133 +350,3 @@ class TeacherServerConfig(Section):
     """What ``opcd teacher`` reads: the `teacher` section of the same file, its model named."""
 
     teacher: TeacherConfig
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's configuration; `overrides` are ``section.key=value`` with YAML values (``null`` unsets a key).
-
-    Raises ConfigError, in one line, for a missing file, bad YAML, an unknown key or a bad value.
-    """
-    return validate(Config, _read(Path(path), overrides))
-
-
-def load_teacher_config(path: str | Path, overrides: Sequence[str] = ()) -> TeacherServerConfig:
-    """Read only what a teacher server needs; other sections of the file may be there and are not looked at.
-
-    ``teacher.model`` falls back to ``student.model`` of the same file.
-    """
-    tree = _read(Path(path), overrides)
-    teacher = dict(tree.get("teacher") or {})
-    if teacher.get("model") is None:
-        teacher["model"] = (tree.get("student") or {}).get("model")
-    if teacher["model"] is None:
-        raise ConfigError(f"{path}: teacher.model is missing (and there is no student.model to fall back to)")
-    return validate(TeacherServerConfig, {"teacher": teacher})
-
-
-def dump_config(config: Section) -> str:
-    """The resolved whole as YAML; `load_config` reads it back to an equal value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def validate(model: type[S], tree: dict[str, Any]) -> S:
-    """`model` from plain values, with a validation error turned into one ConfigError line per mistake."""
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(model, detail) for detail in error.errors())) from None
-
-
-def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as `run:` and `student:`, got {type(tree).__name__}")
-    for override in overrides:
-        _apply(tree, override)
-    return tree
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *parents, leaf = key.split(".")
-    if not equals or not parents or not leaf:
-        raise ConfigError(f"override {override!r}: expected section.key=value, for example learner.lr=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
-    if isinstance(value, str):
-        value = _number_as_yaml_1_2(value)
-    node = tree
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        node = child
-    if value is None:
-        node.pop(leaf, None)  # the key's own default, or "missing" if it has none
-    else:
-        node[leaf] = value
-
-
-def _number_as_yaml_1_2(text: str) -> str | float:
-    """PyYAML reads ``1e-5`` (no dot) as text; everyone who types it means the number."""
-    try:
-        return float(text) if "e" in text.lower() and text[:1] in "+-.0123456789" else text
-    except ValueError:
-        return text
-
-
-def _explain(model: type[BaseModel], detail: Any) -> str:
-    location = [part for part in detail["loc"] if isinstance(part, str)]
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {key}={detail['input']!r}{_nearest_key(model, location)}"
-    if detail["type"] == "missing":
-        return f"missing key {key}"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if not location:
-        return message
-    if detail["type"] == "value_error":
-        return message
-    hint = ""
-    if detail["type"] == "literal_error":
-        options = str(detail["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
-        close = difflib.get_close_matches(str(detail["input"]), options, n=1, cutoff=0.3)
-        hint = f"; did you mean {close[0]}?" if close else ""
-    return f"bad value {key}={detail['input']!r}: {message}{hint}"
-
-
-def _nearest_key(model: type[BaseModel], location: Sequence[str]) -> str:
-    """The same name in another section, else the closest in the same one, else the closest anywhere."""
-    known = _keys(model)
-    section, leaf = ".".join(location[:-1]), location[-1]
-    beside = [name for name in known if name.rpartition(".")[0] == section]
-    for candidates, cutoff in ((known, 1.0), (beside, 0.6), (known, 0.6)):
-        leaves = {name.rpartition(".")[2]: name for name in reversed(candidates)}
-        close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=cutoff)
-        if close:
-            return f"; did you mean {leaves[close[0]]}?"
-    return f" (valid here: {', '.join(sorted(name.rpartition('.')[2] for name in beside))})" if beside else ""
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        for kind in _members(field.annotation):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys.extend(_keys(kind, f"{prefix}{name}."))
-    return keys
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    origin = typing.get_origin(annotation)
-    return typing.get_args(annotation) if origin in (typing.Union, types.UnionType) else (annotation,)

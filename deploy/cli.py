@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from common.config import Config, ConfigError, dump_config, load_config, load_teacher_config
+from common.config import Config, ConfigError
+from common.config_file import dump_config, load_config, load_teacher_config
 from common.data import DataError
 from common.scoring import TeacherError
 

@@ -42,13 +42,20 @@ BOUNDS = ((Gt, "gt", ">"), (Ge, "ge", "≥"), (Lt, "lt", "<"), (Le, "le", "≤")
 
 def page() -> str:
     """The whole page."""
-    sections = [section(name, field.annotation) for name, field in Config.model_fields.items()]
-    return "\n".join([HEAD, *sections])
+    return "\n".join([HEAD, *(section(name, model) for name, model in sections(Config))])
 
 
-def section(name: str, model: Any) -> str:
+def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """(dotted name, model) of every section under `model`, a section before the ones inside it."""
+    for name, field in model.model_fields.items():
+        for member in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                yield prefix + name, member
+                yield from sections(member, f"{prefix}{name}.")
+
+
+def section(name: str, model: type[BaseModel]) -> str:
     """Heading, docstring and table of one section."""
-    assert issubclass(model, BaseModel)
     meanings = attribute_docstrings(model)
     rows = [
         f"| `{name}.{key}` | {describe(field.annotation, field.metadata)} | {default_of(field)} | {meanings[key]} |"
@@ -91,6 +98,8 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"list of {len(arguments)}: {describe(arguments[0])}"
     if origin is dict:
         return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "a section of its own"
     limits = [
         f"{sign} {getattr(limit, name):g}" for limit in metadata for kind, name, sign in BOUNDS if type(limit) is kind
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Sender(Protocol):
         ...
 
 
-def open_sender(backend: Literal["gloo", "nccl"], host: str, port: int, world_size: int, timeout_s: float) -> Sender:
+def open_sender(backend: str, host: str, port: int, world_size: int, timeout_s: float) -> Sender:
     """Join the weight group as its sender; blocks until every engine has joined."""
     if backend == "gloo":
         return GlooSender(host, port, world_size, timeout_s)

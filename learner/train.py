@@ -19,7 +19,8 @@ import ray
 
 from common.chat import check_lengths, teacher_sequence
 from common.collective import SyncError
-from common.config import Config, ConfigError, dump_config, load_config
+from common.config import Config, ConfigError
+from common.config_file import dump_config, load_config
 from common.data import DataError
 from common.evaluation import Accuracy, accuracy, grade
 from common.schema import Prompt, Sampling

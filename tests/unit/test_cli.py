@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from common.config import load_config
+from common.config_file import load_config
 from deploy.cli import app
 from teacher_server.auth import NotAuthorised, read_keys
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from common.config import Config, ConfigError, dump_config, load_config, load_teacher_config
+from common.config import Config, ConfigError
+from common.config_file import dump_config, load_config, load_teacher_config
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = """
