@@ -1,0 +1,104 @@
+"""Checkpoints of a run as files: whole or absent, newest first, refused where they are another run's."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from learner.checkpoints import (
+    MANIFEST,
+    CheckpointError,
+    Checkpoints,
+    Identity,
+    Manifest,
+    refuse_other_run,
+)
+
+IDENTITY = Identity(
+    student="a",
+    tokenizer="t",
+    teachers={"default": "f"},
+    contexts=("c",),
+    data="d",
+    loss={"top_k": 256},
+    rollout={"seed": 0},
+    learner={"ranks": 1, "lora": None},
+)
+
+
+def manifest(step: int) -> Manifest:
+    return Manifest(step=step, identity=IDENTITY, loop={"kl": [1.5, 0.25]})
+
+
+def write(text: str):
+    return lambda folder: (folder / "rank0.pt").write_text(text)
+
+
+def test_what_was_saved_comes_back_and_only_the_newest_stay(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert kept.newest() is None
+    for step in (2, 4, 10):
+        kept.save(manifest(step), write(f"state {step}"))
+    found = kept.newest()
+    assert found is not None
+    path, newest = found
+    assert (path / "learner/rank0.pt").read_text() == "state 10"
+    assert (newest.step, newest.loop) == (10, {"kl": [1.5, 0.25]})
+    assert sorted(p.name for p in kept.folder.iterdir()) == ["step-000004", "step-000010"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(manifest(1), write("good"))
+
+    def full(folder: Path) -> None:
+        (folder / "rank0.pt").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step-000002 was not written.*GB are free"):
+        kept.save(manifest(2), full)
+    found = kept.newest()
+    assert found is not None
+    assert found[1].step == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_crash_while_writing_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, keep=3)
+    kept.save(manifest(1), write("good"))
+    (tmp_path / "step-000002.partial" / "learner").mkdir(parents=True)
+    (tmp_path / "step-000003").mkdir()  # no manifest: not one of ours
+    found = kept.newest()
+    assert found is not None
+    assert found[1].step == 1
+    kept.save(manifest(4), write("later"))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "manifest"])
+def test_a_damaged_checkpoint_is_named_not_loaded(tmp_path: Path, damage: str) -> None:
+    kept = Checkpoints(tmp_path, keep=3)
+    path = kept.save(manifest(7), write("whole state"))
+    state = path / "learner/rank0.pt"
+    if damage == "cut":
+        state.write_text("whole st")
+    elif damage == "gone":
+        state.unlink()
+    else:
+        (path / MANIFEST).write_text('{"format": 1}')
+    with pytest.raises(CheckpointError, match=r"step-000007 is damaged.*remove the folder"):
+        kept.newest()
+
+
+def test_another_run_is_refused_with_every_difference_named() -> None:
+    here = IDENTITY.model_copy(update={"loss": {"top_k": 64}, "teachers": {"default": "g"}, "contexts": ("c", "d")})
+    with pytest.raises(CheckpointError) as caught:
+        refuse_other_run(manifest(3), Path("runs/x"), here)
+    text = str(caught.value)
+    assert "loss.top_k: the checkpoint has 256, this run has 64" in text
+    assert "teachers.default: the checkpoint has f, this run has g" in text
+    assert "contexts: " in text
+    assert "--accept-changes" in text
+    refuse_other_run(manifest(3), Path("runs/x"), IDENTITY)
