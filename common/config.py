@@ -97,6 +97,9 @@ class TeacherConfig(Section):
     max_body_bytes: Positive = 256 * 1024 * 1024
     batch_tokens: Positive = 8192
     """Own (prompt + response) tokens of one forward pass."""
+    batch_items: Positive | None = None
+    """Items of one forward pass, default: as many as `batch_tokens` holds. 1: an item's scores do not depend, in the
+    last bit, on what came with it."""
     batch_window_ms: Annotated[float, Field(ge=0)] = 5.0
     """How long the scheduler waits for more requests before a batch that is not full."""
     max_queued_tokens: Positive = 4 * 1024 * 1024

@@ -78,6 +78,7 @@ class Scheduler:
         backend: Backend,
         *,
         batch_tokens: int,
+        batch_items: int | None = None,
         window_s: float,
         max_queued_tokens: int,
         context_cache_bytes: int,
@@ -87,6 +88,7 @@ class Scheduler:
     ) -> None:
         self._backend = backend
         self._batch_tokens = batch_tokens
+        self._batch_items = batch_items
         self._batch_s = batch_s
         self._window_s = window_s
         self._max_queued = max_queued_tokens
@@ -184,6 +186,8 @@ class Scheduler:
         tokens = 0
         new: set[tuple[str, str]] = set()
         while self.queue and (not jobs or tokens + self.queue.peek_tokens() <= self._budget):
+            if len(jobs) == self._batch_items:
+                break
             job = self.queue.pop()
             if job.future.done():
                 continue

@@ -62,6 +62,7 @@ class TeacherService:
         self._scheduler = Scheduler(
             self._backend,
             batch_tokens=self._config.batch_tokens,
+            batch_items=self._config.batch_items,
             window_s=self._config.batch_window_ms / 1000,
             max_queued_tokens=self._config.max_queued_tokens,
             context_cache_bytes=self._config.context_cache_bytes,

@@ -109,6 +109,13 @@ async def test_batches_of_a_slow_model_are_cut_to_half_a_second() -> None:
     assert 2 <= len(backend.batches[1]) <= 8
 
 
+async def test_items_of_a_batch_can_be_bounded() -> None:
+    backend = Held()
+    async with scheduler_of(backend, batch_items=1, window_s=0.05) as scheduler:
+        assert numbers(await scheduler.submit("t", "r", [work(10, 1), work(10, 2), work(10, 3)])) == [1, 2, 3]
+    assert [len(batch) for batch in backend.batches] == [1, 1, 1]
+
+
 async def test_an_item_above_the_budget_goes_alone() -> None:
     backend = Held()
     async with scheduler_of(backend) as scheduler:
