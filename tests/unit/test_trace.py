@@ -127,15 +127,14 @@ def test_a_resumed_file_keeps_whole_events_and_their_tracks(tmp_path: Path, lost
     path.write_bytes(data[: max(0, len(data) - lost)])
     before = read_trace(path)
     with TraceFile(path, resume=True) as trace:
-        trace.write([span("rollout", "worker 0", 4, 6), span("parity", "controller", 6, 7)])
+        trace.write([span("rollout", "worker 0", 2, 6), span("rollout", "worker 0", 4, 6), span("parity", "new", 6, 7)])
     events = json.loads(path.read_text())
     assert events[: len(before)] == before
     if lost < 40:
-        assert len(complete(events)) == 5
         threads = names(events, "thread_name")
-        late = next(e for e in complete(events) if e["ts"] == (EPOCH + 4) * 1e6)
-        assert threads[late["pid"], late["tid"]] == "rollout 0"  # lane 1 is busy until 5
-        assert late["pid"] == complete(events)[0]["pid"]
+        assert len(threads) == 5
+        late = {e["ts"] - EPOCH * 1e6: threads[e["pid"], e["tid"]] for e in complete(events)[3:]}
+        assert late == {2e6: "rollout 2", 4e6: "rollout 0", 6e6: "parity 0"}  # lane 0 is busy until 3, lane 1 until 5
     processes = [e["args"]["name"] for e in events if e["name"] == "process_name"]
     assert len(processes) == len(set(processes))
 
