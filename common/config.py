@@ -246,7 +246,8 @@ class LearnerConfig(Section):
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
     deterministic: bool = False
-    """Only algorithms that give the same bits every time, answers in a fixed order: for tests and for debugging."""
+    """The same bits every time: deterministic algorithms, answers in a fixed order, one sequence at a time in the
+    engines and in the run's own teacher. Slow: for tests and for debugging."""
     max_skipped_steps: NonNegative = 3
     """Steps in a row that a NaN or infinite gradient may cost before the run stops."""
     kl_alarm_ratio: PositiveFloat = 10.0
@@ -289,7 +290,8 @@ class EvalConfig(Section):
     """Greedy answers on held-out rows, before, during and after."""
 
     every: NonNegative = 0
-    """Steps between evaluations; 0: only before and after."""
+    """Steps between evaluations on `data.valid` (and after the last step): the best one's weights are kept in
+    ``best/``. 0: none, only `data.eval` before and after."""
     grader: str = "exact"
     """`exact`, `exact_casefold`, `contains` or `regex:PATTERN`; both sides stripped, answers cut at the stop."""
     max_tokens: Positive | None = None
@@ -328,7 +330,6 @@ class Config(Section):
             "sync.delta": self.sync.delta,
             "teacher.kind": self.teacher.kind != "frozen",
             "teacher.backend": self.teacher.backend != "transformers",
-            "checkpoint": self.checkpoint != CheckpointConfig(),
         }
         for key, asked in not_yet.items():
             if asked:
@@ -344,6 +345,11 @@ class Config(Section):
             )
         if self.learner.cpu_offload and self.learner.zero_stage == 0:
             raise ValueError("learner.cpu_offload needs learner.zero_stage 1, 2 or 3")
+        if self.eval.every and self.data.valid is None:
+            raise ValueError(
+                f"eval.every is {self.eval.every} and data.valid is not set: only rows that are not reported on may "
+                "be looked at while training"
+            )
         if self.loss.top_k > self.teacher.max_k:
             raise ValueError(f"loss.top_k {self.loss.top_k} is larger than teacher.max_k {self.teacher.max_k}")
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
+def lines_up_to(text: str, step: int) -> Iterator[str]:
+    """JSON lines whose ``step`` is at most `step`; a last line that a crash cut short is left out."""
+    for line in text.split("\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                yield line
+        except json.JSONDecodeError:
+            continue
+
+
 @dataclass
 class RunFiles:
     """The folder of one run: ``metrics.jsonl``, ``samples.jsonl``, TensorBoard events.
@@ -39,14 +49,17 @@ class RunFiles:
     """
 
     folder: Path
+    resume_after: int | None = None
+    """Go on with the files of an earlier run: what it wrote of later steps is dropped, they are done again."""
 
     def __post_init__(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self._samples = (self.folder / "samples.jsonl").open("w", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        self._metrics = self._open("metrics.jsonl")
+        self._samples = self._open("samples.jsonl")
+        purge = None if self.resume_after is None else self.resume_after + 1
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of ``metrics.jsonl``; numbers go to TensorBoard too."""
@@ -69,6 +82,16 @@ class RunFiles:
         self._metrics.close()
         self._samples.close()
         self._board.close()
+
+    def _open(self, name: str) -> Any:
+        path = self.folder / name
+        kept: list[str] = []
+        if self.resume_after is not None and path.exists():
+            kept = list(lines_up_to(path.read_text(encoding="utf-8"), self.resume_after))
+        beside = path.with_name(name + ".partial")
+        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(beside, path)
+        return path.open("a", encoding="utf-8")
 
     @staticmethod
     def _line(stream: Any, values: Mapping[str, Any]) -> None:

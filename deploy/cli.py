@@ -49,6 +49,13 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration, check the data, start nothing.")
     ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes", help="Resume although the model, teacher, data, context or loss is another one."
+        ),
+    ] = False,
 ) -> None:
     """Distil a context into a student: the whole run."""
     with known_errors(ConfigError, DataError):
@@ -61,7 +68,7 @@ def train(
     from learner import train as entry
 
     with known_errors(*entry.KNOWN_ERRORS):
-        raise typer.Exit(entry.run(resolved))
+        raise typer.Exit(entry.run(resolved, resume=resume, accept_changes=accept_changes))
 
 
 @app.command()

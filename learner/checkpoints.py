@@ -79,9 +79,7 @@ class Manifest(BaseModel):
     """Every other file of the folder and its bytes: one that was cut short must not be loaded."""
 
 
-def identity_of(
-    config: Config, *, tokenizer: str, teachers: dict[str, str], contexts: tuple[str, ...], zero_stage: int
-) -> Identity:
+def identity_of(config: Config, *, tokenizer: str, teachers: dict[str, str], contexts: tuple[str, ...]) -> Identity:
     """The identity of a run that is about to start."""
     lora = config.learner.lora
     return Identity(
@@ -94,7 +92,8 @@ def identity_of(
         rollout={"seed": config.run.seed, **config.rollout.model_dump(mode="json", include=_SAMPLING)},
         learner={
             "ranks": config.learner.ranks,
-            "zero_stage": zero_stage,
+            "zero_stage": config.learner.zero_stage,
+            "dtype": config.student.dtype,
             "lora": None if lora is None else lora.model_dump(mode="json"),
         },
     )

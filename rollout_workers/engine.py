@@ -60,7 +60,9 @@ class RolloutEngine:
             dtype=_dtype(config),
             seed=config.run.seed,
             max_model_len=config.student.max_sequence_tokens,
-            max_num_seqs=rollout.max_num_seqs,
+            # What else is in a batch, or was cached before, shows in the last bit of a log-prob.
+            max_num_seqs=1 if config.learner.deterministic else rollout.max_num_seqs,
+            enable_prefix_caching=not config.learner.deterministic,
             tensor_parallel_size=rollout.tensor_parallel_size,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             enforce_eager=rollout.enforce_eager,

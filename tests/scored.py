@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config import Config, validate
+from common.config import Config
+from common.config_file import validate
 from common.schema import ItemScore, Prompt, ScoredTrajectory, Trajectory, as_ids
 
 VOCABULARY = 512

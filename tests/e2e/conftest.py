@@ -20,7 +20,7 @@ WORDS = ("cat", "dog", "sun", "map", "cup", "hat", "pen", "box", "key", "car", "
 
 def run_settings(folder: Path, model: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run in seconds: 12 raw rows, a context that changes the random model's distribution."""
-    for name, words in (("train", WORDS[:8]), ("eval", WORDS[8:])):
+    for name, words in (("train", WORDS[:8]), ("valid", WORDS[4:8]), ("eval", WORDS[8:])):
         lines = [json.dumps({"id": word, "prompt": f"Q: {word}\nA:", "answer": "x"}) for word in words]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     settings: dict[str, dict[str, Any]] = {
@@ -28,7 +28,7 @@ def run_settings(folder: Path, model: Path, **sections: dict[str, Any]) -> dict[
         "student": {"model": str(model)},
         "teacher": {"threads": 1},
         "context": {"text": "Q: one\nA: ones\n"},
-        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")},
+        "data": {name: str(folder / f"{name}.jsonl") for name in ("train", "valid", "eval")},
         "rollout": {"batch_size": 8, "max_tokens": 8, "stop": ["\n"], "threads": 1, "max_num_seqs": 16},
         "loss": {"top_k": 64},
         "learner": {"steps": 6, "lr": 3e-3, "threads": 1, "micro_batch_tokens": 64},

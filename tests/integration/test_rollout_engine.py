@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config import Config, validate
+from common.config import Config
+from common.config_file import validate
 from common.schema import Sampling, TokenSequence, as_ids
 from common.weights import SyncManifest, TensorSpec
 from learner.parity import ParityError, ParityGate

@@ -1,0 +1,231 @@
+"""One run, from started services to its summary: start or resume, train, evaluate, keep what was done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from common.chat import check_lengths
+from common.collective import SyncError
+from common.config import Config, ConfigError
+from common.data import DataError
+from common.evaluation import Accuracy
+from common.schema import Prompt
+from common.scoring import TeacherError
+from common.telemetry import Progress, RunFiles, write_json
+from learner.checkpoints import LEARNER, CheckpointError, Checkpoints, Identity, Manifest, identity_of, refuse_other_run
+from learner.controller import Controller, RunError, StepOutcome
+from learner.evaluate import evaluate_rows
+from learner.inputs import Inputs
+from learner.parity import ParityError
+from learner.services import Services
+from learner.summary import Best, Tally, step_line, summary_of
+
+KNOWN_ERRORS = (ConfigError, DataError, RunError, ParityError, SyncError, TeacherError, CheckpointError)
+"""Errors whose text is all a user needs; anything else shows its trace."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint to go on from; `accept_changes`: also where the run is no longer the one that wrote it."""
+
+    path: Path
+    manifest: Manifest
+    accept_changes: bool = False
+
+
+class Run:
+    """One run, from started services to its summary."""
+
+    def __init__(
+        self, config: Config, inputs: Inputs, files: RunFiles, progress: Progress, resumed: Resumed | None = None
+    ) -> None:
+        self._config = config
+        self._inputs = inputs
+        self._files = files
+        self._progress = progress
+        self._services = Services(config)
+        self._resumed = resumed
+        self._checkpoints = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep)
+        self._began = time.time()
+        self.tally = Tally(planned_steps=config.learner.steps)
+        if resumed is not None:
+            self.tally.restore(resumed.manifest.loop)
+            self._refuse_changes(resumed, resumed.manifest.identity.teachers)
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Start, train, evaluate, save. Services are stopped and the summary is written on every way out."""
+        try:
+            self._start()
+            self._train()
+            self._finish()
+            self.tally.outcome = "finished"
+        except KeyboardInterrupt:
+            self.tally.outcome = "interrupted"
+            self._keep_interrupted()
+            raise
+        except (*KNOWN_ERRORS, ray.exceptions.RayError) as error:
+            plain = plain_error(error)
+            self.tally.outcome = f"failed: {type(plain).__name__}: {plain}".splitlines()[0]
+            raise plain from (None if isinstance(plain, KNOWN_ERRORS) else error)
+        finally:
+            self._progress.status("stopping")
+            self.tally.add_seconds({"total": time.time() - self._began})
+            write_json(self._config.run.path / "summary.json", summary_of(self.tally))
+            self._services.close()
+
+    def _start(self) -> None:
+        config, services, started = self._config, self._services, time.time()
+        local_teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
+        if self._resumed is None and self._inputs.eval and local_teacher not in (None, config.student.model):
+            self._progress.line(f"evaluating {local_teacher} in context")
+            services.begin_workers(str(local_teacher), None, 1)
+            services.wait_workers()
+            self.tally.in_context = self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
+            services.close_workers()
+        self._progress.line("starting the teacher and the learner")
+        teacher = services.begin_teacher()
+        ranks = services.begin_ranks()
+        scorer = services.connect_teacher(
+            teacher,
+            self._inputs.contexts,
+            tokenizer_fingerprint=self._inputs.tokenizer_fingerprint,
+            longest_tokens=max(self._inputs.teacher_tokens().values()) + config.rollout.max_tokens,
+        )
+        self._check_teacher_lengths()
+        if self._resumed is not None:
+            self._refuse_changes(self._resumed, services.teacher_fingerprints())
+        self._progress.line("starting the rollout engines")
+        services.begin_workers(config.student.model, scorer, config.rollout.workers)
+        services.wait_workers()
+        services.wait_ranks(ranks)
+        services.open_sync()
+        self._controller = Controller(config, services, self._inputs.train, self._progress.status)
+        parity = self._controller.begin_parity()
+        self.tally.parity_max_nats = max(self.tally.parity_max_nats, parity.max_nats)
+        if self._resumed is not None:
+            services.load_state(str((self._resumed.path / LEARNER).absolute()))
+            self._controller.publish(self.tally.steps)
+        self.tally.add_seconds({"start": time.time() - started})
+        self._progress.line(
+            f"started in {time.time() - started:.0f} s; engine and learner agree to {parity.max_nats:.1e} nats"
+        )
+        if self._resumed is not None:
+            self._progress.line(
+                f"resumed from {self._resumed.path}: {self.tally.steps} of {config.learner.steps} steps"
+            )
+            return
+        self.tally.base = self._evaluate("base", 0, self._inputs.eval)
+        if local_teacher == config.student.model:
+            self.tally.in_context = self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
+
+    def _check_teacher_lengths(self) -> None:
+        info = self._services.teacher_info
+        assert info is not None
+        check_lengths(
+            "teacher",
+            self._inputs.teacher_tokens(),
+            max_tokens=self._config.rollout.max_tokens,
+            limit=info.max_sequence_tokens,
+        )
+
+    def _train(self) -> None:
+        for step in range(self.tally.steps, self._config.learner.steps):
+            outcome = self._controller.step(step)
+            self._note(outcome)
+            self._validate(outcome.version)
+            self._keep(outcome.version)
+
+    def _note(self, outcome: StepOutcome) -> None:
+        tally = self.tally
+        tally.steps = outcome.version
+        tally.kl.append(outcome.metrics["kl/full_bound"])
+        tally.parity_max_nats = max(tally.parity_max_nats, outcome.parity.max_nats)
+        tally.add_seconds({stage: value for stage, value in outcome.seconds.items() if stage != "total"})
+        self._files.metrics(outcome.version, outcome.metrics)
+        self._progress.line(step_line(outcome.version, self._config.learner.steps, outcome.metrics))
+
+    def _validate(self, version: int) -> None:
+        """Accuracy on ``data.valid``, which alone chooses ``best/``; a tie stays with the earlier step."""
+        config, best = self._config, self.tally.best
+        if not config.eval.every or (version % config.eval.every and version < config.learner.steps):
+            return
+        found = self._evaluate("valid", version, self._inputs.valid)
+        if found is not None and (best is None or found.accuracy > best.accuracy):
+            self._services.save(str((config.run.path / "best").absolute()))
+            self.tally.best = Best(step=version, accuracy=found.accuracy)
+
+    def _keep(self, version: int) -> None:
+        """The exports and the checkpoint that are due after step `version`."""
+        settings, last = self._config.checkpoint, version == self._config.learner.steps
+        if settings.export_every and version % settings.export_every == 0:
+            self._services.save(str((self._config.run.path / "exports" / f"step-{version:06d}").absolute()))
+        if not settings.every or (version % settings.every and not last):
+            return
+        started = time.time()
+        self._progress.status(f"step {version}: checkpoint")
+        manifest = Manifest(
+            step=version, identity=self._identity(self._services.teacher_fingerprints()), loop=self.tally.state()
+        )
+        try:
+            self._checkpoints.save(manifest, lambda folder: self._services.save_state(str(folder.absolute())))
+        except CheckpointError as error:
+            # Hours of training are not thrown away for a full disk: the last checkpoint is still there.
+            self.tally.failed_checkpoints += 1
+            self._progress.line(f"WARNING: {error}; going on without it")
+        self.tally.add_seconds({"checkpoint": time.time() - started})
+
+    def _identity(self, teachers: dict[str, str]) -> Identity:
+        inputs = self._inputs
+        return identity_of(
+            self._config, tokenizer=inputs.tokenizer_fingerprint, teachers=teachers, contexts=tuple(inputs.contexts)
+        )
+
+    def _refuse_changes(self, resumed: Resumed, teachers: dict[str, str]) -> None:
+        if not resumed.accept_changes:
+            refuse_other_run(resumed.manifest, resumed.path, self._identity(teachers))
+
+    def _finish(self) -> None:
+        self.tally.final = self._evaluate("final", self.tally.steps, self._inputs.eval)
+        self._progress.status("saving")
+        self._services.save(str((self._config.run.path / "checkpoint").absolute()))
+
+    def _keep_interrupted(self) -> None:
+        """The weights of the last whole step, where there was one. A second interrupt gives up on it."""
+        steps, folder = self.tally.steps, self._config.run.path / "checkpoint"
+        self._progress.line(f"interrupted after {steps} of {self._config.learner.steps} steps")
+        if steps:
+            self._progress.line(f"saving the weights of step {steps} to {folder}; interrupt again to leave without")
+            self._services.save(str(folder.absolute()))
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, name: str, step: int, rows: Sequence[Prompt], *, with_context: bool = False) -> Accuracy | None:
+        """Greedy accuracy of the engines' current weights on `rows`; every answer goes to ``samples.jsonl``."""
+        if not rows:
+            return None
+        started = time.time()
+        self._progress.status(f"evaluating: {name}, {len(rows)} rows")
+        result = evaluate_rows(self._services, self._config, self._inputs, rows, name, step, self._files, with_context)
+        self.tally.add_seconds({"evaluation": time.time() - started})
+        low, high = result.ci95
+        self._files.metrics(step, {f"accuracy/{name}": result.accuracy})
+        self._progress.line(f"accuracy {name:<11} {result.accuracy:.3f} ({low:.3f} to {high:.3f}, n = {result.n})")
+        return result
+
+
+def plain_error(error: Exception) -> Exception:
+    """The error a user should see: what an actor raised instead of Ray's wrapping of it, or which actor died."""
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, KNOWN_ERRORS):
+        return error.cause
+    if isinstance(error, ray.exceptions.RayActorError):
+        node = ray._private.worker.global_worker.node
+        logs = f"; its log is under {node.get_logs_dir_path()}" if node else ""
+        return RunError(f"an actor of the run died: {' '.join(str(error).split())}{logs}")
+    return error
