@@ -12,13 +12,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from common.collective import DIGEST_BYTES, SyncError, broadcast, gloo_group, manifest_digest, wire_digest
+from common.collective import SyncError
+from common.config import SyncConfig
+from common.receiver import open_receiver
 from common.weights import SyncManifest, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch.distributed import ProcessGroupGloo
+    from common.receiver import Receiver
 
 
 @dataclass
@@ -54,14 +54,15 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
-    _group: ProcessGroupGloo | None = None
+    _receiver: Receiver | None = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the group; every worker of every engine has a rank of its own."""
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._group = gloo_group(
-            init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_s
+        sync = SyncConfig(backend="gloo", timeout_s=init_info.timeout_s)
+        self._receiver = open_receiver(
+            sync, init_info.master_address, init_info.master_port, rank, init_info.world_size, "cpu"
         )
 
     def start_weight_update(self) -> None:
@@ -75,11 +76,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Load every bucket; raises SyncError for another plan than the sender's or bytes that changed on the way."""
-        if self._group is None:
+        """Load all weights; raises SyncError for another plan than the sender's or bytes that changed on the way."""
+        if self._receiver is None:
             raise SyncError("weights were announced before the weight group was joined")
-        for bucket, data in receive_buckets(self._group, update_info.manifest()):
-            self.model.load_weights([(spec.name, tensor) for spec, tensor in split_bucket(bucket, data)])
+        self.model.load_weights(self._receiver.receive(update_info.manifest()))
 
     def finish_weight_update(self) -> None:
         """Process the loaded layers, the tied output layer included."""
@@ -90,38 +90,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def shutdown(self) -> None:
         """Leave the group."""
-        self._group = None
-
-
-def receive_buckets(
-    group: ProcessGroupGloo, manifest: SyncManifest
-) -> Iterator[tuple[tuple[TensorSpec, ...], torch.Tensor]]:
-    """(tensors, their bytes) of each bucket, the bytes checked against the digest that follows them."""
-    announced = torch.empty(32, dtype=torch.uint8)
-    broadcast(group, announced, "the manifest")
-    if not announced.equal(manifest_digest(manifest.digest())):
-        raise SyncError(
-            f"the sender's manifest is {announced.numpy().tobytes().hex()}, this engine's {manifest.digest()}: "
-            "learner and engine do not agree on names, shapes, types or bucket size"
-        )
-    for index, bucket in enumerate(manifest.buckets()):
-        # A bucket of its own each time: layerwise reload may keep tensors until their layer is complete.
-        data = torch.empty(sum(spec.nbytes for spec in bucket), dtype=torch.uint8)
-        broadcast(group, data, f"bucket {index}")
-        digest = torch.empty(DIGEST_BYTES, dtype=torch.uint8)
-        broadcast(group, digest, f"the digest of bucket {index}")
-        if not digest.equal(wire_digest(data)):
-            raise SyncError(f"bucket {index} ({bucket[0].name} ...) arrived with other bytes than were sent")
-        yield bucket, data
-
-
-def split_bucket(bucket: tuple[TensorSpec, ...], data: torch.Tensor) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-    """Views of a bucket's bytes as its tensors."""
-    offset = 0
-    for spec in bucket:
-        end = offset + spec.nbytes
-        yield spec, data[offset:end].view(getattr(torch, spec.dtype)).view(spec.shape)
-        offset = end
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
 
 
 def repack_output_layer(model: torch.nn.Module) -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import learner.publish
-from common.collective import SyncError, gloo_group
+from common.collective import SyncError
 from common.config import SyncConfig
+from common.receiver import open_receiver
 from common.weights import SyncManifest, TensorSpec
 from learner.publish import open_sender
 from rollout_workers.engine import init_info, update_info
-from rollout_workers.weight_transfer import receive_buckets, split_bucket
 
 TENSORS = {
     "a": torch.arange(10, dtype=torch.float32).reshape(2, 5),
@@ -53,12 +53,8 @@ def exchange(sent: SyncManifest, *expected: SyncManifest, tensors: Iterator[tupl
         return open_sender("gloo", "127.0.0.1", port, world, 2.0).send(tensors or iter(TENSORS.items()), sent)
 
     def receive(rank: int, plan: SyncManifest) -> object:
-        group = gloo_group("127.0.0.1", port, rank, world, 2.0)
-        return {
-            spec.name: tensor
-            for bucket, data in receive_buckets(group, plan)
-            for spec, tensor in split_bucket(bucket, data)
-        }
+        receiver = open_receiver(SyncConfig(timeout_s=2.0), "127.0.0.1", port, rank, world, "cpu")
+        return dict(receiver.receive(plan))
 
     threads = [threading.Thread(target=guarded, args=(0, send))]
     threads += [
