@@ -27,6 +27,7 @@ PAD_ID = 0xFFFFFF
 Ids = NDArray[np.uint32]
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 ScoreMode = Literal["at_ids", "teacher_topk", "union", "sampled"]
 FinishReason = Literal["stop", "length"]
@@ -82,7 +83,8 @@ class Trajectory:
     ``response_ids [T]`` ends with the stop token when ``finish_reason`` is ``stop``. ``sampled_logprobs [T]`` are the
     engine's, at the sampling temperature. ``topk_ids [T, k]`` are the student's most likely ids, best first; ``k`` is
     0 where the learner picks them (``rollout.topk_from: learner``). ``versions`` are (first response position,
-    weight version) spans: more than one when the weights changed while the answer was being made.
+    weight version) spans: more than one when the weights changed while the answer was being made. ``loss_mask [T]`` is
+    False where the environment spoke (a whole conversation as one response); None: the student made every token.
     """
 
     sample_id: str
@@ -93,6 +95,7 @@ class Trajectory:
     topk_ids: Ids
     finish_reason: FinishReason
     versions: tuple[tuple[int, int], ...]
+    loss_mask: Mask | None = None
 
 
 @dataclass(frozen=True, slots=True)

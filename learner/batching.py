@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from common.config import LossConfig
-from common.schema import LOGPROB_FLOOR, PAD_ID, Ids, ScoredTrajectory, TokenSequence, as_ids
+from common.schema import LOGPROB_FLOOR, PAD_ID, Ids, Mask, ScoredTrajectory, TokenSequence, Trajectory, as_ids
 
 B = TypeVar("B", "PaddedBatch", "TrainingBatch")
 
@@ -136,7 +136,7 @@ def training_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig) -> Trai
         teacher_tail=_float(np.concatenate([item.score.tail_logprob for item in scored])),
         teacher_sampled=_float(np.concatenate([item.score.sampled_logprob for item in scored])),
         engine_sampled=_float(np.concatenate([item.trajectory.sampled_logprobs for item in scored])),
-        weights=_float(np.concatenate([token_weights(len(item.trajectory.response_ids), loss) for item in scored])),
+        weights=_float(np.concatenate([token_weights(item.trajectory, loss) for item in scored])),
         owners=_long(np.repeat(np.arange(len(scored)), [len(item.trajectory.response_ids) for item in scored])),
         stored=torch.from_numpy(np.concatenate([_widen(marks, width, False) for marks in stored])),
         overlap=_float(
@@ -198,18 +198,30 @@ def overlap(scored: ScoredTrajectory, stored: np.ndarray, loss: LossConfig) -> n
     return (own + loss.top_k - (scored.score.topk_ids != PAD_ID).sum(-1)) / loss.top_k
 
 
-def loss_tokens(response_tokens: int, loss: LossConfig) -> int:
+def counted_tokens(trajectory: Trajectory, loss: LossConfig) -> Mask:
+    """Which response tokens the loss counts, ``[T]``: the student's own, but for the first ones of each answer.
+
+    Raises ValueError, naming the sample, for a mask that does not fit its response.
+    """
+    positions, mask = np.arange(len(trajectory.response_ids)), trajectory.loss_mask
+    if mask is None:
+        return positions >= loss.skip_first_tokens
+    if mask.shape != positions.shape:
+        raise ValueError(f"sample {trajectory.sample_id}: loss mask is {mask.shape}, expected {positions.shape}")
+    last_foreign = np.maximum.accumulate(np.where(mask, -1, positions))
+    return positions - last_foreign > loss.skip_first_tokens
+
+
+def loss_tokens(trajectory: Trajectory, loss: LossConfig) -> int:
     """How many tokens of a response the loss counts."""
-    return max(response_tokens - loss.skip_first_tokens, 0)
+    return int(counted_tokens(trajectory, loss).sum())
 
 
-def token_weights(response_tokens: int, loss: LossConfig) -> np.ndarray:
-    """Weight of each response token in the step's sum, ``[T]``: 0 where skipped, else 1, or 1/|y| per sequence."""
-    weights = np.zeros(response_tokens, dtype=np.float32)
-    counted = loss_tokens(response_tokens, loss)
-    if counted:
-        weights[response_tokens - counted :] = 1.0 if loss.normalize == "token" else 1.0 / counted
-    return weights
+def token_weights(trajectory: Trajectory, loss: LossConfig) -> np.ndarray:
+    """Weight of each response token in the step's sum, ``[T]``: 0 where not counted, else 1, or 1/|y| per sequence."""
+    counted = counted_tokens(trajectory, loss)
+    each = 1.0 if loss.normalize == "token" else 1.0 / max(counted.sum(), 1)
+    return np.where(counted, each, 0.0).astype(np.float32)
 
 
 def _check(item: ScoredTrajectory) -> None:

@@ -121,7 +121,7 @@ class LearnerEngine:
         started = time.time()
         loss = self._config.loss
         responses = [len(item.trajectory.response_ids) for item in batch]
-        counted = [loss_tokens(tokens, loss) for tokens in responses]
+        counted = [loss_tokens(item.trajectory, loss) for item in batch]
         batches: list[TrainingBatch] = []
         sums: dict[str, float] = {}
         nonfinite: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import LossConfig
-from common.schema import LOGPROB_FLOOR, PAD_ID, TokenSequence, as_ids
+from common.schema import LOGPROB_FLOOR, PAD_ID, TokenSequence, Trajectory, as_ids
 from learner.batching import (
     loss_tokens,
     pad_sequences,
@@ -25,6 +25,12 @@ from tests.scored import make_scored
 
 def sequence(prompt: list[int], response: list[int]) -> TokenSequence:
     return TokenSequence(as_ids(prompt), as_ids(response))
+
+
+def answer(tokens: int, mask: list[bool] | None = None) -> Trajectory:
+    """An answer of so many tokens; `mask` is True where the student made them."""
+    (scored,) = make_scored(1, response_tokens=(tokens, tokens + 1))
+    return replace(scored.trajectory, loss_mask=None if mask is None else np.array(mask))
 
 
 def test_a_response_token_is_predicted_by_the_position_before_it() -> None:
@@ -123,11 +129,27 @@ def test_narrow_supports_are_padded_to_the_widest() -> None:
 
 def test_weights_skip_the_first_tokens_and_average_over_the_others() -> None:
     by_token = LossConfig(skip_first_tokens=2)
-    assert token_weights(4, by_token).tolist() == [0, 0, 1, 1]
+    assert token_weights(answer(4), by_token).tolist() == [0, 0, 1, 1]
     by_sequence = LossConfig(skip_first_tokens=2, normalize="sequence")
-    assert token_weights(4, by_sequence).tolist() == [0, 0, 0.5, 0.5]
-    assert token_weights(2, by_sequence).tolist() == [0, 0]
-    assert [loss_tokens(n, by_token) for n in (1, 2, 3)] == [0, 0, 1]
+    assert token_weights(answer(4), by_sequence).tolist() == [0, 0, 0.5, 0.5]
+    assert token_weights(answer(2), by_sequence).tolist() == [0, 0]
+    assert [loss_tokens(answer(n), by_token) for n in (1, 2, 3)] == [0, 0, 1]
+
+
+def test_of_a_conversation_only_the_students_tokens_count() -> None:
+    mask = [True, True, True, False, False, True, False, True, True]
+    talk = answer(9, mask)
+    assert token_weights(talk, LossConfig()).tolist() == [1, 1, 1, 0, 0, 1, 0, 1, 1]
+    assert token_weights(talk, LossConfig(normalize="sequence")).sum() == pytest.approx(1)
+    # Every answer of it has first tokens of its own.
+    assert token_weights(talk, LossConfig(skip_first_tokens=1)).tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 1]
+    assert loss_tokens(talk, LossConfig(skip_first_tokens=1)) == 3
+    assert token_weights(answer(2, [False, False]), LossConfig(normalize="sequence")).tolist() == [0, 0]
+    (scored,) = make_scored(1, response_tokens=(9, 10))
+    masked = replace(scored, trajectory=replace(scored.trajectory, loss_mask=np.array(mask)))
+    assert training_batch([masked], LossConfig()).weights.tolist() == [1, 1, 1, 0, 0, 1, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"sample 0/0: loss mask is \(2,\), expected \(9,\)"):
+        token_weights(answer(9, [True, False]), LossConfig())
 
 
 def test_scores_that_do_not_fit_are_refused_with_the_sample() -> None:
