@@ -58,6 +58,18 @@ class Renderer:
             return self._raw(row, row.prompt)
         return self._chat(row)
 
+    def follow_up(self, observation: str) -> tuple[int, ...]:
+        """Tokens between one answer and the next of the same conversation: the end of the assistant's turn, a user turn
+        of `observation`, the head of the answer. Equal on both sides, whatever stands before.
+        """
+        mark = "\u00abanswer\u00bb"
+        roles = (("user", "question"), ("assistant", mark), ("user", observation))
+        text = self._template([{"role": role, "content": content} for role, content in roles])
+        _, found, after = text.partition(mark)
+        if not found or observation.strip() not in after:
+            raise DataError("this chat template does not render an answer and a user turn behind it as they are")
+        return self._tokens(after)
+
     # --- raw text ---------------------------------------------------------------------------------------------------
 
     def _raw(self, row: Row, prompt: str) -> Prompt:
