@@ -184,6 +184,13 @@ class RolloutConfig(Section):
     enforce_eager: bool = True
     concurrency: Positive = 512
     """Answers in flight in one worker."""
+    max_restarts: NonNegative = 8
+    """Workers that may be lost and replaced before the run stops."""
+    max_staleness: NonNegative = 0
+    """Optimiser steps that rollouts may run ahead: 0 trains each step on answers of the very weights it changes."""
+    over_issue: Annotated[float, Field(ge=0)] = 0.0
+    """Share of prompts asked beyond a step's batch; the step takes the first answers and cuts the stragglers off, which
+    favours short answers. They are counted (`staleness/discarded`)."""
 
 
 class LossConfig(Section):
@@ -274,7 +281,8 @@ class SyncConfig(Section):
     folder: Path | None = None
     """Of `file`: a folder that learner and engines share, default: ``weights/`` of the run."""
     delta: bool = False
-    """Send only elements that changed since the version before (in bfloat16 most do not)."""
+    """Over `gloo`: send only elements that changed since the version before (in bfloat16 most do not). Sender and
+    receivers then hold a copy of the weights each, in host memory."""
     bucket_bytes: Positive = 256 * 1024 * 1024
     timeout_s: PositiveFloat = 300.0
     probe_prompts: Positive = 8
@@ -314,6 +322,12 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
 
     @property
+    def sync_in_run(self) -> SyncConfig:
+        """`sync` with its default folder filled in: ``weights/`` of the run."""
+        folder = (self.sync.folder or self.run.path / "weights").absolute()
+        return self.sync.model_copy(update={"folder": folder})
+
+    @property
     def teacher_model(self) -> str:
         """Folder or hub name of the teacher: the student's own initial model unless another is named."""
         return self.teacher.model or self.student.model
@@ -326,23 +340,21 @@ class Config(Section):
             )
         not_yet = {
             "learner.lora": self.learner.lora is not None,
-            "sync.backend": self.sync.backend in ("ipc", "file"),
-            "sync.delta": self.sync.delta,
             "teacher.kind": self.teacher.kind != "frozen",
             "teacher.backend": self.teacher.backend != "transformers",
         }
         for key, asked in not_yet.items():
             if asked:
                 raise ValueError(f"{key}: this value is not available yet")
-        if self.rollout.topk_from == "learner" and self.loss.support == "student":
-            raise ValueError("rollout.topk_from: `learner` is not available yet; use `engine`")
-        if self.loss.support != "student":
-            raise ValueError("loss.support: only `student` is wired through the loop yet")
+        if self.rollout.topk_from == "learner" and self.loss.support == "teacher":
+            raise ValueError("rollout.topk_from: `learner` picks ids that loss.support `teacher` does not use")
         if self.loss.form == "policy_gradient" and self.loss.temperature != self.rollout.temperature:
             raise ValueError(
                 f"loss.form: `policy_gradient` compares log-probs of the sampler and the learner, so loss.temperature "
                 f"({self.loss.temperature}) must equal rollout.temperature ({self.rollout.temperature})"
             )
+        if self.sync.delta and self.sync.backend != "gloo":
+            raise ValueError(f"sync.delta: goes over sync.backend `gloo` only, not `{self.sync.backend}`")
         if self.learner.cpu_offload and self.learner.zero_stage == 0:
             raise ValueError("learner.cpu_offload needs learner.zero_stage 1, 2 or 3")
         if self.eval.every and self.data.valid is None:

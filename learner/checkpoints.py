@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,24 +106,24 @@ class Checkpoints:
         self.folder = folder
         self._keep = keep
 
-    def save(self, manifest: Manifest, write_learner: Callable[[Path], None]) -> Path:
-        """Write the state of `manifest.step`: `write_learner` fills the folder it is given, then all counts at once.
+    @contextmanager
+    def writing(self, manifest: Manifest) -> Iterator[Path]:
+        """Fill the folder it gives with the learner's state of `manifest.step`; at its end all counts at once.
 
         Older ones beyond `keep` leave only after the new one is whole. Raises CheckpointError where the disk does not
         take it; what was there before is still there then.
         """
         final = self._path(manifest.step)
         partial = final.with_name(final.name + _PARTIAL)
-        with _disk_errors(final):
-            self._clear_partial()
-            (partial / LEARNER).mkdir(parents=True)
         try:
             with _disk_errors(final):
-                write_learner(partial / LEARNER)
+                self._clear_partial()
+                (partial / LEARNER).mkdir(parents=True)
+                yield partial / LEARNER
                 whole = manifest.model_copy(update={"files": _synced_files(partial)})
                 (partial / MANIFEST).write_text(whole.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 _sync(partial / MANIFEST)
-                if final.exists():  # an earlier attempt at this step, under a manifest that resume refused
+                if final.exists():  # a run that was resumed from an earlier one comes by again
                     shutil.rmtree(final)
                 os.replace(partial, final)
                 _sync(self.folder)
@@ -132,7 +132,6 @@ class Checkpoints:
             raise
         for old in self._whole()[: -self._keep]:
             shutil.rmtree(old, ignore_errors=True)
-        return final
 
     def newest(self) -> tuple[Path, Manifest] | None:
         """The newest whole checkpoint; None where there is none. Raises CheckpointError for one that is damaged."""
@@ -151,11 +150,6 @@ class Checkpoints:
                 "checkpoint before it"
             ) from error
         return path, manifest
-
-    def clear(self) -> None:
-        """Remove all of them: a run that starts afresh must not be resumed into an older one's state."""
-        for path in (*self._whole(), *self.folder.glob(f"*{_PARTIAL}")):
-            shutil.rmtree(path)
 
     def _whole(self) -> list[Path]:
         return sorted(path.parent for path in self.folder.glob(f"step-*[0-9]/{MANIFEST}"))

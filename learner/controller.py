@@ -1,4 +1,4 @@
-"""The loop: sample → score → accumulate → step → publish, strictly on-policy.
+"""The loop: sample → score → accumulate → step → publish.
 
 ::
 
@@ -13,55 +13,74 @@ fills. The optimiser step is the only barrier. This process holds ids and object
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import ray
-import xxhash
-
 from common.config import Config
-from common.data import batch_rows
-from common.schema import Prompt, Sampling, TokenSequence, as_ids
-from common.telemetry import Span, covered_s
+from common.schema import Prompt
+from common.step_times import StepTimes, step_times
+from common.trace import TraceSpan
 from learner.filling import MicroBatchFiller
-from learner.parity import ParityGate, ParityReport
+from learner.parity import ParityReport
+from learner.publisher import Publisher
 from learner.reports import AccumulateReport, StepReport
-from learner.services import Services
+from learner.samples import SampleSource
+from learner.services import Services, all_of
+from learner.stream import Answered, Stream
 
 
 class RunError(RuntimeError):
     """The run cannot go on; the text says why and what would help."""
 
 
-@dataclass
-class Clock:
-    """Spans of time by stage; a stage's time is what its spans cover, so overlapping work counts once."""
-
-    spans: dict[str, list[Span]] = field(default_factory=dict)
-
-    def add(self, stage: str, start: float, end: float) -> None:
-        """Note that `stage` was at work from `start` to `end` (seconds since the epoch)."""
-        self.spans.setdefault(stage, []).append((start, end))
-
-    def seconds(self) -> dict[str, float]:
-        """Covered seconds by stage."""
-        return {stage: covered_s(spans) for stage, spans in self.spans.items()}
-
-
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What one optimiser step did."""
+    """What one optimiser step did; `spans` are its work, `times` where its time went."""
 
     version: int
     metrics: dict[str, Any]
     parity: ParityReport
-    seconds: dict[str, float]
+    times: StepTimes
+    spans: list[TraceSpan]
+
+
+@dataclass
+class _Trained:
+    """What a step was trained on."""
+
+    tokens: int = 0
+    answers: int = 0
+    by_length: int = 0
+    failures: list[str] = field(default_factory=list)
+    agreements: list[float] = field(default_factory=list)
+    spans: list[TraceSpan] = field(default_factory=list)
+
+    def add(self, answered: Answered) -> None:
+        """One more answer."""
+        self.tokens += answered.summary.response_tokens
+        self.answers += 1
+        self.by_length += answered.summary.finish_reason == "length"
+        self.spans += answered.spans
+        if answered.topk_agreement is not None:
+            self.agreements.append(answered.topk_agreement)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the answers."""
+        return {
+            "rollout/tokens": self.tokens,
+            "rollout/mean_tokens": self.tokens / max(self.answers, 1),
+            "rollout/stopped_by_length": self.by_length / max(self.answers, 1),
+            "teacher/failed": len(self.failures),
+            **({"topk_agreement": sum(self.agreements) / len(self.agreements)} if self.agreements else {}),
+        }
 
 
 class Controller:
-    """Runs the steps of one run over started services."""
+    """Runs the steps of one run over started services, on one event loop: `begin`, `step` by step, `close`."""
 
     def __init__(
         self, config: Config, services: Services, prompts: Sequence[Prompt], status: Callable[[str], None]
@@ -70,177 +89,149 @@ class Controller:
         self._services = services
         self._prompts = prompts
         self._status = status
-        self._probe: list[TokenSequence] = []
-        self._gates: list[ParityGate] = []
+        self._source = SampleSource(config, prompts)
+        self._publisher = Publisher(config, services, status)
+        self._stream: Stream | None = None
 
-    # --- parity -----------------------------------------------------------------------------------------------------
+    async def begin_parity(self) -> ParityReport:
+        """Join learner and engines, which hold the initial weights; measure what they differ by."""
+        return await self._publisher.begin(self._prompts)
 
-    def begin_parity(self) -> ParityReport:
-        """Choose the probe (answers of the engine at version 0) and measure the pair's noise floor on it."""
-        sync, info, worker = self._config.sync, self._services.learner_info, self._services.worker_info
-        assert info is not None
-        assert worker is not None
-        prompts = self._prompts[: sync.probe_prompts]
-        # Scoring takes the whole sequence as a prompt, and an engine needs room for one more token.
-        room = worker.limit_tokens - 1 - max(len(prompt.student_ids) for prompt in prompts)
-        sampling = Sampling(max_tokens=min(sync.probe_tokens, room), temperature=1.0, seed=self._config.run.seed)
-        answers = self._services.generate([prompt.student_ids.tolist() for prompt in prompts], sampling)
-        self._probe = [
-            TokenSequence(prompt_ids=prompt.student_ids, response_ids=as_ids(answer.ids))
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        nats = sync.parity_nats or (2e-4 if info.dtype == "float32" else 0.1)
-        self._gates = [ParityGate(nats, sync.parity_change_ratio) for _ in self._services.workers]
-        return self._parity(0)
+    async def begin(self, version: int, position: Mapping[str, Any] | None = None) -> None:
+        """Start at `version`: 0, or one that the learner has loaded, at the `position` of the run that saved it."""
+        if version:
+            await self._publisher.publish(version)
+        where = position or {"next": version * self._source.per_step, "again": []}
+        self._stream = Stream(self._config, self._services, self._source, version, where["next"], where["again"])
 
-    def _parity(self, version: int) -> ParityReport:
-        """Check every engine against the learner; the worst report. Raises ParityError."""
-        engines, learner = self._services.probe(self._probe)
-        reports = [
-            gate.begin(engine, learner) if version == 0 else gate.check(version, engine, learner)
-            for gate, engine in zip(self._gates, engines, strict=True)
-        ]
-        return max(reports, key=lambda report: report.max_nats)
+    def position(self) -> dict[str, Any]:
+        """Where a run that resumes here begins, as JSON values; call it between steps."""
+        return self._running.position()
+
+    async def close(self) -> None:
+        """Give up the answers under way."""
+        if self._stream is not None:
+            await self._stream.close()
+
+    @property
+    def _running(self) -> Stream:
+        if self._stream is None:
+            raise RuntimeError("the controller was used before begin")
+        return self._stream
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
-    def step(self, step: int) -> StepOutcome:
-        """Make the weights of version `step` + 1 out of answers that version `step` gave."""
-        clock = Clock()
+    async def step(self, step: int) -> StepOutcome:
+        """Make the weights of version `step` + 1."""
         started = time.time()
-        tokens, sequences, metrics = self._stream(step, clock)
+        pool = self._services.pool
+        async with beside(pool.watch(), self._never_without_workers(step)):
+            trained = await self._train(step)
         closing = time.time()
-        reports = self._services.finish_step(tokens, sequences)
-        report = reports[0]
-        clock.add("learner", closing, time.time())
-        self._check_finite(step, reports)
-        if report.weight_version != step + 1:
-            raise RunError(f"the learner holds version {report.weight_version}, the loop expected {step + 1}")
-        parity = self._publish(step + 1, clock)
-        total = time.time() - started
-        seconds = {**clock.seconds(), "total": total}
+        reports = await self._services.finish_step(trained.tokens, trained.answers)
+        trained.spans.append(TraceSpan("step", "rank 0", closing, time.time(), {"version": step + 1}))
+        self._check(step, reports)
+        parity = await self._publisher.publish(step + 1)
+        staleness = self._running.tracker.metrics()
+        self._running.advance()
+        ended = time.time()
+        spans = [*trained.spans, *self._publisher.spans]
+        self._publisher.spans.clear()
+        times = step_times(spans, (started, ended))
         return StepOutcome(
             version=step + 1,
             metrics={
-                **metrics,
-                **report.metrics,
-                "tokens_per_s": tokens / total,
+                **trained.metrics(),
+                **reports[0].metrics,
+                **staleness,
+                "rollout/restarts": pool.restarts,
+                "rollout/reissued": pool.reissued,
+                "tokens_per_s": trained.tokens / (ended - started),
                 "weight_version": step + 1,
                 **{f"parity/{name}": value for name, value in asdict(parity).items()},
-                **{f"time/{stage}_s": value for stage, value in seconds.items()},
+                **{f"time/{stage}_s": value for stage, value in times.stage_s.items()},
+                "time/total_s": times.total_s,
+                **times.metrics(),
             },
             parity=parity,
-            seconds=seconds,
+            times=times,
+            spans=spans,
         )
 
-    def _stream(self, step: int, clock: Clock) -> tuple[int, int, dict[str, Any]]:
-        """Rollouts, scores and gradients of one step; (response tokens, sequences, metrics) of what was trained on."""
-        config = self._config
-        pending = self._issue(step)
+    async def _train(self, step: int) -> _Trained:
+        """Rollouts, scores and gradients of one step."""
+        config, trained = self._config, _Trained()
         filler: MicroBatchFiller[Any] = MicroBatchFiller(config.learner.ranks, config.learner.micro_batch_tokens)
         running: list[Any] = []
-        tokens = sequences = by_length = 0
-        failures: list[str] = []
-        issued = len(pending)
-        while pending:
-            ended, _ = ray.wait(list(pending), num_returns=1)
-            scored = pending.pop(ended[0])
-            summary = ray.get(ended[0])
-            clock.add("rollout", summary.rollout_started, summary.rollout_ended)
-            clock.add("teacher", summary.score_started, summary.score_ended)
-            if summary.error is not None:
-                failures.append(f"{summary.sample_id}: {summary.error}")
-                self._check_failures(failures, issued)
-                continue
-            self._check_on_policy(summary, step)
-            tokens += summary.response_tokens
-            sequences += 1
-            by_length += summary.finish_reason == "length"
-            for group in filler.add(summary.prompt_tokens + summary.response_tokens, scored):
+        async for answered in self._answers(trained):
+            trained.add(answered)
+            for group in filler.add(answered.tokens, answered.item):
                 running += self._services.accumulate(group)
-            self._status(f"step {step + 1}: {issued - len(pending)}/{issued} answers, {tokens} tokens")
+            self._status(f"step {step + 1}: {trained.answers}/{self._source.per_step} answers, {trained.tokens} tokens")
         for group in filler.flush():
             running += self._services.accumulate(group)
-        self._status(f"step {step + 1}: {tokens} tokens, learning")
-        reports: list[AccumulateReport] = ray.get(running)
-        for report in reports:
-            clock.add("learner", report.started, report.ended)
-        if sum(report.sequences for report in reports) != sequences:
-            raise RunError(f"step {step}: {sequences} answers were dealt out, the learner saw another number")
-        return (
-            tokens,
-            sequences,
-            {
-                "rollout/tokens": tokens,
-                "rollout/mean_tokens": tokens / max(sequences, 1),
-                "rollout/stopped_by_length": by_length / max(sequences, 1),
-                "teacher/failed": len(failures),
-            },
-        )
+        self._status(f"step {step + 1}: {trained.tokens} tokens, learning")
+        reports: list[AccumulateReport] = await all_of(running)
+        ranks = config.learner.ranks
+        for index, report in enumerate(reports):
+            track = f"rank {index % ranks}"
+            trained.spans.append(TraceSpan("accumulate", track, report.started, report.ended, {"version": step}))
+        seen = sum(report.sequences for report in reports)
+        if seen != trained.answers:
+            raise RunError(f"step {step}: {trained.answers} answers were dealt out, the learner saw {seen}")
+        return trained
 
-    def _issue(self, step: int) -> dict[Any, Any]:
-        """Start all answers of a step: reference to the summary -> reference to the scored trajectory."""
-        config = self._config
-        rows = batch_rows(step, batch_size=config.rollout.batch_size, rows=len(self._prompts), seed=config.run.seed)
-        issued: dict[Any, Any] = {}
-        for place, row in enumerate(rows):
-            prompt = self._prompts[row]
-            for sample in range(config.rollout.samples_per_prompt):
-                sample_id = f"{step}/{place}/{prompt.row_id}/{sample}"
-                sampling = Sampling(
-                    max_tokens=config.rollout.max_tokens,
-                    temperature=config.rollout.temperature,
-                    top_p=config.rollout.top_p,
-                    top_k=config.loss.top_k,
-                    stop=config.rollout.stop,
-                    seed=sample_seed(config.run.name, config.run.seed, sample_id),
-                )
-                summary, scored = self._services.rollout(len(issued), prompt, sample_id, step, sampling)
-                issued[summary] = scored
-        return issued
+    async def _answers(self, trained: _Trained) -> AsyncIterator[Answered]:
+        """The step's answers as they come; all of them in the order of their numbers where that must not matter."""
 
-    def _check_failures(self, failures: Sequence[str], issued: int) -> None:
-        allowed = self._config.teacher.max_failed_fraction * issued
-        if len(failures) > allowed:
+        def failed(answered: Answered) -> None:
+            trained.failures.append(f"{answered.sample.sample_id}: {answered.error}")
+            self._check_failures(trained.failures)
+
+        answers = self._running.step(failed)
+        if not self._config.learner.deterministic:
+            async for answered in answers:
+                yield answered
+            return
+        for answered in sorted([answered async for answered in answers], key=lambda one: one.sample.number):
+            yield answered
+
+    async def _never_without_workers(self, version: int) -> None:
+        """Where every worker was lost, the first replacement takes part at once, not at the next step."""
+        while True:
+            await self._services.pool.only_replacements()
+            await self._publisher.publish(version)
+
+    def _check_failures(self, failures: Sequence[str]) -> None:
+        issued, share = self._source.per_step, self._config.teacher.max_failed_fraction
+        if len(failures) > share * issued:
             raise RunError(
                 f"{len(failures)} of {issued} answers could not be scored, more than teacher.max_failed_fraction "
-                f"allows ({self._config.teacher.max_failed_fraction}); the last one: {failures[-1]}"
+                f"allows ({share}); the last one: {failures[-1]}"
             )
 
-    def _check_finite(self, step: int, reports: Sequence[StepReport]) -> None:
-        """A step whose gradient was NaN or infinite was skipped by the learner; too many in a row end the run."""
-        skipped, allowed = reports[0].skipped_in_a_row, self._config.learner.max_skipped_steps
-        if skipped > allowed:
-            samples = sorted({sample for report in reports for sample in report.nonfinite})
+    def _check(self, step: int, reports: Sequence[StepReport]) -> None:
+        """The learner is where the loop is; and a gradient that was NaN or infinite too often in a row ends the run."""
+        report, allowed = reports[0], self._config.learner.max_skipped_steps
+        if report.weight_version != step + 1:
+            raise RunError(f"the learner holds version {report.weight_version}, the loop expected {step + 1}")
+        if report.skipped_in_a_row > allowed:
+            samples = sorted({sample for one in reports for sample in one.nonfinite})
             raise RunError(
-                f"step {step}: gradient or loss was NaN or infinite for {skipped} steps in a row (learner."
-                f"max_skipped_steps is {allowed}); samples of the last one: {', '.join(samples) or 'none by itself'}; "
-                "lower learner.lr, or set loss.clip_per_token"
+                f"step {step}: gradient or loss was NaN or infinite for {report.skipped_in_a_row} steps in a row "
+                f"(learner.max_skipped_steps is {allowed}); samples of the last one: "
+                f"{', '.join(samples) or 'none by itself'}; lower learner.lr, or set loss.clip_per_token"
             )
 
-    @staticmethod
-    def _check_on_policy(summary: Any, step: int) -> None:
-        if any(version != step for _, version in summary.versions):
-            raise RunError(
-                f"sample {summary.sample_id} was made by weight versions {summary.versions}, step {step} trains on "
-                f"version {step} only: a weight sync ran while answers were in flight"
-            )
 
-    def publish(self, version: int) -> ParityReport:
-        """The learner's weights into every engine as `version`, then the proof that they are there."""
-        return self._publish(version, Clock())
-
-    def _publish(self, version: int, clock: Clock) -> ParityReport:
-        started = time.time()
-        self._status(f"step {version}: weight sync")
-        self._services.publish(version)
-        published = time.time()
-        parity = self._parity(version)
-        clock.add("sync", started, time.time())
-        clock.add("parity", published, time.time())
-        return parity
-
-
-def sample_seed(run: str, seed: int, sample_id: str) -> int:
-    """Seed of one answer: a function of the run, the step, the row and the sample, not of scheduling."""
-    return xxhash.xxh32_intdigest(f"{run}/{seed}/{sample_id}".encode()) & 0x7FFFFFFF
+@asynccontextmanager
+async def beside(*background: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `background` while the body runs; what one of them raises ends the body and is raised here."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in background]
+            yield
+            for task in tasks:
+                task.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None

@@ -13,7 +13,7 @@ from learner.inputs import Inputs
 from learner.services import Services
 
 
-def evaluate_rows(
+async def evaluate_rows(
     services: Services,
     config: Config,
     inputs: Inputs,
@@ -28,7 +28,7 @@ def evaluate_rows(
         max_tokens=config.eval.max_tokens or config.rollout.max_tokens, temperature=0.0, stop=config.rollout.stop
     )
     sequences = [teacher_sequence(row, inputs.contexts) if with_context else row.student_ids.tolist() for row in rows]
-    answers = services.generate(sequences, sampling)
+    answers = await services.generate(sequences, sampling)
     expected = [str(row.answer) for row in rows]
     right = grade([answer.text for answer in answers], expected, inputs.grader)
     for row, answer, verdict in zip(rows, answers, right, strict=True):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.config import Config
-from common.schema import Ids, ScoredTrajectory, TokenSequence
+from common.schema import Ids, ScoredTrajectory, TokenSequence, Trajectory
 from common.weights import SyncManifest
 from learner.distributed import free_port, join_ranks, leave_ranks
 from learner.reports import AccumulateReport, LearnerInfo, StepReport
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from learner.publish import Sender, SendReport
 
 log = logging.getLogger(__name__)
+
+
+def topk_agreement(first: Ids, second: Ids) -> float:
+    """Mean share of common ids of two top-k supports, ``[T, k]`` each; 1 where they are the same sets."""
+    common = [len(np.intersect1d(a, b)) for a, b in zip(first, second, strict=True)]
+    return float(np.mean(common)) / first.shape[1]
 
 
 class LearnerRank:
@@ -65,13 +72,31 @@ class LearnerRank:
         """The k most likely ids at every response position, one ``[T, k]`` array each."""
         return self._running.topk(sequences, k)
 
+    def pick_topk(self, *trajectories: Trajectory) -> list[Any]:
+        """[shares of the ids that the engine had picked too (None where it picked none), the answers with the learner's
+        ids, one each]: called with ``num_returns`` of one more than there are answers.
+        """
+        k = self._config.loss.top_k
+        picked = self._running.topk([TokenSequence(t.prompt.student_ids, t.response_ids) for t in trajectories], k)
+        shares = [
+            topk_agreement(trajectory.topk_ids, ids) if trajectory.topk_ids.shape[1] else None
+            for trajectory, ids in zip(trajectories, picked, strict=True)
+        ]
+        return [shares, *(replace(t, topk_ids=ids) for t, ids in zip(trajectories, picked, strict=True))]
+
     def open_sync(self, host: str, port: int, world_size: int) -> None:
-        """Join the weight group; rank 0 of the learner is its sender, the other ranks take no part."""
+        """Open the weight group, leaving the one before; rank 0 is its sender, the other ranks take no part.
+
+        Called again, with a new address, whenever the engines change: the next `publish` goes to the new ones whole.
+        """
         if self._rank == 0:
             from learner.publish import open_sender
 
-            sync = self._config.sync
-            self._sender = open_sender(sync.backend, host, port, world_size, sync.timeout_s)
+            if self._sender is not None:
+                self._sender.close()
+                self._sender = None
+            device = self._running.info().device
+            self._sender = open_sender(self._config.sync_in_run, host, port, world_size, device)
 
     def publish(self) -> SendReport | None:
         """Send the weights as they are to every engine; None on the ranks that only help to gather them."""
@@ -83,7 +108,8 @@ class LearnerRank:
             return None
         if self._sender is None:
             raise RuntimeError("publish was called before open_sync")
-        return self._sender.send(weights, SyncManifest(engine.weight_specs(), self._config.sync.bucket_bytes))
+        manifest = SyncManifest(engine.weight_specs(), self._config.sync.bucket_bytes, engine.weight_version)
+        return self._sender.send(weights, manifest)
 
     def save(self, folder: str) -> None:
         """Export a Hugging Face folder; every rank is called, rank 0 writes."""

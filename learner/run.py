@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +18,16 @@ from common.evaluation import Accuracy
 from common.schema import Prompt
 from common.scoring import TeacherError
 from common.telemetry import Progress, RunFiles, write_json
+from common.trace import TraceFile
 from learner.checkpoints import LEARNER, CheckpointError, Checkpoints, Identity, Manifest, identity_of, refuse_other_run
 from learner.controller import Controller, RunError, StepOutcome
 from learner.evaluate import evaluate_rows
 from learner.inputs import Inputs
 from learner.parity import ParityError
-from learner.services import Services
+from learner.services import PoolError, Services
 from learner.summary import Best, Tally, step_line, summary_of
 
-KNOWN_ERRORS = (ConfigError, DataError, RunError, ParityError, SyncError, TeacherError, CheckpointError)
+KNOWN_ERRORS = (ConfigError, DataError, RunError, ParityError, SyncError, TeacherError, CheckpointError, PoolError)
 """Errors whose text is all a user needs; anything else shows its trace."""
 
 
@@ -42,33 +44,44 @@ class Run:
     """One run, from started services to its summary."""
 
     def __init__(
-        self, config: Config, inputs: Inputs, files: RunFiles, progress: Progress, resumed: Resumed | None = None
+        self,
+        config: Config,
+        inputs: Inputs,
+        files: RunFiles,
+        trace: TraceFile,
+        progress: Progress,
+        resumed: Resumed | None = None,
     ) -> None:
         self._config = config
         self._inputs = inputs
         self._files = files
+        self._trace = trace
         self._progress = progress
         self._services = Services(config)
+        self._controller: Controller | None = None
         self._resumed = resumed
         self._checkpoints = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep)
         self._began = time.time()
         self.tally = Tally(planned_steps=config.learner.steps)
         if resumed is not None:
-            self.tally.restore(resumed.manifest.loop)
+            self.tally.restore(resumed.manifest.loop["tally"])
             self._refuse_changes(resumed, resumed.manifest.identity.teachers)
 
     # --- life -------------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Start, train, evaluate, save. Services are stopped and the summary is written on every way out."""
+    async def run(self) -> None:
+        """Start, train, evaluate, save. Services are stopped and the summary is written on every way out.
+
+        A cancelled run (Ctrl-C) keeps the weights of its last whole step.
+        """
         try:
-            self._start()
-            self._train()
-            self._finish()
+            await self._start()
+            await self._train()
+            await self._finish()
             self.tally.outcome = "finished"
-        except KeyboardInterrupt:
+        except asyncio.CancelledError:
             self.tally.outcome = "interrupted"
-            self._keep_interrupted()
+            await self._keep_interrupted()
             raise
         except (*KNOWN_ERRORS, ray.exceptions.RayError) as error:
             plain = plain_error(error)
@@ -78,21 +91,22 @@ class Run:
             self._progress.status("stopping")
             self.tally.add_seconds({"total": time.time() - self._began})
             write_json(self._config.run.path / "summary.json", summary_of(self.tally))
+            if self._controller is not None:
+                await self._controller.close()
             self._services.close()
 
-    def _start(self) -> None:
+    async def _start(self) -> None:
         config, services, started = self._config, self._services, time.time()
         local_teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
         if self._resumed is None and self._inputs.eval and local_teacher not in (None, config.student.model):
             self._progress.line(f"evaluating {local_teacher} in context")
-            services.begin_workers(str(local_teacher), None, 1)
-            services.wait_workers()
-            self.tally.in_context = self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
+            await services.start_workers(str(local_teacher), None, 1)
+            self.tally.in_context = await self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
             services.close_workers()
         self._progress.line("starting the teacher and the learner")
         teacher = services.begin_teacher()
         ranks = services.begin_ranks()
-        scorer = services.connect_teacher(
+        scorer = await services.connect_teacher(
             teacher,
             self._inputs.contexts,
             tokenizer_fingerprint=self._inputs.tokenizer_fingerprint,
@@ -102,28 +116,26 @@ class Run:
         if self._resumed is not None:
             self._refuse_changes(self._resumed, services.teacher_fingerprints())
         self._progress.line("starting the rollout engines")
-        services.begin_workers(config.student.model, scorer, config.rollout.workers)
-        services.wait_workers()
-        services.wait_ranks(ranks)
-        services.open_sync()
+        await services.start_workers(config.student.model, scorer, config.rollout.workers)
+        await services.wait_ranks(ranks)
         self._controller = Controller(config, services, self._inputs.train, self._progress.status)
-        parity = self._controller.begin_parity()
+        parity = await self._controller.begin_parity()
         self.tally.parity_max_nats = max(self.tally.parity_max_nats, parity.max_nats)
-        if self._resumed is not None:
-            services.load_state(str((self._resumed.path / LEARNER).absolute()))
-            self._controller.publish(self.tally.steps)
         self.tally.add_seconds({"start": time.time() - started})
         self._progress.line(
             f"started in {time.time() - started:.0f} s; engine and learner agree to {parity.max_nats:.1e} nats"
         )
         if self._resumed is not None:
+            await services.load_state(str((self._resumed.path / LEARNER).absolute()))
+            await self._controller.begin(self.tally.steps, self._resumed.manifest.loop["position"])
             self._progress.line(
                 f"resumed from {self._resumed.path}: {self.tally.steps} of {config.learner.steps} steps"
             )
             return
-        self.tally.base = self._evaluate("base", 0, self._inputs.eval)
+        await self._controller.begin(0)
+        self.tally.base = await self._evaluate("base", 0, self._inputs.eval)
         if local_teacher == config.student.model:
-            self.tally.in_context = self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
+            self.tally.in_context = await self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
 
     def _check_teacher_lengths(self) -> None:
         info = self._services.teacher_info
@@ -135,46 +147,53 @@ class Run:
             limit=info.max_sequence_tokens,
         )
 
-    def _train(self) -> None:
+    async def _train(self) -> None:
+        controller = self._controller
+        assert controller is not None
         for step in range(self.tally.steps, self._config.learner.steps):
-            outcome = self._controller.step(step)
+            outcome = await controller.step(step)
             self._note(outcome)
-            self._validate(outcome.version)
-            self._keep(outcome.version)
+            await self._validate(outcome.version)
+            await self._keep(outcome.version)
 
     def _note(self, outcome: StepOutcome) -> None:
         tally = self.tally
         tally.steps = outcome.version
         tally.kl.append(outcome.metrics["kl/full_bound"])
         tally.parity_max_nats = max(tally.parity_max_nats, outcome.parity.max_nats)
-        tally.add_seconds({stage: value for stage, value in outcome.seconds.items() if stage != "total"})
+        tally.add_times(outcome.times)
         self._files.metrics(outcome.version, outcome.metrics)
+        self._trace.write(outcome.spans)
         self._progress.line(step_line(outcome.version, self._config.learner.steps, outcome.metrics))
 
-    def _validate(self, version: int) -> None:
+    async def _validate(self, version: int) -> None:
         """Accuracy on ``data.valid``, which alone chooses ``best/``; a tie stays with the earlier step."""
         config, best = self._config, self.tally.best
         if not config.eval.every or (version % config.eval.every and version < config.learner.steps):
             return
-        found = self._evaluate("valid", version, self._inputs.valid)
+        found = await self._evaluate("valid", version, self._inputs.valid)
         if found is not None and (best is None or found.accuracy > best.accuracy):
-            self._services.save(str((config.run.path / "best").absolute()))
+            await self._services.save(str((config.run.path / "best").absolute()))
             self.tally.best = Best(step=version, accuracy=found.accuracy)
 
-    def _keep(self, version: int) -> None:
+    async def _keep(self, version: int) -> None:
         """The exports and the checkpoint that are due after step `version`."""
         settings, last = self._config.checkpoint, version == self._config.learner.steps
         if settings.export_every and version % settings.export_every == 0:
-            self._services.save(str((self._config.run.path / "exports" / f"step-{version:06d}").absolute()))
+            await self._services.save(str((self._config.run.path / "exports" / f"step-{version:06d}").absolute()))
         if not settings.every or (version % settings.every and not last):
             return
         started = time.time()
         self._progress.status(f"step {version}: checkpoint")
+        assert self._controller is not None
         manifest = Manifest(
-            step=version, identity=self._identity(self._services.teacher_fingerprints()), loop=self.tally.state()
+            step=version,
+            identity=self._identity(self._services.teacher_fingerprints()),
+            loop={"tally": self.tally.state(), "position": self._controller.position()},
         )
         try:
-            self._checkpoints.save(manifest, lambda folder: self._services.save_state(str(folder.absolute())))
+            with self._checkpoints.writing(manifest) as folder:
+                await self._services.save_state(str(folder.absolute()))
         except CheckpointError as error:
             # Hours of training are not thrown away for a full disk: the last checkpoint is still there.
             self.tally.failed_checkpoints += 1
@@ -191,28 +210,32 @@ class Run:
         if not resumed.accept_changes:
             refuse_other_run(resumed.manifest, resumed.path, self._identity(teachers))
 
-    def _finish(self) -> None:
-        self.tally.final = self._evaluate("final", self.tally.steps, self._inputs.eval)
+    async def _finish(self) -> None:
+        self.tally.final = await self._evaluate("final", self.tally.steps, self._inputs.eval)
         self._progress.status("saving")
-        self._services.save(str((self._config.run.path / "checkpoint").absolute()))
+        await self._services.save(str((self._config.run.path / "checkpoint").absolute()))
 
-    def _keep_interrupted(self) -> None:
+    async def _keep_interrupted(self) -> None:
         """The weights of the last whole step, where there was one. A second interrupt gives up on it."""
         steps, folder = self.tally.steps, self._config.run.path / "checkpoint"
         self._progress.line(f"interrupted after {steps} of {self._config.learner.steps} steps")
         if steps:
             self._progress.line(f"saving the weights of step {steps} to {folder}; interrupt again to leave without")
-            self._services.save(str(folder.absolute()))
+            await self._services.save(str(folder.absolute()))
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, name: str, step: int, rows: Sequence[Prompt], *, with_context: bool = False) -> Accuracy | None:
+    async def _evaluate(
+        self, name: str, step: int, rows: Sequence[Prompt], *, with_context: bool = False
+    ) -> Accuracy | None:
         """Greedy accuracy of the engines' current weights on `rows`; every answer goes to ``samples.jsonl``."""
         if not rows:
             return None
         started = time.time()
         self._progress.status(f"evaluating: {name}, {len(rows)} rows")
-        result = evaluate_rows(self._services, self._config, self._inputs, rows, name, step, self._files, with_context)
+        result = await evaluate_rows(
+            self._services, self._config, self._inputs, rows, name, step, self._files, with_context
+        )
         self.tally.add_seconds({"evaluation": time.time() - started})
         low, high = result.ci95
         self._files.metrics(step, {f"accuracy/{name}": result.accuracy})

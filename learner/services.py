@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,17 @@ import ray
 from numpy.typing import NDArray
 
 from common.config import Config, TeacherServerConfig
-from common.schema import Context, Prompt, Sampling, TeacherInfo, TokenSequence
+from common.schema import Context, Sampling, ScoreMode, TeacherInfo, TokenSequence
 from common.weights import SyncManifest
 from learner.rank import LearnerRank
-from learner.reports import AccumulateReport, LearnerInfo, StepReport
-from rollout_workers.actor import CONTROL, Answer, RolloutWorker, WorkerInfo
+from learner.reports import LearnerInfo, StepReport
+from learner.samples import Sample
+from rollout_workers.actor import CONTROL, Answer, RolloutSummary, RolloutWorker, ScoreSummary, WorkerInfo
+from rollout_workers.pool import PoolError, Worker, WorkerPool, value_of
 from teacher_server.actor import TeacherActor
 from teacher_server.client import LOST_AFTER_S, TeacherClient, TeacherScorerFactory, handshake, read_key
+
+__all__ = ["Arrays", "Picked", "PoolError", "Services", "Worker", "all_of"]
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,12 @@ SYNC_GRACE_S = 30.0
 OWN_TEACHER_LOST_AFTER_S = 15.0
 """Nobody starts a run's own teacher again: waiting for it is short."""
 
+SUPPORT_MODES: dict[str, ScoreMode] = {"student": "at_ids", "teacher": "teacher_topk", "union": "union"}
+"""``loss.support`` -> how the teacher is asked."""
+
+Picked = tuple[Any, float | None]
+"""(reference to an answer with the learner's ids, share of them that the engine had picked, where it had any)."""
+
 Arrays = list[NDArray[np.float32]]
 
 
@@ -42,7 +52,9 @@ class Services:
     """Handles of a run's actors. Make it with an empty set, start what is needed, always `close` it."""
 
     config: Config
-    workers: list[Any] = field(default_factory=list)
+    pool: WorkerPool = field(init=False)
+    group: list[Worker] = field(default_factory=list)
+    """Workers in the weight group, in the order of their ranks in it."""
     ranks: list[Any] = field(default_factory=list)
     teacher: Any = None
     teacher_info: TeacherInfo | None = None
@@ -50,6 +62,10 @@ class Services:
     learner_info: LearnerInfo | None = None
     worker_info: WorkerInfo | None = None
     manifest: SyncManifest | None = None
+
+    def __post_init__(self) -> None:
+        rollout = self.config.rollout
+        self.pool = WorkerPool(slots=rollout.concurrency, max_restarts=rollout.max_restarts)
 
     # --- start and stop ---------------------------------------------------------------------------------------------
 
@@ -67,7 +83,7 @@ class Services:
         )
         return self.teacher.start.remote()
 
-    def connect_teacher(
+    async def connect_teacher(
         self, started: Any, contexts: Mapping[str, Context], *, tokenizer_fingerprint: str, longest_tokens: int
     ) -> TeacherScorerFactory:
         """Shake hands and hand over the contexts; the factory makes a scorer inside each worker.
@@ -75,16 +91,16 @@ class Services:
         Raises TeacherError where the teacher does not fit the run.
         """
         config = self.config
-        url = config.teacher.url or ray.get(started, timeout=START_TIMEOUT_S)
+        url = config.teacher.url or await _within(START_TIMEOUT_S, started)
         if config.teacher.key_file is not None and config.teacher.url is not None:
             self.teacher_key = read_key(config.teacher.key_file)
         ca_file = None if config.teacher.ca_file is None else str(config.teacher.ca_file)
-        self.teacher_info = asyncio.run(_info(url, config, self.teacher_key, ca_file))
+        self.teacher_info = await _info(url, config, self.teacher_key, ca_file)
         handshake(
             self.teacher_info,
             tokenizer_fingerprint=tokenizer_fingerprint,
             k=config.loss.top_k,
-            mode="at_ids",
+            mode=SUPPORT_MODES[config.loss.support],
             temperature=config.loss.temperature,
             longest_tokens=longest_tokens,
         )
@@ -93,7 +109,7 @@ class Services:
             run=config.run.name,
             expected_info=self.teacher_info,
             contexts=tuple(contexts.values()),
-            mode="at_ids",
+            mode=SUPPORT_MODES[config.loss.support],
             temperature=config.loss.temperature,
             k=config.loss.top_k,
             timeout_s=config.teacher.request_timeout_s,
@@ -102,25 +118,22 @@ class Services:
             lost_after_s=LOST_AFTER_S if config.teacher.url is not None else OWN_TEACHER_LOST_AFTER_S,
         )
 
-    def begin_workers(self, model: str, scorer: TeacherScorerFactory | None, count: int) -> None:
-        """Place rollout workers; `wait_workers` waits until their engines answer."""
+    async def start_workers(self, model: str, scorer: TeacherScorerFactory | None, count: int) -> None:
+        """Place `count` rollout workers and wait until their engines answer."""
         rollout = self.config.rollout
         actor = ray.remote(concurrency_groups={CONTROL: 8})(RolloutWorker)
-        for _ in range(count):
-            self.workers.append(
-                actor.options(
-                    num_cpus=0,
-                    num_gpus=rollout.gpus_per_worker * rollout.tensor_parallel_size,
-                    max_concurrency=rollout.concurrency,
-                ).remote(model, self.config, scorer, max_logprobs=self.config.loss.top_k)
-            )
 
-    def wait_workers(self) -> None:
-        """Block until every engine is up."""
-        self.worker_info = ray.get([worker.ready.remote() for worker in self.workers], timeout=START_TIMEOUT_S)[0]
+        def make(number: int) -> Any:
+            return actor.options(
+                num_cpus=0,
+                num_gpus=rollout.gpus_per_worker * rollout.tensor_parallel_size,
+                max_concurrency=rollout.concurrency + 1,  # one for what is being cancelled
+            ).remote(model, self.config, scorer, number=number, max_logprobs=self.config.loss.top_k)
+
+        self.worker_info = await _within(START_TIMEOUT_S, self.pool.start(make, count))
 
     def begin_ranks(self) -> list[Any]:
-        """Place the learner's ranks; the references resolve when DeepSpeed is up on all of them."""
+        """Place the learner's ranks; `start_ranks` waits for them."""
         learner = self.config.learner
         actor = ray.remote(LearnerRank)
         self.ranks = [
@@ -130,25 +143,30 @@ class Services:
         host, port = ray.get(self.ranks[0].address.remote(), timeout=START_TIMEOUT_S)
         return [rank.setup.remote(host, port) for rank in self.ranks]
 
-    def wait_ranks(self, started: Sequence[Any]) -> None:
-        """Block until the learner holds its weights."""
-        self.learner_info = ray.get(list(started), timeout=START_TIMEOUT_S)[0]
+    async def wait_ranks(self, started: Sequence[Any]) -> None:
+        """Wait until DeepSpeed is up on all ranks and the learner holds its weights."""
+        self.learner_info = (await _within(START_TIMEOUT_S, all_of(started)))[0]
         self.manifest = SyncManifest(tensors=self.learner_info.tensors, bucket_bytes=self.config.sync.bucket_bytes)
 
-    def open_sync(self) -> None:
-        """Form the weight group: rank 0 sends, every engine has an offset of its own."""
+    async def open_sync(self) -> None:
+        """Form the weight group anew: rank 0 sends; every worker, also one that waits to be admitted, receives at an
+        offset of its own.
+        """
         size = self.config.rollout.tensor_parallel_size
-        world = 1 + size * len(self.workers)
-        host, port = ray.get(self.ranks[0].address.remote())
+        self.group = [*self.pool.members, *self.pool.ready]
+        world = 1 + size * len(self.group)
+        host, port = await self.ranks[0].address.remote()
         joined = [self.ranks[0].open_sync.remote(host, port, world)]
-        for index, worker in enumerate(self.workers):
-            joined.append(worker.join_sync.remote(host, port, 1 + index * size, world))
-        ray.get(joined, timeout=self.config.sync.timeout_s + SYNC_GRACE_S)
+        for index, worker in enumerate(self.group):
+            joined.append(worker.handle.join_sync.remote(host, port, 1 + index * size, world))
+        await _within(self.config.sync.timeout_s + SYNC_GRACE_S, all_of(joined))
 
     def close_workers(self) -> None:
         """Stop the engines and give their devices back."""
-        self._stop(self.workers, "close")
-        self.workers = []
+        handles = self.pool.handles()
+        self.pool.close()
+        self._stop(handles, "close")
+        self.group = []
 
     def close(self) -> None:
         """Stop everything, politely first; never raises."""
@@ -172,62 +190,140 @@ class Services:
         for actor in actors:
             ray.kill(actor)
 
-    # --- calls of the loop ------------------------------------------------------------------------------------------
+    # --- answers ----------------------------------------------------------------------------------------------------
 
-    def rollout(self, index: int, prompt: Prompt, sample_id: str, step: int, sampling: Sampling) -> tuple[Any, Any]:
-        """Start one answer on a worker: (reference to its summary, reference to the scored trajectory)."""
-        worker = self.workers[index % len(self.workers)]
-        summary, scored = worker.rollout_scored.options(num_returns=2).remote(prompt, sample_id, step, sampling)
-        return summary, scored
+    async def rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, Any]:
+        """(summary, reference to the scored trajectory) of one answer."""
+        return await self.pool.run(sample.prompt.row_id, sample.most_tokens, _call("rollout_scored", sample))
+
+    async def rollout(self, sample: Sample) -> tuple[RolloutSummary, Any]:
+        """(summary, reference to the trajectory) of one answer, unscored."""
+        return await self.pool.run(sample.prompt.row_id, sample.most_tokens, _call("rollout", sample))
+
+    async def score(self, sample: Sample, trajectory: Any) -> tuple[ScoreSummary, Any]:
+        """(summary, reference to the scored trajectory) of an answer that `rollout` gave."""
+
+        def call(worker: Any) -> tuple[Any, Any]:
+            summary, scored = worker.score.options(num_returns=2).remote(trajectory)
+            return summary, scored
+
+        return await self.pool.run(sample.prompt.row_id, sample.most_tokens, call)
+
+    def pick_topk(self, group: Sequence[Sequence[Any]]) -> Coroutine[Any, Any, list[Picked]]:
+        """The learner's top-k ids for unscored answers, a share of them to each rank: (reference to the answer with
+        ids, share of them that the engine had picked) in the order of `group`. All ranks are asked before it returns.
+        """
+        assert self.learner_info is not None
+        shares = [list(share) for share in group]
+        if self.learner_info.zero_stage == 3:  # a forward pass is a collective there: all ranks do all of it
+            everything = [item for share in shares for item in share]
+            asked = [_pick(rank, everything) for rank in self.ranks][:1]
+        else:
+            asked = [_pick(rank, share) for rank, share in zip(self.ranks, shares, strict=True) if share]
+
+        async def picked() -> list[Picked]:
+            results: list[Picked] = []
+            for agreement, items in asked:
+                results += zip(items, await agreement, strict=True)
+            return results
+
+        return picked()
+
+    async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+        """Answers to token prompts, dealt out to the workers, in the order of the prompts."""
+        count = len(self.pool.members)
+
+        async def share(first: int) -> list[Answer]:
+            mine = [list(prompt) for prompt in prompts[first::count]]
+            cost = sum(len(prompt) + sampling.max_tokens for prompt in mine)
+            done, _ = await self.pool.run(
+                f"generate {first}", cost, lambda worker: (worker.generate.remote(mine, sampling), None)
+            )
+            return list(done)
+
+        answers: list[Answer | None] = [None] * len(prompts)
+        for first, done in enumerate(await asyncio.gather(*(share(first) for first in range(count)))):
+            answers[first::count] = done
+        return [answer for answer in answers if answer is not None]
+
+    # --- the learner ------------------------------------------------------------------------------------------------
 
     def accumulate(self, group: Sequence[Sequence[Any]]) -> list[Any]:
         """Give every rank its micro-batch of `group` (references to scored trajectories; empty ones take part)."""
         return [rank.accumulate.remote(*refs) for rank, refs in zip(self.ranks, group, strict=True)]
 
-    def finish_step(self, tokens: int, sequences: int) -> list[StepReport]:
+    async def finish_step(self, tokens: int, sequences: int) -> list[StepReport]:
         """Optimiser step of all ranks, divided by the step's global counts."""
-        return list(ray.get([rank.finish_step.remote(tokens, sequences) for rank in self.ranks]))
+        return list(await all_of([rank.finish_step.remote(tokens, sequences) for rank in self.ranks]))
 
-    def publish(self, version: int) -> Any:
-        """Send the learner's weights to every engine as `version`; returns rank 0's report."""
+    async def publish(self, version: int) -> Any:
+        """Send the learner's weights to the weight group as `version`; returns rank 0's report.
+
+        Workers that did not get them whole are given up (`WorkerPool.lose`), and then SyncError is raised.
+        """
         sent = [rank.publish.remote() for rank in self.ranks]
-        received = [worker.receive_weights.remote(self.manifest, version) for worker in self.workers]
-        return ray.get([*sent, *received])[0]  # every collective in it has its own time limit
+        received = [worker.handle.receive_weights.remote(self.manifest, version) for worker in self.group]
+        # Every collective in it has its own time limit.
+        results = await asyncio.gather(*map(value_of, (*sent, *received)), return_exceptions=True)
+        for worker, result in zip(self.group, results[len(sent) :], strict=True):
+            if isinstance(result, BaseException):
+                self.pool.lose(worker, f"weights of version {version} did not arrive: {result}")
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results[0]
 
-    def probe(self, sequences: Sequence[TokenSequence]) -> tuple[list[Arrays], Arrays]:
-        """log-probs of the probe's response tokens: (every engine's, the learner's), computed side by side."""
-        fixed = list(sequences)
-        engines = [worker.probe.remote(fixed) for worker in self.workers]
-        ranks = [rank.logprobs.remote(fixed) for rank in self.ranks]
-        return list(ray.get(engines)), list(ray.get(ranks)[0])
+    async def probe_engines(self, workers: Sequence[Worker], sequences: Sequence[TokenSequence]) -> list[Arrays]:
+        """Each engine's log-probs of the response tokens of fixed sequences."""
+        return list(await all_of([worker.handle.probe.remote(list(sequences)) for worker in workers]))
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """Answers to token prompts, dealt out to the workers, in the order of the prompts."""
-        count = len(self.workers)
-        shares = [
-            worker.generate.remote([list(prompt) for prompt in prompts[i::count]], sampling)
-            for i, worker in enumerate(self.workers)
-        ]
-        answers: list[Answer | None] = [None] * len(prompts)
-        for i, share in enumerate(ray.get(shares)):
-            answers[i::count] = share
-        return [answer for answer in answers if answer is not None]
+    async def probe_learner(self, sequences: Sequence[TokenSequence]) -> Arrays:
+        """The learner's log-probs of the same."""
+        return list((await all_of([rank.logprobs.remote(list(sequences)) for rank in self.ranks]))[0])
 
-    def save(self, folder: str) -> None:
+    async def save(self, folder: str) -> None:
         """Export the learner's weights as a Hugging Face folder."""
-        ray.get([rank.save.remote(folder) for rank in self.ranks])
+        await all_of([rank.save.remote(folder) for rank in self.ranks])
 
-    def save_state(self, folder: str) -> None:
+    async def save_state(self, folder: str) -> None:
         """Write the learner's resumable state; every rank its part."""
-        ray.get([rank.save_state.remote(folder) for rank in self.ranks])
+        await all_of([rank.save_state.remote(folder) for rank in self.ranks])
 
-    def load_state(self, folder: str) -> None:
+    async def load_state(self, folder: str) -> None:
         """Continue from `save_state`: weights, optimiser, counters."""
-        ray.get([rank.load_state.remote(folder) for rank in self.ranks])
+        await all_of([rank.load_state.remote(folder) for rank in self.ranks])
 
     def teacher_fingerprints(self) -> dict[str, str]:
         """Name of each connected teacher -> fingerprint of its model."""
         return {} if self.teacher_info is None else {"default": self.teacher_info.model_fingerprint}
+
+
+def _call(method: str, sample: Sample) -> Callable[[Any], tuple[Any, Any]]:
+    def call(worker: Any) -> tuple[Any, Any]:
+        summary, item = (
+            getattr(worker, method)
+            .options(num_returns=2)
+            .remote(sample.prompt, sample.sample_id, sample.step, sample.sampling)
+        )
+        return summary, item
+
+    return call
+
+
+def _pick(rank: Any, items: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """(reference to the agreements, references to the answers with ids)."""
+    agreement, *picked = rank.pick_topk.options(num_returns=len(items) + 1).remote(*items)
+    return agreement, picked
+
+
+async def all_of(references: Sequence[Any]) -> list[Any]:
+    """Values of object references, in their order; raises what the first one to fail raised."""
+    return list(await asyncio.gather(*map(value_of, references)))
+
+
+async def _within(seconds: float, awaitable: Any) -> Any:
+    work = awaitable if asyncio.iscoroutine(awaitable) else value_of(awaitable)
+    return await asyncio.wait_for(work, seconds)
 
 
 async def _info(url: str, config: Config, key: str | None, ca_file: str | None) -> TeacherInfo:
@@ -236,6 +332,3 @@ async def _info(url: str, config: Config, key: str | None, ca_file: str | None) 
         return await client.info()
     finally:
         await client.close()
-
-
-__all__ = ["AccumulateReport", "Services"]

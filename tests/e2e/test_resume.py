@@ -27,16 +27,18 @@ def weights_of(run: Path) -> str:
 
 def test_a_run_that_was_killed_resumes_to_the_same_bits(write_config: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(**SECTIONS)
-    with started_run(config, "run.name=whole") as process:
+    # The name is part of every answer's seed, the folder is not.
+    cut, whole = tmp_path / "cut/tiny", tmp_path / "whole/tiny"
+    in_cut = f"run.dir={cut.parent}"
+    with started_run(config, f"run.dir={whole.parent}") as process:
         output, errors = process.communicate()
     assert process.returncode == 0, errors
-    cut, whole = tmp_path / "runs/cut", tmp_path / "runs/whole"
-    with started_run(config, "run.name=cut") as process:
+    with started_run(config, in_cut) as process:
         wait_for_step(cut, process, 2)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert list((cut / "checkpoints").glob("step-*[0-9]"))
-    with started_run(config, "run.name=cut", "--resume") as process:
+    with started_run(config, in_cut, "--resume") as process:
         output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "resumed from" in output
@@ -53,11 +55,11 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(write_config: Callable[.
     assert (whole / "best/model.safetensors").exists()
 
     # The same folder again: neither overwritten by accident, nor continued as another run.
-    with started_run(config, "run.name=cut") as process:
+    with started_run(config, in_cut) as process:
         _, errors = process.communicate()
     assert process.returncode == 2
     assert "holds a checkpoint of step 4: --resume" in errors
-    with started_run(config, "run.name=cut", "loss.top_k=32", "--resume") as process:
+    with started_run(config, in_cut, "loss.top_k=32", "--resume") as process:
         _, errors = process.communicate()
     assert process.returncode == 2
     assert "loss.top_k: the checkpoint has 64, this run has 32" in errors

@@ -75,18 +75,27 @@ def rollout(worker: Any, row: str, max_tokens: int = 12) -> tuple[Any, Any]:
 
 def test_an_answer_comes_back_scored_and_its_summary_apart(worker: Any) -> None:
     summary, scored = ray.get(list(rollout(worker, "row")))
-    assert summary.error is None
+    assert summary.score.error is None
     assert summary.response_tokens == len(scored.trajectory.response_ids) == 12
     assert summary.prompt_tokens == len(PROMPT)
     assert summary.versions == ((0, 0),)
-    assert summary.rollout_started <= summary.rollout_ended <= summary.score_ended
+    assert summary.started <= summary.ended <= summary.score.started <= summary.score.ended
     assert scored.trajectory.topk_ids.shape == (12, K)
 
 
 def test_a_sample_that_cannot_be_scored_has_an_error_and_no_trajectory(worker: Any) -> None:
     summary, scored = ray.get(list(rollout(worker, "refused")))
-    assert summary.error == "refused by the teacher"
+    assert summary.score.error == "refused by the teacher"
     assert scored is None
+
+
+def test_an_answer_can_be_made_first_and_scored_later(worker: Any) -> None:
+    prompt = Prompt(row_id="row", student_ids=as_ids(PROMPT), teacher_ids=as_ids(PROMPT), context=None)
+    made, answer = worker.rollout.options(num_returns=2).remote(prompt, "0/row", 0, Sampling(12, top_k=K, seed=1))
+    score, scored = worker.score.options(num_returns=2).remote(answer)
+    assert ray.get(made).score is None
+    assert ray.get(score).error is None
+    assert np.array_equal(ray.get(scored).trajectory.response_ids, ray.get(answer).response_ids)
 
 
 def test_a_lost_teacher_is_raised_to_the_caller(worker: Any) -> None:

@@ -32,15 +32,17 @@ def manifest(step: int) -> Manifest:
     return Manifest(step=step, identity=IDENTITY, loop={"kl": [1.5, 0.25]})
 
 
-def write(text: str):
-    return lambda folder: (folder / "rank0.pt").write_text(text)
+def save(kept: Checkpoints, step: int, text: str) -> Path:
+    with kept.writing(manifest(step)) as folder:
+        (folder / "rank0.pt").write_text(text)
+    return folder.parent.with_name(f"step-{step:06d}")
 
 
 def test_what_was_saved_comes_back_and_only_the_newest_stay(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert kept.newest() is None
     for step in (2, 4, 10):
-        kept.save(manifest(step), write(f"state {step}"))
+        save(kept, step, f"state {step}")
     found = kept.newest()
     assert found is not None
     path, newest = found
@@ -51,14 +53,14 @@ def test_what_was_saved_comes_back_and_only_the_newest_stay(tmp_path: Path) -> N
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path, keep=1)
-    kept.save(manifest(1), write("good"))
+    save(kept, 1, "good")
 
-    def full(folder: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"step-000002 was not written.*GB are free"),
+        kept.writing(manifest(2)) as folder,
+    ):
         (folder / "rank0.pt").write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(CheckpointError, match=r"step-000002 was not written.*GB are free"):
-        kept.save(manifest(2), full)
     found = kept.newest()
     assert found is not None
     assert found[1].step == 1
@@ -67,20 +69,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path: Path) -> N
 
 def test_a_crash_while_writing_leaves_nothing_that_counts(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path, keep=3)
-    kept.save(manifest(1), write("good"))
+    save(kept, 1, "good")
     (tmp_path / "step-000002.partial" / "learner").mkdir(parents=True)
     (tmp_path / "step-000003").mkdir()  # no manifest: not one of ours
     found = kept.newest()
     assert found is not None
     assert found[1].step == 1
-    kept.save(manifest(4), write("later"))
+    save(kept, 4, "later")
     assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "manifest"])
 def test_a_damaged_checkpoint_is_named_not_loaded(tmp_path: Path, damage: str) -> None:
     kept = Checkpoints(tmp_path, keep=3)
-    path = kept.save(manifest(7), write("whole state"))
+    path = save(kept, 7, "whole state")
     state = path / "learner/rank0.pt"
     if damage == "cut":
         state.write_text("whole st")

@@ -19,7 +19,7 @@ HEAVY = (*ENGINES, "torch", "transformers")
 
 WIRING = "learner/services.py"
 """The one file that knows the other services, and what of them it may know."""
-WIRED = ("rollout_workers.actor", "teacher_server.actor", "teacher_server.client")
+WIRED = ("rollout_workers.actor", "rollout_workers.pool", "teacher_server.actor", "teacher_server.client")
 ENTRY_POINTS = ("learner.train", "learner.inputs", "teacher_server.serve", "teacher_server.auth")
 """What ``deploy`` starts, the reading of a run's data that a dry run repeats, and the making of keys."""
 

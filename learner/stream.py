@@ -1,0 +1,201 @@
+"""Answers on their way: rollout → (the learner's top-k) → score, each by itself, until the loop takes it.
+
+::
+
+    fill ──► rollout ──────────────► score ──► finished ──► step() gives it to the loop
+              (a worker)   │           ▲
+                           └► top-k ───┘   rollout.topk_from: learner
+
+What may be issued, what is too old and what a step may take is `StalenessTracker`'s decision; this file does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import Config
+from common.trace import TraceSpan
+from learner.samples import Sample, SampleSource
+from learner.services import Services
+from learner.staleness import StalenessTracker, Verdict
+from learner.topk import TopkPicks
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answer that went all the way: `item` is the reference to what the learner trains on. `error` says why there
+    is no score; `spans` are where its time went.
+    """
+
+    sample: Sample
+    summary: Any
+    item: Any
+    error: str | None
+    spans: tuple[TraceSpan, ...]
+    topk_agreement: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Prompt + response."""
+        return int(self.summary.prompt_tokens + self.summary.response_tokens)
+
+
+class Stream:
+    """The samples of a run on their way, as far ahead of training as `rollout.max_staleness` allows.
+
+    Used on one event loop. A resumed run begins at `next_number`, the numbers in `again` before it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        services: Services,
+        source: SampleSource,
+        version: int,
+        next_number: int,
+        again: Sequence[int],
+    ) -> None:
+        self._config = config
+        self._services = services
+        self._source = source
+        per_step = source.per_step
+        self.tracker = StalenessTracker(
+            max_staleness=config.rollout.max_staleness,
+            samples_per_step=per_step,
+            over_issue=round(config.rollout.over_issue * per_step),
+            version=version,
+        )
+        self._next = next_number
+        self._again = list(again)
+        self._tasks: dict[str, asyncio.Task[Answered]] = {}
+        self._in_flight: dict[str, Sample] = {}
+        self._finished: asyncio.Queue[asyncio.Task[Answered]] = asyncio.Queue()
+        self._ready: dict[str, Answered] = {}
+        self._evicted: dict[str, Sample] = {}
+        self._lengths: dict[str, int] = {}
+        self._unpicked: set[str] = set()
+        self._picks = TopkPicks(config, services)
+
+    # --- for the loop -----------------------------------------------------------------------------------------------
+
+    async def step(self, failed: Callable[[Answered], None]) -> AsyncIterator[Answered]:
+        """The answers to train on in this step, as they come; `failed` hears of those that cannot be scored."""
+        self._fill()
+        while self.tracker.room():
+            for sample_id in self.tracker.take():
+                yield self._ready.pop(sample_id)
+            if not self.tracker.room():
+                break
+            finished = await self._finished.get()
+            self._tasks.pop(finished.get_name(), None)
+            if not finished.cancelled():  # a straggler that was cut off
+                self._settle(finished.result(), failed)
+                self._fill()
+        self._discard_excess()
+
+    def advance(self) -> None:
+        """The next version is in the learner and in every engine: what is too old now is answered again."""
+        for sample_id in self.tracker.advance():
+            self._evicted[sample_id] = self._ready.pop(sample_id).sample
+        self._fill()
+
+    def position(self) -> dict[str, Any]:
+        """Where a resumed run begins: the next new number, and what is under way."""
+        samples = [*self._in_flight.values(), *self._evicted.values(), *(a.sample for a in self._ready.values())]
+        under_way = {sample.sample_id: sample.number for sample in samples}
+        return {
+            "next": self._next,
+            "again": [*(under_way[sample_id] for sample_id in self.tracker.outstanding()), *self._again],
+        }
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- issuing ----------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """Issue all that may be, the longest first: a step ends with its last answer."""
+        samples = [self._draw() for _ in range(self.tracker.may_issue())]
+        longest = self._config.rollout.max_tokens
+        for sample in sorted(samples, key=lambda one: -self._lengths.get(one.prompt.row_id, longest)):
+            self._in_flight[sample.sample_id] = sample
+            task = asyncio.get_running_loop().create_task(self._answer(sample), name=sample.sample_id)
+            task.add_done_callback(self._finished.put_nowait)
+            self._tasks[sample.sample_id] = task
+
+    def _draw(self) -> Sample:
+        if self._evicted:
+            sample_id = self.tracker.evicted()[0]
+            self.tracker.reissue(sample_id)
+            return self._evicted.pop(sample_id)
+        if self._again:
+            number = self._again.pop(0)
+        else:
+            number, self._next = self._next, self._next + 1
+        sample = self._source[number]
+        self.tracker.issue(sample.sample_id)
+        return sample
+
+    def _settle(self, answered: Answered, failed: Callable[[Answered], None]) -> None:
+        sample, summary = answered.sample, answered.summary
+        if self._in_flight.pop(sample.sample_id, None) is None:
+            return  # discarded while its answer lay in the queue
+        self._lengths[sample.prompt.row_id] = summary.response_tokens
+        if answered.error is not None:
+            self.tracker.fail(sample.sample_id)
+            failed(answered)
+        elif self.tracker.finish(sample.sample_id, summary.versions, summary.response_tokens) is Verdict.READY:
+            self._ready[sample.sample_id] = answered
+        else:
+            self._evicted[sample.sample_id] = sample
+
+    def _discard_excess(self) -> None:
+        """Over-issued samples that the step did not wait for."""
+        for sample_id in self.tracker.stragglers():
+            self.tracker.discard(sample_id)
+            self._ready.pop(sample_id, None)
+            self._in_flight.pop(sample_id, None)
+            task = self._tasks.pop(sample_id, None)
+            if task is not None:
+                task.cancel()
+
+    # --- one answer -------------------------------------------------------------------------------------------------
+
+    async def _answer(self, sample: Sample) -> Answered:
+        issued = time.time()
+        if self._config.rollout.topk_from == "engine":
+            summary, item = await self._services.rollout_scored(sample)
+            return _answered(sample, issued, summary, summary.score, item)
+        self._unpicked.add(sample.sample_id)
+        try:
+            summary, item = await self._services.rollout(sample)
+            picked = self._picks.add(summary.prompt_tokens + summary.response_tokens, item)
+        finally:
+            self._unpicked.discard(sample.sample_id)
+            if not self._unpicked:
+                self._picks.flush()  # nobody else comes to fill the group
+        group, place = await picked
+        item, agreement = (await asyncio.shield(group))[place]
+        score, item = await self._services.score(sample, item)
+        return _answered(sample, issued, summary, score, item, agreement)
+
+
+def _answered(
+    sample: Sample, issued: float, summary: Any, score: Any, item: Any, agreement: float | None = None
+) -> Answered:
+    worker, args = f"worker {summary.worker}", {"sample": sample.sample_id}
+    spans = [
+        TraceSpan("queue", "controller", issued, summary.started, args),
+        TraceSpan("rollout", worker, summary.started, summary.ended, args),
+    ]
+    if score is not None:
+        spans.append(TraceSpan("score", "teacher", score.started, score.ended, args))
+    return Answered(sample, summary, item, score and score.error, tuple(spans), agreement)

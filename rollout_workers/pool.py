@@ -1,0 +1,247 @@
+"""The rollout workers of a run: who is alive, who answers, and what happens when one is lost.
+
+A worker that dies, or whose engine does, is replaced; what it was answering is answered again by another (same seed,
+same weights). Its replacement starts with the initial weights, so it takes part only when the loop has published the
+current ones to it: at the next step boundary, or at once where nobody else is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from rollout_workers.dispatch import Dispatch
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 4
+"""Workers that one answer may cost before the run stops: it is the answer then that kills them."""
+HEALTH_EVERY_S = 10.0
+HEALTH_TIMEOUT_S = 120.0
+"""An engine answers a health check between two forward passes."""
+
+
+class PoolError(RuntimeError):
+    """No rollout worker is left, or workers die faster than it makes sense to replace them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Worker:
+    """A rollout worker: its number (never used twice) and its actor."""
+
+    number: int
+    handle: Any
+
+
+class WorkerPool:
+    """Keeps workers alive and gives them answers to make, at most `slots` at a time to each.
+
+    Used on one event loop. `max_restarts` bounds replacements over the pool's life.
+    """
+
+    def __init__(self, *, slots: int, max_restarts: int) -> None:
+        self._make: Callable[[int], Any] | None = None
+        self._max_restarts = max_restarts
+        self._dispatch = Dispatch(slots)
+        self._workers: dict[int, Worker] = {}
+        self._waiting: dict[int, Worker] = {}
+        self._numbers = 0
+        self._queue: deque[tuple[str, int, asyncio.Future[int]]] = deque()
+        self._changed = asyncio.Event()
+        self._failure: PoolError | None = None
+        self._starting: set[asyncio.Task[None]] = set()
+        self.restarts = 0
+        self.reissued = 0
+
+    # --- members ----------------------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> list[Worker]:
+        """Who answers, in the order of joining."""
+        return [self._workers[number] for number in self._dispatch.workers]
+
+    @property
+    def ready(self) -> list[Worker]:
+        """Replacements whose engines are up and wait for the current weights."""
+        return list(self._waiting.values())
+
+    async def start(self, make: Callable[[int], Any], count: int) -> Any:
+        """Place `count` workers, wait until their engines are up and admit them; returns what the first says of itself.
+
+        `make` places the actor of the worker of a number. An engine that cannot start raises what it raised.
+        """
+        self._make = make
+        workers = [self._place() for _ in range(count)]
+        infos = await asyncio.gather(*(value_of(worker.handle.ready.remote()) for worker in workers))
+        for worker in workers:
+            self.admit(worker)
+        return infos[0]
+
+    def admit(self, worker: Worker) -> None:
+        """`worker` holds the current weights and answers from now on."""
+        self._waiting.pop(worker.number, None)
+        self._dispatch.join(worker.number)
+        self._changed.set()
+        self._give_turns()
+
+    def lose(self, worker: Worker, why: str) -> None:
+        """Give up on `worker` and start a replacement; does nothing for one that was lost already.
+
+        When `max_restarts` are spent, whoever needs a worker gets a PoolError.
+        """
+        if self._workers.pop(worker.number, None) is None:
+            return
+        self._dispatch.leave(worker.number)
+        self._waiting.pop(worker.number, None)
+        ray.kill(worker.handle)
+        log.warning("rollout worker %d is lost: %s", worker.number, why)
+        if self.restarts >= self._max_restarts:
+            self._failure = PoolError(
+                f"rollout worker {worker.number} is lost ({why}), and {self.restarts} were replaced already, as many "
+                "as rollout.max_restarts allows"
+            )
+            self._changed.set()
+            self._give_turns()
+            return
+        self.restarts += 1
+        self._start_replacement()
+
+    async def next_ready(self) -> None:
+        """Wait until a replacement's engine is up. Raises PoolError where none will be."""
+        while not self._waiting:
+            if not self._starting:
+                self._raise_failure()
+                raise PoolError("no rollout worker is left, and none is being started")
+            await self._change()
+
+    async def only_replacements(self) -> None:
+        """Wait until nobody answers any more, but a replacement could."""
+        while self._dispatch.workers or not self._waiting:
+            await self._change()
+
+    async def check_health(self) -> None:
+        """Ask every member whether its engine lives; lose those that do not say so in time."""
+
+        async def check(worker: Worker) -> None:
+            try:
+                await asyncio.wait_for(value_of(worker.handle.check_health.remote()), HEALTH_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                self.lose(worker, _short(error))
+
+        await asyncio.gather(*(check(worker) for worker in self.members))
+
+    async def watch(self) -> None:
+        """Check health for ever."""
+        while True:
+            await asyncio.sleep(HEALTH_EVERY_S)
+            await self.check_health()
+
+    def handles(self) -> list[Any]:
+        """Every actor that was not given up, to be stopped with the run."""
+        return [worker.handle for worker in self._workers.values()]
+
+    def close(self) -> None:
+        """Start no more replacements and forget everybody; the caller stops the actors."""
+        for task in list(self._starting):
+            task.cancel()
+        for number in list(self._workers):
+            self._dispatch.leave(number)
+        self._workers.clear()
+        self._waiting.clear()
+
+    def _place(self) -> Worker:
+        assert self._make is not None
+        worker = Worker(self._numbers, self._make(self._numbers))
+        self._numbers += 1
+        self._workers[worker.number] = worker
+        return worker
+
+    def _start_replacement(self) -> None:
+        worker = self._place()
+
+        async def start() -> None:
+            try:
+                await value_of(worker.handle.ready.remote())
+                self._waiting[worker.number] = worker
+            except ray.exceptions.RayError as error:
+                self.lose(worker, _short(error))
+            finally:
+                self._starting.discard(task)
+                self._changed.set()
+
+        task = asyncio.get_running_loop().create_task(start(), name=f"start-worker-{worker.number}")
+        self._starting.add(task)
+
+    # --- work -------------------------------------------------------------------------------------------------------
+
+    async def run(self, key: str, tokens: int, call: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Have a worker do `call`, which gets its handle and returns (reference to wait for, reference to pass on).
+
+        Returns (value of the first, the second). `key` names the prompt (its prefix may be cached), `tokens` is the
+        most it may cost. A worker that is lost meanwhile costs another attempt, by another worker.
+        """
+        for _ in range(ATTEMPTS):
+            worker = await self._take(key, tokens)
+            awaited, passed = call(worker.handle)
+            try:
+                return await value_of(awaited), passed
+            except ray.exceptions.RayActorError as error:
+                self.lose(worker, _short(error))
+                self.reissued += 1
+            except asyncio.CancelledError:
+                ray.cancel(awaited)
+                raise
+            finally:
+                self._dispatch.end(worker.number, tokens)
+                self._give_turns()
+        raise PoolError(f"{ATTEMPTS} rollout workers died while they worked on {key!r}, one after the other")
+
+    async def _take(self, key: str, tokens: int) -> Worker:
+        self._raise_failure()
+        number = None if self._queue else self._dispatch.start(key, tokens)
+        if number is None:
+            turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            self._queue.append((key, tokens, turn))
+            number = await turn
+        return self._workers.get(number) or await self._take(key, tokens)  # it may have been lost meanwhile
+
+    def _give_turns(self) -> None:
+        """Room goes to those that wait, first come, first served."""
+        while self._queue:
+            key, tokens, turn = self._queue[0]
+            if turn.done():  # cancelled
+                self._queue.popleft()
+            elif self._failure is not None:
+                self._queue.popleft()
+                turn.set_exception(self._failure)
+            elif (number := self._dispatch.start(key, tokens)) is not None:
+                self._queue.popleft()
+                turn.set_result(number)
+            else:
+                return
+
+    async def _change(self) -> None:
+        """Wait until somebody comes or leaves."""
+        changed = self._changed
+        await changed.wait()
+        if self._changed is changed:
+            self._changed = asyncio.Event()  # every waiter looks again, new ones wait for what comes next
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def value_of(reference: Any) -> Awaitable[Any]:
+    """An object reference as something that asyncio's functions accept."""
+    return asyncio.wrap_future(reference.future())
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

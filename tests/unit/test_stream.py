@@ -1,0 +1,217 @@
+"""Samples on their way to the learner: what is issued when, what a step gets, what a resumed run goes on with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from common.config import Config
+from common.config_file import validate
+from common.schema import Prompt, as_ids
+from learner.samples import Sample, SampleSource
+from learner.services import Services
+from learner.stream import Answered, Stream
+
+ROWS = [Prompt(f"row{i}", as_ids([1, 2]), as_ids([1, 2]), None) for i in range(10)]
+
+
+def config_of(**rollout: Any) -> Config:
+    settings = {
+        "run": {"name": "r"},
+        "student": {"model": "m"},
+        "context": {"text": "c"},
+        "data": {"train": "t"},
+        "rollout": {"batch_size": 4, "max_tokens": 8, **rollout},
+        "loss": {"top_k": 4},
+    }
+    return validate(Config, settings)
+
+
+@dataclass
+class StubServices:
+    """Answers in the order that `hold` allows; remembers what it was asked."""
+
+    version: int = 0
+    slow: set[str] = field(default_factory=set)
+    unscored: set[str] = field(default_factory=set)
+    asked: list[str] = field(default_factory=list)
+    groups: list[list[list[Any]]] = field(default_factory=list)
+    release: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def _summary(self, sample: Sample, version: int) -> Any:
+        return SimpleNamespace(
+            worker=0, prompt_tokens=2, response_tokens=3, versions=((0, version),), started=0.0, ended=1.0, score=None
+        )
+
+    async def rollout(self, sample: Sample) -> tuple[Any, Any]:
+        self.asked.append(sample.sample_id)
+        version = self.version
+        await asyncio.sleep(0)
+        if sample.sample_id in self.slow:
+            await self.release.wait()
+        return self._summary(sample, version), sample.sample_id
+
+    async def rollout_scored(self, sample: Sample) -> tuple[Any, Any]:
+        summary, item = await self.rollout(sample)
+        summary.score, item = await self.score(sample, item)
+        return summary, item
+
+    async def score(self, sample: Sample, item: Any) -> tuple[Any, Any]:
+        error = "no" if sample.sample_id in self.unscored else None
+        return SimpleNamespace(started=1.0, ended=2.0, error=error), item
+
+    async def pick_topk(self, group: list[list[Any]]) -> list[tuple[Any, float | None]]:
+        self.groups.append(group)
+        return [(f"picked {item}", 0.5) for share in group for item in share]
+
+
+def stream_of(
+    config: Config, services: StubServices, version: int = 0, begin: tuple[int, list[int]] = (0, [])
+) -> Stream:
+    return Stream(config, cast(Services, services), SampleSource(config, ROWS), version, *begin)
+
+
+async def take(stream: Stream, failed: list[Answered] | None = None) -> list[Answered]:
+    return [answered async for answered in stream.step((failed if failed is not None else []).append)]
+
+
+def ids(answers: list[Answered]) -> list[str]:
+    return [answered.sample.sample_id for answered in answers]
+
+
+async def test_a_strict_step_is_trained_on_its_own_samples_and_nothing_runs_ahead() -> None:
+    services = StubServices()
+    stream = stream_of(config_of(), services)
+    first = await take(stream)
+    assert {answered.sample.step for answered in first} == {0}
+    assert len(services.asked) == len(first) == 4
+    services.version = 1
+    stream.advance()
+    second = await take(stream)
+    assert {answered.sample.step for answered in second} == {1}
+    assert not set(ids(first)) & set(ids(second))
+
+
+async def test_rollouts_run_ahead_by_the_staleness_that_is_allowed_and_slow_ones_are_trained_later() -> None:
+    config = config_of(max_staleness=1)
+    source = SampleSource(config, ROWS)
+    services = StubServices(slow={source[0].sample_id})
+    stream = stream_of(config, services)
+    first = await take(stream)
+    assert len(services.asked) == 8  # this step's and the next one's
+    assert source[0].sample_id not in ids(first)
+    assert len(first) == 4  # the slow one's place went to one that was ahead
+    services.version = 1
+    stream.advance()
+    services.release.set()
+    second = await take(stream)
+    assert source[0].sample_id in ids(second)
+    assert Counter(ids(first) + ids(second)).most_common(1)[0][1] == 1
+    assert stream.tracker.metrics()["staleness/max_age"] == 1
+    await stream.close()
+
+
+async def test_an_answer_that_became_too_old_is_made_again() -> None:
+    config = config_of(max_staleness=1)
+    source = SampleSource(config, ROWS)
+    late = source[0].sample_id
+    services = StubServices(slow={late})
+    stream = stream_of(config, services)
+    for version in range(3):
+        services.version = version
+        assert late not in ids(await take(stream))
+        stream.advance()
+    services.slow = set()
+    services.release.set()
+    trained: list[str] = []
+    for version in (3, 4):
+        services.version = version
+        trained += ids(await take(stream))
+        stream.advance()
+    assert trained.count(late) == 1
+    assert services.asked.count(late) == 2
+    assert stream.tracker.metrics()["staleness/evicted"] == 1
+    await stream.close()
+
+
+async def test_stragglers_beyond_the_batch_are_cut_off_and_counted() -> None:
+    config = config_of(over_issue=0.5)
+    source = SampleSource(config, ROWS)
+    services = StubServices(slow={source[1].sample_id, source[2].sample_id})
+    stream = stream_of(config, services)
+    first = await take(stream)
+    assert len(services.asked) == 6
+    assert len(first) == 4
+    assert not {source[1].sample_id, source[2].sample_id} & set(ids(first))
+    assert stream.tracker.metrics()["staleness/discarded"] == 2
+    services.version = 1
+    stream.advance()
+    services.release.set()
+    assert len(await take(stream)) == 4
+    await stream.close()
+
+
+async def test_a_sample_without_a_score_leaves_its_place_empty() -> None:
+    config = config_of()
+    services = StubServices(unscored={SampleSource(config, ROWS)[2].sample_id})
+    failed: list[Answered] = []
+    assert len(await take(stream_of(config, services), failed)) == 3
+    assert [answered.error for answered in failed] == ["no"]
+
+
+async def test_what_fails_on_the_way_is_raised_to_the_loop() -> None:
+    class Broken(StubServices):
+        async def rollout(self, sample: Sample) -> tuple[Any, Any]:
+            raise RuntimeError("the teacher is gone")
+
+    with pytest.raises(RuntimeError, match="the teacher is gone"):
+        await take(stream_of(config_of(), Broken()))
+
+
+async def test_the_learner_picks_the_ids_of_all_answers_in_full_groups_and_a_last_one() -> None:
+    config = config_of(topk_from="learner")
+    services = StubServices()
+    answers = await take(stream_of(config, services))
+    assert sorted(answered.item for answered in answers) == sorted(f"picked {name}" for name in services.asked)
+    assert {answered.topk_agreement for answered in answers} == {0.5}
+    assert sum(len(share) for group in services.groups for share in group) == 4
+    assert {len(group) for group in services.groups} == {1}
+
+
+async def test_a_resumed_stream_goes_on_with_what_was_under_way() -> None:
+    config = config_of(max_staleness=1)
+    source = SampleSource(config, ROWS)
+    services = StubServices(slow={source[0].sample_id, source[5].sample_id})
+    stream = stream_of(config, services)
+    first = await take(stream)
+    services.version = 1
+    stream.advance()
+    position = stream.position()
+    await stream.close()
+    again = StubServices(version=1)
+    resumed = stream_of(config, again, 1, (position["next"], position["again"]))
+    trained = ids(first)
+    for version in (1, 2):
+        again.version = version
+        trained += ids(await take(resumed))
+        resumed.advance()
+    assert Counter(trained).most_common(1)[0][1] == 1
+    assert {source[number].sample_id for number in range(8)} <= set(trained)
+    await resumed.close()
+
+
+def test_samples_are_a_function_of_their_number() -> None:
+    source = SampleSource(config_of(samples_per_prompt=2, topk_from="learner"), ROWS)
+    assert source.per_step == 8
+    again = SampleSource(config_of(samples_per_prompt=2, topk_from="learner"), ROWS)
+    assert [source[n] for n in (9, 0, 17)] == [again[n] for n in (9, 0, 17)]
+    assert source[8].prompt == source[9].prompt
+    assert source[8].sampling.seed != source[9].sampling.seed
+    assert [source[n].sampling.top_k for n in range(8, 12)] == [4, 0, 0, 0]  # one a step, to compare
+    assert Path(source[8].sample_id).parts[0] == "1"
