@@ -22,7 +22,9 @@ class MicroBatchFiller(Generic[T]):
     def add(self, tokens: int, item: T) -> list[list[list[T]]]:
         """Take an answer of `tokens` tokens (prompt + response); groups that are full now, usually none."""
         self._waiting.append((tokens, item))
-        full = self._cut()[:-1]  # the last one may still grow
+        full = self._cut()
+        if full[-1][0][0] * (len(full[-1]) + 1) <= self._budget:
+            full.pop()  # it may still grow
         groups = []
         while len(full) >= self._ranks:
             groups.append([[item for _, item in batch] for batch in full[: self._ranks]])

@@ -30,8 +30,9 @@ def test_every_answer_is_dealt_out_once_within_the_budget(lengths: list[int], ra
 
 def test_a_group_leaves_as_soon_as_every_rank_is_full() -> None:
     filler: MicroBatchFiller[str] = MicroBatchFiller(2, 20)
-    assert [filler.add(10, name) for name in "abcd"] == [[], [], [], []]
-    assert filler.add(10, "e") == [[["a", "b"], ["c", "d"]]]
+    assert [filler.add(10, name) for name in "abc"] == [[], [], []]
+    assert filler.add(10, "d") == [[["a", "b"], ["c", "d"]]]  # nothing more would fit
+    assert filler.add(10, "e") == []
     assert filler.flush() == [[["e"], []]]
 
 
