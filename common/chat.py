@@ -87,6 +87,7 @@ class Renderer:
             teacher_ids=as_ids(ids),
             context=context,
             answer=row.answer,
+            teacher=row.teacher,
         )
 
     def _lead(self) -> tuple[int, ...]:
@@ -123,6 +124,7 @@ class Renderer:
             teacher_ids=as_ids(teacher_ids[len(prefix) :]),
             context=self._context(prefix) if prefix else None,
             answer=row.answer,
+            teacher=row.teacher,
         )
 
     def _split(self, row: Row) -> tuple[str | None, Messages]:

@@ -268,6 +268,8 @@ class CheckpointConfig(Section):
     """Steps between resumable checkpoints; 0: none."""
     keep: Positive = 2
     """Newest resumable checkpoints that stay."""
+    max_restarts: NonNegative = 3
+    """How often a run that lost a rank of the learner (or a node) goes on from its last checkpoint by itself."""
     export_every: NonNegative = 0
     """Steps between exports in Hugging Face format (all stay); 0: only the last step's, in ``checkpoint/``."""
 
@@ -312,6 +314,8 @@ class Config(Section):
     run: RunConfig
     student: StudentConfig
     teacher: TeacherConfig = TeacherConfig()
+    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], TeacherConfig] = {}
+    """More teachers by name, each with the keys of `teacher`: a row's ``teacher`` column says which one scores it."""
     context: ContextConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -332,6 +336,10 @@ class Config(Section):
         """Folder or hub name of the teacher: the student's own initial model unless another is named."""
         return self.teacher.model or self.student.model
 
+    def named_teachers(self) -> dict[str, TeacherConfig]:
+        """All teachers by name; `teacher` is ``default``."""
+        return {"default": self.teacher, **self.teachers}
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.loss.form == "exact":
@@ -340,7 +348,6 @@ class Config(Section):
             )
         not_yet = {
             "learner.lora": self.learner.lora is not None,
-            "teacher.kind": self.teacher.kind != "frozen",
             "teacher.backend": self.teacher.backend != "transformers",
         }
         for key, asked in not_yet.items():
@@ -362,8 +369,19 @@ class Config(Section):
                 f"eval.every is {self.eval.every} and data.valid is not set: only rows that are not reported on may "
                 "be looked at while training"
             )
-        if self.loss.top_k > self.teacher.max_k:
-            raise ValueError(f"loss.top_k {self.loss.top_k} is larger than teacher.max_k {self.teacher.max_k}")
+        if "default" in self.teachers:
+            raise ValueError("teachers: `default` is the name of the `teacher` section")
+        for name, teacher in self.named_teachers().items():
+            where = "teacher" if name == "default" else f"teachers.{name}"
+            if self.loss.top_k > teacher.max_k:
+                raise ValueError(f"loss.top_k {self.loss.top_k} is larger than {where}.max_k {teacher.max_k}")
+            if teacher.kind != "frozen" and (
+                teacher.url is not None or teacher.model not in (None, self.student.model)
+            ):
+                raise ValueError(
+                    f"{where}.kind `{teacher.kind}` is the student's own weights, private to this run: it takes "
+                    f"neither {where}.url nor another {where}.model"
+                )
         return self
 
 

@@ -39,6 +39,8 @@ class Row(BaseModel):
     prompt: Annotated[str, Field(min_length=1)] | None = None
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     answer: str | None = None
+    teacher: str | None = None
+    """Which of the run's `teachers` scores it, default: `teacher`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -74,6 +74,8 @@ class Prompt:
     teacher_ids: Ids
     context: str | None
     answer: str | None = None
+    teacher: str | None = None
+    """Name of the teacher that scores it; None: the run's default."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,12 +42,21 @@ BOUNDS = ((Gt, "gt", ">"), (Ge, "ge", "≥"), (Lt, "lt", "<"), (Le, "le", "≤")
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *(section(name, model) for name, model in sections(Config))])
+    own = [section(name, model) for name, model in sections(Config)]
+    meanings = attribute_docstrings(Config)
+    mappings = [
+        f"## {name}\n\n{meanings[name]}\n"
+        for name, field in Config.model_fields.items()
+        if typing.get_origin(field.annotation) is dict
+    ]
+    return "\n".join([HEAD, *own, *mappings])
 
 
 def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     """(dotted name, model) of every section under `model`, a section before the ones inside it."""
     for name, field in model.model_fields.items():
+        if typing.get_origin(field.annotation) is dict:
+            continue
         for member in (field.annotation, *typing.get_args(field.annotation)):
             if isinstance(member, type) and issubclass(member, BaseModel):
                 yield prefix + name, member
@@ -99,7 +108,7 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is dict:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "a section of its own"
+        return "a section"
     limits = [
         f"{sign} {getattr(limit, name):g}" for limit in metadata for kind, name, sign in BOUNDS if type(limit) is kind
     ]

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from common.config import Config
+from common.futures import all_of
 from common.schema import Prompt
 from common.step_times import StepTimes, step_times
 from common.trace import TraceSpan
@@ -29,12 +30,16 @@ from learner.parity import ParityReport
 from learner.publisher import Publisher
 from learner.reports import AccumulateReport, StepReport
 from learner.samples import SampleSource
-from learner.services import Services, all_of
+from learner.services import Services
 from learner.stream import Answered, Stream
 
 
 class RunError(RuntimeError):
     """The run cannot go on; the text says why and what would help."""
+
+
+class ServiceLost(RunError):
+    """An actor died that cannot be replaced in place: the run can only go on from its last checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ class Controller:
         """Make the weights of version `step` + 1."""
         started = time.time()
         pool = self._services.pool
-        async with beside(pool.watch(), self._never_without_workers(step)):
+        async with beside(pool.watch(), self._services.teachers.watch(), self._never_without_workers(step)):
             trained = await self._train(step)
         closing = time.time()
         reports = await self._services.finish_step(trained.tokens, trained.answers)

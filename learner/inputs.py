@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.chat import Renderer, check_lengths, load_tokenizer, teacher_sequence
 from common.config import Config
-from common.data import Row, read_rows
+from common.data import DataError, Row, read_rows
 from common.fingerprint import tokenizer_fingerprint
 from common.graders import Grader, make_grader
 from common.schema import Context, Prompt
@@ -38,6 +39,7 @@ def read_inputs(config: Config) -> Inputs:
     grader = make_grader(config.eval.grader)
     train = read_rows(config.data.train)
     valid, held_out = _held_out(config.data.valid), _held_out(config.data.eval)
+    _check_teachers(config.data.train, train, tuple(config.named_teachers()))
     text = config.context.read()
     tokenizer = load_tokenizer(config.student.model)
     renderer = Renderer(tokenizer, text, config.student, config.context.placement)
@@ -67,6 +69,15 @@ def read_inputs(config: Config) -> Inputs:
 
 def _held_out(path: Path | None) -> list[Row]:
     return [] if path is None else read_rows(path, need_answers=True)
+
+
+def _check_teachers(path: Path, rows: Sequence[Row], known: Sequence[str]) -> None:
+    for row in rows:
+        if row.teacher is not None and row.teacher not in known:
+            raise DataError(
+                f"{path}: row {row.id!r} names teacher {row.teacher!r}, the configuration has {', '.join(known)} "
+                "(see `teachers`)"
+            )
 
 
 def _model_limit(model: str) -> int:

@@ -20,7 +20,7 @@ from common.scoring import TeacherError
 from common.telemetry import Progress, RunFiles, write_json
 from common.trace import TraceFile
 from learner.checkpoints import LEARNER, CheckpointError, Checkpoints, Identity, Manifest, identity_of, refuse_other_run
-from learner.controller import Controller, RunError, StepOutcome
+from learner.controller import Controller, RunError, ServiceLost, StepOutcome
 from learner.evaluate import evaluate_rows
 from learner.inputs import Inputs
 from learner.parity import ParityError
@@ -104,17 +104,16 @@ class Run:
             self.tally.in_context = await self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
             services.close_workers()
         self._progress.line("starting the teacher and the learner")
-        teacher = services.begin_teacher()
+        services.teachers.begin()
         ranks = services.begin_ranks()
-        scorer = await services.connect_teacher(
-            teacher,
+        scorer = await services.teachers.connect(
             self._inputs.contexts,
             tokenizer_fingerprint=self._inputs.tokenizer_fingerprint,
             longest_tokens=max(self._inputs.teacher_tokens().values()) + config.rollout.max_tokens,
         )
         self._check_teacher_lengths()
         if self._resumed is not None:
-            self._refuse_changes(self._resumed, services.teacher_fingerprints())
+            self._refuse_changes(self._resumed, services.teachers.fingerprints())
         self._progress.line("starting the rollout engines")
         await services.start_workers(config.student.model, scorer, config.rollout.workers)
         await services.wait_ranks(ranks)
@@ -138,13 +137,11 @@ class Run:
             self.tally.in_context = await self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
 
     def _check_teacher_lengths(self) -> None:
-        info = self._services.teacher_info
-        assert info is not None
         check_lengths(
             "teacher",
             self._inputs.teacher_tokens(),
             max_tokens=self._config.rollout.max_tokens,
-            limit=info.max_sequence_tokens,
+            limit=self._services.teachers.longest_tokens,
         )
 
     async def _train(self) -> None:
@@ -188,7 +185,7 @@ class Run:
         assert self._controller is not None
         manifest = Manifest(
             step=version,
-            identity=self._identity(self._services.teacher_fingerprints()),
+            identity=self._identity(self._services.teachers.fingerprints()),
             loop={"tally": self.tally.state(), "position": self._controller.position()},
         )
         try:
@@ -250,5 +247,5 @@ def plain_error(error: Exception) -> Exception:
     if isinstance(error, ray.exceptions.RayActorError):
         node = ray._private.worker.global_worker.node
         logs = f"; its log is under {node.get_logs_dir_path()}" if node else ""
-        return RunError(f"an actor of the run died: {' '.join(str(error).split())}{logs}")
+        return ServiceLost(f"an actor of the run died: {' '.join(str(error).split())}{logs}")
     return error

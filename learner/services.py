@@ -1,14 +1,14 @@
 """The actors of one run: started together, called by the controller, stopped whatever happens.
 
-The only file that knows the other services. It holds actor handles and object references, never tensors.
+Only this file and `learner.teachers` know the other services. They hold actor handles and object references, never
+tensors.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,31 +16,25 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from common.config import Config, TeacherServerConfig
-from common.schema import Context, Sampling, ScoreMode, TeacherInfo, TokenSequence
+from common.config import Config
+from common.futures import all_of, value_of, within
+from common.schema import Sampling, TokenSequence
+from common.scoring import ScorerFactory
 from common.weights import SyncManifest
 from learner.rank import LearnerRank
 from learner.reports import LearnerInfo, StepReport
 from learner.samples import Sample
+from learner.teachers import START_TIMEOUT_S, Teachers
 from rollout_workers.actor import CONTROL, Answer, RolloutSummary, RolloutWorker, ScoreSummary, WorkerInfo
-from rollout_workers.pool import PoolError, Worker, WorkerPool, value_of
-from teacher_server.actor import TeacherActor
-from teacher_server.client import LOST_AFTER_S, TeacherClient, TeacherScorerFactory, handshake, read_key
+from rollout_workers.pool import PoolError, Worker, WorkerPool
 
-__all__ = ["Arrays", "Picked", "PoolError", "Services", "Worker", "all_of"]
+__all__ = ["Arrays", "Picked", "PoolError", "Services", "Worker"]
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
 SYNC_GRACE_S = 30.0
 """Beyond the weight group's own limit, so that its error, which says more, comes first."""
-OWN_TEACHER_LOST_AFTER_S = 15.0
-"""Nobody starts a run's own teacher again: waiting for it is short."""
-
-SUPPORT_MODES: dict[str, ScoreMode] = {"student": "at_ids", "teacher": "teacher_topk", "union": "union"}
-"""``loss.support`` -> how the teacher is asked."""
-
 Picked = tuple[Any, float | None]
 """(reference to an answer with the learner's ids, share of them that the engine had picked, where it had any)."""
 
@@ -56,69 +50,19 @@ class Services:
     group: list[Worker] = field(default_factory=list)
     """Workers in the weight group, in the order of their ranks in it."""
     ranks: list[Any] = field(default_factory=list)
-    teacher: Any = None
-    teacher_info: TeacherInfo | None = None
-    teacher_key: str | None = field(default=None, repr=False)
+    teachers: Teachers = field(init=False)
     learner_info: LearnerInfo | None = None
     worker_info: WorkerInfo | None = None
     manifest: SyncManifest | None = None
 
     def __post_init__(self) -> None:
         rollout = self.config.rollout
+        self.teachers = Teachers(self.config)
         self.pool = WorkerPool(slots=rollout.concurrency, max_restarts=rollout.max_restarts)
 
     # --- start and stop ---------------------------------------------------------------------------------------------
 
-    def begin_teacher(self) -> Any:
-        """Place the run's own teacher; the reference resolves to its address. None where `teacher.url` names one."""
-        if self.config.teacher.url is not None:
-            return None
-        section = self.config.teacher.model_copy(update={"model": self.config.teacher_model})
-        if self.config.learner.deterministic:
-            section = section.model_copy(update={"batch_items": 1})
-        options = {"num_cpus": 0, "num_gpus": section.gpus}
-        self.teacher_key = secrets.token_urlsafe(32)  # other users of the machine reach the port too
-        self.teacher = (
-            ray.remote(TeacherActor).options(**options).remote(TeacherServerConfig(teacher=section), self.teacher_key)
-        )
-        return self.teacher.start.remote()
-
-    async def connect_teacher(
-        self, started: Any, contexts: Mapping[str, Context], *, tokenizer_fingerprint: str, longest_tokens: int
-    ) -> TeacherScorerFactory:
-        """Shake hands and hand over the contexts; the factory makes a scorer inside each worker.
-
-        Raises TeacherError where the teacher does not fit the run.
-        """
-        config = self.config
-        url = config.teacher.url or await _within(START_TIMEOUT_S, started)
-        if config.teacher.key_file is not None and config.teacher.url is not None:
-            self.teacher_key = read_key(config.teacher.key_file)
-        ca_file = None if config.teacher.ca_file is None else str(config.teacher.ca_file)
-        self.teacher_info = await _info(url, config, self.teacher_key, ca_file)
-        handshake(
-            self.teacher_info,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            k=config.loss.top_k,
-            mode=SUPPORT_MODES[config.loss.support],
-            temperature=config.loss.temperature,
-            longest_tokens=longest_tokens,
-        )
-        return TeacherScorerFactory(
-            url=url,
-            run=config.run.name,
-            expected_info=self.teacher_info,
-            contexts=tuple(contexts.values()),
-            mode=SUPPORT_MODES[config.loss.support],
-            temperature=config.loss.temperature,
-            k=config.loss.top_k,
-            timeout_s=config.teacher.request_timeout_s,
-            api_key=self.teacher_key,
-            ca_file=ca_file,
-            lost_after_s=LOST_AFTER_S if config.teacher.url is not None else OWN_TEACHER_LOST_AFTER_S,
-        )
-
-    async def start_workers(self, model: str, scorer: TeacherScorerFactory | None, count: int) -> None:
+    async def start_workers(self, model: str, scorer: ScorerFactory | None, count: int) -> None:
         """Place `count` rollout workers and wait until their engines answer."""
         rollout = self.config.rollout
         actor = ray.remote(concurrency_groups={CONTROL: 8})(RolloutWorker)
@@ -130,7 +74,7 @@ class Services:
                 max_concurrency=rollout.concurrency + 1,  # one for what is being cancelled
             ).remote(model, self.config, scorer, number=number, max_logprobs=self.config.loss.top_k)
 
-        self.worker_info = await _within(START_TIMEOUT_S, self.pool.start(make, count))
+        self.worker_info = await within(START_TIMEOUT_S, self.pool.start(make, count))
 
     def begin_ranks(self) -> list[Any]:
         """Place the learner's ranks; `start_ranks` waits for them."""
@@ -145,7 +89,7 @@ class Services:
 
     async def wait_ranks(self, started: Sequence[Any]) -> None:
         """Wait until DeepSpeed is up on all ranks and the learner holds its weights."""
-        self.learner_info = (await _within(START_TIMEOUT_S, all_of(started)))[0]
+        self.learner_info = (await within(START_TIMEOUT_S, all_of(started)))[0]
         self.manifest = SyncManifest(tensors=self.learner_info.tensors, bucket_bytes=self.config.sync.bucket_bytes)
 
     async def open_sync(self) -> None:
@@ -154,12 +98,15 @@ class Services:
         """
         size = self.config.rollout.tensor_parallel_size
         self.group = [*self.pool.members, *self.pool.ready]
-        world = 1 + size * len(self.group)
+        receivers = self.teachers.receivers
+        world = 1 + size * len(self.group) + len(receivers)
         host, port = await self.ranks[0].address.remote()
         joined = [self.ranks[0].open_sync.remote(host, port, world)]
         for index, worker in enumerate(self.group):
             joined.append(worker.handle.join_sync.remote(host, port, 1 + index * size, world))
-        await _within(self.config.sync.timeout_s + SYNC_GRACE_S, all_of(joined))
+        for index, teacher in enumerate(receivers):
+            joined.append(teacher.handle.join_sync.remote(host, port, 1 + len(self.group) * size + index, world))
+        await within(self.config.sync.timeout_s + SYNC_GRACE_S, all_of(joined))
 
     def close_workers(self) -> None:
         """Stop the engines and give their devices back."""
@@ -173,9 +120,8 @@ class Services:
         self.close_workers()
         self._stop(self.ranks, "close")
         self.ranks = []
-        if self.teacher is not None:
-            self._stop([self.teacher], "stop")
-            self.teacher = None
+        self._stop(self.teachers.handles(), "stop")
+        self.teachers = Teachers(self.config)
 
     @staticmethod
     def _stop(actors: Sequence[Any], method: str) -> None:
@@ -263,9 +209,10 @@ class Services:
         """
         sent = [rank.publish.remote() for rank in self.ranks]
         received = [worker.handle.receive_weights.remote(self.manifest, version) for worker in self.group]
+        received += [one.handle.receive_weights.remote(self.manifest, version) for one in self.teachers.receivers]
         # Every collective in it has its own time limit.
         results = await asyncio.gather(*map(value_of, (*sent, *received)), return_exceptions=True)
-        for worker, result in zip(self.group, results[len(sent) :], strict=True):
+        for worker, result in zip(self.group, results[len(sent) :], strict=False):
             if isinstance(result, BaseException):
                 self.pool.lose(worker, f"weights of version {version} did not arrive: {result}")
         for result in results:
@@ -293,10 +240,6 @@ class Services:
         """Continue from `save_state`: weights, optimiser, counters."""
         await all_of([rank.load_state.remote(folder) for rank in self.ranks])
 
-    def teacher_fingerprints(self) -> dict[str, str]:
-        """Name of each connected teacher -> fingerprint of its model."""
-        return {} if self.teacher_info is None else {"default": self.teacher_info.model_fingerprint}
-
 
 def _call(method: str, sample: Sample) -> Callable[[Any], tuple[Any, Any]]:
     def call(worker: Any) -> tuple[Any, Any]:
@@ -314,21 +257,3 @@ def _pick(rank: Any, items: Sequence[Any]) -> tuple[Any, list[Any]]:
     """(reference to the agreements, references to the answers with ids)."""
     agreement, *picked = rank.pick_topk.options(num_returns=len(items) + 1).remote(*items)
     return agreement, picked
-
-
-async def all_of(references: Sequence[Any]) -> list[Any]:
-    """Values of object references, in their order; raises what the first one to fail raised."""
-    return list(await asyncio.gather(*map(value_of, references)))
-
-
-async def _within(seconds: float, awaitable: Any) -> Any:
-    work = awaitable if asyncio.iscoroutine(awaitable) else value_of(awaitable)
-    return await asyncio.wait_for(work, seconds)
-
-
-async def _info(url: str, config: Config, key: str | None, ca_file: str | None) -> TeacherInfo:
-    client = TeacherClient(url, config.run.name, config.teacher.request_timeout_s, key, ca_file=ca_file)
-    try:
-        return await client.info()
-    finally:
-        await client.close()

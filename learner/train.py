@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import signal
 import sys
@@ -23,11 +24,12 @@ from common.config_file import dump_config, load_config
 from common.telemetry import Progress, RunFiles
 from common.trace import TraceFile
 from learner.checkpoints import CheckpointError, Checkpoints
+from learner.controller import ServiceLost
 from learner.evaluate import evaluate_rows
-from learner.inputs import read_inputs
+from learner.inputs import Inputs, read_inputs
 from learner.run import KNOWN_ERRORS, Resumed, Run
 from learner.services import Services
-from learner.summary import final_table
+from learner.summary import Tally, final_table
 
 __all__ = ["KNOWN_ERRORS", "evaluate", "main", "run"]
 
@@ -44,24 +46,37 @@ def run(config: Config, *, resume: bool = False, accept_changes: bool = False, q
     resumed = _find_checkpoint(config, resume=resume, accept_changes=accept_changes)
     progress.status("reading data")
     inputs = read_inputs(config)
+    with interruptible(), cluster():
+        for restart in itertools.count(1):
+            try:
+                tally = _run_once(config, inputs, progress, resumed)
+            except KeyboardInterrupt:
+                return INTERRUPTED
+            except ServiceLost as error:
+                newest = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep).newest()
+                if newest is None or restart > config.checkpoint.max_restarts:
+                    raise
+                resumed = Resumed(*newest, accept_changes)
+                progress.line(f"{error}\ngoing on from step {newest[1].step}, restart {restart}")
+            else:
+                break
+    progress.line(final_table(tally))
+    files = "summary.json, metrics.jsonl, samples.jsonl, trace.json, checkpoint/"
+    progress.line(f"\nwritten to {config.run.path}/: {files}")
+    return 0
+
+
+def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resumed | None) -> Tally:
+    """From the start, or from `resumed`, to the end."""
     after = None if resumed is None else resumed.manifest.step
     with (
-        interruptible(),
         RunFiles(config.run.path, resume_after=after) as files,
         TraceFile(config.run.path / "trace.json", resume=after is not None) as trace,
     ):
         one = Run(config, inputs, files, trace, progress, resumed)
         (config.run.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        with cluster():
-            try:
-                asyncio.run(one.run())
-            except KeyboardInterrupt:
-                return INTERRUPTED
-        progress.line(final_table(one.tally))
-        progress.line(
-            f"\nwritten to {config.run.path}/: summary.json, metrics.jsonl, samples.jsonl, trace.json, checkpoint/"
-        )
-    return 0
+        asyncio.run(one.run())
+        return one.tally
 
 
 def _find_checkpoint(config: Config, *, resume: bool, accept_changes: bool) -> Resumed | None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from common.futures import value_of
 from rollout_workers.dispatch import Dispatch
 
 log = logging.getLogger(__name__)
@@ -236,11 +237,6 @@ class WorkerPool:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-def value_of(reference: Any) -> Awaitable[Any]:
-    """An object reference as something that asyncio's functions accept."""
-    return asyncio.wrap_future(reference.future())
 
 
 def _short(error: BaseException) -> str:

@@ -55,12 +55,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path: Path) -> N
     kept = Checkpoints(tmp_path, keep=1)
     save(kept, 1, "good")
 
-    with (
-        pytest.raises(CheckpointError, match=r"step-000002 was not written.*GB are free"),
-        kept.writing(manifest(2)) as folder,
-    ):
-        (folder / "rank0.pt").write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fill_the_disk() -> None:
+        with kept.writing(manifest(2)) as folder:
+            (folder / "rank0.pt").write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step-000002 was not written.*GB are free"):
+        fill_the_disk()
     found = kept.newest()
     assert found is not None
     assert found[1].step == 1

@@ -163,7 +163,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_sections_are_closed_and_immutable(path: Path) -> None:
     config = load_config(path)
     sections = [value for _, value in config if isinstance(value, BaseModel)]
-    assert len(sections) == len(Config.model_fields)
+    assert len(sections) == len(Config.model_fields) - 1  # `teachers` maps names to sections
     for section in sections:
         assert section.model_config["extra"] == "forbid"
         assert section.model_config["frozen"] is True
@@ -209,3 +209,16 @@ def test_a_context_is_read_byte_for_byte(path: Path, tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ConfigError, match="cannot read"):
         config.context.read()
+
+
+def test_more_teachers_are_checked_like_the_first(path: Path) -> None:
+    config = load_config(path, ["teachers.big.model=models/b", "teachers.live.kind=self"])
+    assert {name: one.kind for name, one in config.named_teachers().items()} == {
+        "default": "frozen",
+        "big": "frozen",
+        "live": "self",
+    }
+    assert "teachers.live.kind `self`" in mistake(path, "teachers.live.kind=self", "teachers.live.url=http://x")
+    assert "did you mean" in mistake(path, "teachers.big.modle=x")
+    assert "`default` is the name" in mistake(path, "teachers.default.model=x")
+    assert "teachers.big.max_k 8" in mistake(path, "teachers.big.max_k=8")

@@ -20,6 +20,8 @@ def test_every_key_has_a_row() -> None:
     page = docs.page()
     for name, section in Config.model_fields.items():
         assert f"\n## {name}\n" in page
+        if name == "teachers":  # by name, each with the keys of `teacher`
+            continue
         assert isinstance(section.annotation, type)
         assert issubclass(section.annotation, BaseModel)
         for key in section.annotation.model_fields:

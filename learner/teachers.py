@@ -1,0 +1,176 @@
+"""The teachers of one run: its own as actors, others by address; which one scores what, and who gets weights.
+
+A teacher of the run's own that dies is started again at the same address: scorers wait for it and hand their contexts
+over again. One that takes weights (`self`, `ema`) cannot: what it had is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from common.config import Config, TeacherConfig, TeacherServerConfig
+from common.futures import value_of, within
+from common.routing import DEFAULT_TEACHER, RoutingScorerFactory
+from common.schema import Context, ScoreMode, TeacherInfo
+from common.scoring import ScorerFactory, TeacherError
+from teacher_server.actor import TeacherActor
+from teacher_server.client import LOST_AFTER_S, TeacherClient, TeacherScorerFactory, handshake, read_key
+
+log = logging.getLogger(__name__)
+
+SUPPORT_MODES: dict[str, ScoreMode] = {"student": "at_ids", "teacher": "teacher_topk", "union": "union"}
+"""``loss.support`` -> how a teacher is asked."""
+START_TIMEOUT_S = 900.0
+"""For a model to be loaded."""
+WATCH_EVERY_S = 5.0
+MAX_RESTARTS = 3
+OWN_LOST_AFTER_S = 300.0
+"""How long scorers wait for a teacher of the run's own that is being started again."""
+
+
+@dataclass
+class Teacher:
+    """One teacher. `handle` is its actor, None for one that is reached by address."""
+
+    name: str
+    section: TeacherConfig
+    handle: Any = None
+    started: Any = None
+    url: str = ""
+    key: str | None = field(default=None, repr=False)
+    info: TeacherInfo | None = None
+    node: str | None = None
+    restarts: int = 0
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether the learner publishes to it."""
+        return self.section.kind != "frozen"
+
+
+class Teachers:
+    """`begin`, `connect`; `watch` beside every step; `handles` to stop."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.all: dict[str, Teacher] = {}
+
+    def begin(self) -> None:
+        """Place the run's own teachers; `connect` waits for them."""
+        for name, section in self._config.named_teachers().items():
+            if section.url is not None:
+                key = None if section.key_file is None else read_key(section.key_file)
+                self.all[name] = Teacher(name, section, url=section.url, key=key)
+                continue
+            whole = section.model_copy(update={"model": section.model or self._config.student.model})
+            if self._config.learner.deterministic:
+                whole = whole.model_copy(update={"batch_items": 1})
+            # Other users of the machine reach the port too: a key of the run's own.
+            teacher = Teacher(name, whole, key=secrets.token_urlsafe(32))
+            self._place(teacher)
+            self.all[name] = teacher
+
+    async def connect(
+        self, contexts: Mapping[str, Context], *, tokenizer_fingerprint: str, longest_tokens: int
+    ) -> ScorerFactory:
+        """Shake hands with all; the factory makes, inside a worker, what asks the right one for each row.
+
+        Raises TeacherError where a teacher does not fit the run.
+        """
+        config = self._config
+        factories: dict[str, ScorerFactory] = {}
+        for teacher in self.all.values():
+            section = teacher.section
+            if teacher.handle is not None:
+                teacher.url = await within(START_TIMEOUT_S, teacher.started)
+                teacher.node = await value_of(teacher.handle.node_id.remote())
+            ca_file = None if section.ca_file is None else str(section.ca_file)
+            teacher.info = await self._ask_info(teacher, ca_file)
+            handshake(
+                teacher.info,
+                tokenizer_fingerprint=tokenizer_fingerprint,
+                k=config.loss.top_k,
+                mode=SUPPORT_MODES[config.loss.support],
+                temperature=config.loss.temperature,
+                longest_tokens=longest_tokens,
+            )
+            factories[teacher.name] = TeacherScorerFactory(
+                url=teacher.url,
+                run=config.run.name,
+                expected_info=teacher.info,
+                contexts=tuple(contexts.values()),
+                mode=SUPPORT_MODES[config.loss.support],
+                temperature=config.loss.temperature,
+                k=config.loss.top_k,
+                timeout_s=section.request_timeout_s,
+                api_key=teacher.key,
+                ca_file=ca_file,
+                lost_after_s=LOST_AFTER_S if teacher.handle is None else OWN_LOST_AFTER_S,
+            )
+        return factories[DEFAULT_TEACHER] if len(factories) == 1 else RoutingScorerFactory(factories)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Context + prompt + response that every teacher can take."""
+        return min(teacher.info.max_sequence_tokens for teacher in self.all.values() if teacher.info is not None)
+
+    @property
+    def receivers(self) -> list[Teacher]:
+        """Those that take the learner's weights, in the order of their ranks in the weight group."""
+        return [teacher for teacher in self.all.values() if teacher.takes_weights]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Name of each connected teacher -> fingerprint of its model."""
+        return {name: one.info.model_fingerprint for name, one in self.all.items() if one.info is not None}
+
+    def handles(self) -> list[Any]:
+        """The run's own, to be stopped with it."""
+        return [teacher.handle for teacher in self.all.values() if teacher.handle is not None]
+
+    async def watch(self) -> None:
+        """Start the run's own frozen teachers again when they die. Raises TeacherError where that does not help."""
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            for teacher in self.all.values():
+                if teacher.handle is not None:
+                    await self._revive(teacher)
+
+    async def _revive(self, teacher: Teacher) -> None:
+        try:
+            await value_of(teacher.handle.node_id.remote())
+            return
+        except ray.exceptions.RayActorError as error:
+            died = " ".join(str(error).split())[:300]
+        if teacher.takes_weights or teacher.restarts == MAX_RESTARTS:
+            why = f"it was started {MAX_RESTARTS} times already" if teacher.restarts else "its weights are gone with it"
+            raise TeacherError(f"the run's own teacher {teacher.name!r} died, and {why}: {died}")
+        log.warning("the run's own teacher %r died and is started again: %s", teacher.name, died)
+        teacher.restarts += 1
+        port = int(teacher.url.rpartition(":")[2])
+        teacher.section = teacher.section.model_copy(update={"port": port})
+        self._place(teacher)
+        await within(START_TIMEOUT_S, teacher.started)
+
+    def _place(self, teacher: Teacher) -> None:
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": teacher.section.gpus}
+        if teacher.node is not None:  # its address must stay what scorers know
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(teacher.node, soft=False)
+        actor = ray.remote(TeacherActor).options(**options)
+        teacher.handle = actor.remote(TeacherServerConfig(teacher=teacher.section), teacher.key, self._config.sync)
+        teacher.started = teacher.handle.start.remote()
+
+    async def _ask_info(self, teacher: Teacher, ca_file: str | None) -> TeacherInfo:
+        timeout_s = teacher.section.request_timeout_s
+        client = TeacherClient(teacher.url, self._config.run.name, timeout_s, teacher.key, ca_file=ca_file)
+        try:
+            return await client.info()
+        finally:
+            await client.close()
