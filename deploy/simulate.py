@@ -1,0 +1,365 @@
+"""A run as a discrete-event simulation: the loop's own rules over stages that take time and compute nothing.
+
+::
+
+    issue ─► queue ─► rollout ─► queue ─► score ─► micro-batch ─► accumulate ─► step ─► sync ─► parity
+             (slots)             (replicas)        (fills up)     (ranks)
+
+Which samples run ahead, which worker takes them and how micro-batches fill are decided by the very classes that a run
+uses (`StalenessTracker`, `Dispatch`, `MicroBatchFiller`). Everything random is drawn by sample number, so two
+configurations that differ in machines alone are compared on the same answers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.step_times import QUEUE, StepTimes, step_times, total_times
+from common.telemetry import Span
+from common.trace import TraceSpan
+from deploy.simulation_config import SimulationConfig, Spread
+from learner.filling import MicroBatchFiller
+from learner.staleness import StalenessTracker, Verdict
+from rollout_workers.dispatch import Dispatch
+
+QUEUES = ("rollout", "teacher", "learner")
+"""What a sample can wait for, in its order."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """Samples that wait at a time: the mean over the whole run, and the most."""
+
+    mean: float
+    max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What a simulated run came to. ``steps`` are in order; ``queues`` and ``busy`` by `QUEUES`: how many samples
+    waited, and the share of slots, replicas or ranks that were taken. ``spans`` are the timeline (from time 0), as a
+    real run's.
+    """
+
+    steps: tuple[StepTimes, ...]
+    tokens: int
+    evicted: int
+    queues: dict[str, QueueDepth]
+    busy: dict[str, float]
+    spans: tuple[TraceSpan, ...] = field(repr=False)
+
+    @property
+    def total(self) -> StepTimes:
+        """All steps as one."""
+        return total_times(self.steps)
+
+    @property
+    def step_s(self) -> float:
+        """Mean seconds of a step."""
+        return self.total.total_s / len(self.steps)
+
+    @property
+    def slowest_stage_s(self) -> float:
+        """Mean seconds of a step in which the busiest stage was at work: no overlap gets below."""
+        working = [seconds for stage, seconds in self.total.stage_s.items() if stage != QUEUE]
+        return max(working, default=0.0) / len(self.steps)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Response tokens trained a second."""
+        return self.tokens / self.total.total_s if self.total.total_s else math.inf
+
+
+def simulate(config: SimulationConfig) -> Simulation:
+    """Run `config` to its end."""
+    run = _Run(config)
+    run.to_the_end()
+    total_s = run.windows[-1][1]
+    rollout, teacher, learner = config.rollout, config.teacher, config.learner
+    capacity = {
+        "rollout": rollout.workers * rollout.concurrency,
+        "teacher": teacher.replicas,
+        "learner": learner.ranks,
+    }
+    return Simulation(
+        steps=tuple(step_times(run.spans[step], window) for step, window in enumerate(run.windows)),
+        tokens=run.tokens,
+        evicted=run.tracker.counts["evicted"],
+        queues={name: queue_depth(run.waits[name], total_s) for name in QUEUES},
+        busy={name: queue_depth(run.busy[name], total_s).mean / capacity[name] for name in QUEUES},
+        spans=tuple(span for spans in run.spans for span in spans),
+    )
+
+
+def queue_depth(spans: Iterable[Span], total_s: float) -> QueueDepth:
+    """Mean and largest number of `spans` open at a time in ``[0, total_s]``; one that ends makes room for the next."""
+    inside = [(start, min(end, total_s)) for start, end in spans if start < min(end, total_s)]
+    changes = sorted([(start, 1) for start, _ in inside] + [(end, -1) for _, end in inside])
+    depth = most = 0
+    for _, change in changes:
+        depth += change
+        most = max(most, depth)
+    return QueueDepth(mean=sum(end - start for start, end in inside) / total_s if total_s else 0.0, max=most)
+
+
+def draw(spread: Spread, rng: np.random.Generator) -> float:
+    """One value of `spread`."""
+    if spread.kind == "uniform":
+        return spread.mean * (1 + spread.spread * (2 * rng.random() - 1))
+    if spread.kind == "exponential":
+        return spread.mean * rng.standard_exponential()
+    if spread.kind == "lognormal":
+        variance = math.log1p(spread.spread**2)
+        return spread.mean * math.exp(math.sqrt(variance) * rng.standard_normal() - variance / 2)
+    return spread.mean
+
+
+@dataclass(slots=True)
+class _Sample:
+    """One answer: its size, the seconds it takes a worker of its own, and when it came where."""
+
+    name: str
+    tokens: int
+    alone_s: float
+    at: float
+    """Since when it is where it is."""
+    worker: int = 0
+    version: int = 0
+    spans: list[TraceSpan] = field(default_factory=list)
+
+    def span(self, stage: str, track: str, end: float) -> None:
+        """It was in `stage` until `end`."""
+        self.spans.append(TraceSpan(stage, track, self.at, end, {"sample": self.name}))
+        self.at = end
+
+
+class _Worker:
+    """Answers in flight, each ahead by the same share of its own speed: ``1 / (1 + contention · (n - 1))`` of n."""
+
+    def __init__(self, contention: float) -> None:
+        self._contention = contention
+        self._done_at: list[tuple[float, int, _Sample]] = []
+        self._worked = 0.0
+        """Seconds of its own that an answer in flight all the time would have behind it."""
+        self._now = 0.0
+        self._stopped = False
+        self._order = 0
+
+    def add(self, now: float, sample: _Sample) -> None:
+        self._go_on(now)
+        self._order += 1
+        heapq.heappush(self._done_at, (self._worked + sample.alone_s, self._order, sample))
+
+    def stop(self, now: float) -> None:
+        self._go_on(now)
+        self._stopped = True
+
+    def resume(self, now: float) -> None:
+        self._go_on(now)
+        self._stopped = False
+
+    def next_end(self) -> float:
+        """When the next answer ends if nothing changes."""
+        if self._stopped or not self._done_at:
+            return math.inf
+        return self._now + max(0.0, self._done_at[0][0] - self._worked) * self._slowness()
+
+    def pop(self, now: float) -> _Sample:
+        self._go_on(now)
+        worked, _, sample = heapq.heappop(self._done_at)
+        self._worked = worked  # rounding must not leave a rest
+        return sample
+
+    def _go_on(self, now: float) -> None:
+        if self._done_at and not self._stopped:
+            self._worked += (now - self._now) / self._slowness()
+        self._now = now
+
+    def _slowness(self) -> float:
+        return 1 + self._contention * (len(self._done_at) - 1)
+
+
+class _Run:
+    """The state of a run between two events."""
+
+    def __init__(self, config: SimulationConfig) -> None:
+        self.config = config
+        self.tracker = StalenessTracker(config.max_staleness, config.samples_per_step)
+        self.spans: list[list[TraceSpan]] = [[] for _ in range(config.steps)]
+        self.windows: list[Span] = []
+        self.waits: dict[str, list[Span]] = {name: [] for name in QUEUES}
+        self.busy: dict[str, list[Span]] = {name: [] for name in QUEUES}
+        self.tokens = 0
+        self._now = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        self._ready: dict[str, _Sample] = {}
+        self._dispatch = Dispatch(config.rollout.concurrency)
+        self._workers = [_Worker(config.rollout.contention) for _ in range(config.rollout.workers)]
+        self._wakes = [0] * config.rollout.workers
+        for index in range(config.rollout.workers):
+            self._dispatch.join(index)
+        self._waiting: deque[_Sample] = deque()
+        self._engine_version = 0
+        self._replica_free = [0.0] * config.teacher.replicas
+        self._replica_context: list[int | None] = [None] * config.teacher.replicas
+        self._rank_free = [0.0] * config.learner.ranks
+        self._filler: MicroBatchFiller[_Sample] = MicroBatchFiller(
+            config.learner.ranks, config.learner.micro_batch_tokens
+        )
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def to_the_end(self) -> None:
+        """Every step of the run."""
+        self._fill()
+        while len(self.windows) < self.config.steps:
+            self._now, _, happen = heapq.heappop(self._events)
+            happen()
+
+    def _at(self, when: float, happen: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (when, self._count, happen))
+
+    # --- rollout ----------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        for _ in range(self.tracker.may_issue()):
+            evicted = self.tracker.evicted()
+            name = evicted[0] if evicted else str(self.tracker.counts["issued"])
+            if evicted:
+                self.tracker.reissue(name)
+            else:
+                self.tracker.issue(name)
+            self._waiting.append(self._sample(name))
+        self._start_waiting()
+
+    def _sample(self, name: str) -> _Sample:
+        rollout = self.config.rollout
+        rng = np.random.default_rng([self.config.seed, int(name)])
+        tokens = max(1, round(draw(rollout.answer_tokens, rng)))
+        return _Sample(name, tokens, rollout.answer_s + tokens * draw(rollout.token_s, rng), at=self._now)
+
+    def _start_waiting(self) -> None:
+        while self._waiting:
+            worker = self._dispatch.start(self._waiting[0].name, 1)
+            if worker is None:
+                return
+            sample = self._waiting.popleft()
+            self._wait_over("rollout", sample, self._now)
+            sample.worker, sample.version = worker, self._engine_version
+            self._workers[worker].add(self._now, sample)
+            self._wake(worker)
+
+    def _wake(self, worker: int) -> None:
+        """Look at `worker` when its next answer ends; what was planned before is void."""
+        self._wakes[worker] += 1
+        plan, when = self._wakes[worker], self._workers[worker].next_end()
+        if when < math.inf:
+            self._at(when, lambda: self._ended(worker) if plan == self._wakes[worker] else None)
+
+    def _ended(self, worker: int) -> None:
+        sample = self._workers[worker].pop(self._now)
+        self._dispatch.end(worker, 1)
+        self.busy["rollout"].append((sample.at, self._now))
+        sample.span("rollout", f"worker {worker}", self._now)
+        self._wake(worker)
+        self._start_waiting()
+        self._score(sample)
+
+    # --- teacher ----------------------------------------------------------------------------------------------------
+
+    def _score(self, sample: _Sample) -> None:
+        """Served in the order of arrival, by the replica that is free first."""
+        teacher = self.config.teacher
+        replica = min(range(teacher.replicas), key=lambda index: self._replica_free[index])
+        start = max(self._now, self._replica_free[replica])
+        tokens = self.config.prompt_tokens + sample.tokens
+        version = self._engine_version if teacher.context_every_version else 0
+        if self._replica_context[replica] != version:
+            self._replica_context[replica] = version
+            tokens += teacher.context_tokens
+        end = start + tokens / teacher.tokens_per_s
+        self._replica_free[replica] = end
+        self.busy["teacher"].append((start, end))
+        self._wait_over("teacher", sample, start)
+        self._at(end + teacher.request_s, lambda: self._scored(sample, replica))
+
+    def _scored(self, sample: _Sample, replica: int) -> None:
+        sample.span("score", f"teacher {replica}", self._now)
+        if self.tracker.finish(sample.name, ((0, sample.version),), sample.tokens) is Verdict.READY:
+            self._ready[sample.name] = sample
+        self._train()
+        self._fill()
+
+    # --- learner ----------------------------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        """Give what the step may take to the ranks; the last one closes the step."""
+        taken = self.tracker.take()
+        for name in taken:
+            sample = self._ready.pop(name)
+            self.tokens += sample.tokens
+            for group in self._filler.add(self.config.prompt_tokens + sample.tokens, sample):
+                self._accumulate(group)
+        if taken and not self.tracker.room():
+            for group in self._filler.flush():
+                self._accumulate(group)
+            closing = max(self._now, *self._rank_free)
+            self._work("step", closing, closing + self.config.learner.step_s)
+            self.busy["learner"] += [(closing, closing + self.config.learner.step_s)] * self.config.learner.ranks
+            self._at(closing + self.config.learner.step_s, self._sync)
+
+    def _accumulate(self, group: list[list[_Sample]]) -> None:
+        for rank, batch in enumerate(group):
+            if not batch:
+                continue
+            padded = len(batch) * max(self.config.prompt_tokens + sample.tokens for sample in batch)
+            start = max(self._now, self._rank_free[rank])
+            end = self._rank_free[rank] = start + padded / self.config.learner.tokens_per_s
+            self.busy["learner"].append((start, end))
+            for sample in batch:
+                self._wait_over("learner", sample, start)
+                self.spans[self.tracker.version] += sample.spans
+            self.spans[self.tracker.version].append(TraceSpan("accumulate", f"rank {rank}", start, end))
+
+    def _sync(self) -> None:
+        sync = self.config.sync
+        for index, worker in enumerate(self._workers):
+            worker.stop(self._now)
+            self._wake(index)
+        self._work("sync", self._now, self._now + sync.seconds)
+        self._at(self._now + sync.seconds, self._synced)
+
+    def _synced(self) -> None:
+        self._engine_version += 1
+        for index, worker in enumerate(self._workers):
+            worker.resume(self._now)
+            self._wake(index)
+        end = self._now + self.config.sync.parity_s
+        self._work("parity", self._now, end)
+        self._at(end, self._step_over)
+
+    def _step_over(self) -> None:
+        self.windows.append((self.windows[-1][1] if self.windows else 0.0, self._now))
+        for name in self.tracker.advance():
+            del self._ready[name]
+        if len(self.windows) < self.config.steps:
+            self._train()
+            self._fill()
+
+    # --- bookkeeping ------------------------------------------------------------------------------------------------
+
+    def _work(self, stage: str, start: float, end: float) -> None:
+        self.spans[self.tracker.version].append(TraceSpan(stage, "controller", start, end))
+
+    def _wait_over(self, queue: str, sample: _Sample, end: float) -> None:
+        if end > sample.at:
+            self.waits[queue].append((sample.at, end))
+            sample.span(QUEUE, f"{queue} queue", end)
