@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
-from common.collective import DIGEST_BYTES, SyncError, broadcast, gloo_group, manifest_digest, wire_digest
+from common import delta
+from common.checksum import CHECKSUM_BYTES, checksum
+from common.collective import SyncError, WeightGroup, open_group
 from common.config import SyncConfig
-from common.weights import SyncManifest, TensorSpec
+from common.opening import DELTA, LENGTH_BYTES, OPENING_BYTES, REFUSED, WHOLE, Opening, bucket_name, misfit
+from common.shards import FileReceiver, session_of
+from common.weights import ITEM_BYTES, SyncManifest, TensorSpec, split_bucket
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.distributed import ProcessGroupGloo
 
 
 class Receiver(Protocol):
@@ -23,7 +27,8 @@ class Receiver(Protocol):
 
         Go through all of them: the sender waits. A tensor is a view of memory that stays as it is until the next
         `receive`; copy what must live longer. Raises SyncError for another plan than the sender's, for bytes that
-        changed on the way, for a lost peer and for a time-out; what was taken so far must then not be used.
+        changed on the way, for a lost peer and for a time-out; what was taken so far must then not be used, and the
+        group must be formed anew.
         """
         ...
 
@@ -37,62 +42,100 @@ def open_receiver(
 ) -> Receiver:
     """Join the weight group that the sender opens at ``host:port``, as its member `rank` (1 and up).
 
-    Blocks until all members are there; raises SyncError when they are not within ``sync.timeout_s``.
+    Blocks until all members are there; raises SyncError when they are not within ``sync.timeout_s``. Over `file`
+    nobody waits, and host and port only tell this sender's weights from those of an earlier one.
     """
-    if sync.backend != "gloo":
-        raise SyncError(f"sync.backend: nothing receives over `{sync.backend}` here; use `gloo`")
-    return GlooReceiver(gloo_group(host, port, rank, world_size, sync.timeout_s), device)
+    if sync.backend == "file":
+        if sync.folder is None:
+            raise SyncError("sync.folder: a receiver over `file` needs it; `Config.sync_in_run` fills it in")
+        return FileReceiver(sync.folder, session_of(host, port), sync.timeout_s, device)
+    return GroupReceiver(open_group(sync, host, port, rank, world_size, device), device, keep=sync.delta)
 
 
-class GlooReceiver:
-    """Receives over gloo, through host memory."""
+class GroupReceiver:
+    """Receives over a wire. With `keep` it holds the last weights in host memory, to apply deltas to."""
 
-    def __init__(self, group: ProcessGroupGloo, device: torch.device | str) -> None:
-        self._group: ProcessGroupGloo | None = group
+    def __init__(self, group: WeightGroup, device: torch.device | str, *, keep: bool) -> None:
+        self._group = group
         self._device = device
+        self._keep = keep
+        self._held: list[Tensor] = []
+        self._serial = 0
+        """Of the sync that `_held` is from; 0: it is from none, or was broken off."""
 
     def receive(self, manifest: SyncManifest) -> Iterator[tuple[str, Tensor]]:
-        """See `Receiver`; every bucket's bytes are checked against the digest that follows them."""
-        for bucket, data in self._buckets(manifest):
-            for spec, tensor in split_bucket(bucket, data):
-                yield spec.name, tensor.to(self._device)
+        """See `Receiver`."""
+        complete = False
+        try:
+            for bucket, data in self._buckets(manifest):
+                for spec, tensor in split_bucket(bucket, data):
+                    yield spec.name, tensor.to(self._device)
+            complete = True
+        finally:
+            if not complete:
+                self.close()  # the others hear of it now, not when their time is over
 
     def close(self) -> None:
         """Leave the group."""
-        if self._group is not None:
-            self._group.shutdown()
-            self._group = None
+        self._held, self._serial = [], 0
+        self._group.close()
 
     def _buckets(self, manifest: SyncManifest) -> Iterator[tuple[tuple[TensorSpec, ...], Tensor]]:
-        import torch
-
-        if self._group is None:
-            raise SyncError("weights were announced to a receiver that has left its group")
-        announced = torch.empty(32, dtype=torch.uint8)
-        broadcast(self._group, announced, "the manifest")
-        if not announced.equal(manifest_digest(manifest.digest())):
-            raise SyncError(
-                f"the sender's manifest is {announced.numpy().tobytes().hex()}, this receiver's {manifest.digest()}: "
-                "learner and receiver do not agree on names, shapes, types or bucket size"
-            )
+        opening, answer = self._open(manifest)
+        held, self._serial = (self._held, 0) if self._keep else ([], 0)
         for index, bucket in enumerate(manifest.buckets()):
-            # A bucket of its own each time: layerwise reload may keep tensors until their layer is complete.
-            data = torch.empty(sum(spec.nbytes for spec in bucket), dtype=torch.uint8)
-            broadcast(self._group, data, f"bucket {index}")
-            digest = torch.empty(DIGEST_BYTES, dtype=torch.uint8)
-            broadcast(self._group, digest, f"the digest of bucket {index}")
-            if not digest.equal(wire_digest(data)):
-                raise SyncError(f"bucket {index} ({bucket[0].name} ...) arrived with other bytes than were sent")
+            what = bucket_name(index, bucket)
+            if answer == DELTA:
+                data = held[index]
+                if not self._patched(data, bucket, what):
+                    self._whole(data, what)
+            else:
+                data = host_or_device(sum(spec.nbytes for spec in bucket), self._group.wire.device)
+                self._whole(data, what)
+                if self._keep:
+                    held[index:] = [data]
             yield bucket, data
+        self._held, self._serial = held, opening.serial
+
+    def _open(self, manifest: SyncManifest) -> tuple[Opening, int]:
+        opening = Opening.unpack(self._group.control.tell(bytes(OPENING_BYTES), "the manifest"))
+        fault = misfit(opening, manifest)
+        if fault is not None or opening is None:
+            self._group.control.agree(REFUSED, "the manifest")
+            raise SyncError(str(fault))
+        able = DELTA if opening.base and opening.base == self._serial else WHOLE
+        answer = self._group.control.agree(able, "the manifest")
+        if answer == REFUSED:
+            raise SyncError("weight sync broke at the manifest: another receiver refused it")
+        return opening, answer
+
+    def _whole(self, data: Tensor, what: str) -> None:
+        self._group.wire.broadcast(data, what)
+        if not self._matches(data, what):
+            raise SyncError(f"{what} arrived with other bytes than were sent, here or at another receiver")
+
+    def _patched(self, data: Tensor, bucket: tuple[TensorSpec, ...], what: str) -> bool:
+        """Apply a delta in place; False where `data` is not what the sender has, here or at another receiver."""
+        length = int.from_bytes(self._group.control.tell(bytes(LENGTH_BYTES), f"the length of {what}"), "little")
+        if not length:
+            return False  # a delta would be no shorter
+        patch = host_or_device(length, self._group.wire.device)
+        self._group.wire.broadcast(patch, f"the delta of {what}")
+        with suppress(delta.DeltaError):  # leaves `data` in pieces, with another checksum than the sender's
+            delta.apply(data.numpy(), patch.numpy(), ITEM_BYTES[bucket[0].dtype])
+        return self._matches(data, what)
+
+    def _matches(self, data: Tensor, what: str) -> bool:
+        """Compare checksums with the sender; True where all receivers' fit."""
+        meant = self._group.control.tell(bytes(CHECKSUM_BYTES), f"the checksum of {what}")
+        return bool(self._group.control.agree(int(meant == checksum(data)), f"the checksum of {what}"))
 
 
-def split_bucket(bucket: tuple[TensorSpec, ...], data: Tensor) -> Iterator[tuple[TensorSpec, Tensor]]:
-    """Views of a bucket's bytes as its tensors."""
+def host_or_device(nbytes: int, device: Any) -> Tensor:
+    """A byte tensor with undefined content; large ones in host memory on huge pages, which are faulted in faster."""
+    import numpy as np
     import torch
 
-    offset = 0
-    for spec in bucket:
-        end = offset + spec.nbytes
-        dtype: Any = getattr(torch, spec.dtype)
-        yield spec, data[offset:end].view(dtype).view(spec.shape)
-        offset = end
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(np.empty(nbytes, np.uint8))
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)

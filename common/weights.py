@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -28,10 +32,22 @@ class TensorSpec:
 class SyncManifest:
     """The plan of a sync: tensors in sending order, cut greedily into buckets of at most ``bucket_bytes`` (a larger
     tensor has a bucket to itself). Buckets never mix element types.
+
+    `version` is the one that the weights will carry; None where nobody needs to know (a receiver over `file` does).
     """
 
     tensors: tuple[TensorSpec, ...]
     bucket_bytes: int
+    version: int | None = None
+
+    def at(self, version: int) -> SyncManifest:
+        """The same plan for another version."""
+        return replace(self, version=version)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def buckets(self) -> Iterator[tuple[TensorSpec, ...]]:
         """Buckets in order."""
@@ -47,6 +63,18 @@ class SyncManifest:
             yield tuple(bucket)
 
     def digest(self) -> str:
-        """Hex sha256 of the plan: both sides compare it before a byte is sent."""
+        """Hex sha256 of the plan (not of the version): both sides compare it before a byte is sent."""
         text = "\n".join(f"{t.name} {t.dtype} {t.shape}" for t in self.tensors) + f"\n{self.bucket_bytes}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def split_bucket(bucket: tuple[TensorSpec, ...], data: Tensor) -> Iterator[tuple[TensorSpec, Tensor]]:
+    """Views of a bucket's bytes as its tensors."""
+    import torch
+
+    offset = 0
+    for spec in bucket:
+        end = offset + spec.nbytes
+        dtype: Any = getattr(torch, spec.dtype)
+        yield spec, data[offset:end].view(dtype).view(spec.shape)
+        offset = end

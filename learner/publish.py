@@ -2,115 +2,103 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from common.collective import SENDER, SyncError, broadcast, gloo_group, manifest_digest, wire_digest
+from common.collective import SyncError
+from common.config import SyncConfig
 from common.weights import SyncManifest, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True)
 class SendReport:
-    """One sync: bytes on the wire and seconds from the first to the last of them."""
+    """One sync: bytes that travelled, seconds from the first to the last of them, and the bytes of all tensors (more
+    than travelled, where only changes were sent).
+    """
 
     bytes: int
     seconds: float
+    weight_bytes: int
 
 
 class Sender(Protocol):
     """Rank 0 of a weight group."""
 
     def send(self, tensors: Iterable[tuple[str, Tensor]], manifest: SyncManifest) -> SendReport:
-        """Send all tensors of `manifest`; raises SyncError where they do not fit it or a receiver is lost."""
+        """Send all tensors of `manifest`; raises SyncError where they do not fit it or a receiver is lost.
+
+        After an error the group is left: open a new sender, and let the receivers join it, before the next one.
+        """
         ...
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group; harmless when repeated."""
         ...
 
 
-def open_sender(backend: str, host: str, port: int, world_size: int, timeout_s: float) -> Sender:
-    """Join the weight group as its sender; blocks until every engine has joined."""
-    if backend == "gloo":
-        return GlooSender(host, port, world_size, timeout_s)
-    return NcclSender(host, port, world_size)
+def open_sender(sync: SyncConfig, host: str, port: int, world_size: int, device: torch.device | str = "cpu") -> Sender:
+    """Open the weight group as its sender; blocks until every receiver has joined. `device`: where the weights lie."""
+    if sync.backend == "file":
+        from learner.publish_file import FileSender
+
+        return FileSender(sync, host, port)
+    from learner.publish_group import GroupSender
+
+    return GroupSender(sync, host, port, world_size, device)
 
 
-class GlooSender:
-    """Sends over gloo; any device, through host memory."""
+def each_bucket(
+    tensors: Iterable[tuple[str, Tensor]],
+    manifest: SyncManifest,
+    device: torch.device,
+    send: Callable[[int, tuple[TensorSpec, ...], Tensor], int],
+) -> int:
+    """Call `send` (number, bucket, bytes on `device`) for every bucket in order, one at a time, on another thread.
 
-    def __init__(self, host: str, port: int, world_size: int, timeout_s: float) -> None:
-        self._group = gloo_group(host, port, SENDER, world_size, timeout_s)
-
-    def send(self, tensors: Iterable[tuple[str, Tensor]], manifest: SyncManifest) -> SendReport:
-        """The manifest's digest, then every bucket and its own digest."""
-        started = time.monotonic()
-        broadcast(self._group, manifest_digest(manifest.digest()), "the manifest")
-        stream = iter(tensors)
-        total = 0
-        for index, bucket in enumerate(manifest.buckets()):
-            data = pack_bucket(bucket, stream)
-            broadcast(self._group, data, f"bucket {index}")
-            broadcast(self._group, wire_digest(data), f"the digest of bucket {index}")
-            total += data.numel()
-        _expect_end(stream)
-        return SendReport(total, time.monotonic() - started)
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._group.shutdown()
-
-
-class NcclSender:
-    """Sends over vLLM's own packed nccl broadcast, to its built-in ``nccl`` engine."""
-
-    def __init__(self, host: str, port: int, world_size: int) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
-
-        self._group = trainer_init({"master_address": host, "master_port": port, "world_size": world_size})
-
-    def send(self, tensors: Iterable[tuple[str, Tensor]], manifest: SyncManifest) -> SendReport:
-        """All tensors through packed buffers of the manifest's bucket size."""
-        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
-
-        started = time.monotonic()
-        packed_nccl_broadcast_producer(
-            iterator=_checked(tensors, manifest),
-            group=self._group,
-            src=SENDER,
-            post_iter_func=lambda pair: pair[1],
-            buffer_size_bytes=manifest.bucket_bytes,
-        )
-        torch.cuda.synchronize()
-        return SendReport(sum(spec.nbytes for spec in manifest.tensors), time.monotonic() - started)
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._group.destroy()
+    The next bucket is gathered and packed while one is sent: tensors are only asked for by the calling thread, since
+    that may be a collective. Two buckets of memory. Returns the sum of what `send` returns.
+    """
+    stream = iter(tensors)
+    buckets = list(manifest.buckets())
+    largest = max((sum(spec.nbytes for spec in bucket) for bucket in buckets), default=0)
+    memory = [buffer(largest, device) for _ in range(min(2, len(buckets)))]
+    total = 0
+    under_way: Future[int] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="publish") as pool:
+        for index, bucket in enumerate(buckets):
+            data = pack_bucket(bucket, stream, memory[index % 2])
+            if under_way is not None:
+                total += under_way.result()
+            under_way = pool.submit(send, index, bucket, data)
+        if under_way is not None:
+            total += under_way.result()
+    _expect_end(stream)
+    return total
 
 
-def pack_bucket(bucket: tuple[TensorSpec, ...], stream: Iterator[tuple[str, Tensor]]) -> Tensor:
-    """The next tensors of `stream` as one contiguous byte tensor; raises SyncError where they are not the bucket's."""
-    data = torch.empty(sum(spec.nbytes for spec in bucket), dtype=torch.uint8)
+def buffer(nbytes: int, device: torch.device) -> Tensor:
+    """Undefined bytes; in host memory they are pinned where weights come from a GPU."""
+    pinned = device.type == "cpu" and torch.cuda.is_available()
+    return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+
+def pack_bucket(bucket: tuple[TensorSpec, ...], stream: Iterator[tuple[str, Tensor]], memory: Tensor) -> Tensor:
+    """The next tensors of `stream` one after the other in `memory`; SyncError where they are not the bucket's."""
     offset = 0
     for spec in bucket:
         tensor = _next(stream, spec)
         end = offset + spec.nbytes
-        data[offset:end].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+        memory[offset:end].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
         offset = end
-    return data
-
-
-def _checked(tensors: Iterable[tuple[str, Tensor]], manifest: SyncManifest) -> Iterator[tuple[str, Tensor]]:
-    stream = iter(tensors)
-    for spec in manifest.tensors:
-        yield spec.name, _next(stream, spec).detach().contiguous()
-    _expect_end(stream)
+    return memory[:offset]
 
 
 def _next(stream: Iterator[tuple[str, Tensor]], spec: TensorSpec) -> Tensor:

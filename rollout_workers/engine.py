@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,7 @@ from common.config import Config, SyncConfig
 from common.schema import F32, FinishReason, Ids, Sampling, TokenSequence, as_ids
 from common.weights import SyncManifest
 from rollout_workers.stops import Stops, first_stop, resolve_stops
-
-PLUGIN_BACKENDS = {"gloo": "opcd_gloo", "nccl": "nccl"}
-"""``sync.backend`` -> name under which vLLM knows the weight transfer engine."""
+from rollout_workers.sync_info import WEIGHT_TRANSFER, init_info, update_info
 
 
 class RolloutError(RuntimeError):
@@ -70,12 +68,12 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",
             # The model's own generation_config would change temperature, top-k or penalties without a word.
             generation_config="vllm",
-            weight_transfer_config=WeightTransferConfig(backend=PLUGIN_BACKENDS[config.sync.backend]),
+            weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER),
             disable_log_stats=True,
         )
         tokenizer = load_tokenizer(model)
         engine = AsyncLLM.from_engine_args(args)
-        running = cls(engine, tokenizer, int(engine.model_config.max_model_len), config.sync)
+        running = cls(engine, tokenizer, int(engine.model_config.max_model_len), config.sync_in_run)
         try:
             vocab_size = int(engine.model_config.get_vocab_size())
             if max_logprobs > vocab_size:
@@ -150,7 +148,10 @@ class RolloutEngine:
         return list(await asyncio.gather(*(one(i, sequence) for i, sequence in enumerate(sequences))))
 
     async def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
-        """Join the weight group; this engine's workers take the ranks from `rank` on. Blocks until all are there."""
+        """Join the weight group, leaving the one before; this engine's workers take the ranks from `rank` on.
+
+        Blocks until all are there. Called again, with another address, whenever the members change.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         info = init_info(self._sync, host, port, rank, world_size)
@@ -163,9 +164,7 @@ class RolloutEngine:
         # No resume after a failure: the engine may hold half of the weights, and the error ends the run.
         await self._engine.pause_generation(mode="keep", clear_cache=True)
         await self._engine.start_weight_update()
-        await self._engine.update_weights(
-            WeightTransferUpdateRequest(update_info=update_info(manifest, self._sync.backend))
-        )
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info(manifest.at(version))))
         await self._engine.finish_weight_update(weight_version=str(version))
         self.weight_version = version
         await self._engine.resume_generation()
@@ -199,31 +198,6 @@ class RolloutEngine:
         listed = ends if isinstance(ends, list) else [ends]
         own = self._tokenizer.eos_token_id
         return sorted({i for i in (*listed, own) if i is not None})
-
-
-def init_info(sync: SyncConfig, host: str, port: int, rank: int, world_size: int) -> dict[str, Any]:
-    """Where the weight group meets, in the fields of the engine of ``sync.backend``."""
-    info: dict[str, Any] = {
-        "master_address": host,
-        "master_port": port,
-        "rank_offset": rank,
-        "world_size": world_size,
-    }
-    if sync.backend == "gloo":
-        return info | {"timeout_s": sync.timeout_s}
-    return info | {"packed": True, "packed_buffer_size_bytes": sync.bucket_bytes}
-
-
-def update_info(manifest: SyncManifest, backend: str) -> dict[str, Any]:
-    """A manifest as plain fields, the way it travels through vLLM to the engine of `backend`."""
-    if backend == "gloo":
-        tensors = [asdict(tensor) for tensor in manifest.tensors]
-        return {"tensors": tensors, "bucket_bytes": manifest.bucket_bytes, "digest": manifest.digest()}
-    return {
-        "names": [tensor.name for tensor in manifest.tensors],
-        "dtype_names": [tensor.dtype for tensor in manifest.tensors],
-        "shapes": [list(tensor.shape) for tensor in manifest.tensors],
-    }
 
 
 def _finish(reason: str | None, request_id: str) -> FinishReason:

@@ -6,20 +6,22 @@ import ctypes
 import multiprocessing
 import signal
 
+from rollout_workers.sync_info import WEIGHT_TRANSFER
+
 PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
-    """Make the gloo weight transfer known, and let vLLM's children die with the process that started them.
+    """Make this project's weight transfer known, and let vLLM's children die with the process that started them.
 
     Called once or more per process. An actor that is killed cannot shut its engine down; without this its engine
     would live on and hold the memory.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if "opcd_gloo" not in WeightTransferEngineFactory._registry:
+    if WEIGHT_TRANSFER not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
-            "opcd_gloo", "rollout_workers.weight_transfer", "GlooWeightTransferEngine"
+            WEIGHT_TRANSFER, "rollout_workers.weight_transfer", "SyncWeightTransferEngine"
         )
     if multiprocessing.parent_process() is not None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Weights into vLLM over gloo: the CPU counterpart of vLLM's nccl engine, for its weight-transfer API."""
+"""Weights into vLLM: this project's receiver behind vLLM's own weight-transfer interface, on any device."""
 
 from __future__ import annotations
 
@@ -22,47 +22,51 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class GlooInitInfo(WeightTransferInitInfo):
-    """Where the weight group meets, and the first rank of this engine's workers in it."""
+class SyncInitInfo(WeightTransferInitInfo):
+    """Where the weight group meets, the first rank of this engine's workers in it, and the settings of `sync`."""
 
     master_address: str
     master_port: int
     rank_offset: int
     world_size: int
-    timeout_s: float
+    sync: dict[str, Any]
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
+class SyncUpdateInfo(WeightTransferUpdateInfo):
     """A `SyncManifest` as plain fields; `digest` is the one the controller's manifest has."""
 
     tensors: list[dict[str, Any]]
     bucket_bytes: int
+    version: int | None
     digest: str
 
     def manifest(self) -> SyncManifest:
         """The plan; raises SyncError where it is not the one that was meant."""
         specs = (TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in self.tensors)
-        manifest = SyncManifest(tuple(specs), self.bucket_bytes)
+        manifest = SyncManifest(tuple(specs), self.bucket_bytes, self.version)
         if manifest.digest() != self.digest:
             raise SyncError(f"the manifest's digest is {manifest.digest()}, it was sent as {self.digest}")
         return manifest
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receives checkpoint-named tensors bucket by bucket and loads them layer by layer."""
+class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
+    """Takes checkpoint-named tensors from a `Receiver` and loads them layer by layer."""
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+    init_info_cls = SyncInitInfo
+    update_info_cls = SyncUpdateInfo
     _receiver: Receiver | None = None
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        """Join the group; every worker of every engine has a rank of its own."""
+    def init_transfer_engine(self, init_info: SyncInitInfo) -> None:
+        """Join the group, leaving the one before; every worker of every engine has a rank of its own."""
+        self.shutdown()
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        sync = SyncConfig(backend="gloo", timeout_s=init_info.timeout_s)
+        sync = SyncConfig.model_validate(init_info.sync)
+        # What comes through host memory stays there: loading copies each layer to the device it belongs to.
+        device = self.device if sync.backend in ("nccl", "ipc") else "cpu"
         self._receiver = open_receiver(
-            sync, init_info.master_address, init_info.master_port, rank, init_info.world_size, "cpu"
+            sync, init_info.master_address, init_info.master_port, rank, init_info.world_size, device
         )
 
     def start_weight_update(self) -> None:
@@ -74,12 +78,23 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load. The base class synchronises an accelerator afterwards; a CPU has none."""
         self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Load all weights; raises SyncError for another plan than the sender's or bytes that changed on the way."""
+    def receive_weights(self, update_info: SyncUpdateInfo) -> None:
+        """Load all weights. SyncError as in `common.receiver.Receiver`: the model then holds parts of two versions,
+        but it can take an update again.
+        """
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
         if self._receiver is None:
             raise SyncError("weights were announced before the weight group was joined")
-        self.model.load_weights(self._receiver.receive(update_info.manifest()))
+        try:
+            self.model.load_weights(self._receiver.receive(update_info.manifest()))
+        except BaseException:
+            # Otherwise layers that are half loaded would count what they have towards the next update.
+            finalize_layerwise_reload(self.model, self.model_config)
+            raise
 
     def finish_weight_update(self) -> None:
         """Process the loaded layers, the tied output layer included."""

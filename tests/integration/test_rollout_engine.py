@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config import Config
+from common.config import Config, SyncConfig
 from common.config_file import validate
 from common.schema import Sampling, TokenSequence, as_ids
 from common.weights import SyncManifest, TensorSpec
@@ -105,7 +105,7 @@ async def pair(request: pytest.FixtureRequest, tiny_model: Path, tiny_untied_mod
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         sender, _ = await asyncio.gather(
-            asyncio.to_thread(open_sender, "gloo", "127.0.0.1", port, 2, 60.0),
+            asyncio.to_thread(open_sender, SyncConfig(timeout_s=60), "127.0.0.1", port, 2),
             engine.join_sync("127.0.0.1", port, 1, 2),
         )
         pair.sender = sender

@@ -1,0 +1,48 @@
+"""Publishing to a shared folder: every version a set of safetensors under its checkpoint names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from common.collective import SyncError
+from common.config import SyncConfig
+from common.shards import VersionWriter, session_of
+from common.weights import SyncManifest, TensorSpec
+from learner.publish import SendReport, each_bucket
+
+
+class FileSender:
+    """Writes versions into ``sync.folder``; whoever reads them takes the time it needs."""
+
+    def __init__(self, sync: SyncConfig, host: str, port: int) -> None:
+        if sync.folder is None:
+            raise SyncError("sync.folder: a sender over `file` needs it; `Config.sync_in_run` fills it in")
+        self._folder = sync.folder
+        self._session = session_of(host, port)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SyncError(f"sync.folder: {self._folder} cannot be made: {error}") from error
+
+    def send(self, tensors: Iterable[tuple[str, Tensor]], manifest: SyncManifest) -> SendReport:
+        """See `Sender`; nothing shows under the version's name until all of it is on disk."""
+        started = time.monotonic()
+        try:
+            writer = VersionWriter(self._folder, manifest, self._session)
+
+            def write(index: int, bucket: tuple[TensorSpec, ...], data: Tensor) -> int:
+                writer.add(index, data)
+                return data.numel()
+
+            total = each_bucket(tensors, manifest, torch.device("cpu"), write)
+            writer.commit()
+        except OSError as error:
+            raise SyncError(f"sync.folder: version {manifest.version} could not be written: {error}") from error
+        return SendReport(total, time.monotonic() - started, manifest.nbytes)
+
+    def close(self) -> None:
+        """Nothing is held."""
