@@ -21,10 +21,10 @@ STAMP := $(VENV)/.setup-done
 LOCKS := deploy/requirements/cpu.txt deploy/requirements/cpu-nodeps.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test check format bench docs clean lock
+.PHONY: help setup demo test test-faults check format bench docs clean lock
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install everything, pinned (done once)
 
@@ -33,6 +33,9 @@ demo: setup models/smollm2/config.json ## distil four worked examples into SmolL
 
 test: setup ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: setup ## kill every process of a run at every moment (about half an hour)
+	$(BIN)/python -m pytest tests/faults -m "matrix or not matrix" $(ARGS)
 
 check: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +43,7 @@ def lines_up_to(text: str, step: int) -> Iterator[str]:
 
 @dataclass
 class RunFiles:
-    """The folder of one run: ``metrics.jsonl``, ``samples.jsonl``, TensorBoard events.
+    """The folder of one run: ``metrics.jsonl``, ``samples.jsonl``, ``audit.jsonl``, TensorBoard events.
 
     Every line is flushed as it is written: what was done before a crash is kept.
     """
@@ -58,6 +58,7 @@ class RunFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._metrics = self._open("metrics.jsonl")
         self._samples = self._open("samples.jsonl")
+        self._audit = self._open("audit.jsonl")
         purge = None if self.resume_after is None else self.resume_after + 1
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
 
@@ -73,6 +74,10 @@ class RunFiles:
         """One line of ``samples.jsonl``."""
         self._line(self._samples, values)
 
+    def audit(self, step: int, trained: Sequence[str], failed: Sequence[str]) -> None:
+        """One line of ``audit.jsonl``: which samples the step was trained on, and which it had to do without."""
+        self._line(self._audit, {"step": step, "trained": list(trained), "failed": list(failed)})
+
     def __enter__(self) -> RunFiles:
         return self
 
@@ -81,6 +86,7 @@ class RunFiles:
     ) -> None:
         self._metrics.close()
         self._samples.close()
+        self._audit.close()
         self._board.close()
 
     def _open(self, name: str) -> Any:

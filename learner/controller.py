@@ -44,9 +44,13 @@ class ServiceLost(RunError):
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What one optimiser step did; `spans` are its work, `times` where its time went."""
+    """What one optimiser step did; `spans` are its work, `times` where its time went, `trained` and `failed` the ids of
+    its samples.
+    """
 
     version: int
+    trained: tuple[str, ...]
+    failed: tuple[str, ...]
     metrics: dict[str, Any]
     parity: ParityReport
     times: StepTimes
@@ -58,20 +62,26 @@ class _Trained:
     """What a step was trained on."""
 
     tokens: int = 0
-    answers: int = 0
     by_length: int = 0
-    failures: list[str] = field(default_factory=list)
+    sample_ids: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    """Sample -> why it has no score."""
     agreements: list[float] = field(default_factory=list)
     spans: list[TraceSpan] = field(default_factory=list)
 
     def add(self, answered: Answered) -> None:
         """One more answer."""
         self.tokens += answered.summary.response_tokens
-        self.answers += 1
+        self.sample_ids.append(answered.sample.sample_id)
         self.by_length += answered.summary.finish_reason == "length"
         self.spans += answered.spans
         if answered.topk_agreement is not None:
             self.agreements.append(answered.topk_agreement)
+
+    @property
+    def answers(self) -> int:
+        """How many."""
+        return len(self.sample_ids)
 
     def metrics(self) -> dict[str, float]:
         """Means over the answers."""
@@ -145,6 +155,8 @@ class Controller:
         times = step_times(spans, (started, ended))
         return StepOutcome(
             version=step + 1,
+            trained=tuple(trained.sample_ids),
+            failed=tuple(trained.failures),
             metrics={
                 **trained.metrics(),
                 **reports[0].metrics,
@@ -190,7 +202,7 @@ class Controller:
         """The step's answers as they come; all of them in the order of their numbers where that must not matter."""
 
         def failed(answered: Answered) -> None:
-            trained.failures.append(f"{answered.sample.sample_id}: {answered.error}")
+            trained.failures[answered.sample.sample_id] = str(answered.error)
             self._check_failures(trained.failures)
 
         answers = self._running.step(failed)
@@ -207,12 +219,12 @@ class Controller:
             await self._services.pool.only_replacements()
             await self._publisher.publish(version)
 
-    def _check_failures(self, failures: Sequence[str]) -> None:
+    def _check_failures(self, failures: Mapping[str, str]) -> None:
         issued, share = self._source.per_step, self._config.teacher.max_failed_fraction
         if len(failures) > share * issued:
             raise RunError(
                 f"{len(failures)} of {issued} answers could not be scored, more than teacher.max_failed_fraction "
-                f"allows ({share}); the last one: {failures[-1]}"
+                f"allows ({share}); the last one: {': '.join(list(failures.items())[-1])}"
             )
 
     def _check(self, step: int, reports: Sequence[StepReport]) -> None:

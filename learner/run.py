@@ -160,6 +160,7 @@ class Run:
         tally.parity_max_nats = max(tally.parity_max_nats, outcome.parity.max_nats)
         tally.add_times(outcome.times)
         self._files.metrics(outcome.version, outcome.metrics)
+        self._files.audit(outcome.version, outcome.trained, outcome.failed)
         self._trace.write(outcome.spans)
         self._progress.line(step_line(outcome.version, self._config.learner.steps, outcome.metrics))
 

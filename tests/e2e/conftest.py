@@ -40,14 +40,19 @@ def run_settings(folder: Path, model: Path, **sections: dict[str, Any]) -> dict[
     return settings
 
 
+def write_run(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
+    """The configuration file of `run_settings`, with its data."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run_settings(folder, model, **sections)))
+    return path
+
+
 @pytest.fixture
 def write_config(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
     """Writes a run's file into the test's folder; keyword arguments are sections to change."""
 
     def write(**sections: dict[str, Any]) -> Path:
-        path = tmp_path / "run.yaml"
-        path.write_text(yaml.safe_dump(run_settings(tmp_path, tiny_model, **sections)))
-        return path
+        return write_run(tmp_path, tiny_model, **sections)
 
     return write
 

@@ -1,0 +1,53 @@
+"""Whole runs in the other ways that a configuration can ask for, as many of them at once as go together."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_run import metric_lines, started_run
+from tests.tiny import make_tiny_model
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_two_workers_two_ranks_two_teachers_and_the_learners_own_topk_running_ahead(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both sides' ids are the support, the student's part picked by the learner."""
+    big = make_tiny_model(tmp_path / "big", hidden=128, seed=3)
+    config = write_config(
+        rollout={"workers": 2, "samples_per_prompt": 2, "topk_from": "learner", "max_staleness": 1},
+        loss={"support": "union", "top_k": 32},
+        learner={"ranks": 2, "steps": 4},
+        teachers={"big": {"model": str(big), "threads": 1}},
+        eval={"every": 0},
+    )
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    for row in rows[::2]:
+        row["teacher"] = "big"
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with started_run(config) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    run = tmp_path / "runs/tiny"
+    lines = metric_lines(run)
+    assert [line["weight_version"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line["topk_agreement"] > 0.95  # engine and learner rank ids alike, ties and last bits apart
+        assert 0 < line["overlap"] < 1
+        assert 0 < line["mass/student_topk"] <= 1
+        assert line["staleness/max_age"] <= 1
+    assert max(line["staleness/mean_age"] for line in lines) > 0
+    audit = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
+    assert [len(line["trained"]) for line in audit] == [16] * 4
+    assert Counter(sample for line in audit for sample in line["trained"]).most_common(1)[0][1] == 1
+    trace = json.loads((run / "trace.json").read_text())
+    tracks = {event["args"]["name"] for event in trace if event["name"] == "process_name"}
+    assert tracks >= {"worker 0", "worker 1", "rank 0", "rank 1", "teacher", "controller"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 <= summary["bubble_ratio"] <= 1

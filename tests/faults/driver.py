@@ -1,0 +1,90 @@
+"""A run in which one process is killed at one moment: ``python -m tests.faults.driver VICTIM PHASE CONFIG``.
+
+It is ``python -m learner.train`` with one change: a call of the loop, in the second step, sends SIGKILL to the victim a
+moment after it was made. Nothing of the run knows of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from learner.services import Services
+from tests.processes import command_of, descendants
+
+VICTIMS = {
+    "worker": "ray::RolloutWorker",
+    "engine": "VLLM::EngineCore",
+    "teacher": "ray::TeacherActor",
+    "rank": "ray::LearnerRank",
+    "driver": "",
+}
+"""What a process is called that runs it."""
+
+PHASES = {
+    "rollout": ("rollout_scored", 0.02),
+    "scoring": ("rollout_scored", 0.6),
+    "accumulation": ("accumulate", 0.02),
+    "step": ("finish_step", 0.02),
+    "sync": ("publish", 0.02),
+    "checkpoint": ("save_state", 0.02),
+}
+"""The call of `Services` that the phase begins with, and how long after it the victim dies. (The tests' teacher waits
+half a second for more requests before it scores: at 0.6 s answers are there and scores are not.)"""
+
+STEP = 1
+"""The step (from 0) in which it happens."""
+
+
+def victims(name: str) -> list[int]:
+    """Process ids of all victims of a kind."""
+    if name == "driver":
+        return [os.getpid()]
+    return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(VICTIMS[name])]
+
+
+def kill_one(name: str) -> None:
+    """SIGKILL to the victim with the lowest process id."""
+    pid = min(victims(name))
+    print(f"killed {name} {pid}", flush=True)
+    os.kill(pid, signal.SIGKILL)
+
+
+def arm(victim: str, phase: str) -> None:
+    """Make the call that begins `phase` of step `STEP` the victim's last."""
+    method, delay_s = PHASES[phase]
+    original = getattr(Services, method)
+    calls_of: dict[str, int] = {"finish_step": 0, method: 0}
+    fired = threading.Event()
+
+    def due() -> bool:
+        """The steps before are over: `finish_step` ends one."""
+        return calls_of["finish_step"] == STEP + (method in ("publish", "save_state"))
+
+    def wrapped(self: Services, *arguments: Any) -> Any:
+        if due() and not fired.is_set():
+            fired.set()
+            threading.Timer(delay_s, kill_one, [victim]).start()
+        if method == "finish_step":
+            calls_of["finish_step"] += 1
+        return original(self, *arguments)
+
+    setattr(Services, method, wrapped)
+    if method != "finish_step":
+        finish = Services.finish_step
+
+        async def counted(self: Services, tokens: int, sequences: int) -> Any:
+            calls_of["finish_step"] += 1
+            return await finish(self, tokens, sequences)
+
+        Services.finish_step = counted  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    from learner.train import main
+
+    arm(sys.argv[1], sys.argv[2])
+    sys.exit(main(sys.argv[3:]))

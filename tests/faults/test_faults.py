@@ -1,0 +1,110 @@
+"""Any process of a run may die at any moment: the run ends where it would have ended, to the bit.
+
+``make test-faults`` runs the whole matrix; ``make test`` the cases marked as its core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import write_run
+from tests.faults.driver import PHASES, VICTIMS
+
+pytestmark = pytest.mark.timeout(600)
+
+CORE = {("worker", "rollout"), ("rank", "step")}
+
+SECTIONS = {
+    "teacher": {"batch_window_ms": 500},
+    "rollout": {"workers": 2},
+    "learner": {"steps": 3, "deterministic": True},
+    "checkpoint": {"every": 1},
+    "eval": {"every": 0},
+    "sync": {"timeout_s": 30},
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    return write_run(tmp_path_factory.mktemp("faults"), tiny_model, **SECTIONS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Hash of the weights that the run ends with when nothing dies."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finished(["-m", "learner.train", str(config), f"run.dir={folder}"])
+    return weights_of(folder / "tiny")
+
+
+def finished(arguments: list[str], *, status: int = 0) -> str:
+    """Output of a Python process that ends with `status` and leaves nobody behind."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+    )
+    try:
+        output, _ = process.communicate(timeout=400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == status, output
+    return output
+
+
+def weights_of(run: Path) -> str:
+    return hashlib.sha256((run / "checkpoint/model.safetensors").read_bytes()).hexdigest()
+
+
+def assert_every_sample_once(run: Path) -> None:
+    """Each step was trained on its own 8 samples, none twice, none missing."""
+    lines = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    counts = Counter(sample for line in lines for sample in line["trained"])
+    assert set(counts.values()) == {1}
+    assert len(counts) == 24
+    assert not any(line["failed"] for line in lines)
+    assert all(int(sample.split("/")[0]) == line["step"] - 1 for line in lines for sample in line["trained"])
+
+
+def cases(*, core: bool) -> Iterator[tuple[str, str]]:
+    for victim in VICTIMS:
+        for phase in PHASES:
+            if ((victim, phase) in CORE) == core:
+                yield victim, phase
+
+
+def check(victim: str, phase: str, config: Path, undisturbed: str, folder: Path) -> None:
+    status = -signal.SIGKILL if victim == "driver" else 0
+    output = finished(["-m", "tests.faults.driver", victim, phase, str(config), f"run.dir={folder}"], status=status)
+    assert f"killed {victim}" in output
+    if victim == "driver":
+        finished(["-m", "learner.train", str(config), f"run.dir={folder}", "--resume"])
+    assert_every_sample_once(folder / "tiny")
+    assert weights_of(folder / "tiny") == undisturbed
+
+
+@pytest.mark.parametrize(("victim", "phase"), cases(core=True))
+def test_the_core_of_the_matrix(victim: str, phase: str, config: Path, undisturbed: str, tmp_path: Path) -> None:
+    check(victim, phase, config, undisturbed, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("victim", "phase"), cases(core=False))
+def test_the_rest_of_the_matrix(victim: str, phase: str, config: Path, undisturbed: str, tmp_path: Path) -> None:
+    check(victim, phase, config, undisturbed, tmp_path)
