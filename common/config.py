@@ -294,6 +294,16 @@ class SyncConfig(Section):
     """Largest engine-learner difference of a sampled token's log-prob, default: 2e-4 in float32, 0.1 in bfloat16."""
     parity_change_ratio: PositiveFloat = 0.1
     """Largest rms of (engine's change - learner's change) over the rms of the learner's change."""
+    drift_warn_nats: PositiveFloat | None = None
+    """On the tokens of a step, rms of engine minus learner log-prob from which on it is reported. Default: 0.002 in
+    float32, 0.05 in bfloat16, none where rollouts run ahead (`rollout.max_staleness`)."""
+    drift_stop_nats: PositiveFloat | None = None
+    """The same, from which on the run stops. Default: ten times `drift_warn_nats`, none where rollouts run ahead."""
+    drift_warn_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of tokens whose probability differs by more than a tenth, from which on it is reported. Default: 0.1, none
+    where rollouts run ahead."""
+    drift_stop_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The same, from which on the run stops. Default: 0.5, none where rollouts run ahead."""
 
 
 class EvalConfig(Section):

@@ -243,7 +243,7 @@ class LearnerEngine:
             yield "overlap"
         sampler = self._config.rollout
         if self._config.loss.temperature != sampler.temperature or sampler.top_p != 1:
-            yield from ("drift/abs", "drift/rms")
+            yield from ("drift/abs", "drift/rms", "drift/outside")
 
     def _grad_norm(self) -> float:
         """Norm of the whole gradient, divided but not clipped."""

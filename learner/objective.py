@@ -24,6 +24,7 @@ METRICS = (
     "entropy",
     "drift/abs",
     "drift/squared",
+    "drift/outside",
 )
 """Per-token values, in this order, summed over the loss's tokens.
 
@@ -32,7 +33,8 @@ support and in the tail bucket, whatever the form; ``kl/full_bound`` their sum, 
 ``mass/*``: mass of either side on the support. ``support_coverage``: the student's mass, under the weights that are
 being trained, on the ids picked when the answer was made. ``overlap``: share of the teacher's top k among the student's
 (NaN where only the student picks). ``entropy`` of the student on the support and the tail bucket. ``drift/*``: |.| and
-square of engine minus learner log-prob of the sampled token (where both are at one temperature).
+square of engine minus learner log-prob of the sampled token (where both are at one temperature); ``drift/outside``: 1
+where the ratio of their probabilities lies outside [0.9, 1.1].
 """
 
 
@@ -97,6 +99,7 @@ class Objective:
             -(student.exp() * student).sum(-1) - tail.exp() * tail,
             drift.abs(),
             drift.square(),
+            ((drift.neg().exp() - 1).abs() <= 0.1).logical_not().to(drift.dtype),  # NaN is outside
         )
         counted = weights > 0
         sums = torch.where(counted.unsqueeze(-1), torch.stack(columns, dim=-1), 0.0).double().sum(dim=0)
