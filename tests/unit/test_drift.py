@@ -18,15 +18,15 @@ from tests.scored import make_scored
 
 
 def test_the_objective_counts_tokens_whose_probability_is_off_by_a_tenth() -> None:
-    (scored,) = make_scored(1, k=4, response_tokens=(8, 9))
-    ratios = np.array([1.0, 1.099, 1.101, 0.901, 0.899, 2.0, math.nan, 0.5])
-    learner = np.full(8, -2.0)
+    (scored,) = make_scored(1, k=4, response_tokens=(9, 10))
+    ratios = np.array([1.0, 0.905, 1.099, 1.101, 0.901, 0.899, 2.0, math.nan, 0.5])
+    learner = np.full(9, -2.0)
     engine = (learner - np.log(ratios)).astype(np.float32)
-    mask = np.array([True] * 7 + [False])
+    mask = np.array([True] * 8 + [False])
     trajectory = replace(scored.trajectory, sampled_logprobs=engine, loss_mask=mask)
     objective = Objective(training_batch([replace(scored, trajectory=trajectory)], LossConfig()), LossConfig())
-    support = torch.full((8, 4), -3.0)
-    objective(ChunkView(slice(0, 8), support, torch.full((8,), -1.0), torch.tensor(learner, dtype=torch.float32)))
+    support = torch.full((9, 4), -3.0)
+    objective(ChunkView(slice(0, 9), support, torch.full((9,), -1.0), torch.tensor(learner, dtype=torch.float32)))
     sums = objective.metric_sums()
     assert sums["drift/outside"] == 4  # 1.101, 0.899, 2.0 and what is no number; the masked one is not looked at
     assert math.isnan(sums["drift/squared"])

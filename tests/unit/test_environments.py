@@ -79,6 +79,8 @@ async def test_who_plays_well_wins_with_reward_one(name: str) -> None:
         environment = make_environment(name)
         observation = await environment.reset(seed)
         way = solution(last_board(observation))
+        if name == "Sokoban":
+            assert (len(last_board(observation)), len(cells(last_board(observation), "X"))) == (6, 1)
         lengths.add(len(way))
         for number, move in enumerate(way, start=1):
             # Planned anew from each observation, so every board that is shown must be the true one.
