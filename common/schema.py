@@ -115,6 +115,24 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """Answer `number` of a run (from 0) that is to be made: of a prompt, under a seed of its own. `step` is the one it
+    is meant for.
+    """
+
+    number: int
+    step: int
+    sample_id: str
+    prompt: Prompt
+    sampling: Sampling
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and longest answer."""
+        return len(self.prompt.student_ids) + self.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
 class TokenSequence:
     """A fixed prompt and response: what the parity probe scores on both sides after every weight sync."""
 

@@ -18,10 +18,15 @@ class MicroBatchFiller(Generic[T]):
         self._ranks = ranks
         self._budget = budget_tokens
         self._waiting: list[tuple[int, T]] = []
+        self._longest = 0
 
     def add(self, tokens: int, item: T) -> list[list[list[T]]]:
         """Take an answer of `tokens` tokens (prompt + response); groups that are full now, usually none."""
         self._waiting.append((tokens, item))
+        self._longest = max(self._longest, tokens)
+        # A batch is full when its longest times one more than it holds is over the budget: so many are not there yet.
+        if self._longest * (len(self._waiting) + self._ranks) <= self._budget * self._ranks:
+            return []
         full = self._cut()
         if full[-1][0][0] * (len(full[-1]) + 1) <= self._budget:
             full.pop()  # it may still grow
@@ -31,12 +36,13 @@ class MicroBatchFiller(Generic[T]):
             taken = sum(len(batch) for batch in full[: self._ranks])
             self._waiting = self._waiting[taken:]
             full = full[self._ranks :]
+        self._longest = max((tokens for tokens, _ in self._waiting), default=0)
         return groups
 
     def flush(self) -> list[list[list[T]]]:
         """Everything that is left, dealt out evenly."""
         batches = [[item for _, item in batch] for batch in self._cut()] if self._waiting else []
-        self._waiting = []
+        self._waiting, self._longest = [], 0
         missing = -len(batches) % self._ranks
         batches += [[] for _ in range(missing)]
         return [batches[i : i + self._ranks] for i in range(0, len(batches), self._ranks)]

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import xxhash
 
 from common.config import Config
 from common.data import batch_rows
-from common.schema import Prompt, Sampling
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Answer `number` of a run (from 0): of a prompt, under a seed of its own. `step` is the one it is meant for."""
-
-    number: int
-    step: int
-    sample_id: str
-    prompt: Prompt
-    sampling: Sampling
-
-    @property
-    def most_tokens(self) -> int:
-        """Prompt and longest answer."""
-        return len(self.prompt.student_ids) + self.sampling.max_tokens
+from common.schema import Prompt, Sample, Sampling
 
 
 class SampleSource:

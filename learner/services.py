@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from common.config import Config
 from common.futures import all_of, value_of, within
-from common.schema import Sampling, TokenSequence
+from common.schema import Sample, Sampling, TokenSequence
 from common.scoring import ScorerFactory
 from common.weights import SyncManifest
 from learner.rank import LearnerRank
 from learner.reports import LearnerInfo, StepReport
-from learner.samples import Sample
 from learner.teachers import START_TIMEOUT_S, Teachers
 from rollout_workers.actor import CONTROL, Answer, RolloutSummary, RolloutWorker, ScoreSummary, WorkerInfo
 from rollout_workers.pool import PoolError, Worker, WorkerPool
@@ -140,20 +139,26 @@ class Services:
 
     async def rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, Any]:
         """(summary, reference to the scored trajectory) of one answer."""
-        return await self.pool.run(sample.prompt.row_id, sample.most_tokens, _call("rollout_scored", sample))
+        return await self.pool.run(
+            sample.prompt.row_id,
+            sample.most_tokens,
+            lambda worker: worker.rollout_scored.remote(sample),
+        )
 
     async def rollout(self, sample: Sample) -> tuple[RolloutSummary, Any]:
         """(summary, reference to the trajectory) of one answer, unscored."""
-        return await self.pool.run(sample.prompt.row_id, sample.most_tokens, _call("rollout", sample))
+        return await self.pool.run(
+            sample.prompt.row_id,
+            sample.most_tokens,
+            lambda worker: worker.rollout.remote(sample),
+        )
 
     async def score(self, sample: Sample, trajectory: Any) -> tuple[ScoreSummary, Any]:
         """(summary, reference to the scored trajectory) of an answer that `rollout` gave."""
 
-        def call(worker: Any) -> tuple[Any, Any]:
-            summary, scored = worker.score.options(num_returns=2).remote(trajectory)
-            return summary, scored
-
-        return await self.pool.run(sample.prompt.row_id, sample.most_tokens, call)
+        return await self.pool.run(
+            sample.prompt.row_id, sample.most_tokens, lambda worker: worker.score.remote(trajectory)
+        )
 
     def pick_topk(self, group: Sequence[Sequence[Any]]) -> Coroutine[Any, Any, list[Picked]]:
         """The learner's top-k ids for unscored answers, a share of them to each rank: (reference to the answer with
@@ -239,18 +244,6 @@ class Services:
     async def load_state(self, folder: str) -> None:
         """Continue from `save_state`: weights, optimiser, counters."""
         await all_of([rank.load_state.remote(folder) for rank in self.ranks])
-
-
-def _call(method: str, sample: Sample) -> Callable[[Any], tuple[Any, Any]]:
-    def call(worker: Any) -> tuple[Any, Any]:
-        summary, item = (
-            getattr(worker, method)
-            .options(num_returns=2)
-            .remote(sample.prompt, sample.sample_id, sample.step, sample.sampling)
-        )
-        return summary, item
-
-    return call
 
 
 def _pick(rank: Any, items: Sequence[Any]) -> tuple[Any, list[Any]]:

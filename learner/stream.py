@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.config import Config
+from common.schema import Sample
 from common.trace import TraceSpan
-from learner.samples import Sample, SampleSource
+from learner.samples import SampleSource
 from learner.services import Services
 from learner.staleness import StalenessTracker, Verdict
 from learner.topk import TopkPicks

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 
 from common.config import Config
-from common.schema import F32, FinishReason, Prompt, Sampling, ScoredTrajectory, TokenSequence, Trajectory
+from common.schema import F32, FinishReason, Sample, Sampling, ScoredTrajectory, TokenSequence, Trajectory
 from common.scoring import Scorer, ScorerFactory, ScoringError
 from common.weights import SyncManifest
 from rollout_workers.lost import EngineLost
@@ -104,42 +104,37 @@ class RolloutWorker:
         engine = await self._on_loop(self._running())
         return WorkerInfo(engine.limit_tokens, engine.weight_version)
 
-    async def rollout_scored(
-        self, prompt: Prompt, sample_id: str, step: int, sampling: Sampling
-    ) -> tuple[RolloutSummary, ScoredTrajectory | None]:
-        """Answer `prompt` and have the answer scored (call with ``num_returns=2``).
+    @ray.method(num_returns=2)
+    async def rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, ScoredTrajectory | None]:
+        """Answer a prompt and have the answer scored; the two values are two references.
 
         A sample that cannot be scored comes back without a trajectory and with `error`; TeacherError propagates.
         """
-        return await self._on_loop(self._rollout_scored(prompt, sample_id, step, sampling))
+        return await self._on_loop(self._rollout_scored(sample))
 
-    async def rollout(
-        self, prompt: Prompt, sample_id: str, step: int, sampling: Sampling
-    ) -> tuple[RolloutSummary, Trajectory]:
-        """Answer `prompt`, unscored (call with ``num_returns=2``)."""
-        return await self._on_loop(self._rollout(prompt, sample_id, step, sampling))
+    @ray.method(num_returns=2)
+    async def rollout(self, sample: Sample) -> tuple[RolloutSummary, Trajectory]:
+        """Answer a prompt, unscored. The two values are two references."""
+        return await self._on_loop(self._rollout(sample))
 
+    @ray.method(num_returns=2)
     async def score(self, trajectory: Trajectory) -> tuple[ScoreSummary, ScoredTrajectory | None]:
-        """Have an answer scored that `rollout` made (call with ``num_returns=2``); errors as in `rollout_scored`."""
+        """Have an answer scored that `rollout` made; errors as in `rollout_scored`."""
         return await self._on_loop(self._score(trajectory))
 
-    async def _rollout_scored(
-        self, prompt: Prompt, sample_id: str, step: int, sampling: Sampling
-    ) -> tuple[RolloutSummary, ScoredTrajectory | None]:
-        summary, trajectory = await self._rollout(prompt, sample_id, step, sampling)
+    async def _rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, ScoredTrajectory | None]:
+        summary, trajectory = await self._rollout(sample)
         score, scored = await self._score(trajectory)
         return replace(summary, score=score), scored
 
-    async def _rollout(
-        self, prompt: Prompt, sample_id: str, step: int, sampling: Sampling
-    ) -> tuple[RolloutSummary, Trajectory]:
+    async def _rollout(self, sample: Sample) -> tuple[RolloutSummary, Trajectory]:
         engine = await self._running()
         started = time.time()
-        answer = await engine.generate(prompt.student_ids, sampling, sample_id)
+        answer = await engine.generate(sample.prompt.student_ids, sample.sampling, sample.sample_id)
         trajectory = Trajectory(
-            sample_id=sample_id,
-            step=step,
-            prompt=prompt,
+            sample_id=sample.sample_id,
+            step=sample.step,
+            prompt=sample.prompt,
             response_ids=answer.response_ids,
             sampled_logprobs=answer.sampled_logprobs,
             topk_ids=answer.topk_ids,
@@ -147,9 +142,9 @@ class RolloutWorker:
             versions=answer.versions,
         )
         summary = RolloutSummary(
-            sample_id=sample_id,
+            sample_id=sample.sample_id,
             worker=self._number,
-            prompt_tokens=len(prompt.student_ids),
+            prompt_tokens=len(sample.prompt.student_ids),
             response_tokens=len(answer.response_ids),
             finish_reason=answer.finish_reason,
             versions=answer.versions,

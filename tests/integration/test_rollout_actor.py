@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ray
 
-from common.schema import ItemScore, Prompt, Sampling, ScoredTrajectory, Trajectory, as_ids
+from common.schema import ItemScore, Prompt, Sample, Sampling, ScoredTrajectory, Trajectory, as_ids
 from common.scoring import ScoringError, TeacherError
 from rollout_workers.actor import CONTROL, RolloutWorker
 from tests.integration.test_rollout_engine import PROMPT, K, run_config
@@ -68,8 +68,8 @@ def worker(tiny_model: Path) -> Iterator[Any]:
 
 def rollout(worker: Any, row: str, max_tokens: int = 12) -> tuple[Any, Any]:
     prompt = Prompt(row_id=row, student_ids=as_ids(PROMPT), teacher_ids=as_ids(PROMPT), context=None)
-    sampling = Sampling(max_tokens, top_k=K, seed=1)
-    summary, scored = worker.rollout_scored.options(num_returns=2).remote(prompt, f"0/{row}", 0, sampling)
+    sample = Sample(0, 0, f"0/{row}", prompt, Sampling(max_tokens, top_k=K, seed=1))
+    summary, scored = worker.rollout_scored.remote(sample)
     return summary, scored
 
 
@@ -91,8 +91,8 @@ def test_a_sample_that_cannot_be_scored_has_an_error_and_no_trajectory(worker: A
 
 def test_an_answer_can_be_made_first_and_scored_later(worker: Any) -> None:
     prompt = Prompt(row_id="row", student_ids=as_ids(PROMPT), teacher_ids=as_ids(PROMPT), context=None)
-    made, answer = worker.rollout.options(num_returns=2).remote(prompt, "0/row", 0, Sampling(12, top_k=K, seed=1))
-    score, scored = worker.score.options(num_returns=2).remote(answer)
+    made, answer = worker.rollout.remote(Sample(0, 0, "0/row", prompt, Sampling(12, top_k=K, seed=1)))
+    score, scored = worker.score.remote(answer)
     assert ray.get(made).score is None
     assert ray.get(score).error is None
     assert np.array_equal(ray.get(scored).trajectory.response_ids, ray.get(answer).response_ids)

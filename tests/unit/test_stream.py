@@ -13,8 +13,8 @@ import pytest
 
 from common.config import Config
 from common.config_file import validate
-from common.schema import Prompt, as_ids
-from learner.samples import Sample, SampleSource
+from common.schema import Prompt, Sample, as_ids
+from learner.samples import SampleSource
 from learner.services import Services
 from learner.stream import Answered, Stream
 
