@@ -6,6 +6,7 @@ closing bracket, so what a crash leaves behind opens too.
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -45,14 +46,14 @@ class TraceSpan:
 class TraceLayout:
     """Where spans are drawn: a process of the format for each track, a thread for each lane of a stage.
 
-    Events of one thread must not overlap, and a worker has many answers in flight: a span goes to the first lane of
-    its stage that is free again, or opens one.
+    Events of one thread must not overlap, and a worker has many answers in flight: a span goes to the lane of its
+    stage that has been free for longest, or opens one.
     """
 
     tracks: dict[str, int] = field(default_factory=dict)
     """Track -> its process id in the file."""
     _lanes: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
-    """(track, stage) -> (thread id, end of its last event in microseconds) of each lane."""
+    """(track, stage) -> heap of its lanes: end of the last event in microseconds, thread id."""
     _threads: dict[str, int] = field(default_factory=dict)
     """Track -> how many threads it has."""
 
@@ -73,15 +74,15 @@ class TraceLayout:
         start = round(span.start * 1e6)
         end = max(start, round(span.end * 1e6))  # a clock may be set back while something runs
         lanes = self._lanes.setdefault((span.track, span.stage), [])
-        lane = next((index for index, (_, free) in enumerate(lanes) if free <= start), len(lanes))
-        if lane == len(lanes):
+        if lanes and lanes[0][0] <= start:
+            thread = lanes[0][1]
+            heapq.heapreplace(lanes, (end, thread))
+        else:
             thread = self._threads[span.track] = self._threads.get(span.track, 0) + 1
-            lanes.append((thread, end))
-            named.append(_name("thread_name", process, thread, f"{span.stage} {lane}"))
+            named.append(_name("thread_name", process, thread, f"{span.stage} {len(lanes)}"))
             order = STAGES.index(span.stage) if span.stage in STAGES else len(STAGES)
-            named.append(_meta("thread_sort_index", process, thread, {"sort_index": order * 10_000 + lane}))
-        thread = lanes[lane][0]
-        lanes[lane] = (thread, end)
+            named.append(_meta("thread_sort_index", process, thread, {"sort_index": order * 10_000 + len(lanes)}))
+            heapq.heappush(lanes, (end, thread))
         event: Event = {
             "name": span.stage,
             "cat": span.stage,
@@ -97,20 +98,20 @@ class TraceLayout:
         """Take over tracks and lanes from the events of a file that is written on."""
         names = {number: track for track, number in self.tracks.items()}
         stages: dict[tuple[int, int], str] = {}
+        ends: dict[tuple[int, int], int] = {}
         for event in events:
-            process, thread = int(event["pid"]), int(event["tid"])
+            process, thread = place = int(event["pid"]), int(event["tid"])
             if event["name"] == "process_name":
                 names[process] = event["args"]["name"]
                 self.tracks[names[process]] = process
             elif event["name"] == "thread_name":
-                track, stage = names[process], event["args"]["name"].rpartition(" ")[0]
-                stages[process, thread] = stage
-                self._threads[track] = max(thread, self._threads.get(track, 0))
-                self._lanes.setdefault((track, stage), []).append((thread, 0))
+                stages[place] = event["args"]["name"].rpartition(" ")[0]
+                self._threads[names[process]] = max(thread, self._threads.get(names[process], 0))
             elif event["ph"] == "X":
-                lanes = self._lanes[names[process], stages[process, thread]]
-                index = next(i for i, (number, _) in enumerate(lanes) if number == thread)
-                lanes[index] = (thread, int(event["ts"]) + int(event["dur"]))
+                ends[place] = int(event["ts"]) + int(event["dur"])
+        for (process, thread), stage in stages.items():
+            lanes = self._lanes.setdefault((names[process], stage), [])
+            heapq.heappush(lanes, (ends.get((process, thread), 0), thread))
 
 
 def _name(kind: str, process: int, thread: int, name: str) -> Event:

@@ -40,7 +40,7 @@ def test_each_track_is_a_process_and_overlapping_spans_get_lanes() -> None:
         [
             span("rollout", "worker 0", 0, 3),
             span("rollout", "worker 0", 1, 2),
-            span("rollout", "worker 0", 3, 4),  # the first lane is free again
+            span("rollout", "worker 0", 3, 4),  # both lanes are free again, the second for longer
             span("rollout", "worker 1", 0, 1),
             span("score", "worker 0", 2, 3),
         ]
@@ -51,9 +51,9 @@ def test_each_track_is_a_process_and_overlapping_spans_get_lanes() -> None:
     placed = sorted((threads[e["pid"], e["tid"]], e["pid"], e["ts"] - EPOCH * 1e6) for e in complete(events))
     assert placed == [
         ("rollout 0", processes["worker 0"], 0),
-        ("rollout 0", processes["worker 0"], 3e6),
         ("rollout 0", processes["worker 1"], 0),
         ("rollout 1", processes["worker 0"], 1e6),
+        ("rollout 1", processes["worker 0"], 3e6),
         ("score 0", processes["worker 0"], 2e6),
     ]
 
