@@ -21,13 +21,24 @@ from common.telemetry import Progress, RunFiles, write_json
 from common.trace import TraceFile
 from learner.checkpoints import LEARNER, CheckpointError, Checkpoints, Identity, Manifest, identity_of, refuse_other_run
 from learner.controller import Controller, RunError, ServiceLost, StepOutcome
+from learner.drift import DriftError, DriftGate, drift_bounds
 from learner.evaluate import evaluate_rows
 from learner.inputs import Inputs
 from learner.parity import ParityError
 from learner.services import PoolError, Services
 from learner.summary import Best, Tally, step_line, summary_of
 
-KNOWN_ERRORS = (ConfigError, DataError, RunError, ParityError, SyncError, TeacherError, CheckpointError, PoolError)
+KNOWN_ERRORS = (
+    ConfigError,
+    DataError,
+    RunError,
+    ParityError,
+    DriftError,
+    SyncError,
+    TeacherError,
+    CheckpointError,
+    PoolError,
+)
 """Errors whose text is all a user needs; anything else shows its trace."""
 
 
@@ -117,6 +128,11 @@ class Run:
         self._progress.line("starting the rollout engines")
         await services.start_workers(config.student.model, scorer, config.rollout.workers)
         await services.wait_ranks(ranks)
+        assert services.learner_info is not None
+        bounds = drift_bounds(
+            config.sync, dtype=services.learner_info.dtype, max_staleness=config.rollout.max_staleness
+        )
+        self._drift = DriftGate(bounds)
         self._controller = Controller(config, services, self._inputs.train, self._progress.status)
         parity = await self._controller.begin_parity()
         self.tally.parity_max_nats = max(self.tally.parity_max_nats, parity.max_nats)
@@ -163,6 +179,9 @@ class Run:
         self._files.audit(outcome.version, outcome.trained, outcome.failed)
         self._trace.write(outcome.spans)
         self._progress.line(step_line(outcome.version, self._config.learner.steps, outcome.metrics))
+        drift = self._drift.check(outcome.version, outcome.metrics)
+        if drift is not None:
+            self._progress.line(f"WARNING: {drift}")
 
     async def _validate(self, version: int) -> None:
         """Accuracy on ``data.valid``, which alone chooses ``best/``; a tie stays with the earlier step."""
