@@ -25,6 +25,7 @@ from learner.drift import DriftError, DriftGate, drift_bounds
 from learner.evaluate import evaluate_rows
 from learner.inputs import Inputs
 from learner.parity import ParityError
+from learner.placement import PlacementError
 from learner.services import PoolError, Services
 from learner.summary import Best, Tally, step_line, summary_of
 
@@ -38,6 +39,7 @@ KNOWN_ERRORS = (
     TeacherError,
     CheckpointError,
     PoolError,
+    PlacementError,
 )
 """Errors whose text is all a user needs; anything else shows its trace."""
 
@@ -115,7 +117,8 @@ class Run:
             self.tally.in_context = await self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
             services.close_workers()
         self._progress.line("starting the teacher and the learner")
-        services.teachers.begin()
+        services.reserve()
+        services.teachers.begin(services.placement)
         ranks = services.begin_ranks()
         scorer = await services.teachers.connect(
             self._inputs.contexts,

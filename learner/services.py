@@ -21,6 +21,7 @@ from common.futures import all_of, value_of, within
 from common.schema import Sample, Sampling, TokenSequence
 from common.scoring import ScorerFactory
 from common.weights import SyncManifest
+from learner.placement import Placement
 from learner.rank import LearnerRank
 from learner.reports import LearnerInfo, StepReport
 from learner.teachers import START_TIMEOUT_S, Teachers
@@ -49,6 +50,7 @@ class Services:
     group: list[Worker] = field(default_factory=list)
     """Workers in the weight group, in the order of their ranks in it."""
     ranks: list[Any] = field(default_factory=list)
+    placement: Placement = field(init=False)
     teachers: Teachers = field(init=False)
     learner_info: LearnerInfo | None = None
     worker_info: WorkerInfo | None = None
@@ -56,20 +58,24 @@ class Services:
 
     def __post_init__(self) -> None:
         rollout = self.config.rollout
+        self.placement = Placement([])
         self.teachers = Teachers(self.config)
         self.pool = WorkerPool(slots=rollout.concurrency, max_restarts=rollout.max_restarts)
 
     # --- start and stop ---------------------------------------------------------------------------------------------
+
+    def reserve(self) -> None:
+        """Reserve the places of all actors, before any is started. Raises PlacementError."""
+        self.placement = Placement.reserve(self.config)
 
     async def start_workers(self, model: str, scorer: ScorerFactory | None, count: int) -> None:
         """Place `count` rollout workers and wait until their engines answer."""
         rollout = self.config.rollout
         actor = ray.remote(concurrency_groups={CONTROL: 8})(RolloutWorker)
 
-        def make(number: int) -> Any:
+        def make(number: int, seat: int) -> Any:
             return actor.options(
-                num_cpus=0,
-                num_gpus=rollout.gpus_per_worker * rollout.tensor_parallel_size,
+                **self.placement.options(f"worker {seat}"),
                 max_concurrency=rollout.concurrency + 1,  # one for what is being cancelled
             ).remote(model, self.config, scorer, number=number, max_logprobs=self.config.loss.top_k)
 
@@ -80,7 +86,7 @@ class Services:
         learner = self.config.learner
         actor = ray.remote(LearnerRank)
         self.ranks = [
-            actor.options(num_cpus=0, num_gpus=learner.gpus_per_rank).remote(rank, learner.ranks, self.config)
+            actor.options(**self.placement.options(f"rank {rank}")).remote(rank, learner.ranks, self.config)
             for rank in range(learner.ranks)
         ]
         host, port = ray.get(self.ranks[0].address.remote(), timeout=START_TIMEOUT_S)
@@ -121,6 +127,7 @@ class Services:
         self.ranks = []
         self._stop(self.teachers.handles(), "stop")
         self.teachers = Teachers(self.config)
+        self.placement.release()
 
     @staticmethod
     def _stop(actors: Sequence[Any], method: str) -> None:

@@ -21,6 +21,7 @@ from common.futures import value_of, within
 from common.routing import DEFAULT_TEACHER, RoutingScorerFactory
 from common.schema import Context, ScoreMode, TeacherInfo
 from common.scoring import ScorerFactory, TeacherError
+from learner.placement import Placement
 from teacher_server.actor import TeacherActor
 from teacher_server.client import LOST_AFTER_S, TeacherClient, TeacherScorerFactory, handshake, read_key
 
@@ -61,10 +62,12 @@ class Teachers:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._placement = Placement([])
         self.all: dict[str, Teacher] = {}
 
-    def begin(self) -> None:
+    def begin(self, placement: Placement) -> None:
         """Place the run's own teachers; `connect` waits for them."""
+        self._placement = placement
         for name, section in self._config.named_teachers().items():
             if section.url is not None:
                 key = None if section.key_file is None else read_key(section.key_file)
@@ -160,8 +163,8 @@ class Teachers:
         await within(START_TIMEOUT_S, teacher.started)
 
     def _place(self, teacher: Teacher) -> None:
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": teacher.section.gpus}
-        if teacher.node is not None:  # its address must stay what scorers know
+        options = self._placement.options(f"teacher {teacher.name}")
+        if teacher.node is not None and "scheduling_strategy" not in options:  # its address must stay what scorers know
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(teacher.node, soft=False)
         actor = ray.remote(TeacherActor).options(**options)
         teacher.handle = actor.remote(TeacherServerConfig(teacher=teacher.section), teacher.key, self._config.sync)

@@ -34,9 +34,12 @@ class PoolError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Worker:
-    """A rollout worker: its number (never used twice) and its actor."""
+    """A rollout worker: its number (never used twice), its seat (a replacement takes that of the lost one), its
+    actor.
+    """
 
     number: int
+    seat: int
     handle: Any
 
 
@@ -47,7 +50,7 @@ class WorkerPool:
     """
 
     def __init__(self, *, slots: int, max_restarts: int) -> None:
-        self._make: Callable[[int], Any] | None = None
+        self._make: Callable[[int, int], Any] | None = None
         self._max_restarts = max_restarts
         self._dispatch = Dispatch(slots)
         self._workers: dict[int, Worker] = {}
@@ -72,13 +75,13 @@ class WorkerPool:
         """Replacements whose engines are up and wait for the current weights."""
         return list(self._waiting.values())
 
-    async def start(self, make: Callable[[int], Any], count: int) -> Any:
+    async def start(self, make: Callable[[int, int], Any], count: int) -> Any:
         """Place `count` workers, wait until their engines are up and admit them; returns what the first says of itself.
 
-        `make` places the actor of the worker of a number. An engine that cannot start raises what it raised.
+        `make` places the actor of a worker, given its number and seat. What an engine that cannot start raises is raised.
         """
         self._make = make
-        workers = [self._place() for _ in range(count)]
+        workers = [self._place(seat) for seat in range(count)]
         infos = await asyncio.gather(*(value_of(worker.handle.ready.remote()) for worker in workers))
         for worker in workers:
             self.admit(worker)
@@ -111,7 +114,7 @@ class WorkerPool:
             self._give_turns()
             return
         self.restarts += 1
-        self._start_replacement()
+        self._start_replacement(worker.seat)
 
     async def next_ready(self) -> None:
         """Wait until a replacement's engine is up. Raises PoolError where none will be."""
@@ -156,15 +159,15 @@ class WorkerPool:
         self._workers.clear()
         self._waiting.clear()
 
-    def _place(self) -> Worker:
+    def _place(self, seat: int) -> Worker:
         assert self._make is not None
-        worker = Worker(self._numbers, self._make(self._numbers))
+        worker = Worker(self._numbers, seat, self._make(self._numbers, seat))
         self._numbers += 1
         self._workers[worker.number] = worker
         return worker
 
-    def _start_replacement(self) -> None:
-        worker = self._place()
+    def _start_replacement(self, seat: int) -> None:
+        worker = self._place(seat)
 
         async def start() -> None:
             try:

@@ -78,7 +78,7 @@ def timed_steps(config: Any, latencies: Latencies, count: int) -> list[tuple[flo
 async def _timed_steps(config: Any, count: int) -> list[tuple[float, float]]:
     services = Services(config)
     try:
-        services.teachers.begin()
+        services.teachers.begin(services.placement)
         ranks = services.begin_ranks()
         scorer = await services.teachers.connect({}, tokenizer_fingerprint="1" * 64, longest_tokens=64)
         await services.start_workers("none", scorer, config.rollout.workers)

@@ -62,7 +62,7 @@ def cluster() -> Iterator[None]:
 async def pool(cluster: None) -> AsyncIterator[WorkerPool]:
     pool = WorkerPool(slots=4, max_restarts=2)
     actor = ray.remote(Echo)
-    first = await pool.start(lambda number: actor.options(num_cpus=0, max_concurrency=8).remote(number), 2)
+    first = await pool.start(lambda number, seat: actor.options(num_cpus=0, max_concurrency=8).remote(number), 2)
     assert first == "worker 0"
     yield pool
     handles = pool.handles()
@@ -88,6 +88,7 @@ async def test_what_a_dead_worker_was_answering_is_answered_by_another(pool: Wor
     assert len(pool.members) == 1  # the replacement waits for the current weights
     await pool.next_ready()
     assert [worker.number for worker in pool.ready] == [2]
+    assert {worker.seat for worker in (*pool.members, *pool.ready)} == {0, 1}
     pool.admit(pool.ready[0])
     assert [worker.number for worker in pool.members] == [next(iter({0, 1} & {w.number for w in pool.members})), 2]
 

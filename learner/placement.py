@@ -1,0 +1,118 @@
+"""Where a run's actors go: one placement group for all of them, so that a run starts whole or says what is missing.
+
+Actors of the CPU need no place; without GPUs there is no group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from common.config import Config
+
+START_TIMEOUT_S = 900.0
+
+
+class PlacementError(RuntimeError):
+    """The cluster cannot hold the run; the text says what is asked for, what is there, and what would fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """GPUs that must lie on one node, for the actor `name` (``worker 0``, ``rank 1``, ``teacher default``)."""
+
+    name: str
+    gpus: float
+
+
+def bundles_of(config: Config) -> list[Bundle]:
+    """What the run asks for, the largest first; actors without a GPU are left out."""
+    rollout, learner = config.rollout, config.learner
+    asked = [
+        *(
+            Bundle(f"teacher {name}", teacher.gpus)
+            for name, teacher in config.named_teachers().items()
+            if teacher.url is None
+        ),
+        *(Bundle(f"rank {rank}", learner.gpus_per_rank) for rank in range(learner.ranks)),
+        *(
+            Bundle(f"worker {number}", rollout.gpus_per_worker * rollout.tensor_parallel_size)
+            for number in range(rollout.workers)
+        ),
+    ]
+    return sorted((bundle for bundle in asked if bundle.gpus), key=lambda bundle: -bundle.gpus)
+
+
+def shortfall(bundles: Sequence[Bundle], free: Mapping[str, float]) -> str | None:
+    """Why `bundles` do not fit on nodes with `free` GPUs each (by node name); None where they do.
+
+    First fit, largest first. Fractions of GPUs are packed as if a node's GPUs were one: an optimistic answer.
+    """
+    left = dict(free)
+    for bundle in bundles:
+        node = next((name for name, gpus in left.items() if gpus >= bundle.gpus), None)
+        if node is None:
+            asked = sum(one.gpus for one in bundles)
+            there = ", ".join(f"{name}: {gpus:g}" for name, gpus in free.items()) or "none"
+            return (
+                f"the run asks for {asked:g} GPUs, {bundle.gpus:g} of them on one node for {bundle.name}; free are "
+                f"{sum(free.values()):g} ({there}). Lower rollout.workers, rollout.tensor_parallel_size, learner.ranks "
+                "or their gpus, or name a running teacher with teacher.url"
+            )
+        left[node] -= bundle.gpus
+    return None
+
+
+class Placement:
+    """The placement group of one run; `options` of an actor by its name."""
+
+    def __init__(self, bundles: Sequence[Bundle]) -> None:
+        self._index = {bundle.name: index for index, bundle in enumerate(bundles)}
+        self._gpus = {bundle.name: bundle.gpus for bundle in bundles}
+        self._group: PlacementGroup | None = None
+        if bundles:
+            self._group = placement_group([{"GPU": bundle.gpus} for bundle in bundles], strategy="PACK")
+
+    @classmethod
+    def reserve(cls, config: Config) -> Placement:
+        """Reserve what the run asks for and wait until it is there. Raises PlacementError where it cannot be."""
+        bundles = bundles_of(config)
+        why = shortfall(bundles, free_gpus())
+        if why is not None:
+            raise PlacementError(why)
+        placement = cls(bundles)
+        if placement._group is not None and not placement._group.wait(START_TIMEOUT_S):
+            placement.release()
+            raise PlacementError(
+                f"{sum(bundle.gpus for bundle in bundles):g} GPUs were not free together within {START_TIMEOUT_S:.0f} s"
+            )
+        return placement
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Options for the actor `name`; a replacement takes the place of the one it replaces."""
+        if self._group is None or name not in self._index:
+            return {"num_cpus": 0, "num_gpus": 0}
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self._index[name])
+        return {"num_cpus": 0, "num_gpus": self._gpus[name], "scheduling_strategy": strategy}
+
+    def release(self) -> None:
+        """Give the places back; actors in them end."""
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+
+def free_gpus() -> dict[str, float]:
+    """Free GPUs of each living node, by its address."""
+    per_node = ray._private.state.available_resources_per_node()
+    names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    return {
+        f"{names[node]}#{node[:6]}": float(resources.get("GPU", 0.0))
+        for node, resources in per_node.items()
+        if node in names and resources.get("GPU", 0.0)
+    }

@@ -1,0 +1,47 @@
+"""Places on a real cluster that says it has GPUs (none is used)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from learner.placement import Placement, PlacementError, free_gpus
+from tests.unit.test_placement import config_of
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, num_gpus=3, log_to_driver=False, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+class Where:
+    def gpus(self) -> list[int]:
+        return [int(gpu) for gpu in ray.get_gpu_ids()]
+
+
+def test_actors_get_the_places_that_were_reserved_and_give_them_back(cluster: None) -> None:
+    config = config_of(rollout={"gpus_per_worker": 2}, learner={"gpus_per_rank": 1})
+    placement = Placement.reserve(config)
+    assert sum(free_gpus().values()) == 0  # held before any actor is there
+    actor = ray.remote(Where)
+    worker = actor.options(**placement.options("worker 0")).remote()
+    rank = actor.options(**placement.options("rank 0")).remote()
+    cpu_only = actor.options(**placement.options("teacher default")).remote()
+    held = [ray.get(one.gpus.remote()) for one in (worker, rank, cpu_only)]
+    assert [len(gpus) for gpus in held] == [2, 1, 0]
+    assert not set(held[0]) & set(held[1])
+    ray.kill(worker)  # its replacement sits in the same place
+    again = actor.options(**placement.options("worker 0")).remote()
+    assert len(ray.get(again.gpus.remote(), timeout=30)) == 2
+    placement.release()
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_starts(cluster: None) -> None:
+    with pytest.raises(PlacementError, match=r"asks for 4 GPUs, 4 of them on one node for worker 0"):
+        Placement.reserve(config_of(rollout={"gpus_per_worker": 2, "tensor_parallel_size": 2}))

@@ -1,0 +1,51 @@
+"""What a run asks of a cluster, and whether it fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.config import Config
+from common.config_file import validate
+from learner.placement import Bundle, bundles_of, shortfall
+
+
+def config_of(**sections: Any) -> Config:
+    settings = {
+        "run": {"name": "r"},
+        "student": {"model": "m"},
+        "context": {"text": "c"},
+        "data": {"train": "t"},
+        **sections,
+    }
+    return validate(Config, settings)
+
+
+def test_a_run_on_cpu_asks_for_nothing() -> None:
+    assert bundles_of(config_of()) == []
+
+
+def test_every_actor_with_a_gpu_has_a_bundle_the_largest_first() -> None:
+    config = config_of(
+        rollout={"workers": 2, "gpus_per_worker": 1, "tensor_parallel_size": 4},
+        learner={"ranks": 2, "gpus_per_rank": 1},
+        teacher={"gpus": 2},
+        teachers={"far": {"url": "http://x", "gpus": 8}},
+    )
+    assert bundles_of(config) == [
+        Bundle("worker 0", 4),
+        Bundle("worker 1", 4),
+        Bundle("teacher default", 2),
+        Bundle("rank 0", 1),
+        Bundle("rank 1", 1),
+    ]
+
+
+def test_what_does_not_fit_is_named_with_the_numbers() -> None:
+    bundles = [Bundle("worker 0", 4), Bundle("rank 0", 1)]
+    assert shortfall(bundles, {"a": 4, "b": 1}) is None
+    assert shortfall(bundles, {"a": 5}) is None
+    why = shortfall(bundles, {"a": 3, "b": 3})
+    assert why is not None
+    assert "asks for 5 GPUs, 4 of them on one node for worker 0; free are 6 (a: 3, b: 3)" in why
+    assert "teacher.url" in why
+    assert "free are 0 (none)" in str(shortfall(bundles, {}))
