@@ -359,7 +359,6 @@ class Config(Section):
         not_yet = {
             "learner.lora": self.learner.lora is not None,
             "teacher.backend": self.teacher.backend != "transformers",
-            "sync.drift_*": any(v is not None for name, v in self.sync if name.startswith("drift_")),
         }
         for key, asked in not_yet.items():
             if asked:

@@ -78,7 +78,7 @@ class WorkerPool:
     async def start(self, make: Callable[[int, int], Any], count: int) -> Any:
         """Place `count` workers, wait until their engines are up and admit them; returns what the first says of itself.
 
-        `make` places the actor of a worker, given its number and seat. What an engine that cannot start raises is raised.
+        `make` places the actor of a worker, given its number and seat. Raises what an engine that cannot start raised.
         """
         self._make = make
         workers = [self._place(seat) for seat in range(count)]
