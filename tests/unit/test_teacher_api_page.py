@@ -33,7 +33,7 @@ from common.schema import (
     as_ids,
 )
 from teacher_server.app import DEADLINE_HEADER
-from teacher_server.transport import RETRIED_STATUS
+from teacher_server.client.transport import RETRIED_STATUS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/teacher-api.md").read_text(encoding="utf-8")
 

@@ -18,6 +18,9 @@ FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
 
+ROUTE_HEADER = "X-Session-Id"
+"""Holds the hash of the context that a request is about: Ray Serve routes by it, a single server ignores it."""
+
 
 @dataclass
 class Breaker:
@@ -71,12 +74,20 @@ class Transport:
             trust_env=False,
         )
 
-    async def send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
-        """The first answer that is not "try again"; its status may still be an error."""
+    async def send(
+        self, method: str, path: str, body: bytes | None = None, *, route: str | None = None
+    ) -> httpx.Response:
+        """The first answer that is not "try again"; its status may still be an error.
+
+        Requests of one `route` (a context's hash) go to one replica of a server that has several.
+        """
+        headers = {} if body is None else {"Content-Type": MEDIA_TYPE}
+        if route is not None:
+            headers[ROUTE_HEADER] = route
         deadline = time.monotonic() + self._timeout_s
         backoff = FIRST_BACKOFF_S
         while True:
-            reply, why = await self._try(method, path, body, deadline)
+            reply, why = await self._try(method, path, body, headers, deadline)
             if reply is not None and reply.status_code not in RETRIED_STATUS:
                 return reply
             asked = 0.0 if reply is None else _retry_after(reply)
@@ -99,23 +110,21 @@ class Transport:
         await self._http.aclose()
 
     async def _try(
-        self, method: str, path: str, body: bytes | None, deadline: float
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str], deadline: float
     ) -> tuple[httpx.Response | None, str]:
         """One attempt: (answer or None, why it is not the last one)."""
         if self._breaker.open:
             async with self._breaker.probe:
-                return await self._attempt(method, path, body, deadline)
-        return await self._attempt(method, path, body, deadline)
+                return await self._attempt(method, path, body, headers, deadline)
+        return await self._attempt(method, path, body, headers, deadline)
 
     async def _attempt(
-        self, method: str, path: str, body: bytes | None, deadline: float
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str], deadline: float
     ) -> tuple[httpx.Response | None, str]:
         left = deadline - time.monotonic()
         if left <= 0:
             return None, "no time left"
-        headers = {"X-Deadline-S": f"{left:.3f}"}
-        if body is not None:
-            headers["Content-Type"] = MEDIA_TYPE
+        headers = {**headers, "X-Deadline-S": f"{left:.3f}"}
         timeout = httpx.Timeout(left, connect=min(CONNECT_TIMEOUT_S, left))
         try:
             reply = await self._http.request(method, path, content=body, headers=headers, timeout=timeout)

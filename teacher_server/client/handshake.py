@@ -1,0 +1,55 @@
+"""What a run checks before it begins: that the teacher fits it, and the key it was given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.schema import PROTOCOL_VERSION, ScoreMode, TeacherInfo
+from common.scoring import TeacherError
+
+
+def handshake(
+    info: TeacherInfo, *, tokenizer_fingerprint: str, k: int, mode: ScoreMode, temperature: float, longest_tokens: int
+) -> None:
+    """Refuse a teacher that does not fit the run: TeacherError with the numbers and the remedy."""
+    if info.protocol != PROTOCOL_VERSION:
+        raise TeacherError(
+            f"the teacher speaks protocol {info.protocol}, this run {PROTOCOL_VERSION}: use the same opcd on both sides"
+        )
+    if info.tokenizer_fingerprint != tokenizer_fingerprint:
+        raise TeacherError(
+            f"the teacher {info.model} has another tokenizer ({info.tokenizer_fingerprint[:12]}) than the student "
+            f"({tokenizer_fingerprint[:12]}): token ids would mean different things; use models of one family"
+        )
+    if mode not in info.modes:
+        raise TeacherError(
+            f"the teacher's {info.backend} backend cannot score in mode {mode} (it can {', '.join(info.modes)}): "
+            "use its transformers backend, or another loss.support"
+        )
+    temperatures = info.modes[mode]
+    if temperatures is not None and temperature not in temperatures:
+        raise TeacherError(
+            f"the teacher scores mode {mode} at temperatures {list(temperatures)} only, "
+            f"loss.temperature is {temperature}"
+        )
+    if k > info.max_k:
+        raise TeacherError(
+            f"loss.top_k is {k}, the teacher takes at most {info.max_k}: lower it, or raise the server's teacher.max_k"
+        )
+    if longest_tokens > info.max_sequence_tokens:
+        raise TeacherError(
+            f"the longest sequence (context + prompt + answer) has {longest_tokens} tokens, the teacher takes at most "
+            f"{info.max_sequence_tokens}: shorten the context, lower rollout.max_tokens or raise "
+            "teacher.max_sequence_tokens"
+        )
+
+
+def read_key(path: Path) -> str:
+    """The key in a file (``teacher.key_file``); raises TeacherError, which never shows what is in it."""
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TeacherError(f"teacher.key_file {path} cannot be read: {type(error).__name__}") from error
+    if not key or not key.isascii() or len(key.split()) != 1:
+        raise TeacherError(f"teacher.key_file {path} must hold one key and nothing else")
+    return key

@@ -1,0 +1,159 @@
+"""The scorer that rollout workers are given: single answers, gathered into requests."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from common.schema import (
+    Context,
+    ItemError,
+    ItemScore,
+    ScoredTrajectory,
+    ScoreItem,
+    ScoreMode,
+    ScoreResponse,
+    TeacherInfo,
+    Trajectory,
+)
+from common.scoring import ScoringError, TeacherError
+from teacher_server.client.split import REQUEST_BYTES, requests
+from teacher_server.client.teacher import LOST_AFTER_S, TeacherClient
+
+COALESCE_S = 0.005
+"""How long a scorer waits for more finished answers before it sends a request."""
+
+
+@dataclass(frozen=True)
+class TeacherScorerFactory:
+    """Travels to a rollout worker; called there, makes its scorer."""
+
+    url: str
+    run: str
+    expected_info: TeacherInfo
+    contexts: tuple[Context, ...]
+    mode: ScoreMode
+    temperature: float
+    k: int
+    timeout_s: float
+    api_key: str | None = field(default=None, repr=False)
+    ca_file: str | None = None
+    lost_after_s: float = LOST_AFTER_S
+
+    def __call__(self) -> TeacherScorer:
+        """A scorer of this process."""
+        return TeacherScorer(self)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    item: ScoreItem
+    future: asyncio.Future[tuple[ItemScore | ItemError, ScoreResponse]]
+
+
+class TeacherScorer:
+    """Scores single answers; those that end at about the same time travel in one request."""
+
+    def __init__(self, factory: TeacherScorerFactory) -> None:
+        self._factory = factory
+        self._client = TeacherClient(
+            factory.url,
+            factory.run,
+            factory.timeout_s,
+            factory.api_key,
+            lost_after_s=factory.lost_after_s,
+            ca_file=factory.ca_file,
+        )
+        self._waiting: list[_Waiting] = []
+        self._flush: asyncio.Task[None] | None = None
+        self._requests: set[asyncio.Task[None]] = set()
+        self._contexts_put: asyncio.Task[None] | None = None
+
+    async def score(self, trajectory: Trajectory) -> ScoredTrajectory:
+        """The teacher's log-probabilities for all response tokens; ScoringError, TeacherError."""
+        await self._put_contexts()
+        wants_ids = self._factory.mode in ("at_ids", "union")
+        item = ScoreItem(
+            context=trajectory.prompt.context,
+            prompt_ids=trajectory.prompt.teacher_ids,
+            response_ids=trajectory.response_ids,
+            topk_ids=trajectory.topk_ids if wants_ids else None,
+        )
+        waiting = _Waiting(item, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._flush is None or self._flush.done():
+            self._flush = asyncio.create_task(self._send_soon())
+        result, response = await waiting.future
+        self._check_identity(response)
+        if isinstance(result, ItemError):
+            raise ScoringError(f"sample {trajectory.sample_id}: {result.code}: {result.message}")
+        if result.sampled_logprob.shape != trajectory.response_ids.shape:
+            raise ScoringError(
+                f"sample {trajectory.sample_id}: {trajectory.response_ids.size} response tokens were sent, "
+                f"{result.sampled_logprob.size} came back scored"
+            )
+        return ScoredTrajectory(trajectory, result, response.model_fingerprint, response.weight_version)
+
+    async def close(self) -> None:
+        """Give up what is in flight and let go of the connections."""
+        tasks = [task for task in (self._flush, self._contexts_put, *self._requests) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.close()
+
+    async def _put_contexts(self) -> None:
+        if self._contexts_put is None:
+            self._contexts_put = asyncio.create_task(self._put_all())
+        await asyncio.shield(self._contexts_put)
+
+    async def _put_all(self) -> None:
+        for context in self._factory.contexts:
+            await self._client.put_context(context)
+
+    async def _send_soon(self) -> None:
+        await asyncio.sleep(COALESCE_S)
+        waiting, self._waiting = self._waiting, []
+        info = self._factory.expected_info
+        for group in requests(
+            waiting,
+            lambda entry: entry.item,
+            most_bytes=min(REQUEST_BYTES, info.max_body_bytes),
+            most_items=info.max_items,
+        ):
+            task = asyncio.create_task(self._send(group))
+            self._requests.add(task)
+            task.add_done_callback(self._requests.discard)
+
+    async def _send(self, group: list[_Waiting]) -> None:
+        factory = self._factory
+        try:
+            response = await self._client.score(
+                [entry.item for entry in group], factory.mode, factory.temperature, factory.k
+            )
+        except BaseException as error:  # the callers wait on futures: whatever happened must reach them
+            for entry in group:
+                if not entry.future.done():
+                    entry.future.set_exception(
+                        error if isinstance(error, Exception) else TeacherError("the scorer was closed")
+                    )
+            if not isinstance(error, Exception):
+                raise
+            return
+        for entry, result in zip(group, response.results, strict=True):
+            if not entry.future.done():
+                entry.future.set_result((result, response))
+
+    def _check_identity(self, response: ScoreResponse) -> None:
+        expected = self._factory.expected_info
+        if response.model_fingerprint != expected.model_fingerprint:
+            raise TeacherError(
+                f"the teacher at {self._factory.url} is another model now (fingerprint "
+                f"{response.model_fingerprint[:12]}, the run began with {expected.model_fingerprint[:12]}): "
+                f"start {expected.model} there again, or begin a new run"
+            )
+        if expected.kind == "frozen" and response.weight_version != expected.weight_version:
+            raise TeacherError(
+                f"the teacher at {self._factory.url} scores with weight version {response.weight_version}, the run "
+                f"began with {expected.weight_version} and a frozen teacher: begin a new run"
+            )
