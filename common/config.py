@@ -285,7 +285,9 @@ class SyncConfig(Section):
     delta: bool = False
     """Over `gloo`: send only elements that changed since the version before (in bfloat16 most do not). Sender and
     receivers then hold a copy of the weights each, in host memory."""
-    bucket_bytes: Positive = 256 * 1024 * 1024
+    bucket_bytes: Positive = 64 * 1024 * 1024
+    """Weights that travel together, or make one file: both ends hold two or three buckets in memory. A tensor that is
+    larger makes one of its own."""
     timeout_s: PositiveFloat = 300.0
     probe_prompts: Positive = 8
     probe_tokens: Positive = 32

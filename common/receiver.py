@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from common import delta
+from common.ahead import ahead
 from common.checksum import CHECKSUM_BYTES, checksum
 from common.collective import SyncError, WeightGroup, open_group
 from common.config import SyncConfig
+from common.memory import Memory
 from common.opening import DELTA, LENGTH_BYTES, OPENING_BYTES, REFUSED, WHOLE, Opening, bucket_name, misfit
 from common.shards import FileReceiver, session_of
 from common.weights import ITEM_BYTES, SyncManifest, TensorSpec, split_bucket
@@ -59,6 +61,7 @@ class GroupReceiver:
         self._group = group
         self._device = device
         self._keep = keep
+        self._memory = Memory(group.wire.device)
         self._held: list[Tensor] = []
         self._serial = 0
         """Of the sync that `_held` is from; 0: it is from none, or was broken off."""
@@ -67,7 +70,7 @@ class GroupReceiver:
         """See `Receiver`."""
         complete = False
         try:
-            for bucket, data in self._buckets(manifest):
+            for bucket, data in ahead(self._buckets(manifest)):
                 for spec, tensor in split_bucket(bucket, data):
                     yield spec.name, tensor.to(self._device)
             complete = True
@@ -77,7 +80,7 @@ class GroupReceiver:
 
     def close(self) -> None:
         """Leave the group."""
-        self._held, self._serial = [], 0
+        self._held, self._serial, self._memory = [], 0, Memory(self._group.wire.device)
         self._group.close()
 
     def _buckets(self, manifest: SyncManifest) -> Iterator[tuple[tuple[TensorSpec, ...], Tensor]]:
@@ -90,7 +93,7 @@ class GroupReceiver:
                 if not self._patched(data, bucket, what):
                     self._whole(data, what)
             else:
-                data = host_or_device(sum(spec.nbytes for spec in bucket), self._group.wire.device)
+                data = self._memory.lend(sum(spec.nbytes for spec in bucket))
                 self._whole(data, what)
                 if self._keep:
                     held[index:] = [data]
@@ -119,7 +122,7 @@ class GroupReceiver:
         length = int.from_bytes(self._group.control.tell(bytes(LENGTH_BYTES), f"the length of {what}"), "little")
         if not length:
             return False  # a delta would be no shorter
-        patch = host_or_device(length, self._group.wire.device)
+        patch = self._memory.lend(length)
         self._group.wire.broadcast(patch, f"the delta of {what}")
         with suppress(delta.DeltaError):  # leaves `data` in pieces, with another checksum than the sender's
             delta.apply(data.numpy(), patch.numpy(), ITEM_BYTES[bucket[0].dtype])
@@ -129,13 +132,3 @@ class GroupReceiver:
         """Compare checksums with the sender; True where all receivers' fit."""
         meant = self._group.control.tell(bytes(CHECKSUM_BYTES), f"the checksum of {what}")
         return bool(self._group.control.agree(int(meant == checksum(data)), f"the checksum of {what}"))
-
-
-def host_or_device(nbytes: int, device: Any) -> Tensor:
-    """A byte tensor with undefined content; large ones in host memory on huge pages, which are faulted in faster."""
-    import numpy as np
-    import torch
-
-    if torch.device(device).type == "cpu":
-        return torch.from_numpy(np.empty(nbytes, np.uint8))
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)

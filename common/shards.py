@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.ahead import ahead
 from common.checksum import checksum
 from common.collective import SyncError
 from common.weights import SyncManifest, TensorSpec, split_bucket
@@ -148,9 +149,7 @@ class FileReceiver:
                 f"{folder} was written to the manifest {written.digest}, this receiver's is {manifest.digest()}: "
                 "learner and receiver do not agree on names, shapes, types or bucket size"
             )
-        buckets = list(manifest.buckets())
-        for name, bucket in zip(shard_names(len(buckets)), buckets, strict=True):
-            data = read_shard(folder / name, bucket, written.shards[name])
+        for bucket, data in ahead(read_shards(folder, manifest, written)):
             for spec, tensor in split_bucket(bucket, data):
                 yield spec.name, tensor.to(self._device)
 
@@ -179,6 +178,15 @@ def read_written(folder: Path) -> Written | None:
         return None
     except (TypeError, ValueError) as error:
         raise SyncError(f"{folder / MANIFEST} is not a manifest of weights: {error}") from error
+
+
+def read_shards(
+    folder: Path, manifest: SyncManifest, written: Written
+) -> Iterator[tuple[tuple[TensorSpec, ...], Tensor]]:
+    """(tensors, their bytes) of each bucket; SyncError as in `read_shard`."""
+    buckets = list(manifest.buckets())
+    for name, bucket in zip(shard_names(len(buckets)), buckets, strict=True):
+        yield bucket, read_shard(folder / name, bucket, written.shards[name])
 
 
 def read_shard(path: Path, bucket: tuple[TensorSpec, ...], meant: str) -> Tensor:

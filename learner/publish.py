@@ -55,39 +55,47 @@ def open_sender(sync: SyncConfig, host: str, port: int, world_size: int, device:
     return GroupSender(sync, host, port, world_size, device)
 
 
-def each_bucket(
-    tensors: Iterable[tuple[str, Tensor]],
-    manifest: SyncManifest,
-    device: torch.device,
-    send: Callable[[int, tuple[TensorSpec, ...], Tensor], int],
-) -> int:
-    """Call `send` (number, bucket, bytes on `device`) for every bucket in order, one at a time, on another thread.
+class Packer:
+    """Two buckets of memory on `device`, kept from sync to sync: the next bucket is packed while one is sent."""
 
-    The next bucket is gathered and packed while one is sent: tensors are only asked for by the calling thread, since
-    that may be a collective. Two buckets of memory. Returns the sum of what `send` returns.
-    """
-    stream = iter(tensors)
-    buckets = list(manifest.buckets())
-    largest = max((sum(spec.nbytes for spec in bucket) for bucket in buckets), default=0)
-    memory = [buffer(largest, device) for _ in range(min(2, len(buckets)))]
-    total = 0
-    under_way: Future[int] | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="publish") as pool:
-        for index, bucket in enumerate(buckets):
-            data = pack_bucket(bucket, stream, memory[index % 2])
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: list[Tensor] = []
+
+    def each_bucket(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        manifest: SyncManifest,
+        send: Callable[[int, tuple[TensorSpec, ...], Tensor], int],
+    ) -> int:
+        """Call `send` (number, bucket, its bytes) for every bucket in order, one at a time, on another thread.
+
+        Tensors are only asked for by the calling thread, since that may be a collective. Returns the sum of what
+        `send` returns; raises SyncError where the tensors are not those of `manifest`.
+        """
+        stream = iter(tensors)
+        buckets = list(manifest.buckets())
+        self._reserve(max((sum(spec.nbytes for spec in bucket) for bucket in buckets), default=0))
+        total = 0
+        under_way: Future[int] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="publish") as pool:
+            for index, bucket in enumerate(buckets):
+                data = pack_bucket(bucket, stream, self._memory[index % 2])
+                if under_way is not None:
+                    total += under_way.result()
+                under_way = pool.submit(send, index, bucket, data)
             if under_way is not None:
                 total += under_way.result()
-            under_way = pool.submit(send, index, bucket, data)
-        if under_way is not None:
-            total += under_way.result()
-    _expect_end(stream)
-    return total
+        _expect_end(stream)
+        return total
 
-
-def buffer(nbytes: int, device: torch.device) -> Tensor:
-    """Undefined bytes; in host memory they are pinned where weights come from a GPU."""
-    pinned = device.type == "cpu" and torch.cuda.is_available()
-    return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+    def _reserve(self, nbytes: int) -> None:
+        if not self._memory or self._memory[0].numel() < nbytes:
+            self._memory = []
+            pinned = self._device.type == "cpu" and torch.cuda.is_available()  # the weights come from a GPU
+            self._memory = [
+                torch.empty(nbytes, dtype=torch.uint8, device=self._device, pin_memory=pinned) for _ in range(2)
+            ]
 
 
 def pack_bucket(bucket: tuple[TensorSpec, ...], stream: Iterator[tuple[str, Tensor]], memory: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from common.collective import SyncError
 from common.config import SyncConfig
 from common.shards import VersionWriter, session_of
 from common.weights import SyncManifest, TensorSpec
-from learner.publish import SendReport, each_bucket
+from learner.publish import Packer, SendReport
 
 
 class FileSender:
@@ -23,6 +23,7 @@ class FileSender:
             raise SyncError("sync.folder: a sender over `file` needs it; `Config.sync_in_run` fills it in")
         self._folder = sync.folder
         self._session = session_of(host, port)
+        self._packer = Packer(torch.device("cpu"))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -38,7 +39,7 @@ class FileSender:
                 writer.add(index, data)
                 return data.numel()
 
-            total = each_bucket(tensors, manifest, torch.device("cpu"), write)
+            total = self._packer.each_bucket(tensors, manifest, write)
             writer.commit()
         except OSError as error:
             raise SyncError(f"sync.folder: version {manifest.version} could not be written: {error}") from error

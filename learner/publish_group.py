@@ -14,7 +14,7 @@ from common.collective import SENDER, SyncError, open_group
 from common.config import SyncConfig
 from common.opening import DELTA, LENGTH_BYTES, REFUSED, Opening, bucket_name
 from common.weights import ITEM_BYTES, SyncManifest, TensorSpec
-from learner.publish import SendReport, each_bucket
+from learner.publish import Packer, SendReport
 
 
 class GroupSender:
@@ -28,6 +28,7 @@ class GroupSender:
         self, sync: SyncConfig, host: str, port: int, world_size: int, device: torch.device | str = "cpu"
     ) -> None:
         self._group = open_group(sync, host, port, SENDER, world_size, device)
+        self._packer = Packer(self._group.wire.device)
         self._keep = sync.delta
         self._held: list[Tensor] = []
         self._held_digest = ""
@@ -46,7 +47,7 @@ class GroupSender:
                     self._hold(index, data)
                 return sent
 
-            total = each_bucket(tensors, manifest, self._group.wire.device, send)
+            total = self._packer.each_bucket(tensors, manifest, send)
             complete = True
         finally:
             if not complete:

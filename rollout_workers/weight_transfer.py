@@ -114,8 +114,15 @@ def repack_output_layer(model: torch.nn.Module) -> None:
     """Pack a tied output layer again.
 
     On CPU linear weights are packed when they are loaded. Layerwise reload does that anew for what it loads, but a
-    tied output layer is loaded as the embedding: its packed copy would go on answering with the old weights.
+    tied output layer is loaded as the embedding: its packed copy would go on answering with the old weights. vLLM packs
+    the embedding, too; the output layer shares that copy, which nothing else uses.
     """
     head: Any = getattr(model, "lm_head", None)
-    if hasattr(head, "quant_method"):
-        head.quant_method.process_weights_after_loading(head)
+    weight = getattr(head, "weight", None)
+    if weight is None or not hasattr(head, "quant_method"):
+        return
+    for layer in model.modules():
+        if layer is not head and getattr(layer, "weight", None) is weight and hasattr(layer, "cpu_linear"):
+            head.cpu_linear = layer.cpu_linear
+            return
+    head.quant_method.process_weights_after_loading(head)
