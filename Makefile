@@ -37,6 +37,9 @@ test: setup ## run the whole test suite
 test-faults: setup ## kill every process of a run at every moment (about half an hour)
 	$(BIN)/python -m pytest tests/faults -m "matrix or not matrix" $(ARGS)
 
+soak: setup ## load and fuzz the teacher server for minutes instead of seconds
+	$(BIN)/python -m pytest --long -s tests/integration/test_teacher_soak.py tests/unit/test_teacher_fuzz.py $(ARGS)
+
 check: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -118,6 +118,7 @@ class _Face:
         if not self.auth.may_read_metrics(self.tenant(request)):
             raise RequestRefused(403, "forbidden", "metrics show all tenants' runs: they need a key of `operator`")
         self.service.metrics.body_bytes.set(self.budget.held)
+        self.service.metrics.reply_bytes.set(self.replies.nbytes)
         return Response(self.service.render_metrics(), media_type="text/plain; version=0.0.4")
 
 

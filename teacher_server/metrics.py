@@ -49,6 +49,7 @@ class Metrics:
         self.cache_evictions = gauge("context_cache_evictions", "States that made room for others.")
         self.cache_bytes = gauge("context_cache_bytes", "Memory of the contexts' states.")
         self.body_bytes = gauge("body_bytes", "Memory of the request bodies being worked on.")
+        self.reply_bytes = gauge("reply_bytes", "Memory of replies kept for requests that are sent again.")
 
     def run(self, tenant: str, run: str) -> str:
         """The label of a run; names that clients make up cannot grow the registry without bound."""

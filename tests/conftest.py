@@ -9,6 +9,11 @@ import pytest
 from tests.tiny import make_tiny_model
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What ``make soak`` sets."""
+    parser.addoption("--long", action="store_true", help="run soak and fuzzing tests for minutes instead of seconds")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random model with tied embeddings."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,6 +113,50 @@ def running(model: Path, *, keys: bool = True, **settings: Any) -> Iterator[Runn
     finally:
         gate._open.set()
         server.stop()
+
+
+@contextmanager
+def process(model: Path, port: int = 0, **settings: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A teacher in a process of its own: (process, address). One anonymous tenant unless `settings` say otherwise."""
+    section = {"model": str(model), "port": port, "threads": 1, "allow_anonymous": True, **settings}
+    code = (
+        "from common.config import TeacherConfig, TeacherServerConfig\n"
+        "from teacher_server.serve import serve\n"
+        f"config = TeacherConfig.model_validate({section!r})\n"
+        "serve(TeacherServerConfig(teacher=config), announce=lambda line: print(line, flush=True))\n"
+    )
+    started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert started.stdout is not None
+        line = ""
+        while " at http" not in line:
+            line = started.stdout.readline()
+            assert line, f"the teacher ended with {started.wait()}"
+        url = line.strip().rpartition(" ")[2]
+        wait_until_ready(url)
+        yield started, url
+    finally:
+        started.kill()
+        started.wait()
+
+
+def wait_until_ready(url: str) -> None:
+    """Until requests are taken; a certificate is not looked at."""
+    for _ in range(600):
+        try:
+            if httpx.get(url + "/readyz", trust_env=False, verify=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError("the teacher did not come up")
+
+
+def free_port() -> int:
+    """A port that nothing listens on, for a server that is started on it twice."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def request_of(

@@ -70,7 +70,7 @@ class Transport:
             base_url=self.url,
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
             limits=httpx.Limits(max_connections=64, max_keepalive_connections=16),
-            verify=True if ca_file is None else ssl.create_default_context(cafile=ca_file),
+            verify=_trusted(self.url, ca_file),
             trust_env=False,
         )
 
@@ -133,6 +133,16 @@ class Transport:
             return None, f"{type(error).__name__} {error}".strip()
         self._breaker.succeeded()
         return reply, f"HTTP {reply.status_code}"
+
+
+def _trusted(url: str, ca_file: str | None) -> ssl.SSLContext | bool:
+    """Whose certificates are believed; TeacherError where `ca_file` is none."""
+    if not url.startswith("https:"):
+        return False  # nothing to believe, and reading the system's bundle takes longer than a request
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise TeacherError(f"teacher.ca_file {ca_file} is no PEM bundle that can be read: {error}") from error
 
 
 def _retry_after(reply: httpx.Response) -> float:

@@ -6,11 +6,8 @@ import asyncio
 import pickle
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +21,7 @@ from common.scoring import ScoringError, TeacherError
 from teacher_server.actor import TeacherActor
 from teacher_server.client import TeacherClient, TeacherScorerFactory, handshake
 from tests.teacher_oracle import Oracle, assert_score
-from tests.teacher_running import KEYS, Running, items, running, tokens
+from tests.teacher_running import KEYS, Running, free_port, items, process, running, tokens
 
 
 @pytest.fixture(scope="module")
@@ -216,47 +213,6 @@ def test_handshake(teacher: Running, info: dict[str, object], asked: dict[str, o
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def process(model: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A teacher in a process of its own: (process, address)."""
-    code = (
-        "from common.config import TeacherConfig, TeacherServerConfig\n"
-        "from teacher_server.serve import serve\n"
-        f"config = TeacherConfig(model={str(model)!r}, port={port}, threads=1, allow_anonymous=True)\n"
-        "serve(TeacherServerConfig(teacher=config), announce=lambda line: print(line, flush=True))\n"
-    )
-    started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert started.stdout is not None
-        line = ""
-        while " at http" not in line:
-            line = started.stdout.readline()
-            assert line, f"the teacher ended with {started.wait()}"
-        url = line.strip().rpartition(" ")[2]
-        wait_until_ready(url)
-        yield started, url
-    finally:
-        started.kill()
-        started.wait()
-
-
-def wait_until_ready(url: str) -> None:
-    for _ in range(600):
-        try:
-            if httpx.get(url + "/readyz", trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError("the teacher did not come up")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def large(count: int, context: str | None) -> list[ScoreItem]:
