@@ -129,10 +129,23 @@ class Transport:
         try:
             reply = await self._http.request(method, path, content=body, headers=headers, timeout=timeout)
         except httpx.TransportError as error:
+            self._refuse_wrong_tls(error)
             self._breaker.failed()
             return None, f"{type(error).__name__} {error}".strip()
         self._breaker.succeeded()
         return reply, f"HTTP {reply.status_code}"
+
+    def _refuse_wrong_tls(self, error: BaseException | None) -> None:
+        """Raises TeacherError for faults of a TLS connection that no further attempt mends."""
+        while error is not None and not isinstance(error, ssl.SSLError):
+            error = error.__cause__ or error.__context__
+        if isinstance(error, ssl.SSLCertVerificationError):
+            raise TeacherError(
+                f"the certificate of the teacher at {self.url} is not trusted ({error.verify_message}): set "
+                "teacher.ca_file to the PEM file of who signed it, and use the name it was made for in teacher.url"
+            )
+        if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
+            raise TeacherError(f"the teacher at {self.url} does not speak HTTPS: use http:// in teacher.url")
 
 
 def _trusted(url: str, ca_file: str | None) -> ssl.SSLContext | bool:
