@@ -124,6 +124,12 @@ class TeacherConfig(Section):
     max_failed_fraction: Fraction = 0.0
     """Share of a step's samples that may stay unscored (they are counted and left out) before the run stops."""
 
+    @model_validator(mode="after")
+    def _weights_need_transformers(self) -> TeacherConfig:
+        if self.kind != "frozen" and self.backend != "transformers":
+            raise ValueError(f"kind `{self.kind}` takes new weights, which backend `{self.backend}` does not")
+        return self
+
 
 class ContextConfig(Section):
     """What the teacher knows and the student does not."""

@@ -36,6 +36,11 @@ def load_teacher_config(path: str | Path, overrides: Sequence[str] = ()) -> Teac
         teacher["model"] = (tree.get("student") or {}).get("model")
     if teacher["model"] is None:
         raise ConfigError(f"{path}: teacher.model is missing (and there is no student.model to fall back to)")
+    if teacher.get("kind", "frozen") != "frozen":
+        raise ConfigError(
+            f"{path}: teacher.kind `{teacher['kind']}` follows one run's student, and that run starts it: "
+            "there is nothing to serve"
+        )
     return validate(TeacherServerConfig, {"teacher": teacher})
 
 

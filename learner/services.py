@@ -245,12 +245,14 @@ class Services:
         await all_of([rank.save.remote(folder) for rank in self.ranks])
 
     async def save_state(self, folder: str) -> None:
-        """Write the learner's resumable state; every rank its part."""
+        """Write the resumable state: every rank its part, and teachers that average."""
         await all_of([rank.save_state.remote(folder) for rank in self.ranks])
+        await self.teachers.save_state(folder)
 
     async def load_state(self, folder: str) -> None:
         """Continue from `save_state`: weights, optimiser, counters."""
         await all_of([rank.load_state.remote(folder) for rank in self.ranks])
+        await self.teachers.load_state(folder)
 
 
 def _pick(rank: Any, items: Sequence[Any]) -> tuple[Any, list[Any]]:

@@ -17,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.config import Config, TeacherConfig, TeacherServerConfig
-from common.futures import value_of, within
+from common.futures import all_of, value_of, within
 from common.routing import DEFAULT_TEACHER, RoutingScorerFactory
 from common.schema import Context, ScoreMode, TeacherInfo
 from common.scoring import ScorerFactory, TeacherError
@@ -138,6 +138,16 @@ class Teachers:
         """The run's own, to be stopped with it."""
         return [teacher.handle for teacher in self.all.values() if teacher.handle is not None]
 
+    async def save_state(self, folder: str) -> None:
+        """Write what a resumed run needs of those that average."""
+        averaging = [teacher for teacher in self.receivers if teacher.section.kind == "ema"]
+        await all_of([one.handle.save_state.remote(f"{folder}/teacher-{one.name}.safetensors") for one in averaging])
+
+    async def load_state(self, folder: str) -> None:
+        """Go on from `save_state`."""
+        averaging = [teacher for teacher in self.receivers if teacher.section.kind == "ema"]
+        await all_of([one.handle.load_state.remote(f"{folder}/teacher-{one.name}.safetensors") for one in averaging])
+
     async def watch(self) -> None:
         """Start the run's own frozen teachers again when they die. Raises TeacherError where that does not help."""
         while True:
@@ -167,7 +177,9 @@ class Teachers:
         if teacher.node is not None and "scheduling_strategy" not in options:  # its address must stay what scorers know
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(teacher.node, soft=False)
         actor = ray.remote(TeacherActor).options(**options)
-        teacher.handle = actor.remote(TeacherServerConfig(teacher=teacher.section), teacher.key, self._config.sync)
+        teacher.handle = actor.remote(
+            TeacherServerConfig(teacher=teacher.section), teacher.key, self._config.sync_in_run
+        )
         teacher.started = teacher.handle.start.remote()
 
     async def _ask_info(self, teacher: Teacher, ca_file: str | None) -> TeacherInfo:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.collective import SyncError
 from common.config import SyncConfig, TeacherServerConfig
+from common.weights import SyncManifest
 from teacher_server.auth import authenticator, single_key
 
 if TYPE_CHECKING:
+    from common.receiver import Receiver
     from teacher_server.serve import RunningServer
+    from teacher_server.service import TeacherService
 
 
 class TeacherActor:
@@ -20,6 +25,8 @@ class TeacherActor:
         self._api_key = api_key
         self._sync = sync
         self._server: RunningServer | None = None
+        self._service: TeacherService | None = None
+        self._receiver: Receiver | None = None
 
     def start(self) -> str:
         """Load the model and serve; returns the address. Raises TeacherError."""
@@ -29,8 +36,33 @@ class TeacherActor:
 
             host, key = self._config.host, self._api_key
             auth = authenticator(host, None, allow_anonymous=True) if key is None else single_key(key)
-            self._server = start_in_thread(build_service(self._config), self._config, auth)
+            self._service = build_service(self._config)
+            self._server = start_in_thread(self._service, self._config, auth)
         return self._server.url
+
+    def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
+        """Join the run's weight group as its member `rank`, in place of the one joined before. Raises SyncError."""
+        from common.receiver import open_receiver
+
+        if self._sync is None:
+            raise SyncError("this teacher was started without sync settings: it takes no weights")
+        if self._receiver is not None:
+            self._receiver.close()
+        self._receiver = open_receiver(self._sync, host, port, rank, world_size, self._running.device)
+
+    def receive_weights(self, manifest: SyncManifest, version: int) -> None:
+        """Take the weights of `version` between two batches. Raises SyncError; it scores nothing any more then."""
+        if self._receiver is None:
+            raise SyncError("the teacher was asked to receive weights before it joined the weight group")
+        self._running.load_weights(self._receiver.receive(manifest), version)
+
+    def save_state(self, path: str) -> None:
+        """Write what a resumed run needs of this teacher: an average and its version."""
+        self._running.save_state(Path(path))
+
+    def load_state(self, path: str) -> None:
+        """Go on from `save_state`."""
+        self._running.load_state(Path(path))
 
     def node_id(self) -> str:
         """The cluster node this runs on; also the sign that it lives."""
@@ -40,6 +72,15 @@ class TeacherActor:
 
     def stop(self) -> None:
         """Finish what was begun, then stop serving."""
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
         if self._server is not None:
             self._server.stop()
             self._server = None
+
+    @property
+    def _running(self) -> TeacherService:
+        if self._service is None:
+            raise RuntimeError("the teacher was called before start")
+        return self._service

@@ -173,6 +173,13 @@ class PrefixCache:
         self._entries.move_to_end(entry.key)
         return entry
 
+    def drop_other_versions(self) -> None:
+        """Forget states of other weights than the backend's: nobody asks for them again. Call it between batches."""
+        for entry in reversed(list(self._entries.values())):
+            if entry.key[2] != self._backend.weight_version:
+                del self._entries[entry.key]
+                self.nbytes -= entry.state.nbytes
+
     def _compute(self, located: Located) -> _Entry:
         parent: _Entry | None = None
         lineage = (*reversed(located.parents), located.context)

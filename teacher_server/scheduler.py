@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from common.schema import ItemError, ItemScore
@@ -40,6 +40,10 @@ class QueueFull(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+Versioned = tuple[ItemScore | ItemError, int]
+"""A result and the version of the weights that it was computed with."""
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One item on its way: `work.prefix` is filled in by the thread."""
@@ -48,7 +52,7 @@ class Job:
     run: str
     work: Work
     located: Located | None
-    future: asyncio.Future[ItemScore | ItemError]
+    future: asyncio.Future[Versioned]
     queued_at: float = field(default_factory=time.monotonic)
 
 
@@ -116,9 +120,7 @@ class Scheduler:
             await asyncio.wait([self._loop_task])
         self._thread.shutdown(wait=True)
 
-    async def submit(
-        self, tenant: str, run: str, works: Sequence[tuple[Work, Located | None]]
-    ) -> list[ItemScore | ItemError]:
+    async def submit(self, tenant: str, run: str, works: Sequence[tuple[Work, Located | None]]) -> list[Versioned]:
         """Queue items and wait for all of them. Raises QueueFull; a cancelled caller's items leave the queue."""
         tokens = sum(work.own_tokens for work, _ in works)
         self._admit(tenant, run, tokens)
@@ -150,12 +152,12 @@ class Scheduler:
             if not jobs:
                 continue
             self.running_items = len(jobs)
-            report, results = await loop.run_in_executor(self._thread, self._compute_safely, jobs)
+            report, results, version = await loop.run_in_executor(self._thread, self._compute_one_version, jobs)
             self.running_items = 0
             self._account(report)
             for job, result in zip(jobs, results, strict=True):
                 if not job.future.done():
-                    job.future.set_result(result)
+                    job.future.set_result((result, version))
 
     async def _wait_for_work(self) -> bool:
         """Until something waits, then a short window for more, unless a full batch is there already; False: stop."""
@@ -206,7 +208,23 @@ class Scheduler:
             self._tokens_per_s += 0.2 * (spent / report.seconds - self._tokens_per_s)
         self._on_batch(report)
 
+    def between_batches(self, call: Callable[[], None]) -> Future[None]:
+        """Do `call` on the thread that computes, when no batch does; from any thread. States of contexts that it leaves
+        out of date are dropped.
+        """
+
+        def alone() -> None:
+            call()
+            self.cache.drop_other_versions()
+
+        return self._thread.submit(alone)
+
     # --- on the thread ----------------------------------------------------------------------------------------------
+
+    def _compute_one_version(self, jobs: list[Job]) -> tuple[BatchReport, list[ItemScore | ItemError], int]:
+        version = self._backend.weight_version  # changes on this thread only
+        report, results = self._compute_safely(jobs)
+        return report, results, version
 
     def _compute_safely(self, jobs: list[Job]) -> tuple[BatchReport, list[ItemScore | ItemError]]:
         """A batch that fails is tried item by item: one bad item must not take its neighbours, or the server, along."""

@@ -39,7 +39,14 @@ def build_service(config: TeacherConfig) -> TeacherService:
     set_threads()
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        backend = TransformersBackend.load(config.model, dtype=config.dtype, prefill_tokens=config.batch_tokens)
+        backend = TransformersBackend.load(
+            config.model,
+            dtype=config.dtype,
+            device_map=config.device_map,
+            prefill_tokens=config.batch_tokens,
+            kind=config.kind,
+            ema_decay=config.ema_decay,
+        )
     except (BackendError, OSError, ValueError) as error:
         raise TeacherError(f"teacher.model {config.model} cannot be loaded: {error}") from error
     identity = TokenizerIdentity(tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
+from common.collective import SyncError
 from common.config import TeacherConfig
 from common.schema import (
     PROTOCOL_VERSION,
@@ -18,7 +21,7 @@ from common.schema import (
     ScoreResponse,
     TeacherInfo,
 )
-from teacher_server.backends.base import Backend, Work
+from teacher_server.backends.base import Backend, LiveBackend, Work
 from teacher_server.checks import RequestRefused, check_item, check_request
 from teacher_server.contexts import ContextRefused, ContextStore, Located
 from teacher_server.metrics import Metrics
@@ -54,6 +57,7 @@ class TeacherService:
         self._thread_setup = thread_setup
         self._scheduler: Scheduler | None = None
         self._draining = False
+        self._broken: str | None = None
         self.contexts = ContextStore(identity.tokenizer, max_tokens=self._longest, max_bytes=CONTEXT_IDS_BYTES)
         self.metrics = Metrics()
 
@@ -84,7 +88,37 @@ class TeacherService:
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return self._scheduler is not None and not self._draining
+        return self._scheduler is not None and not self._draining and self._broken is None
+
+    def load_weights(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        """Replace the weights between two batches; from any thread but the event loop's, blocks until it is done.
+
+        Raises SyncError; nothing is scored any more then, since the weights are a mixture.
+        """
+        try:
+            self._between_batches(lambda backend: backend.load_weights(tensors, version))
+        except SyncError as error:
+            self._broken = f"weights of version {version} did not arrive whole: {error}"
+            raise
+
+    @property
+    def device(self) -> Any:
+        """Where the model's weights are to arrive."""
+        return cast(LiveBackend, self._backend).device
+
+    def save_state(self, path: Path) -> None:
+        """What a resumed run needs of a teacher that averages, as one file."""
+        self._between_batches(lambda backend: backend.save_state(path))
+
+    def load_state(self, path: Path) -> None:
+        """Go on from `save_state`."""
+        self._between_batches(lambda backend: backend.load_state(path))
+
+    def _between_batches(self, call: Callable[[LiveBackend], None]) -> None:
+        if self._scheduler is None:
+            raise SyncError("the teacher takes weights only after its server has started")
+        backend = cast(LiveBackend, self._backend)
+        self._scheduler.between_batches(lambda: call(backend)).result()
 
     def info(self) -> TeacherInfo:
         """The handshake."""
@@ -103,7 +137,7 @@ class TeacherService:
             max_items=config.max_items,
             max_body_bytes=config.max_body_bytes,
             modes=dict(backend.modes),
-            kind="frozen",
+            kind=config.kind,
             weight_version=backend.weight_version,
         )
 
@@ -121,6 +155,8 @@ class TeacherService:
         After `deadline_s` the items leave the queue and the request is refused: nobody waits for it any more.
         """
         scheduler = self._scheduler
+        if self._broken is not None:
+            raise RequestRefused(503, "broken", self._broken)
         if scheduler is None or self._draining:
             raise RequestRefused(503, "draining", "this teacher is shutting down", retry_after_s=1.0)
         info = self.info()
@@ -128,17 +164,18 @@ class TeacherService:
         faults, works = self._prepare(tenant, request, info, scheduler)
         try:
             async with asyncio.timeout(deadline_s):
-                scored = iter(await scheduler.submit(tenant, request.run, works) if works else ())
+                scored, version = await _of_one_version(scheduler, tenant, request.run, works)
         except QueueFull as error:
             raise RequestRefused(429, "busy", str(error), retry_after_s=error.retry_after_s) from error
         except TimeoutError as error:
             raise RequestRefused(504, "deadline", f"not scored within the {deadline_s:g} s asked for") from error
-        results = tuple(next(scored) if fault is None else fault for fault in faults)
+        in_order = iter(scored)
+        results = tuple(next(in_order) if fault is None else fault for fault in faults)
         self._count(tenant, request, results)
         return ScoreResponse(
             request_id=request.request_id,
             model_fingerprint=self._backend.model_fingerprint,
-            weight_version=self._backend.weight_version,
+            weight_version=self._backend.weight_version if version is None else version,
             results=results,
         )
 
@@ -203,3 +240,19 @@ class TeacherService:
             else:
                 self.metrics.tokens_scored.labels(label).inc(result.sampled_logprob.size)
                 self.metrics.floored.labels(label).inc(result.floored)
+
+
+async def _of_one_version(
+    scheduler: Scheduler, tenant: str, run: str, works: Sequence[tuple[Work, Located | None]]
+) -> tuple[list[ItemScore | ItemError], int | None]:
+    """Results that were all computed with one version of the weights, and which: a reply has one stamp.
+
+    What was computed before an update in mid-request is computed again. None where there is nothing to compute.
+    """
+    results: list[ItemScore | ItemError | None] = [None] * len(works)
+    versions = [-1] * len(works)
+    while stale := [place for place, version in enumerate(versions) if version < max(0, *versions)]:
+        scored = await scheduler.submit(tenant, run, [works[place] for place in stale])
+        for place, (result, version) in zip(stale, scored, strict=True):
+            results[place], versions[place] = result, version
+    return [result for result in results if result is not None], max(versions, default=None)

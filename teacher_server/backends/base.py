@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from common.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode
@@ -70,4 +71,23 @@ class Backend(Protocol):
 
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
         """Results in the order of `batch`, which may mix prefixes, modes, temperatures and lengths."""
+        ...
+
+
+class LiveBackend(Backend, Protocol):
+    """A backend whose weights can be replaced between batches."""
+
+    device: Any
+    """Where they lie."""
+
+    def load_weights(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        """Take the weights of `version`; raises SyncError, and must not be used any more then."""
+        ...
+
+    def save_state(self, path: Path) -> None:
+        """What going on needs beside the weights of the version, as one file."""
+        ...
+
+    def load_state(self, path: Path) -> None:
+        """Go on from `save_state`."""
         ...

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from common.collective import SyncError
 from common.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
 from teacher_server.backends.attention import NAME, AttentionPlan, KeyValues, shared_prefix_attention
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.outputs import Values, score_hidden, spans
 from teacher_server.backends.packing import Packed, PrefixState, Sequence_, pack
 from teacher_server.fingerprint import model_fingerprint
+from teacher_server.weights import LiveWeights
 
 SELF_CHECK_NATS = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """How far packed scores may be from the model's own forward pass at load; a wrong architecture is off by nats."""
@@ -38,7 +43,15 @@ class TransformersBackend:
         "sampled": None,
     }
 
-    def __init__(self, model: Any, *, model_name: str, prefill_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        model_name: str,
+        prefill_tokens: int = 8192,
+        kind: Literal["frozen", "self", "ema"] = "frozen",
+        ema_decay: float = 0.0,
+    ) -> None:
         """`model` is a loaded ``*ForCausalLM``; contexts are computed `prefill_tokens` at a time."""
         self.model_name = model_name
         self.weight_version = 0
@@ -48,16 +61,25 @@ class TransformersBackend:
         self._output_layer = model.get_output_embeddings()
         self.vocab_size = int(self._output_layer.weight.shape[0])
         self._embedded = int(model.get_input_embeddings().weight.shape[0])
+        self.device = model.device
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.max_sequence_tokens = int(model.config.max_position_embeddings)
         self.model_fingerprint = model_fingerprint(model)
         _refuse_unusual_attention(model.config)
         self._token_bytes = 0
         self._check_against_plain_forward()
+        self._live = None if kind == "frozen" else LiveWeights(model, ema_decay if kind == "ema" else None)
 
     @classmethod
     def load(
-        cls, folder: str, *, dtype: str = "auto", device_map: str | None = None, prefill_tokens: int = 8192
+        cls,
+        folder: str,
+        *,
+        dtype: str = "auto",
+        device_map: str | None = None,
+        prefill_tokens: int = 8192,
+        kind: Literal["frozen", "self", "ema"] = "frozen",
+        ema_decay: float = 0.0,
     ) -> TransformersBackend:
         """From a Hugging Face folder or hub name; `dtype` ``auto`` is bfloat16 on a GPU, float32 on CPU."""
         gpu = torch.cuda.is_available()
@@ -66,7 +88,7 @@ class TransformersBackend:
         _refuse_unusual_attention(AutoConfig.from_pretrained(folder))
         where = device_map or ("auto" if gpu else None)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=where)
-        return cls(model, model_name=folder, prefill_tokens=prefill_tokens)
+        return cls(model, model_name=folder, prefill_tokens=prefill_tokens, kind=kind, ema_decay=ema_decay)
 
     # --- Backend ----------------------------------------------------------------------------------------------------
 
@@ -107,6 +129,25 @@ class TransformersBackend:
     def prefix_bytes(self, tokens: int) -> int:
         """Keys and values of `tokens` tokens in all layers."""
         return tokens * self._token_bytes
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the weights of `version` (of a `self` or `ema` teacher). Raises SyncError, and is unusable then."""
+        if self._live is None:
+            raise SyncError(f"{self.model_name} is a frozen teacher: it takes no weights")
+        self._live.load(tensors, again=version == self.weight_version)
+        self.weight_version = version
+
+    def save_state(self, path: Path) -> None:
+        """The average and its version, as safetensors."""
+        if self._live is not None:
+            save_file(self._live.state(), path, metadata={"version": str(self.weight_version)})
+
+    def load_state(self, path: Path) -> None:
+        """Go on from `save_state`."""
+        if self._live is not None:
+            with safe_open(path, "pt") as stored:
+                self._live.restore({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+                self.weight_version = int(stored.metadata()["version"])
 
     # --- steps ------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from tests.tiny import make_tiny_model
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_two_workers_two_ranks_two_teachers_and_the_learners_own_topk_running_ahead(
+def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_ahead(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Both sides' ids are the support, the student's part picked by the learner."""
@@ -24,12 +24,16 @@ def test_two_workers_two_ranks_two_teachers_and_the_learners_own_topk_running_ah
         rollout={"workers": 2, "samples_per_prompt": 2, "topk_from": "learner", "max_staleness": 1},
         loss={"support": "union", "top_k": 32},
         learner={"ranks": 2, "steps": 4},
-        teachers={"big": {"model": str(big), "threads": 1}},
+        teachers={
+            "big": {"model": str(big), "threads": 1},
+            "live": {"kind": "self", "threads": 1},
+            "average": {"kind": "ema", "ema_decay": 0.5, "threads": 1},
+        },
         eval={"every": 0},
     )
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    for row in rows[::2]:
-        row["teacher"] = "big"
+    for row, name in zip(rows, ["big", "live", "average", None] * 2, strict=True):
+        row["teacher"] = name
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     with started_run(config) as process:
         _, errors = process.communicate()

@@ -222,3 +222,9 @@ def test_more_teachers_are_checked_like_the_first(path: Path) -> None:
     assert "did you mean" in mistake(path, "teachers.big.modle=x")
     assert "`default` is the name" in mistake(path, "teachers.default.model=x")
     assert "teachers.big.max_k 8" in mistake(path, "teachers.big.max_k=8")
+
+
+def test_a_teacher_that_follows_a_student_is_no_server(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.kind `ema` follows one run's student"):
+        load_teacher_config(path, ["teacher.kind=ema"])
+    assert "takes new weights" in mistake(path, "teacher.kind=self", "teacher.backend=vllm")

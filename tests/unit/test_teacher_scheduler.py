@@ -14,7 +14,7 @@ import pytest
 from common.schema import Context, Ids, ItemError, ItemScore, ScoreItem, as_ids
 from teacher_server.backends.base import Backend, Work
 from teacher_server.contexts import Located
-from teacher_server.scheduler import QueueFull, Scheduler
+from teacher_server.scheduler import QueueFull, Scheduler, Versioned
 
 
 class Held:
@@ -71,8 +71,8 @@ def context(tokens: int) -> Located:
     return Located("t", Context(f"{tokens}", as_ids(np.zeros(tokens))))
 
 
-def numbers(results: Sequence[ItemScore | ItemError]) -> list[object]:
-    return [result.floored if isinstance(result, ItemScore) else result.code for result in results]
+def numbers(results: Sequence[Versioned]) -> list[object]:
+    return [result.floored if isinstance(result, ItemScore) else result.code for result, _ in results]
 
 
 async def hold(backend: Held, scheduler: Scheduler) -> asyncio.Task[Any]:
