@@ -38,7 +38,7 @@ test-faults: setup ## kill every process of a run at every moment (about half an
 	$(BIN)/python -m pytest tests/faults -m "matrix or not matrix" $(ARGS)
 
 soak: setup ## load and fuzz the teacher server for minutes instead of seconds
-	$(BIN)/python -m pytest --long -s tests/integration/test_teacher_soak.py tests/unit/test_teacher_fuzz.py $(ARGS)
+	$(BIN)/python -m pytest --long -s tests/integration/test_teacher_soak.py tests/integration/test_teacher_openapi.py tests/unit/test_teacher_fuzz.py $(ARGS)
 
 check: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .

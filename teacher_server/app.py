@@ -18,6 +18,7 @@ from common.schema import ItemError, ItemScore, ScoreRequest, TeacherInfo
 from teacher_server.auth import Authenticator, NotAuthorised
 from teacher_server.bodies import BodyBudget
 from teacher_server.checks import RequestRefused
+from teacher_server.documented import REFUSALS, Stored, binary_body, binary_reply, refusals, text_reply
 from teacher_server.replies import Conflict, Replies
 from teacher_server.service import TeacherService
 
@@ -144,44 +145,43 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
         """The process is alive."""
         return {"status": "ok"}
 
-    @app.get("/readyz", response_model=None)
+    @app.get("/readyz", response_model=None, responses={503: {"description": REFUSALS[503]}})
     async def readyz() -> Response:
         """Whether requests are taken: 200, or 503 while starting and draining."""
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=Response, responses={**text_reply("metrics"), **refusals(401, 403)})
     async def metrics(request: Request) -> Response:
         """Prometheus text; a key of the tenant `operator` where there are tenants."""
         return face.metrics(request)
 
-    @app.get("/v1/info")
+    @app.get("/v1/info", responses=refusals(401))
     async def info(request: Request) -> TeacherInfo:
         """Who this teacher is and what it can do."""
         face.tenant(request)
         return service.info()
 
-    @app.put("/v1/contexts/{name}", response_model=None, openapi_extra=_binary("a context"))
+    @app.put(
+        "/v1/contexts/{name}",
+        response_model=Stored,
+        openapi_extra=binary_body("a context"),
+        responses=refusals(400, 401, 404, 408, 413, 422, 429),
+    )
     async def put_context(name: str, request: Request) -> Response:
         """Store a context under its hash. Putting it again changes nothing."""
         return await face.put_context(name, request)
 
-    @app.post("/v1/score", response_model=None, openapi_extra=_binary("a score request"))
+    @app.post(
+        "/v1/score",
+        response_class=Response,
+        openapi_extra=binary_body("a score request"),
+        responses={**binary_reply("a score response"), **refusals(400, 401, 408, 409, 413, 429, 503, 504)},
+    )
     async def score(request: Request) -> Response:
         """Log-probabilities of given responses under their contexts."""
         return await face.score(request)
 
     return app
-
-
-def _binary(what: str) -> dict[str, Any]:
-    schema = {"schema": {"type": "string", "format": "binary"}}
-    return {
-        "requestBody": {
-            "required": True,
-            "description": f"msgpack: {what}, laid out as docs/teacher-api.md says",
-            "content": {MEDIA_TYPE: schema},
-        }
-    }
 
 
 async def _refused(_: Request, error: RequestRefused) -> JSONResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,9 @@ ROUTES = [
     ("GET", "/readyz"),
     ("DELETE", "/v1/score"),
 ]
+SCALE = 20 if "--long" in sys.argv else 1
+"""Hypothesis wants the number of examples when this file is imported."""
+
 KEY = {"Authorization": "Bearer key-of-red"}
 
 leaves = (
@@ -80,7 +84,7 @@ def check(reply: httpx.Response) -> None:
         assert set(reply.json()) == {"error", "message"}
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=SCALE * 400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(ROUTES),
     st.binary(max_size=300) | trees.map(msgpack.packb),
@@ -128,13 +132,13 @@ def nests(message: Any) -> bool:
     return sum(1 for _ in containers(message)) > 200
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=SCALE * 500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(nearly_right())
 def test_requests_that_are_nearly_right(server: Server, body: bytes) -> None:
     check(server.request("POST", "/v1/score", body, KEY))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=SCALE * 150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_one_byte_changed(server: Server, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["score", "context"]))
