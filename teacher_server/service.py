@@ -95,11 +95,9 @@ class TeacherService:
 
         Raises SyncError; nothing is scored any more then, since the weights are a mixture.
         """
-        try:
-            self._between_batches(lambda backend: backend.load_weights(tensors, version))
-        except SyncError as error:
-            self._broken = f"weights of version {version} did not arrive whole: {error}"
-            raise
+        self._change(
+            lambda backend: backend.load_weights(tensors, version), f"weights of version {version} did not arrive whole"
+        )
 
     @property
     def device(self) -> Any:
@@ -111,8 +109,19 @@ class TeacherService:
         self._between_batches(lambda backend: backend.save_state(path))
 
     def load_state(self, path: Path) -> None:
-        """Go on from `save_state`."""
-        self._between_batches(lambda backend: backend.load_state(path))
+        """Go on from `save_state`; nothing is scored any more where that fails."""
+        self._change(lambda backend: backend.load_state(path), f"the average in {path} was not read whole")
+
+    def _change(self, call: Callable[[LiveBackend], None], fault: str) -> None:
+        def change(backend: LiveBackend) -> None:
+            try:
+                call(backend)
+            except BaseException as error:
+                # Here and not where it is waited for: the next batch may be in this thread's queue already.
+                self._broken = f"{fault}: {error}"
+                raise
+
+        self._between_batches(change)
 
     def _between_batches(self, call: Callable[[LiveBackend], None]) -> None:
         if self._scheduler is None:
@@ -155,8 +164,7 @@ class TeacherService:
         After `deadline_s` the items leave the queue and the request is refused: nobody waits for it any more.
         """
         scheduler = self._scheduler
-        if self._broken is not None:
-            raise RequestRefused(503, "broken", self._broken)
+        self._refuse_if_broken()
         if scheduler is None or self._draining:
             raise RequestRefused(503, "draining", "this teacher is shutting down", retry_after_s=1.0)
         info = self.info()
@@ -169,6 +177,7 @@ class TeacherService:
             raise RequestRefused(429, "busy", str(error), retry_after_s=error.retry_after_s) from error
         except TimeoutError as error:
             raise RequestRefused(504, "deadline", f"not scored within the {deadline_s:g} s asked for") from error
+        self._refuse_if_broken()  # an update may have failed while these items waited
         in_order = iter(scored)
         results = tuple(next(in_order) if fault is None else fault for fault in faults)
         self._count(tenant, request, results)
@@ -189,6 +198,10 @@ class TeacherService:
             self.metrics.cache_misses.set(cache.counts.misses)
             self.metrics.cache_evictions.set(cache.counts.evictions)
         return self.metrics.render()
+
+    def _refuse_if_broken(self) -> None:
+        if self._broken is not None:
+            raise RequestRefused(503, "broken", self._broken)
 
     def _prepare(
         self, tenant: str, request: ScoreRequest, info: TeacherInfo, scheduler: Scheduler

@@ -21,7 +21,7 @@ from learner.publish import open_sender
 from teacher_server.actor import TeacherActor
 from teacher_server.backends.transformers import TransformersBackend
 from teacher_server.checks import RequestRefused
-from teacher_server.service import TeacherService
+from teacher_server.service import TeacherService, TokenizerIdentity
 from teacher_server.weights import LiveWeights
 from tests.teacher_oracle import Oracle, assert_score, random_item
 from tests.weight_groups import HOST, free_port, manifest_of, together
@@ -181,8 +181,6 @@ def test_a_teacher_whose_weights_did_not_arrive_whole_scores_nothing_any_more(se
 def test_a_request_that_an_update_cuts_in_two_is_scored_with_one_version(tiny_model: Path) -> None:
     """Two items in two batches; the weights change between them."""
     backend = TransformersBackend.load(str(tiny_model), kind="self")
-    from teacher_server.service import TokenizerIdentity
-
     section = TeacherConfig(model=str(tiny_model), kind="self", batch_items=1, batch_window_ms=0)
     service = TeacherService(backend, section, TokenizerIdentity("0" * 64, "0" * 64))
     weights = weights_of(tiny_model, seed=4)
@@ -215,6 +213,55 @@ def test_a_request_that_an_update_cuts_in_two_is_scored_with_one_version(tiny_mo
     oracle = oracle_of(tiny_model, weights)
     for item, score in zip(items, response.results, strict=True):
         assert_score(score, oracle.logprobs(as_ids([]), item.prompt_ids, item.response_ids), item)
+
+
+@pytest.mark.parametrize("failure", [SyncError("the learner was killed here"), MemoryError("no room for a copy")])
+def test_what_waited_while_an_update_failed_is_not_scored_with_the_mixture(
+    tiny_model: Path, failure: Exception
+) -> None:
+    """One item is being computed, one waits, and the weights break off between the two."""
+    backend = TransformersBackend.load(str(tiny_model), kind="self")
+    section = TeacherConfig(model=str(tiny_model), kind="self", batch_items=1, batch_window_ms=0)
+    service = TeacherService(backend, section, TokenizerIdentity("0" * 64, "0" * 64))
+    rng = np.random.default_rng(2)
+    first, second = (random_item(rng, prompt=4, response=5) for _ in range(2))
+    scored, batches, updates = backend.score, [], []
+
+    def breaks_off() -> Iterator[tuple[str, Tensor]]:
+        yield from list(weights_of(tiny_model, seed=4).items())[:5]
+        raise failure
+
+    def update() -> None:
+        with pytest.raises(type(failure)):
+            service.load_weights(breaks_off(), 1)
+
+    def update_behind_the_first(batch: Any) -> Any:
+        batches.append(batch)
+        if len(batches) == 1:
+            updates.append(threading.Thread(target=update))
+            updates[0].start()
+            while not service._scheduler._thread._work_queue.qsize():  # type: ignore[union-attr]
+                pass
+        return scored(batch)
+
+    backend.score = update_behind_the_first  # type: ignore[method-assign]
+
+    async def ask() -> Any:
+        service.start()
+        requests = [
+            ScoreRequest(name, "run", "at_ids", 1.0, 0, (item,)) for name, item in (("a", first), ("b", second))
+        ]
+        try:
+            return await asyncio.gather(*(service.score("run", one) for one in requests), return_exceptions=True)
+        finally:
+            await service.stop()
+
+    _, late = asyncio.run(ask())
+    updates[0].join()
+    assert isinstance(late, RequestRefused), late
+    assert (late.status, late.code) == (503, "broken")
+    assert str(failure) in str(late)
+    assert not service.ready
 
 
 def test_weights_of_another_model_are_refused_by_name(tiny_model: Path, tiny_untied_model: Path) -> None:
