@@ -237,28 +237,33 @@ async def test_sigterm_finishes_what_was_begun_and_exits_0(tiny_model: Path) -> 
 
 
 async def test_killed_in_mid_batch_and_started_again(tiny_model: Path) -> None:
-    """The run goes on: connections are made again, contexts put again, every score is right."""
+    """The run goes on: the scorer connects again, puts its context again, and every answer gets the right score."""
     port = free_port()
     ids = tokens(3, 60)
     with process(tiny_model, port) as (server, url):
         client = TeacherClient(url, "run", 120)
         info = await client.info()
         context = context_of(info, ids)
-        await client.put_context(context)
+        scorer = TeacherScorerFactory(url, "run", info, (context,), "at_ids", 1.0, 8, timeout_s=120)()
+        await scorer.score(trajectory(items(0, 1, context=context.hash)[0]))  # the context is there now
         batch = large(12, context.hash)
-        asked = asyncio.create_task(client.score(batch, "at_ids", 1.0, 8))
+        asked = [asyncio.create_task(scorer.score(trajectory(item, f"{n}"))) for n, item in enumerate(batch)]
         await asyncio.sleep(0.3)
-        assert not asked.done()
+        assert not any(task.done() for task in asked)
         server.kill()
         server.wait()
     with process(tiny_model, port):
-        response = await asked
+        results = await asyncio.gather(*asked)
+        after = await client.info()
         await client.close()
+        await scorer.close()
     oracle = Oracle.load(tiny_model)
-    assert response.model_fingerprint == info.model_fingerprint
-    for item, result in zip(batch[:2], response.results, strict=False):
-        assert isinstance(result, ItemScore)
-        assert_score(result, oracle.logprobs(ids, item.prompt_ids, item.response_ids), item)
+    assert after.model_fingerprint == info.model_fingerprint
+    for item, result in zip(batch, results, strict=True):
+        assert result.model_fingerprint == info.model_fingerprint
+        assert result.trajectory.response_ids is item.response_ids
+    for item, result in zip(batch[:2], results, strict=False):
+        assert_score(result.score, oracle.logprobs(ids, item.prompt_ids, item.response_ids), item)
 
 
 async def test_actor_starts_and_stops(tiny_model: Path) -> None:
