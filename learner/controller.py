@@ -98,12 +98,19 @@ class Controller:
     """Runs the steps of one run over started services, on one event loop: `begin`, `step` by step, `close`."""
 
     def __init__(
-        self, config: Config, services: Services, prompts: Sequence[Prompt], status: Callable[[str], None]
+        self,
+        config: Config,
+        services: Services,
+        prompts: Sequence[Prompt],
+        status: Callable[[str], None],
+        skipped: Callable[[int, list[dict[str, Any]]], None] = lambda step, records: None,
     ) -> None:
+        """`status` hears what goes on; `skipped` of each skipped step, and what broke it (`learner.records`)."""
         self._config = config
         self._services = services
         self._prompts = prompts
         self._status = status
+        self._skipped = skipped
         self._source = SampleSource(config, prompts)
         self._publisher = Publisher(config, services, status)
         self._stream: Stream | None = None
@@ -232,12 +239,15 @@ class Controller:
         report, allowed = reports[0], self._config.learner.max_skipped_steps
         if report.weight_version != step + 1:
             raise RunError(f"the learner holds version {report.weight_version}, the loop expected {step + 1}")
+        if report.skipped_in_a_row:
+            self._skipped(step + 1, [record for one in reports for record in one.records])
         if report.skipped_in_a_row > allowed:
             samples = sorted({sample for one in reports for sample in one.nonfinite})
             raise RunError(
                 f"step {step}: gradient or loss was NaN or infinite for {report.skipped_in_a_row} steps in a row "
                 f"(learner.max_skipped_steps is {allowed}); samples of the last one: "
-                f"{', '.join(samples) or 'none by itself'}; lower learner.lr, or set loss.clip_per_token"
+                f"{', '.join(samples) or 'none by itself'} (see skipped/); lower learner.lr, or set "
+                "loss.clip_per_token"
             )
 
 

@@ -33,8 +33,10 @@ from learner.export import WeightView
 from learner.objective import METRICS, Objective
 from learner.optimizer import deepspeed_config, effective_zero_stage, learning_rate, make_optimizer
 from learner.policy import device_of, dtype_of, load_policy
+from learner.records import MOST_RECORDS, record
 from learner.reports import AccumulateReport, LearnerInfo, StepReport
 from learner.state import load_state, save_state
+from learner.update_norm import squared_update
 
 R = TypeVar("R", bound=np.generic)
 
@@ -87,6 +89,7 @@ class LearnerEngine:
         self._counts: Counter[str] = Counter()
         self._sums: Counter[str] = Counter()
         self._nonfinite: list[str] = []
+        self._bad: list[ScoredTrajectory] = []
         self._held: list[ScoredTrajectory] = []
 
     @property
@@ -130,6 +133,7 @@ class LearnerEngine:
         else:
             batches = self._micro_batches(batch)
             sums, nonfinite = self._backward_all(batches)
+            self._keep_bad(batch, nonfinite)
         self._counts.update(
             sequences=len(batch),
             response_tokens=sum(responses),
@@ -191,7 +195,9 @@ class LearnerEngine:
         where they differ from what the ranks were given: an answer was lost or trained on twice.
         """
         if self._config.learner.deterministic:
-            self._backward_all(self._micro_batches(sorted(self._held, key=lambda item: item.trajectory.sample_id)))
+            held = sorted(self._held, key=lambda item: item.trajectory.sample_id)
+            _, nonfinite = self._backward_all(self._micro_batches(held))
+            self._keep_bad(held, nonfinite)
         totals, sums = self._global_sums()
         if (tokens, sequences) != (totals["response_tokens"], totals["sequences"]):
             raise ValueError(
@@ -216,10 +222,12 @@ class LearnerEngine:
             metrics={
                 **means,
                 "grad_norm": self._grad_norm(),
+                "update_norm": self._update_norm() if applied else 0.0,
                 "lr": lr,
                 "skipped": float(not applied),
             },
             nonfinite=tuple(self._nonfinite),
+            records=tuple(record(item) for item in self._bad),
         )
         self._begin_step()
         return report
@@ -244,6 +252,22 @@ class LearnerEngine:
         sampler = self._config.rollout
         if self._config.loss.temperature != sampler.temperature or sampler.top_p != 1:
             yield from ("drift/abs", "drift/rms", "drift/outside")
+
+    def _keep_bad(self, batch: Sequence[ScoredTrajectory], nonfinite: Sequence[str]) -> None:
+        self._bad += [item for item in batch if item.trajectory.sample_id in nonfinite]
+        del self._bad[MOST_RECORDS:]
+
+    def _update_norm(self) -> float:
+        """Norm of the change that the step made to the weights."""
+        zero = self._deepspeed.optimizer
+        adam = getattr(zero, "optimizer", zero)
+        # Stage 3 lends its parts to the optimiser one by one, and takes them away again.
+        parts = zero.fp32_partitioned_groups_flat if self._stage == 3 else adam.param_groups[0]["params"]
+        square = torch.tensor(squared_update(adam, parts), dtype=torch.float64)
+        if self._stage > 0:  # each rank holds a part of the state
+            square = square.to(self._device)
+            dist.all_reduce(square)
+        return float(square) ** 0.5
 
     def _grad_norm(self) -> float:
         """Norm of the whole gradient, divided but not clipped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.weights import TensorSpec
 
@@ -46,8 +47,8 @@ class StepReport:
     """One optimiser step, equal on every rank.
 
     ``weight_version`` counts finished steps, skipped ones too (their weights equal the version before).
-    ``metrics`` are global means over the step's loss tokens, and `loss grad_norm lr`; ``nonfinite`` names this rank's
-    samples with a NaN or infinite loss.
+    ``metrics`` are global means over the step's loss tokens, and `loss grad_norm update_norm lr`; ``nonfinite`` names
+    this rank's samples with a NaN or infinite loss, ``records`` are some of them as plain values.
     """
 
     weight_version: int
@@ -55,3 +56,4 @@ class StepReport:
     skipped_in_a_row: int
     metrics: dict[str, float]
     nonfinite: tuple[str, ...] = ()
+    records: tuple[dict[str, Any], ...] = ()

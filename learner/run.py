@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -19,6 +21,7 @@ from common.schema import Prompt
 from common.scoring import TeacherError
 from common.telemetry import Progress, RunFiles, write_json
 from common.trace import TraceFile
+from learner.alarm import KlAlarm
 from learner.checkpoints import LEARNER, CheckpointError, Checkpoints, Identity, Manifest, identity_of, refuse_other_run
 from learner.controller import Controller, RunError, ServiceLost, StepOutcome
 from learner.drift import DriftError, DriftGate, drift_bounds
@@ -72,6 +75,7 @@ class Run:
         self._progress = progress
         self._services = Services(config)
         self._controller: Controller | None = None
+        self._alarm = KlAlarm(config.learner.kl_alarm_ratio)
         self._resumed = resumed
         self._checkpoints = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep)
         self._began = time.time()
@@ -136,7 +140,7 @@ class Run:
             config.sync, dtype=services.learner_info.dtype, max_staleness=config.rollout.max_staleness
         )
         self._drift = DriftGate(bounds)
-        self._controller = Controller(config, services, self._inputs.train, self._progress.status)
+        self._controller = Controller(config, services, self._inputs.train, self._progress.status, self._keep_skipped)
         parity = await self._controller.begin_parity()
         self.tally.parity_max_nats = max(self.tally.parity_max_nats, parity.max_nats)
         self.tally.add_seconds({"start": time.time() - started})
@@ -182,9 +186,19 @@ class Run:
         self._files.audit(outcome.version, outcome.trained, outcome.failed)
         self._trace.write(outcome.spans)
         self._progress.line(step_line(outcome.version, self._config.learner.steps, outcome.metrics))
-        drift = self._drift.check(outcome.version, outcome.metrics)
-        if drift is not None:
-            self._progress.line(f"WARNING: {drift}")
+        for warning in (
+            self._drift.check(outcome.version, outcome.metrics),
+            self._alarm.observe(outcome.metrics["kl/full_bound"]),
+        ):
+            if warning is not None:
+                self._progress.line(f"WARNING: {warning}")
+
+    def _keep_skipped(self, version: int, records: list[dict[str, Any]]) -> None:
+        """What broke a step, for whoever looks for the reason."""
+        path = self._config.run.path / "skipped" / f"step-{version:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        self._progress.line(f"WARNING: step {version} was skipped, its gradient or loss is NaN or infinite; see {path}")
 
     async def _validate(self, version: int) -> None:
         """Accuracy on ``data.valid``, which alone chooses ``best/``; a tie stays with the earlier step."""

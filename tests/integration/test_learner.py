@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -373,6 +374,28 @@ def test_a_step_with_nan_is_skipped_on_all_ranks(two: Ranks, tiny_model: Path, s
         assert changes[0] == 0
         assert changes[1] > 0
         assert difference < 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_update_norm_is_that_of_the_change(two: Ranks, tiny_model: Path, stage: int) -> None:
+    scored = make_scored(6)
+    config = smooth_config(tiny_model, stage, learner={"weight_decay": 0.1})
+    for change, report, _ in two.call(step, config, [[scored[:3]], [scored[3:]]]):
+        norm = float(sum(tensor.double().square().sum() for tensor in change.values())) ** 0.5
+        assert report.metrics["update_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_samples_that_break_a_step_are_told_as_plain_values(one: Ranks, tiny_model: Path) -> None:
+    scored = make_scored(3)
+    bad = replace(scored[1], score=replace(scored[1].score, logprobs=np.full_like(scored[1].score.logprobs, np.nan)))
+    ((_, report, _),) = one.call(step, smooth_config(tiny_model), [[[scored[0], bad, scored[2]]]])
+    assert not report.applied
+    assert report.metrics["update_norm"] == 0
+    (told,) = report.records
+    assert told["sample_id"] == bad.trajectory.sample_id
+    assert told["response_ids"] == bad.trajectory.response_ids.tolist()
+    assert told["teacher_topk_logprobs"][0][0] == "nan"
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
 
 
 def test_a_lost_answer_is_noticed(one: Ranks, tiny_model: Path) -> None:
