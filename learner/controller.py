@@ -199,7 +199,8 @@ class Controller:
         ranks = config.learner.ranks
         for index, report in enumerate(reports):
             track = f"rank {index % ranks}"
-            trained.spans.append(TraceSpan("accumulate", track, report.started, report.ended, {"version": step}))
+            args = {"version": step, "padded_tokens": report.padded_tokens}
+            trained.spans.append(TraceSpan("accumulate", track, report.started, report.ended, args))
         seen = sum(report.sequences for report in reports)
         if seen != trained.answers:
             raise RunError(f"step {step}: {trained.answers} answers were dealt out, the learner saw {seen}")

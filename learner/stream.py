@@ -193,9 +193,10 @@ def _answered(
     sample: Sample, issued: float, summary: Any, score: Any, item: Any, agreement: float | None = None
 ) -> Answered:
     worker, args = f"worker {summary.worker}", {"sample": sample.sample_id}
+    sizes = {"prompt_tokens": summary.prompt_tokens, "response_tokens": summary.response_tokens}
     spans = [
         TraceSpan("queue", "controller", issued, summary.started, args),
-        TraceSpan("rollout", worker, summary.started, summary.ended, args),
+        TraceSpan("rollout", worker, summary.started, summary.ended, {**args, **sizes}),
     ]
     if score is not None:
         spans.append(TraceSpan("score", "teacher", score.started, score.ended, args))
