@@ -2,7 +2,8 @@
 
 A benchmark is a module ``tests/benchmarks/bench_NAME.py`` with ``run() -> dict[str, Measurement]``. Each runs in a
 process of its own (a vLLM engine or a process group of one must not colour the next), one after the other. Figures are
-merged into ``runs/bench/results.json`` by name, so one benchmark can be repeated without losing the others.
+merged into ``runs/bench/results.json`` by name, so one benchmark can be repeated without losing the others. Those that
+take a quarter of an hour each (`BY_NAME`) run only where they are named.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from common.telemetry import write_json
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 RESULTS = Path("runs/bench/results.json")
+BY_NAME = frozenset({"e2e_accuracy", "e2e_trl"})
+"""Benchmarks that are run only when asked for."""
 KEYS = {"value", "unit", "target", "ok", "how"}
 """Of a measurement: the figure, its unit, the target as text (or None), whether it is met, how it was taken."""
 
@@ -45,11 +48,11 @@ def known(folder: Path = FOLDER) -> list[str]:
 
 
 def choose(only: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The benchmarks asked for, all where none is; raises BenchmarkError for a name that is none."""
+    """The benchmarks asked for, all but `BY_NAME` where none is; raises BenchmarkError for a name that is none."""
     unknown = sorted(set(only) - set(names))
     if unknown:
         raise BenchmarkError(f"no benchmark {', '.join(unknown)}; there are: {', '.join(names) or 'none'}")
-    return [name for name in names if not only or name in only]
+    return [name for name in names if (name in only if only else name not in BY_NAME)]
 
 
 def measure(module: str, root: Path = ROOT) -> Measurements:

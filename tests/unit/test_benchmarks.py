@@ -61,6 +61,15 @@ def test_one_is_repeated_without_losing_the_others(folder: Path) -> None:
     assert results(folder) == {"one": {**FIGURE, "value": 9.0}, "two": FIGURE}
 
 
+def test_the_long_ones_are_run_only_by_name(folder: Path) -> None:
+    for name in ("one", *sorted(benchmarks.BY_NAME)):
+        write(folder, name, f"return {{'{name}': {FIGURE!r}}}")
+    assert benchmarks.main([]) == 0
+    assert list(results(folder)) == ["one"]
+    assert benchmarks.main(sorted(benchmarks.BY_NAME)) == 0
+    assert set(results(folder)) == {"one", *benchmarks.BY_NAME}
+
+
 def test_a_failure_is_named_and_the_others_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder, "broken", "raise RuntimeError('no')")
     write(folder, "well", f"return {{'well': {FIGURE!r}}}")
