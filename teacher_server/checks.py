@@ -6,6 +6,7 @@ import math
 
 from common.schema import Context, ItemError, ScoreItem, ScoreRequest, TeacherInfo
 from teacher_server.backends.base import Backend
+from teacher_server.wire_size import reply_bytes
 
 MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 1e-3
@@ -20,7 +21,10 @@ class RequestRefused(ValueError):
 
 
 def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
-    """Mode, temperature, k and number of items against what this teacher offers; raises RequestRefused."""
+    """Mode, temperature, k, number of items and size of the reply against what this teacher offers.
+
+    Raises RequestRefused.
+    """
     if request.mode not in info.modes:
         raise RequestRefused(
             400, "mode", f"mode {request.mode} is not offered by this teacher ({', '.join(info.modes)} are)"
@@ -39,6 +43,14 @@ def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
         )
     if len(request.items) > info.max_items:
         raise RequestRefused(413, "items", f"{len(request.items)} items, at most {info.max_items} in one request")
+    reply = sum(reply_bytes(item, request.mode, request.k) for item in request.items)
+    if reply > info.max_body_bytes:
+        raise RequestRefused(
+            413,
+            "reply",
+            f"the scores of {len(request.items)} items would take {reply} bytes, at most {info.max_body_bytes}: "
+            "send fewer at a time, or a smaller k",
+        )
     if not request.run or len(request.run) > 128:
         raise RequestRefused(400, "run", "the run's name must have 1 to 128 characters")
 

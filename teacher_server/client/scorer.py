@@ -118,6 +118,8 @@ class TeacherScorer:
         for group in requests(
             waiting,
             lambda entry: entry.item,
+            self._factory.mode,
+            self._factory.k,
             most_bytes=min(REQUEST_BYTES, info.max_body_bytes),
             most_items=info.max_items,
         ):

@@ -58,17 +58,21 @@ class TeacherClient:
         )
         self.url = self._transport.url
         self._contexts: dict[str, Context] = {}
+        self._most_bytes = REQUEST_BYTES
+        self._most_items: int | None = None
 
     async def info(self) -> TeacherInfo:
-        """The handshake."""
+        """The handshake; from here on requests keep to this server's limits."""
         reply = await self._transport.send("GET", "/v1/info")
         _raise_for(reply, self.url)
         try:
-            return TeacherInfo.model_validate_json(reply.content)
+            info = TeacherInfo.model_validate_json(reply.content)
         except ValueError as error:
             raise TeacherError(
                 f"{self.url} does not answer as a teacher of protocol {PROTOCOL_VERSION}: {_first_line(error)}"
             ) from error
+        self._most_bytes, self._most_items = min(REQUEST_BYTES, info.max_body_bytes), info.max_items
+        return info
 
     async def put_context(self, context: Context) -> None:
         """Hand a context over (its parent first, where it is one that this client was given before)."""
@@ -103,7 +107,15 @@ class TeacherClient:
     async def _score(self, mode: ScoreMode, temperature: float, k: int, items: Sequence[ScoreItem]) -> ScoreResponse:
         """All items by one teacher: in several requests where they are large or of several contexts."""
         # A request of no items still says who answers.
-        parts = list(requests(range(len(items)), items.__getitem__, most_bytes=REQUEST_BYTES)) or [[]]
+        cut = requests(
+            range(len(items)),
+            items.__getitem__,
+            mode,
+            k,
+            most_bytes=self._most_bytes,
+            most_items=self._most_items,
+        )
+        parts = list(cut) or [[]]
         slots = asyncio.Semaphore(IN_FLIGHT)
 
         async def part(numbers: list[int]) -> ScoreResponse:

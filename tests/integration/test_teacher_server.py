@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -129,6 +132,24 @@ async def test_requests_out_of_bounds(teacher: Running, change: dict[str, object
         reply = await post(http, ScoreRequest(**{**fields, **change}))  # type: ignore[arg-type]
     assert (reply.status_code, reply.json()["error"]) == (status, code)
     assert reply.json()["message"]
+
+
+async def test_a_reply_that_would_be_too_large_is_refused_before_anything_is_computed(teacher: Running) -> None:
+    """A few kilobytes can ask for hundreds of megabytes of the teacher's own ids: by that a tenant ends a server."""
+    many = [replace(item, topk_ids=None) for item in items(0, 60, response=30)]
+    request = request_of(many, mode="teacher_topk", k=512)
+    assert len(encode_request(request)) < 20_000
+    before = len(teacher.gate.batches)
+    async with teacher.http() as http:
+        reply = await post(http, request)
+        assert (reply.status_code, reply.json()["error"]) == (413, "reply")
+        assert "4194304" in reply.json()["message"]
+        assert len(teacher.gate.batches) == before
+    client = TeacherClient(teacher.url, "run", 30, KEYS["red"])
+    await client.info()
+    response = await client.score([*many, *many], "teacher_topk", 1.0, 512)  # cut by what replies take, and by number
+    assert [isinstance(result, ItemScore) for result in response.results] == 120 * [True]
+    await client.close()
 
 
 async def test_a_request_without_items(teacher: Running) -> None:
@@ -352,15 +373,27 @@ async def test_a_slow_body_is_cut_off(teacher: Running, monkeypatch: pytest.Monk
     assert answer.startswith(b"HTTP/1.1 408")
 
 
-async def test_memory_of_bodies_is_bounded_before_it_is_taken(teacher: Running) -> None:
-    """Four bodies of the largest size at once, two of one tenant: the third is refused by what it declares."""
+@contextmanager
+def two_largest_bodies(teacher: Running) -> Iterator[Callable[[], None]]:
+    """Half of what all bodies may hold, declared by one tenant and never sent; the function lets one of them go."""
     lines = ["POST /v1/score HTTP/1.1", "Host: x", f"Authorization: Bearer {KEYS['red']}", f"Content-Length: {4 << 20}"]
-    head = "\r\n".join([*lines, "", ""]).encode()
     host, port = teacher.url.removeprefix("http://").split(":")
-    held = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+    held = [socket.create_connection((host, int(port))) for _ in range(2)]
     try:
-        for _, writer in held:
-            writer.write(head)
+        for connection in held:
+            connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        yield held[0].close
+    finally:
+        for connection in held:
+            connection.close()
+
+
+async def test_memory_of_bodies_is_bounded_before_it_is_taken(
+    teacher: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant's third body of the largest size gets no room by what it declares; other tenants do."""
+    monkeypatch.setattr("teacher_server.bodies.WAIT_S", 0.2)
+    with two_largest_bodies(teacher):
         await asyncio.sleep(0.1)
         async with teacher.http("red") as http:
             refused = await http.post("/v1/score", content=b"\0" * (1 << 20))
@@ -368,12 +401,20 @@ async def test_memory_of_bodies_is_bounded_before_it_is_taken(teacher: Running) 
             assert int(refused.headers["Retry-After"]) >= 1
         async with teacher.http("blue") as http:
             assert (await post(http, request_of(items(1, 1)))).status_code == 200
-    finally:
-        for _, writer in held:
-            writer.close()
-    async with teacher.http("red") as http:
+
+
+async def test_a_body_waits_for_room(teacher: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """The same third body is served as soon as one of the others is gone, and nobody left is an error of ours."""
+    with two_largest_bodies(teacher) as let_one_go:
         await asyncio.sleep(0.1)
-        assert (await post(http, request_of(items(1, 1)))).status_code == 200
+        async with teacher.http("red") as http:
+            third = asyncio.create_task(post(http, request_of(items(1, 1))))
+            await asyncio.sleep(0.3)
+            assert not third.done()
+            let_one_go()
+            assert (await asyncio.wait_for(third, 5)).status_code == 200
+    await asyncio.sleep(0.1)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_keys_are_not_logged(teacher: Running, caplog: pytest.LogCaptureFixture) -> None:
