@@ -87,6 +87,7 @@ class _Face:
                         (tenant, decoded.run, decoded.request_id),
                         digest,
                         lambda: self._compute(tenant, decoded, deadline),
+                        metrics.repeated.labels(label).inc,
                     ),
                 )
         except Conflict as error:

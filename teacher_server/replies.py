@@ -33,19 +33,25 @@ class Replies:
         self._running: dict[Name, _Entry] = {}
         self._done: OrderedDict[Name, tuple[bytes, bytes]] = OrderedDict()
         self.nbytes = 0
-        self.repeated = 0
 
-    async def once(self, name: Name, digest: bytes, compute: Callable[[], Awaitable[tuple[bytes, bool]]]) -> bytes:
+    async def once(
+        self,
+        name: Name,
+        digest: bytes,
+        compute: Callable[[], Awaitable[tuple[bytes, bool]]],
+        on_repeat: Callable[[], None] = lambda: None,
+    ) -> bytes:
         """The reply to `name`; `compute` gives (reply, whether it may be given again).
 
-        `digest` is of the request's body; raises Conflict where `name` came with another one.
+        `digest` is of the request's body; raises Conflict where `name` came with another one. `on_repeat` is called
+        where nothing is computed for this caller.
         """
         if not name[2]:
             return (await compute())[0]
         if (done := self._done.get(name)) is not None:
             self._same(done[0], digest)
             self._done.move_to_end(name)
-            self.repeated += 1
+            on_repeat()
             return done[1]
         entry = self._running.get(name)
         if entry is None:
@@ -53,7 +59,7 @@ class Replies:
             self._running[name] = entry
         else:
             self._same(entry.digest, digest)
-            self.repeated += 1
+            on_repeat()
         entry.waiters += 1
         try:
             return (await asyncio.shield(entry.task))[0]

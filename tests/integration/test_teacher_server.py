@@ -285,6 +285,9 @@ async def test_a_repeated_request_is_computed_once(teacher: Running) -> None:
         assert elsewhere.status_code == 200
     async with teacher.http("blue") as http:
         assert (await post(http, request_of(items(3, 2), request_id="again"))).status_code == 200
+    async with teacher.http("operator") as http:
+        text = (await http.get("/metrics")).text
+    assert 'opcd_teacher_requests_repeated_total{run="red/run"} 2.0' in text
 
 
 async def test_one_of_two_askers_leaves(teacher: Running) -> None:
