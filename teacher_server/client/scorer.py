@@ -17,6 +17,7 @@ from common.schema import (
     Trajectory,
 )
 from common.scoring import ScoringError, TeacherError
+from teacher_server.client.fits import misfit
 from teacher_server.client.split import REQUEST_BYTES, requests
 from teacher_server.client.teacher import LOST_AFTER_S, TeacherClient
 
@@ -87,11 +88,9 @@ class TeacherScorer:
         self._check_identity(response)
         if isinstance(result, ItemError):
             raise ScoringError(f"sample {trajectory.sample_id}: {result.code}: {result.message}")
-        if result.sampled_logprob.shape != trajectory.response_ids.shape:
-            raise ScoringError(
-                f"sample {trajectory.sample_id}: {trajectory.response_ids.size} response tokens were sent, "
-                f"{result.sampled_logprob.size} came back scored"
-            )
+        fault = misfit(result, item, self._factory.mode, self._factory.k)
+        if fault is not None:
+            raise ScoringError(f"sample {trajectory.sample_id}: {fault}")
         return ScoredTrajectory(trajectory, result, response.model_fingerprint, response.weight_version)
 
     async def close(self) -> None:

@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 
 from common.config import TeacherConfig, TeacherServerConfig
-from common.schema import Context, Ids, ItemScore, Prompt, ScoreItem, TeacherInfo, Trajectory, as_ids, context_hash
+from common.schema import (
+    Context,
+    Ids,
+    ItemScore,
+    Prompt,
+    ScoreItem,
+    ScoreResponse,
+    TeacherInfo,
+    Trajectory,
+    as_ids,
+    context_hash,
+)
 from common.scoring import ScoringError, TeacherError
 from teacher_server.actor import TeacherActor
 from teacher_server.client import TeacherClient, TeacherScorerFactory, handshake
@@ -83,6 +94,28 @@ async def test_a_bad_sample_is_a_scoring_error_of_its_own(teacher: Running) -> N
     assert isinstance(results[1], ScoringError)
     assert "row-7" in str(results[1])
     assert "unknown_context" in str(results[1])
+
+
+async def test_half_a_score_is_a_scoring_error_of_its_sample(teacher: Running) -> None:
+    """As from a server of somebody else's, or of another version."""
+    scorer = factory_for(teacher)()
+    whole = scorer._client.score
+
+    async def loses_a_row(*asked: object) -> ScoreResponse:
+        response = await whole(*asked)  # type: ignore[arg-type]
+        first, second = response.results
+        assert isinstance(first, ItemScore)
+        return replace(response, results=(replace(first, tail_logprob=first.tail_logprob[1:]), second))
+
+    scorer._client.score = loses_a_row  # type: ignore[method-assign]
+    one, other = items(1, 2)
+    results = await asyncio.gather(
+        scorer.score(trajectory(one, "row-7")), scorer.score(trajectory(other)), return_exceptions=True
+    )
+    await scorer.close()
+    assert isinstance(results[0], ScoringError)
+    assert "row-7: tail of shape (7,)" in str(results[0])
+    assert not isinstance(results[1], BaseException)
 
 
 async def test_lost_contexts_are_put_again(teacher: Running) -> None:
