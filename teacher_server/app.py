@@ -21,6 +21,7 @@ from teacher_server.checks import RequestRefused
 from teacher_server.documented import REFUSALS, Stored, binary_body, binary_reply, refusals, text_reply
 from teacher_server.replies import Conflict, Replies
 from teacher_server.service import TeacherService
+from teacher_server.wire_size import reply_bytes
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ INLINE_BYTES = 256 * 1024
 """Bodies above this are decoded and encoded in a thread, so that the event loop goes on."""
 
 BODIES_AT_ONCE = 4
-"""Of the largest size: what all requests in progress may hold together."""
+"""Of the largest size: what all requests in progress may hold together, and once more for their replies."""
 
 REPLY_CACHE_BYTES = 64 * 1024 * 1024
 """Replies kept for requests that are sent again."""
@@ -49,6 +50,7 @@ class _Face:
         self.auth = auth
         self.limit = service.info().max_body_bytes
         self.budget = BodyBudget(BODIES_AT_ONCE * self.limit)
+        self.reply_budget = BodyBudget(BODIES_AT_ONCE * self.limit)
         self.replies = Replies(REPLY_CACHE_BYTES)
 
     def tenant(self, request: Request) -> str:
@@ -101,14 +103,17 @@ class _Face:
         return Response(reply, media_type=MEDIA_TYPE)
 
     async def _compute(self, tenant: str, request: ScoreRequest, deadline_s: float) -> tuple[bytes, bool]:
-        response = await self.service.score(tenant, request, deadline_s=deadline_s)
-        size = sum(result.logprobs.nbytes for result in response.results if isinstance(result, ItemScore))
-        # What may be otherwise next time is not kept: the same request can be sent again.
-        passing = any(
-            isinstance(result, ItemError) and result.code in ("internal", "unknown_context")
-            for result in response.results
-        )
-        return await _off_loop(encode_response, response, size), not passing
+        expected = sum(reply_bytes(item, request.mode, request.k) for item in request.items)
+        # What is out of bounds (above the limit, or of a negative k) is refused by the service, at once.
+        async with self.reply_budget.room(tenant, max(0, min(expected, self.limit))):
+            response = await self.service.score(tenant, request, deadline_s=deadline_s)
+            size = sum(result.logprobs.nbytes for result in response.results if isinstance(result, ItemScore))
+            # What may be otherwise next time is not kept: the same request can be sent again.
+            passing = any(
+                isinstance(result, ItemError) and result.code in ("internal", "unknown_context")
+                for result in response.results
+            )
+            return await _off_loop(encode_response, response, size), not passing
 
     def _count(self, error: RequestRefused, label: str) -> RequestRefused:
         self.service.metrics.rejected.labels(label, error.code).inc()

@@ -31,7 +31,7 @@ class _Waiting:
 
 
 class BodyBudget:
-    """Bytes of all bodies that are being read or worked on. One tenant holds at most half of them."""
+    """Bytes of all bodies that are being read, worked on or made. One tenant holds at most half of them."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -52,12 +52,12 @@ class BodyBudget:
             return
         if declared > limit:
             raise RequestRefused(413, "body", f"the body has {declared} bytes, at most {limit}")
-        async with self._room(tenant, declared):
+        async with self.room(tenant, declared):
             yield await self._collect(request, declared, None)
 
     @asynccontextmanager
-    async def _room(self, tenant: str, size: int) -> AsyncIterator[None]:
-        """A scope that holds `size` bytes, entered in the order of arrival."""
+    async def room(self, tenant: str, size: int) -> AsyncIterator[None]:
+        """A scope that holds `size` bytes, in the order of arrival. Raises RequestRefused (429) after `WAIT_S`."""
         waiting = _Waiting(tenant, size)
         self._waiting.append(waiting)
         try:

@@ -420,6 +420,27 @@ async def test_a_body_waits_for_room(teacher: Running, caplog: pytest.LogCapture
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+async def test_memory_of_replies_is_bounded_before_it_is_taken(
+    teacher: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two small requests of one tenant, with replies of nearly the largest size: for a third there is no room."""
+    monkeypatch.setattr("teacher_server.bodies.WAIT_S", 0.2)
+    many = [replace(item, topk_ids=None) for item in items(0, 50, response=30)]
+    request = request_of(many, mode="teacher_topk", k=512)
+    async with teacher.http("red") as red, teacher.http("blue") as blue:
+        with teacher.gate.held():
+            two = [asyncio.create_task(post(red, request)) for _ in range(2)]
+            await asyncio.to_thread(teacher.gate.entered.acquire)
+            await asyncio.sleep(0.1)
+            refused = await post(red, request)
+            assert (refused.status_code, refused.json()["error"]) == (429, "memory")
+            other = asyncio.create_task(post(blue, request))
+            await asyncio.sleep(0.3)
+            assert not other.done()  # it is in the queue: another tenant's half is not touched
+        assert {reply.status_code for reply in await asyncio.gather(*two, other)} == {200}
+        assert (await post(red, request)).status_code == 200
+
+
 async def test_keys_are_not_logged(teacher: Running, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG"):
         async with teacher.http() as http:

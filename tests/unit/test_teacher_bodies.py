@@ -10,7 +10,7 @@ from teacher_server.bodies import BodyBudget
 
 
 async def hold(budget: BodyBudget, tenant: str, size: int, order: list[str], name: str, go: asyncio.Event) -> None:
-    async with budget._room(tenant, size):
+    async with budget.room(tenant, size):
         order.append(name)
         await go.wait()
 
