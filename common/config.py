@@ -36,6 +36,16 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     dir: Path = Path("runs")
     seed: NonNegative = 0
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Show each step's numbers to Prometheus there (0: any free port); None: not at all."""
+    metrics_host: str = "127.0.0.1"
+    """Address to listen on at `metrics_port`; `0.0.0.0` where Prometheus is on another machine."""
+    wandb: str | None = None
+    """Send them to this Weights & Biases project, ``project`` or ``team/project``; needs the package ``wandb``."""
+    mlflow: str | None = None
+    """Send them to this MLflow experiment; needs the package ``mlflow``."""
+    mlflow_uri: str | None = None
+    """MLflow's tracking server or folder, default: where MLflow looks by itself."""
 
     @property
     def path(self) -> Path:
@@ -223,7 +233,7 @@ class LoraConfig(Section):
     """Low-rank adapters: only they are trained, the base weights stay as they are."""
 
     rank: Positive = 16
-    alpha: PositiveFloat = 32.0
+    alpha: Positive = 32
     """The adapters' product is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Names of the layers that get an adapter; `all-linear`: every linear layer but the output layer."""
@@ -365,7 +375,6 @@ class Config(Section):
                 "loss.form: `exact` needs full teacher log-probs, which no teacher server sends; use `tail`"
             )
         not_yet = {
-            "learner.lora": self.learner.lora is not None,
             "teacher.backend": self.teacher.backend != "transformers",
         }
         for key, asked in not_yet.items():

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.config import Config
-from common.schema import Ids, ScoredTrajectory, TokenSequence
+from common.schema import Ids, ItemScore, ScoredTrajectory, TokenSequence, Trajectory
 from common.weights import TensorSpec
 from learner.batching import (
     PaddedBatch,
@@ -29,7 +29,8 @@ from learner.batching import (
     sequence_of,
     training_batch,
 )
-from learner.export import WeightView
+from learner.export import WeightView, replace_folder
+from learner.lora import save_adapter, without_adapters
 from learner.objective import METRICS, Objective
 from learner.optimizer import deepspeed_config, effective_zero_stage, learning_rate, make_optimizer
 from learner.policy import device_of, dtype_of, load_policy
@@ -298,6 +299,26 @@ class LearnerEngine:
         """
         return self._read(sequences, lambda batch: self._policy.topk(batch, k).cpu().numpy().astype(np.uint32))
 
+    def score_with_base(self, items: Sequence[tuple[Trajectory, Ids]]) -> list[ItemScore]:
+        """What the base model, adapters off, says of answers behind a teacher's prompt (context + prompt): the score of
+        each at the answer's own ids, as a teacher server gives it.
+
+        Every rank computes all of them (a collective under ZeRO-3). Raises ValueError without LoRA: there is no base.
+        """
+        if self._config.learner.lora is None:
+            raise ValueError(
+                "score_with_base needs learner.lora: without adapters there is no base model to score with"
+            )
+        results: dict[int, ItemScore] = {}
+        lengths = [len(prompt) + len(trajectory.response_ids) for trajectory, prompt in items]
+        with without_adapters(self._policy.model):
+            for indices in plan_micro_batches(lengths, self._config.learner.micro_batch_tokens):
+                chosen = [items[index] for index in indices]
+                batch = pad_sequences([TokenSequence(prompt, t.response_ids) for t, prompt in chosen]).to(self._device)
+                scores = self._policy.scores(batch, [t.topk_ids for t, _ in chosen], self._config.loss.temperature)
+                results.update(zip(indices, scores, strict=True))
+        return [results[index] for index in range(len(items))]
+
     def _read(self, sequences: Sequence[TokenSequence], read: Callable[[PaddedBatch], NDArray[R]]) -> list[NDArray[R]]:
         """`read` over micro-batches, cut apart again, in the order of `sequences`."""
         results: dict[int, NDArray[R]] = {}
@@ -322,12 +343,20 @@ class LearnerEngine:
         return self._weights.gathered(self._config.sync.bucket_bytes)
 
     def save(self, folder: Path) -> None:
-        """A Hugging Face folder with the tokenizer, complete or absent; rank 0 writes."""
+        """A Hugging Face folder with the tokenizer, or an adapter alone (``learner.lora.publish``); complete or absent.
+        Rank 0 writes.
+        """
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self._config.student.model) if self._rank == 0 else None
-        group_bytes = self._config.sync.bucket_bytes
-        self._weights.save(folder, tokenizer, write=self._rank == 0, group_bytes=group_bytes)
+        lora, model = self._config.learner.lora, self._config.student.model
+        if lora is not None and lora.publish == "adapter":
+            factors = self._weights.adapter_factors()
+            if self._rank == 0:
+                replace_folder(folder, lambda partial: save_adapter(partial, factors, lora, model))
+        else:
+            group_bytes = self._config.sync.bucket_bytes
+            self._weights.save(folder, tokenizer, write=self._rank == 0, group_bytes=group_bytes)
         dist.barrier()
 
     def save_state(self, folder: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.config import Config
+from common.schema import LOGPROB_FLOOR, Ids, ItemScore
 from learner.batching import PaddedBatch, TrainingBatch
 from learner.head import OutputLayer, check_transform, logit_transform
+from learner.lora import add_adapters
 from learner.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -73,6 +77,34 @@ class Policy(nn.Module):
             self.head(self.hidden(batch), read=read)
         return out
 
+    def scores(self, batch: PaddedBatch, supports: Sequence[Ids], temperature: float) -> list[ItemScore]:
+        """This model as a teacher: full-vocabulary log-probs at each response's ids ``[T, k]`` (all of one width), of
+        its tokens, and of the mass outside, at `temperature`; without gradient.
+        """
+        ids = torch.from_numpy(np.concatenate(supports).astype(np.int64)).to(batch.positions.device)
+        values = torch.empty(len(ids), ids.shape[1] + 2, dtype=torch.float32, device=ids.device)
+
+        def read(rows: slice, logits: Tensor) -> None:
+            whole = logits.logsumexp(dim=-1, keepdim=True)
+            values[rows, :-2] = logits.gather(-1, ids[rows]) - whole
+            values[rows, -2:-1] = logits.gather(-1, batch.response_ids[rows].unsqueeze(-1)) - whole
+            # The rest is summed over its own entries, never as one minus the others.
+            values[rows, -1:] = logits.scatter_(-1, ids[rows], float("-inf")).logsumexp(dim=-1, keepdim=True) - whole
+
+        with torch.no_grad():
+            self.head(self.hidden(batch), temperature=temperature, read=read)
+        floored = (values < LOGPROB_FLOOR).sum(dim=-1).cpu()
+        values = values.clamp(min=LOGPROB_FLOOR).cpu()
+        return [
+            ItemScore(
+                logprobs=part[:, :-2].to(torch.float16).numpy(),
+                sampled_logprob=part[:, -2].numpy().copy(),
+                tail_logprob=part[:, -1].numpy().copy(),
+                floored=int(low.sum()),
+            )
+            for part, low in zip(values.split(batch.lengths), floored.split(batch.lengths), strict=True)
+        ]
+
 
 def load_policy(config: Config, device: torch.device, dtype: torch.dtype) -> Policy:
     """The student's initial weights on `device`.
@@ -85,6 +117,8 @@ def load_policy(config: Config, device: torch.device, dtype: torch.dtype) -> Pol
     _without_dropout(settings)
     model = AutoModelForCausalLM.from_pretrained(config.student.model, config=settings, dtype=dtype)
     model.to(device)
+    if config.learner.lora is not None:
+        add_adapters(model, config.learner.lora)
     if config.learner.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model, config.learner.logit_chunk_tokens)

@@ -15,7 +15,13 @@ _TAG = "state"
 
 def save_state(deepspeed_engine: Any, folder: Path, counters: dict[str, int]) -> None:
     """Write this rank's part under `folder`; returns when all ranks have."""
-    deepspeed_engine.save_checkpoint(str(folder), tag=_TAG, client_state={"counters": counters}, save_latest=False)
+    deepspeed_engine.save_checkpoint(
+        str(folder),
+        tag=_TAG,
+        client_state={"counters": counters},
+        save_latest=False,
+        exclude_frozen_parameters=True,  # under LoRA they are those of the student's initial model
+    )
     torch.save(_generators(), folder / _TAG / f"generators_{dist.get_rank()}.pt")
     shape = torch.tensor([dist.get_world_size(), deepspeed_engine.zero_optimization_stage()])
     if dist.get_rank() == 0:
@@ -35,7 +41,7 @@ def load_state(deepspeed_engine: Any, folder: Path) -> dict[str, int]:
             f"{folder} was saved by {world_size} ranks at ZeRO stage {stage}, this run has {here[0]} at "
             f"stage {here[1]}: resume with the same learner.ranks and learner.zero_stage"
         )
-    _, client = deepspeed_engine.load_checkpoint(str(folder), tag=_TAG)
+    _, client = deepspeed_engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
     _restore(torch.load(folder / _TAG / f"generators_{dist.get_rank()}.pt", weights_only=False))
     return dict(client["counters"])
 
