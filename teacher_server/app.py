@@ -146,10 +146,10 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
     app.add_exception_handler(RequestRefused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(CodecError, _undecodable)  # type: ignore[arg-type]
 
-    @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        """The process is alive."""
-        return {"status": "ok"}
+    @app.get("/healthz", response_model=None, responses={503: {"description": "Nothing is computed any more."}})
+    async def healthz() -> Response:
+        """Whether the process is of use: 200, or 503 where it must be started again."""
+        return JSONResponse({"status": "ok" if service.alive else "failed"}, 200 if service.alive else 503)
 
     @app.get("/readyz", response_model=None, responses={503: {"description": REFUSALS[503]}})
     async def readyz() -> Response:

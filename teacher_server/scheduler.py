@@ -40,6 +40,10 @@ class QueueFull(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class SchedulerStopped(RuntimeError):
+    """The loop that makes batches ended by a fault: nothing is computed any more, the server must be started again."""
+
+
 Versioned = tuple[ItemScore | ItemError, int]
 """A result and the version of the weights that it was computed with."""
 
@@ -103,7 +107,9 @@ class Scheduler:
         self._loop_task: asyncio.Task[None] | None = None
         self._tokens_per_s = 1000.0
         self._stopping = False
-        self.running_items = 0
+        self._running: list[Job] = []
+        self.failure: str | None = None
+        """Why no batches are made any more."""
         self._on_batch = on_batch
 
     # --- on the event loop ------------------------------------------------------------------------------------------
@@ -111,6 +117,7 @@ class Scheduler:
     def start(self) -> None:
         """Begin taking batches; called on the event loop that will call `submit`."""
         self._loop_task = asyncio.get_running_loop().create_task(self._run(), name="teacher-batches")
+        self._loop_task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
         """Finish what is queued, then stop."""
@@ -121,7 +128,11 @@ class Scheduler:
         self._thread.shutdown(wait=True)
 
     async def submit(self, tenant: str, run: str, works: Sequence[tuple[Work, Located | None]]) -> list[Versioned]:
-        """Queue items and wait for all of them. Raises QueueFull; a cancelled caller's items leave the queue."""
+        """Queue items and wait for all of them. Raises QueueFull and SchedulerStopped; a cancelled caller's items leave
+        the queue.
+        """
+        if self.failure is not None:
+            raise SchedulerStopped(self.failure)
         tokens = sum(work.own_tokens for work, _ in works)
         self._admit(tenant, run, tokens)
         loop = asyncio.get_running_loop()
@@ -151,13 +162,30 @@ class Scheduler:
             jobs = self._take()
             if not jobs:
                 continue
-            self.running_items = len(jobs)
+            self._running = jobs
             report, results, version = await loop.run_in_executor(self._thread, self._compute_one_version, jobs)
-            self.running_items = 0
             self._account(report)
             for job, result in zip(jobs, results, strict=True):
                 if not job.future.done():
                     job.future.set_result((result, version))
+            self._running = []
+
+    @property
+    def running_items(self) -> int:
+        """Items of the batch that is being computed."""
+        return len(self._running)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Whoever waits hears of a loop that ended by a fault: else they would wait for ever."""
+        fault = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if fault is None:
+            return
+        log.critical("no batches are made any more", exc_info=fault)
+        self.failure = f"no batches are made any more: {type(fault).__name__} {fault}".rstrip()
+        waiting = [self.queue.pop() for _ in range(len(self.queue))]
+        for job in [*self._running, *waiting]:
+            if not job.future.done():
+                job.future.set_exception(SchedulerStopped(self.failure))
 
     async def _wait_for_work(self) -> bool:
         """Until something waits, then a short window for more, unless a full batch is there already; False: stop."""
@@ -260,5 +288,8 @@ class Scheduler:
                     if spent:
                         account = (job.tenant, job.run)
                         context_tokens[account] = context_tokens.get(account, 0) + spent
-                results += self._backend.score(works)
+                scored = self._backend.score(works)
+                if len(scored) != len(works):  # else every score behind the gap would be another item's
+                    raise RuntimeError(f"{len(works)} items went to the backend, {len(scored)} results came back")
+                results += scored
         return BatchReport(jobs, began, time.monotonic() - began, context_tokens), results

@@ -25,7 +25,7 @@ from teacher_server.backends.base import Backend, LiveBackend, Work
 from teacher_server.checks import RequestRefused, check_item, check_request
 from teacher_server.contexts import ContextRefused, ContextStore, Located
 from teacher_server.metrics import Metrics
-from teacher_server.scheduler import BatchReport, QueueFull, Scheduler
+from teacher_server.scheduler import BatchReport, QueueFull, Scheduler, SchedulerStopped
 
 CONTEXT_IDS_BYTES = 256 * 1024 * 1024
 """Bound on the tokens of stored contexts (their states have a bound of their own)."""
@@ -88,7 +88,12 @@ class TeacherService:
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return self._scheduler is not None and not self._draining and self._broken is None
+        return self._scheduler is not None and self.alive and not self._draining and self._broken is None
+
+    @property
+    def alive(self) -> bool:
+        """False where only another process can help."""
+        return self._scheduler is None or self._scheduler.failure is None
 
     def load_weights(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
         """Replace the weights between two batches; from any thread but the event loop's, blocks until it is done.
@@ -132,6 +137,7 @@ class TeacherService:
     def info(self) -> TeacherInfo:
         """The handshake."""
         backend, config = self._backend, self._config
+        assert config.kind != "base"  # the learner itself
         return TeacherInfo(
             protocol=PROTOCOL_VERSION,
             model=backend.model_name,
@@ -175,6 +181,8 @@ class TeacherService:
                 scored, version = await _of_one_version(scheduler, tenant, request.run, works)
         except QueueFull as error:
             raise RequestRefused(429, "busy", str(error), retry_after_s=error.retry_after_s) from error
+        except SchedulerStopped as error:
+            raise RequestRefused(503, "broken", str(error)) from error
         except TimeoutError as error:
             raise RequestRefused(504, "deadline", f"not scored within the {deadline_s:g} s asked for") from error
         self._refuse_if_broken()  # an update may have failed while these items waited

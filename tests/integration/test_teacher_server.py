@@ -112,6 +112,22 @@ async def test_a_backend_that_fails_takes_only_the_item_along(teacher: Running) 
     assert isinstance(third, ItemScore)
 
 
+async def test_a_server_that_computes_nothing_any_more_says_so(tiny_model: Path) -> None:
+    with running(tiny_model) as broken:
+
+        def faulty(_: object) -> None:
+            raise KeyError("a series that is not there")
+
+        broken.service._scheduler._on_batch = faulty  # type: ignore[union-attr]
+        async with broken.http() as http:
+            for _ in ("what meets the fault", "what comes after it"):
+                reply = await post(http, request_of(items(1, 1)))
+                assert (reply.status_code, reply.json()["error"]) == (503, "broken")
+                assert "a series that is not there" in reply.json()["message"]
+            assert (await http.get("/readyz")).status_code == 503
+            assert (await http.get("/healthz")).status_code == 503
+
+
 # --- refusals of whole requests -------------------------------------------------------------------------------------
 
 

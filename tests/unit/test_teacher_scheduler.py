@@ -14,7 +14,7 @@ import pytest
 from common.schema import Context, Ids, ItemError, ItemScore, ScoreItem, as_ids
 from teacher_server.backends.base import Backend, Work
 from teacher_server.contexts import Located
-from teacher_server.scheduler import QueueFull, Scheduler, Versioned
+from teacher_server.scheduler import BatchReport, QueueFull, Scheduler, SchedulerStopped, Versioned
 
 
 class Held:
@@ -243,3 +243,34 @@ async def test_stop_finishes_what_is_queued() -> None:
         await stopped
         assert first.done()
         assert numbers(asked.result()) == list(range(5))
+
+
+async def test_a_backend_that_loses_a_result_gives_nobody_anothers_score() -> None:
+    class Loses(Held):
+        def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
+            return [result for result in super().score(batch) if numbers([(result, 0)]) != [5]]
+
+    async with scheduler_of(Loses(), window_s=0.01) as scheduler:
+        results = await scheduler.submit("t", "r", [work(10, n) for n in (4, 5, 6)])
+    assert numbers(results) == [4, "internal", 6]
+
+
+async def test_whoever_waits_hears_that_no_batches_are_made_any_more() -> None:
+    """The computed, the queued and the next to come: none may wait for a loop that is gone."""
+    backend = Held()
+
+    def faulty(report: BatchReport) -> None:
+        raise KeyError("a series that is not there")
+
+    async with scheduler_of(backend, on_batch=faulty) as scheduler:
+        first = await hold(backend, scheduler)
+        queued = asyncio.create_task(scheduler.submit("t", "r", [work(60), work(60)]))
+        await asyncio.sleep(0.01)
+        assert scheduler.failure is None
+        backend.open.set()
+        for waiting in (first, queued):
+            with pytest.raises(SchedulerStopped, match="a series that is not there"):
+                await asyncio.wait_for(waiting, 5)
+        with pytest.raises(SchedulerStopped):
+            await scheduler.submit("t", "r", [work(1)])
+        assert len(scheduler.queue) == 0
