@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from teacher_server.backends.base import Backend
 
 MAX_PARENTS = 256
 """Longest chain of parents: each one costs a merge in every layer of every forward pass."""
+
+MAX_CONTEXTS = 65_536
+"""Stored at a time, of all tenants: short ones take far more memory than their ids."""
 
 Name = tuple[str, str]
 """(tenant, context hash)."""
@@ -71,7 +75,7 @@ class ContextStore:
         context = Context(hash=name, ids=ids, parent=parent)
         self._contexts[tenant, name] = context
         self.nbytes += ids.nbytes
-        while self.nbytes > self._max_bytes:
+        while self.nbytes > self._max_bytes or len(self._contexts) > MAX_CONTEXTS:
             _, oldest = self._contexts.popitem(last=False)
             self.nbytes -= oldest.ids.nbytes
         return context
@@ -108,6 +112,11 @@ class Located:
         """What the context is stored under."""
         return self.tenant, self.context.hash
 
+    def own_tokens(self) -> list[int]:
+        """Tokens of each state that computing this one leaves in the cache, the root's first."""
+        ends = [0, *(int(context.ids.size) for context in (*reversed(self.parents), self.context))]
+        return [end - begin for begin, end in pairwise(ends)]
+
 
 @dataclass(slots=True, eq=False)
 class _Entry:
@@ -143,9 +152,9 @@ class PrefixCache:
         self.nbytes = 0
         self.counts = CacheCounts()
 
-    def fits(self, context: Context) -> bool:
-        """Whether the state of `context` can be held at all."""
-        return self._backend.prefix_bytes(int(context.ids.size)) <= self._max_bytes
+    def fits(self, located: Located) -> bool:
+        """Whether the state of a context can be held at all, with those of its parents, which it refers to."""
+        return sum(map(self._backend.prefix_bytes, located.own_tokens())) <= self._max_bytes
 
     def holds(self, located: Located) -> bool:
         """Whether the state is here (may be asked from any thread; true only for the moment)."""

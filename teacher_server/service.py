@@ -221,10 +221,10 @@ class TeacherService:
             located = self._locate(tenant, item)
             context = None if located is None else located.context
             fault = check_item(item, context, request, info, self._backend)
-            if fault is None and context is not None and not scheduler.cache.fits(context):
+            if fault is None and located is not None and not scheduler.cache.fits(located):
                 fault = ItemError(
                     "too_long",
-                    f"the cache of a context of {context.ids.size} tokens takes more than "
+                    f"the cache of a context of {located.context.ids.size} tokens takes more than "
                     f"teacher.context_cache_bytes={self._config.context_cache_bytes}",
                 )
             faults.append(fault)

@@ -58,7 +58,7 @@ class Backend(Protocol):
     """As in `TeacherInfo.modes`."""
 
     def prefix_bytes(self, tokens: int) -> int:
-        """Memory that the state of `tokens` context tokens takes."""
+        """Memory that the state of `tokens` context tokens takes: its `nbytes`, or a little more."""
         ...
 
     def embeds(self, ids: Ids) -> bool:

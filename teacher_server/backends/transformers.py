@@ -66,7 +66,7 @@ class TransformersBackend:
         self.max_sequence_tokens = int(model.config.max_position_embeddings)
         self.model_fingerprint = model_fingerprint(model)
         _refuse_unusual_attention(model.config)
-        self._token_bytes = 0
+        self._token_bytes = self._hidden_bytes = 0
         self._check_against_plain_forward()
         self._live = None if kind == "frozen" else LiveWeights(model, ema_decay if kind == "ema" else None)
 
@@ -127,8 +127,8 @@ class TransformersBackend:
         return int(ids.max(initial=0)) < self._embedded
 
     def prefix_bytes(self, tokens: int) -> int:
-        """Keys and values of `tokens` tokens in all layers."""
-        return tokens * self._token_bytes
+        """Keys and values of `tokens` tokens in all layers, and the last one's hidden state."""
+        return tokens * self._token_bytes + self._hidden_bytes
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the weights of `version` (of a `self` or `ema` teacher). Raises SyncError, and is unusable then."""
@@ -214,6 +214,7 @@ class TransformersBackend:
         self._model.set_attn_implementation(NAME)
         prefix = self.prefill(ids[a:b], self.prefill(ids[:a], None))
         self._token_bytes = sum(t.nbytes for t in (*prefix.own.keys, *prefix.own.values)) // prefix.own_tokens
+        self._hidden_bytes = prefix.last_hidden.nbytes
         item = ScoreItem(context=None, prompt_ids=ids[b:c], response_ids=ids[c:])
         (result,) = self.score([Work(item, prefix, "sampled", 1.0, 0)])
         difference = (

@@ -219,5 +219,39 @@ def test_failed_computation_leaves_no_pins(cache: PrefixCache, backend: Counting
 
 
 def test_a_context_that_never_fits(cache: PrefixCache) -> None:
-    assert cache.fits(make(100))
-    assert not cache.fits(make(101))
+    assert cache.fits(Located("t", make(100)))
+    assert not cache.fits(Located("t", make(101)))
+
+
+@pytest.mark.parametrize("tokens", range(60, 101))
+def test_what_is_said_to_fit_does(tokens: int) -> None:
+    """A state has memory beside that of its tokens, each parent's too: not seen, the context would fail for ever."""
+
+    class Padded(CountingBackend):
+        def prefix_bytes(self, tokens: int) -> int:
+            return super().prefix_bytes(tokens) + 75
+
+        def prefill(self, ids: Ids, parent: State | None) -> State:
+            state = super().prefill(ids, parent)
+            state.nbytes += 75
+            return state
+
+    cache = PrefixCache(cast(Backend, Padded()), max_bytes=1000)
+    grand = make(10)
+    parent = make(30, grand)
+    located = Located("t", make(tokens, parent), (parent, grand))
+    use(cache, Located("t", make(50)))  # makes room
+    if cache.fits(located):
+        use(cache, located)
+        assert cache.nbytes == 10 * tokens + 3 * 75 <= 1000
+    else:
+        assert 10 * tokens + 3 * 75 > 1000
+
+
+def test_many_short_contexts_are_bounded_by_number(monkeypatch: pytest.MonkeyPatch, store: ContextStore) -> None:
+    monkeypatch.setattr("teacher_server.contexts.MAX_CONTEXTS", 3)
+    shorts = [as_ids([n]) for n in range(4)]
+    for ids in shorts:
+        store.put("t", named(ids), ids, None)
+    assert [store.get("t", named(ids)) is not None for ids in shorts] == [False, True, True, True]
+    assert (len(store), store.nbytes) == (3, 12)
