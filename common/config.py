@@ -87,9 +87,10 @@ class TeacherConfig(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """0: any free one."""
-    kind: Literal["frozen", "self", "ema"] = "frozen"
+    kind: Literal["frozen", "self", "ema", "base"] = "frozen"
     """`frozen` keeps its weights. `self` and `ema` belong to one run and start from the student: they take every
-    version that the learner publishes, or an exponential moving average of them."""
+    version that the learner publishes, or an exponential moving average of them. `base` is the student without its
+    adapters (`learner.lora`), computed by the learner itself: no other copy of the weights, and no server."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Of `ema`: average = decay * average + (1 - decay) * student, once a version."""
     backend: Literal["transformers", "vllm"] = "transformers"
@@ -136,7 +137,7 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _weights_need_transformers(self) -> TeacherConfig:
-        if self.kind != "frozen" and self.backend != "transformers":
+        if self.kind in ("self", "ema") and self.backend != "transformers":
             raise ValueError(f"kind `{self.kind}` takes new weights, which backend `{self.backend}` does not")
         return self
 
@@ -387,6 +388,8 @@ class Config(Section):
                 f"loss.form: `policy_gradient` compares log-probs of the sampler and the learner, so loss.temperature "
                 f"({self.loss.temperature}) must equal rollout.temperature ({self.rollout.temperature})"
             )
+        if self.teacher.kind == "base" and self.loss.support != "student":
+            raise ValueError("teacher.kind `base` scores at the student's ids: loss.support must be `student`")
         if self.sync.delta and self.sync.backend != "gloo":
             raise ValueError(f"sync.delta: goes over sync.backend `gloo` only, not `{self.sync.backend}`")
         if self.learner.cpu_offload and self.learner.zero_stage == 0:

@@ -9,7 +9,7 @@ from functools import reduce
 from common.telemetry import Span, covered_s
 from common.trace import TraceSpan
 
-COMPUTE = ("accumulate", "step")
+COMPUTE = ("topk", "accumulate", "step")
 """Stages in which a rank of the learner computes."""
 
 QUEUE = "queue"

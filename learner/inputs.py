@@ -27,6 +27,8 @@ class Inputs:
     contexts: dict[str, Context]
     grader: Grader
     tokenizer_fingerprint: str
+    student_limit: int
+    """Tokens that the student takes."""
 
     def teacher_tokens(self) -> dict[str, int]:
         """Prompt tokens on the teacher's side by row, the context included."""
@@ -43,6 +45,7 @@ def read_inputs(config: Config) -> Inputs:
     text = config.context.read()
     tokenizer = load_tokenizer(config.student.model)
     renderer = Renderer(tokenizer, text, config.student, config.context.placement)
+    limit = config.student.max_sequence_tokens or _model_limit(config.student.model)
     inputs = Inputs(
         train=[renderer.render(row) for row in train],
         valid=[renderer.render(row) for row in valid],
@@ -50,6 +53,7 @@ def read_inputs(config: Config) -> Inputs:
         contexts=renderer.contexts,
         grader=grader,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        student_limit=limit,
     )
     if renderer.without_shared_prefix:
         log.warning(
@@ -62,7 +66,7 @@ def read_inputs(config: Config) -> Inputs:
         "student",
         {row.row_id: len(row.student_ids) for row in (*inputs.train, *inputs.valid, *inputs.eval)},
         max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens or 0),
-        limit=config.student.max_sequence_tokens or _model_limit(config.student.model),
+        limit=limit,
     )
     return inputs
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.chat import teacher_sequence
 from common.config import Config
-from common.schema import Ids, ScoredTrajectory, TokenSequence, Trajectory
+from common.schema import Context, Ids, ScoredTrajectory, TokenSequence, Trajectory, as_ids
 from common.weights import SyncManifest
 from learner.distributed import free_port, join_ranks, leave_ranks
-from learner.reports import AccumulateReport, LearnerInfo, StepReport
+from learner.reports import AccumulateReport, LearnerInfo, PassReport, StepReport
 
 if TYPE_CHECKING:
     from learner.engine import LearnerEngine
@@ -37,6 +39,7 @@ class LearnerRank:
         self._rank = rank
         self._world_size = world_size
         self._config = config
+        self._contexts: dict[str, Context] = {}
         self._engine: LearnerEngine | None = None
         self._sender: Sender | None = None
 
@@ -72,17 +75,29 @@ class LearnerRank:
         """The k most likely ids at every response position, one ``[T, k]`` array each."""
         return self._running.topk(sequences, k)
 
-    def pick_topk(self, *trajectories: Trajectory) -> list[Any]:
-        """[shares of the ids that the engine had picked too (None where it picked none), the answers with the learner's
-        ids, one each]: called with ``num_returns`` of one more than there are answers.
+    def take_contexts(self, contexts: Mapping[str, Context]) -> None:
+        """What `prepare` needs to score as the teacher (``teacher.kind: base``)."""
+        self._contexts = dict(contexts)
+
+    def prepare(self, *answers: Trajectory) -> list[Any]:
+        """What the configuration wants of the learner before an answer can be trained on: its top-k ids, the base
+        model's score. [PassReport, the answers with it, one each]: call it with ``num_returns`` of one more.
         """
-        k = self._config.loss.top_k
-        picked = self._running.topk([TokenSequence(t.prompt.student_ids, t.response_ids) for t in trajectories], k)
-        shares = [
-            topk_agreement(trajectory.topk_ids, ids) if trajectory.topk_ids.shape[1] else None
-            for trajectory, ids in zip(trajectories, picked, strict=True)
-        ]
-        return [shares, *(replace(t, topk_ids=ids) for t, ids in zip(trajectories, picked, strict=True))]
+        started, agreements = time.time(), tuple[float | None, ...]([None] * len(answers))
+        prepared: Sequence[Any] = answers
+        if self._config.rollout.topk_from == "learner":
+            k = self._config.loss.top_k
+            picked = self._running.topk([TokenSequence(t.prompt.student_ids, t.response_ids) for t in answers], k)
+            agreements = tuple(
+                topk_agreement(answer.topk_ids, ids) if answer.topk_ids.shape[1] else None
+                for answer, ids in zip(answers, picked, strict=True)
+            )
+            prepared = [replace(answer, topk_ids=ids) for answer, ids in zip(answers, picked, strict=True)]
+        if self._config.teacher.kind == "base":
+            pairs = [(one, as_ids(teacher_sequence(one.prompt, self._contexts))) for one in prepared]
+            scores = self._running.score_with_base(pairs)
+            prepared = [ScoredTrajectory(one, score, "base", 0) for one, score in zip(prepared, scores, strict=True)]
+        return [PassReport(agreements, started, time.time()), *prepared]
 
     def open_sync(self, host: str, port: int, world_size: int) -> None:
         """Open the weight group, leaving the one before; rank 0 is its sender, the other ranks take no part.

@@ -57,3 +57,15 @@ class StepReport:
     metrics: dict[str, float]
     nonfinite: tuple[str, ...] = ()
     records: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """A pass of one rank over answers that are not scored yet (`LearnerRank.prepare`). ``agreements``: for each answer
+    the share of the learner's ids that the engine had picked, None where it had picked none. Times are seconds since
+    the epoch.
+    """
+
+    agreements: tuple[float | None, ...]
+    started: float
+    ended: float

@@ -135,6 +135,8 @@ class Run:
         self._progress.line("starting the rollout engines")
         await services.start_workers(config.student.model, scorer, config.rollout.workers)
         await services.wait_ranks(ranks)
+        if config.teacher.kind == "base":
+            await services.give_contexts(self._inputs.contexts)
         assert services.learner_info is not None
         bounds = drift_bounds(
             config.sync, dtype=services.learner_info.dtype, max_staleness=config.rollout.max_staleness
@@ -164,7 +166,7 @@ class Run:
             "teacher",
             self._inputs.teacher_tokens(),
             max_tokens=self._config.rollout.max_tokens,
-            limit=self._services.teachers.longest_tokens,
+            limit=self._services.teachers.longest_tokens or self._inputs.student_limit,
         )
 
     async def _train(self) -> None:

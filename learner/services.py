@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,27 +18,34 @@ from numpy.typing import NDArray
 
 from common.config import Config
 from common.futures import all_of, value_of, within
-from common.schema import Sample, Sampling, TokenSequence
+from common.schema import Context, Sample, Sampling, TokenSequence
 from common.scoring import ScorerFactory
+from common.trace import TraceSpan
 from common.weights import SyncManifest
 from learner.placement import Placement
 from learner.rank import LearnerRank
-from learner.reports import LearnerInfo, StepReport
+from learner.reports import LearnerInfo, PassReport, StepReport
 from learner.teachers import START_TIMEOUT_S, Teachers
 from rollout_workers.actor import CONTROL, Answer, RolloutSummary, RolloutWorker, ScoreSummary, WorkerInfo
 from rollout_workers.pool import PoolError, Worker, WorkerPool
 
-__all__ = ["Arrays", "Picked", "PoolError", "Services", "Worker"]
+__all__ = ["Arrays", "PoolError", "Prepared", "Services", "Worker"]
 
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 30.0
 SYNC_GRACE_S = 30.0
 """Beyond the weight group's own limit, so that its error, which says more, comes first."""
-Picked = tuple[Any, float | None]
-"""(reference to an answer with the learner's ids, share of them that the engine had picked, where it had any)."""
-
 Arrays = list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An answer that the learner has seen: reference to it, agreement of the top-k ids, when the rank did it."""
+
+    item: Any
+    agreement: float | None
+    span: TraceSpan
 
 
 @dataclass
@@ -96,6 +103,10 @@ class Services:
         """Wait until DeepSpeed is up on all ranks and the learner holds its weights."""
         self.learner_info = (await within(START_TIMEOUT_S, all_of(started)))[0]
         self.manifest = SyncManifest(tensors=self.learner_info.tensors, bucket_bytes=self.config.sync.bucket_bytes)
+
+    async def give_contexts(self, contexts: Mapping[str, Context]) -> None:
+        """Hand the contexts to the learner, where it scores itself (``teacher.kind: base``)."""
+        await all_of([rank.take_contexts.remote(dict(contexts)) for rank in self.ranks])
 
     async def open_sync(self) -> None:
         """Form the weight group anew: rank 0 sends; every worker, also one that waits to be admitted, receives at an
@@ -167,25 +178,31 @@ class Services:
             sample.prompt.row_id, sample.most_tokens, lambda worker: worker.score.remote(trajectory)
         )
 
-    def pick_topk(self, group: Sequence[Sequence[Any]]) -> Coroutine[Any, Any, list[Picked]]:
-        """The learner's top-k ids for unscored answers, a share of them to each rank: (reference to the answer with
-        ids, share of them that the engine had picked) in the order of `group`. All ranks are asked before it returns.
+    def prepare(self, group: Sequence[Sequence[Any]]) -> Coroutine[Any, Any, list[Prepared]]:
+        """What only the learner can do for unscored answers (`LearnerRank.prepare`), a share of them by each rank; in
+        the order of `group`. All ranks are asked before it returns.
         """
         assert self.learner_info is not None
         shares = [list(share) for share in group]
         if self.learner_info.zero_stage == 3:  # a forward pass is a collective there: all ranks do all of it
             everything = [item for share in shares for item in share]
-            asked = [_pick(rank, everything) for rank in self.ranks][:1]
+            asked = [(0, *_prepare(rank, everything)) for rank in self.ranks][:1]
         else:
-            asked = [_pick(rank, share) for rank, share in zip(self.ranks, shares, strict=True) if share]
+            asked = [(index, *_prepare(self.ranks[index], share)) for index, share in enumerate(shares) if share]
 
-        async def picked() -> list[Picked]:
-            results: list[Picked] = []
-            for agreement, items in asked:
-                results += zip(items, await agreement, strict=True)
+        async def prepared() -> list[Prepared]:
+            results: list[Prepared] = []
+            for rank, pending, items in asked:
+                report: PassReport = await pending
+                span = TraceSpan(self._pass_stage, f"rank {rank}", report.started, report.ended)
+                results += (Prepared(*pair, span) for pair in zip(items, report.agreements, strict=True))
             return results
 
-        return picked()
+        return prepared()
+
+    @property
+    def _pass_stage(self) -> str:
+        return "score" if self.config.teacher.kind == "base" else "topk"
 
     async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answers to token prompts, dealt out to the workers, in the order of the prompts."""
@@ -255,7 +272,7 @@ class Services:
         await self.teachers.load_state(folder)
 
 
-def _pick(rank: Any, items: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """(reference to the agreements, references to the answers with ids)."""
-    agreement, *picked = rank.pick_topk.options(num_returns=len(items) + 1).remote(*items)
-    return agreement, picked
+def _prepare(rank: Any, items: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """(reference to the report, references to the answers)."""
+    report, *prepared = rank.prepare.options(num_returns=len(items) + 1).remote(*items)
+    return report, prepared

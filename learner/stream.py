@@ -1,10 +1,10 @@
-"""Answers on their way: rollout → (the learner's top-k) → score, each by itself, until the loop takes it.
+"""Answers on their way: rollout → (a pass of the learner) → score, each by itself, until the loop takes it.
 
 ::
 
     fill ──► rollout ──────────────► score ──► finished ──► step() gives it to the loop
               (a worker)   │           ▲
-                           └► top-k ───┘   rollout.topk_from: learner
+                           └► a rank ──┘   rollout.topk_from: learner, teacher.kind: base (which needs no other score)
 
 What may be issued, what is too old and what a step may take is `StalenessTracker`'s decision; this file does it.
 """
@@ -20,10 +20,10 @@ from typing import Any
 from common.config import Config
 from common.schema import Sample
 from common.trace import TraceSpan
+from learner.passes import LearnerPasses
 from learner.samples import SampleSource
-from learner.services import Services
+from learner.services import Prepared, Services
 from learner.staleness import StalenessTracker, Verdict
-from learner.topk import TopkPicks
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ class Stream:
         self._ready: dict[str, Answered] = {}
         self._evicted: dict[str, Sample] = {}
         self._lengths: dict[str, int] = {}
-        self._unpicked: set[str] = set()
-        self._picks = TopkPicks(config, services)
+        self._unpassed: set[str] = set()
+        self._passes = LearnerPasses(config, services)
 
     # --- for the loop -----------------------------------------------------------------------------------------------
 
@@ -171,33 +171,37 @@ class Stream:
     # --- one answer -------------------------------------------------------------------------------------------------
 
     async def _answer(self, sample: Sample) -> Answered:
-        issued = time.time()
-        if self._config.rollout.topk_from == "engine":
+        issued, config = time.time(), self._config
+        if config.rollout.topk_from == "engine" and config.teacher.kind != "base":
             summary, item = await self._services.rollout_scored(sample)
             return _answered(sample, issued, summary, summary.score, item)
-        self._unpicked.add(sample.sample_id)
+        self._unpassed.add(sample.sample_id)
         try:
             summary, item = await self._services.rollout(sample)
-            picked = self._picks.add(summary.prompt_tokens + summary.response_tokens, item)
+            passed = self._passes.add(summary.prompt_tokens + summary.response_tokens, item)
         finally:
-            self._unpicked.discard(sample.sample_id)
-            if not self._unpicked:
-                self._picks.flush()  # nobody else comes to fill the group
-        group, place = await picked
-        item, agreement = (await asyncio.shield(group))[place]
-        score, item = await self._services.score(sample, item)
-        return _answered(sample, issued, summary, score, item, agreement)
+            self._unpassed.discard(sample.sample_id)
+            if not self._unpassed:
+                self._passes.flush()  # nobody else comes to fill the group
+        group, place = await passed
+        prepared = (await asyncio.shield(group))[place]
+        if config.teacher.kind == "base":
+            return _answered(sample, issued, summary, None, prepared.item, prepared)
+        score, item = await self._services.score(sample, prepared.item)
+        return _answered(sample, issued, summary, score, item, prepared)
 
 
 def _answered(
-    sample: Sample, issued: float, summary: Any, score: Any, item: Any, agreement: float | None = None
+    sample: Sample, issued: float, summary: Any, score: Any, item: Any, prepared: Prepared | None = None
 ) -> Answered:
     worker, args = f"worker {summary.worker}", {"sample": sample.sample_id}
-    sizes = {"prompt_tokens": summary.prompt_tokens, "response_tokens": summary.response_tokens}
     spans = [
         TraceSpan("queue", "controller", issued, summary.started, args),
-        TraceSpan("rollout", worker, summary.started, summary.ended, {**args, **sizes}),
+        TraceSpan("rollout", worker, summary.started, summary.ended, args),
     ]
+    if prepared is not None:
+        spans.append(prepared.span)
     if score is not None:
         spans.append(TraceSpan("score", "teacher", score.started, score.ended, args))
+    agreement = None if prepared is None else prepared.agreement
     return Answered(sample, summary, item, score and score.error, tuple(spans), agreement)

@@ -54,7 +54,7 @@ class Teacher:
     @property
     def takes_weights(self) -> bool:
         """Whether the learner publishes to it."""
-        return self.section.kind != "frozen"
+        return self.section.kind in ("self", "ema")
 
 
 class Teachers:
@@ -69,6 +69,8 @@ class Teachers:
         """Place the run's own teachers; `connect` waits for them."""
         self._placement = placement
         for name, section in self._config.named_teachers().items():
+            if section.kind == "base":  # the learner itself
+                continue
             if section.url is not None:
                 key = None if section.key_file is None else read_key(section.key_file)
                 self.all[name] = Teacher(name, section, url=section.url, key=key)
@@ -83,8 +85,9 @@ class Teachers:
 
     async def connect(
         self, contexts: Mapping[str, Context], *, tokenizer_fingerprint: str, longest_tokens: int
-    ) -> ScorerFactory:
-        """Shake hands with all; the factory makes, inside a worker, what asks the right one for each row.
+    ) -> ScorerFactory | None:
+        """Shake hands with all; the factory makes, inside a worker, what asks the right one for each row. None: the
+        learner scores.
 
         Raises TeacherError where a teacher does not fit the run.
         """
@@ -118,12 +121,15 @@ class Teachers:
                 ca_file=ca_file,
                 lost_after_s=LOST_AFTER_S if teacher.handle is None else OWN_LOST_AFTER_S,
             )
+        if not factories:
+            return None
         return factories[DEFAULT_TEACHER] if len(factories) == 1 else RoutingScorerFactory(factories)
 
     @property
-    def longest_tokens(self) -> int:
-        """Context + prompt + response that every teacher can take."""
-        return min(teacher.info.max_sequence_tokens for teacher in self.all.values() if teacher.info is not None)
+    def longest_tokens(self) -> int | None:
+        """Context + prompt + response that every teacher can take; None where the learner scores."""
+        limits = (teacher.info.max_sequence_tokens for teacher in self.all.values() if teacher.info is not None)
+        return min(limits, default=None)
 
     @property
     def receivers(self) -> list[Teacher]:

@@ -13,6 +13,7 @@ from types import FrameType
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 from transformers import AutoTokenizer
 
 from common.config import TeacherConfig, TeacherServerConfig
@@ -35,6 +36,8 @@ def build_service(config: TeacherConfig) -> TeacherService:
     """Load the model and its tokenizer; raises TeacherError where the model cannot be a teacher."""
     if config.model is None:
         raise TeacherError("teacher.model is missing: name the folder or hub name of the model that scores")
+    if config.kind == "base":
+        raise TeacherError("teacher.kind `base` is the learner itself: there is nothing to serve")
     set_threads = _thread_setup(config.threads)
     set_threads()
     try:
@@ -51,6 +54,13 @@ def build_service(config: TeacherConfig) -> TeacherService:
         raise TeacherError(f"teacher.model {config.model} cannot be loaded: {error}") from error
     identity = TokenizerIdentity(tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer))
     return TeacherService(backend, config, identity, thread_setup=set_threads)
+
+
+def build_app(config: TeacherServerConfig) -> FastAPI:
+    """The application around a loaded model, for HTTP servers that are not ours (Ray Serve); raises TeacherError."""
+    section = config.teacher
+    auth = authenticator(section.host, section.keys_file, allow_anonymous=section.allow_anonymous)
+    return create_app(build_service(section), auth)
 
 
 @dataclass

@@ -55,3 +55,32 @@ def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_a
     assert tracks >= {"worker 0", "worker 1", "rank 0", "rank 1", "teacher", "controller"}
     summary = json.loads((run / "summary.json").read_text())
     assert 0 <= summary["bubble_ratio"] <= 1
+
+
+def test_adapters_learn_from_the_base_model_inside_the_learner_over_a_shared_folder(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """LoRA, no teacher server, weights as files, the learner's own top-k; cut off and resumed."""
+    config = write_config(
+        learner={"steps": 4, "lora": {"rank": 8, "publish": "adapter"}},
+        teacher={"kind": "base"},
+        rollout={"topk_from": "learner"},
+        sync={"backend": "file"},
+        checkpoint={"every": 2},
+        eval={"every": 0},
+    )
+    run = tmp_path / "runs/tiny"
+    with started_run(config, "learner.steps=2") as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    with started_run(config, "--resume") as process:
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "resumed from" in output
+    lines = metric_lines(run)
+    assert [line["weight_version"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["kl/full_bound"] < lines[0]["kl/full_bound"]
+    assert max(line["parity/max_nats"] for line in lines) <= 2e-4
+    assert (run / "checkpoint/adapter_model.safetensors").exists()
+    stages = {key for line in lines for key in line if key.startswith("time/")}
+    assert "time/score_s" in stages

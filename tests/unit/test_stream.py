@@ -14,8 +14,9 @@ import pytest
 from common.config import Config
 from common.config_file import validate
 from common.schema import Prompt, Sample, as_ids
+from common.trace import TraceSpan
 from learner.samples import SampleSource
-from learner.services import Services
+from learner.services import Prepared, Services
 from learner.stream import Answered, Stream
 
 ROWS = [Prompt(f"row{i}", as_ids([1, 2]), as_ids([1, 2]), None) for i in range(10)]
@@ -66,9 +67,10 @@ class StubServices:
         error = "no" if sample.sample_id in self.unscored else None
         return SimpleNamespace(started=1.0, ended=2.0, error=error), item
 
-    async def pick_topk(self, group: list[list[Any]]) -> list[tuple[Any, float | None]]:
+    async def prepare(self, group: list[list[Any]]) -> list[Prepared]:
         self.groups.append(group)
-        return [(f"picked {item}", 0.5) for share in group for item in share]
+        span = TraceSpan("topk", "rank 0", 1.0, 1.5)
+        return [Prepared(f"picked {item}", 0.5, span) for share in group for item in share]
 
 
 def stream_of(
@@ -182,6 +184,18 @@ async def test_the_learner_picks_the_ids_of_all_answers_in_full_groups_and_a_las
     assert {answered.topk_agreement for answered in answers} == {0.5}
     assert sum(len(share) for group in services.groups for share in group) == 4
     assert {len(group) for group in services.groups} == {1}
+
+
+async def test_where_the_learner_is_the_teacher_nobody_else_is_asked() -> None:
+    class NoTeacher(StubServices):
+        async def score(self, sample: Sample, item: Any) -> tuple[Any, Any]:
+            raise AssertionError("the learner has scored it")
+
+    settings = {"learner": {"lora": {}}, "teacher": {"kind": "base"}}
+    config = validate(Config, config_of().model_dump() | settings)
+    services = NoTeacher()
+    answers = await take(stream_of(config, services))
+    assert sorted(answered.item for answered in answers) == sorted(f"picked {name}" for name in services.asked)
 
 
 async def test_a_resumed_stream_goes_on_with_what_was_under_way() -> None:

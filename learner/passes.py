@@ -1,4 +1,4 @@
-"""Answers that wait for the learner's top-k ids (``rollout.topk_from: learner``), a micro-batch per rank at a time."""
+"""Answers that wait for a pass of the learner (its top-k ids, the base model's score), a micro-batch per rank each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from common.config import Config
 from learner.filling import MicroBatchFiller
-from learner.services import Picked, Services
+from learner.services import Prepared, Services
 
-Place = tuple[asyncio.Task[list[Picked]], int]
-"""The task that has a group's ids picked, and an answer's place in its result."""
+Place = tuple[asyncio.Task[list[Prepared]], int]
+"""The task of a group's pass, and an answer's place in its result."""
 
 
-class TopkPicks:
+class LearnerPasses:
     """Groups answers as they come; every rank takes its part of a group, since a pass may be a collective."""
 
     def __init__(self, config: Config, services: Services) -> None:
@@ -38,7 +38,7 @@ class TopkPicks:
 
     def _start(self, group: list[list[tuple[Any, asyncio.Future[Place]]]]) -> None:
         # The ranks are asked here, not in the task: all of them get all groups in one order.
-        asked = self._services.pick_topk([[item for item, _ in share] for share in group])
+        asked = self._services.prepare([[item for item, _ in share] for share in group])
         task = asyncio.get_running_loop().create_task(asked)
         for place, future in enumerate(future for share in group for _, future in share):
             if not future.done():
