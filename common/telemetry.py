@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from common.sinks import Sink, TensorBoardSink
+
 Span = tuple[float, float]
 """(start, end), seconds since the epoch."""
 
@@ -43,7 +45,7 @@ def lines_up_to(text: str, step: int) -> Iterator[str]:
 
 @dataclass
 class RunFiles:
-    """The folder of one run: ``metrics.jsonl``, ``samples.jsonl``, ``audit.jsonl``, TensorBoard events.
+    """The folder of one run: ``metrics.jsonl``, ``samples.jsonl``, ``audit.jsonl``, TensorBoard events; and `sinks`.
 
     Every line is flushed as it is written: what was done before a crash is kept.
     """
@@ -51,24 +53,23 @@ class RunFiles:
     folder: Path
     resume_after: int | None = None
     """Go on with the files of an earlier run: what it wrote of later steps is dropped, they are done again."""
+    sinks: Sequence[Sink] = ()
+    """Where numbers go besides; closed with the files."""
 
     def __post_init__(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder.mkdir(parents=True, exist_ok=True)
         self._metrics = self._open("metrics.jsonl")
         self._samples = self._open("samples.jsonl")
         self._audit = self._open("audit.jsonl")
         purge = None if self.resume_after is None else self.resume_after + 1
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+        self._sinks = [TensorBoardSink(self.folder / "tensorboard", purge), *self.sinks]
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line of ``metrics.jsonl``; numbers go to TensorBoard too."""
+        """One line of ``metrics.jsonl``; numbers go to the sinks too."""
         self._line(self._metrics, {"step": step, **values})
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
-        self._board.flush()
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for sink in self._sinks:
+            sink.write(step, numbers)
 
     def sample(self, values: Mapping[str, Any]) -> None:
         """One line of ``samples.jsonl``."""
@@ -87,7 +88,8 @@ class RunFiles:
         self._metrics.close()
         self._samples.close()
         self._audit.close()
-        self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     def _open(self, name: str) -> Any:
         path = self.folder / name

@@ -21,6 +21,7 @@ import ray
 
 from common.config import Config, ConfigError
 from common.config_file import dump_config, load_config
+from common.sinks import open_sinks
 from common.telemetry import Progress, RunFiles
 from common.trace import TraceFile
 from learner.checkpoints import CheckpointError, Checkpoints
@@ -70,7 +71,7 @@ def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resum
     """From the start, or from `resumed`, to the end."""
     after = None if resumed is None else resumed.manifest.step
     with (
-        RunFiles(config.run.path, resume_after=after) as files,
+        RunFiles(config.run.path, after, open_sinks(config, resume=after is not None)) as files,
         TraceFile(config.run.path / "trace.json", resume=after is not None) as trace,
     ):
         one = Run(config, inputs, files, trace, progress, resumed)
