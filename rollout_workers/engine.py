@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from common.chat import load_tokenizer
 from common.config import Config, SyncConfig
 from common.schema import F32, FinishReason, Ids, Sampling, TokenSequence, as_ids
 from common.weights import SyncManifest
+from rollout_workers.lost import EngineLost
 from rollout_workers.stops import Stops, first_stop, resolve_stops
 from rollout_workers.sync_info import WEIGHT_TRANSFER, init_info, update_info
 
@@ -161,13 +163,21 @@ class RolloutEngine:
         """Take the weights that the sender publishes as `version`; answers in flight wait and go on under them."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        # No resume after a failure: the engine may hold half of the weights, and the error ends the run.
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
-        await self._engine.start_weight_update()
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info(manifest.at(version))))
-        await self._engine.finish_weight_update(weight_version=str(version))
-        self.weight_version = version
-        await self._engine.resume_generation()
+        # No resume after a failure: the engine may hold half of the weights, and its worker is given up.
+        with _engine_alive():
+            await self._engine.pause_generation(mode="keep", clear_cache=True)
+            await self._engine.start_weight_update()
+            await self._engine.update_weights(
+                WeightTransferUpdateRequest(update_info=update_info(manifest.at(version)))
+            )
+            await self._engine.finish_weight_update(weight_version=str(version))
+            self.weight_version = version
+            await self._engine.resume_generation()
+
+    async def check_health(self) -> None:
+        """Raises EngineLost where the engine's processes are gone."""
+        with _engine_alive():
+            await self._engine.check_health()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""
@@ -179,8 +189,9 @@ class RolloutEngine:
 
     async def _run(self, prompt: list[int], params: Any, request_id: str, pick: Any) -> Any:
         result: Any = None
-        async for output in self._engine.generate({"prompt_token_ids": prompt}, params, request_id):
-            result = output
+        with _engine_alive():
+            async for output in self._engine.generate({"prompt_token_ids": prompt}, params, request_id):
+                result = output
         return pick(result)
 
     def _resolve(self, stops: tuple[str, ...]) -> Stops:
@@ -198,6 +209,16 @@ class RolloutEngine:
         listed = ends if isinstance(ends, list) else [ends]
         own = self._tokenizer.eos_token_id
         return sorted({i for i in (*listed, own) if i is not None})
+
+
+@contextmanager
+def _engine_alive() -> Iterator[None]:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineLost("the vLLM engine died (its own log says why)") from error
 
 
 def _finish(reason: str | None, request_id: str) -> FinishReason:
