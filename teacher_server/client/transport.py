@@ -14,6 +14,9 @@ from common.codec import MEDIA_TYPE
 from common.scoring import TeacherError
 
 RETRIED_STATUS = frozenset({408, 429, 502, 503, 504})
+FAULTS_RETRIED = 3
+"""Answers 500 in a row that are tried again: a proxy gives one for a replica that died, a fault of ours would stay."""
+
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
@@ -86,9 +89,11 @@ class Transport:
             headers[ROUTE_HEADER] = route
         deadline = time.monotonic() + self._timeout_s
         backoff = FIRST_BACKOFF_S
+        faults = 0
         while True:
             reply, why = await self._try(method, path, body, headers, deadline)
-            if reply is not None and reply.status_code not in RETRIED_STATUS:
+            faults = faults + 1 if reply is not None and reply.status_code == 500 else 0
+            if reply is not None and reply.status_code not in RETRIED_STATUS and not 0 < faults <= FAULTS_RETRIED:
                 return reply
             asked = 0.0 if reply is None else _retry_after(reply)
             wait = max(asked, backoff) * random.uniform(0.75, 1.25)

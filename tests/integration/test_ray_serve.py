@@ -1,0 +1,133 @@
+"""Two replicas of the teacher under Ray Serve: the same scores, one replica a context, and a replica killed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import ray
+from ray import serve
+
+from common.codec import encode_context
+from common.schema import Context, ItemScore, TeacherInfo, as_ids, context_hash
+from deploy.ray_serve import REPLICA_HEADER, TeacherArgs, teacher
+from teacher_server.client import TeacherClient
+from teacher_server.client.transport import ROUTE_HEADER
+from tests.teacher_oracle import Oracle, assert_score
+from tests.teacher_running import free_port, items, tokens
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("serve") / "teacher.yaml"
+    path.write_text(f"teacher: {{model: {tiny_model}, threads: 1, allow_anonymous: true}}\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def url(config: str) -> Iterator[str]:
+    """Address of the proxy, with two replicas up."""
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(teacher(TeacherArgs(config=config, min_replicas=2, max_replicas=2, cpus=0.5)), name="teacher")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+
+
+def contexts_of(info: TeacherInfo) -> list[Context]:
+    """Sixteen contexts, the last under a parent: by chance all on one replica once in 32,768 times."""
+    ids = [tokens(n, 20 + n) for n in range(15)]
+    ids.append(as_ids(np.concatenate([ids[0], tokens(9, 30)])))
+    names = [context_hash(info.tokenizer_fingerprint, each) for each in ids]
+    return [
+        Context(name, each, names[0] if n == 15 else None) for n, (name, each) in enumerate(zip(names, ids, strict=True))
+    ]
+
+
+async def replica_of(url: str, context: Context) -> str:
+    """Which replica answers for a context."""
+    async with httpx.AsyncClient(trust_env=False) as http:
+        body = encode_context(Context(context.hash, context.ids))
+        reply = await http.put(
+            f"{url}/v1/contexts/{context.hash}", content=body, headers={ROUTE_HEADER: context.hash}, timeout=30
+        )
+    assert reply.status_code == 200
+    return reply.headers[REPLICA_HEADER]
+
+
+async def computed(url: str, context: Context) -> float:
+    """Context tokens that the replica of a context has computed so far."""
+    async with httpx.AsyncClient(trust_env=False) as http:
+        reply = await http.get(url + "/metrics", headers={ROUTE_HEADER: context.hash}, timeout=30)
+    name = "opcd_teacher_context_tokens_computed_total{"
+    counts = [line.rsplit(" ", 1)[1] for line in reply.text.splitlines() if line.startswith(name)]
+    return sum(map(float, counts))
+
+
+async def test_each_context_is_computed_by_one_replica_and_scored_right(url: str, tiny_model: Path) -> None:
+    client = TeacherClient(url, "run", 60)
+    contexts = contexts_of(await client.info())
+    for context in contexts:
+        await client.put_context(context)
+    batch = [item for n, context in enumerate(contexts) for item in items(n, 3, context=context.hash)]
+    for _ in range(3):
+        response = await client.score(batch, "at_ids", 1.0, 8)
+    await client.close()
+    oracle, by_name = Oracle.load(tiny_model), {context.hash: context.ids for context in contexts}
+    for item, result in zip(batch, response.results, strict=True):
+        assert isinstance(result, ItemScore)
+        assert item.context is not None
+        assert_score(result, oracle.logprobs(by_name[item.context], item.prompt_ids, item.response_ids), item)
+
+    owners: dict[str, list[Context]] = {}
+    for context in contexts:
+        names = {await replica_of(url, context) for _ in range(5)}
+        assert len(names) == 1
+        owners.setdefault(names.pop(), []).append(context)
+    assert len(owners) == 2
+    total = 0.0
+    for own in owners.values():
+        total += await computed(url, own[0])
+    # Each once, whichever replica; the parent a second time where the child lives elsewhere.
+    least = sum(context.ids.size for context in contexts) - contexts[0].ids.size
+    assert total in (least, least + contexts[0].ids.size)
+
+
+async def test_a_replica_is_killed_and_the_run_goes_on(url: str, tiny_model: Path) -> None:
+    """Whoever asked it is answered by the other, which computes the context anew; a fresh replica takes its place."""
+    oracle = Oracle.load(tiny_model)
+    client = TeacherClient(url, "run", 120)
+    contexts = contexts_of(await client.info())
+    for context in contexts:
+        await client.put_context(context)
+    lost = await replica_of(url, contexts[1])
+    stop = time.monotonic() + 8
+
+    async def ask(n: int) -> int:
+        answers = 0
+        while time.monotonic() < stop:
+            context = contexts[n % len(contexts)]
+            item = items(n + answers, 1, response=30, context=context.hash)[0]
+            (result,) = (await client.score([item], "at_ids", 1.0, 8)).results
+            assert isinstance(result, ItemScore), result
+            assert_score(result, oracle.logprobs(context.ids, item.prompt_ids, item.response_ids), item)
+            answers += 1
+        return answers
+
+    asked = [asyncio.create_task(ask(n)) for n in range(32)]
+    await asyncio.sleep(1)
+    (actor,) = (a for a in ray.util.list_named_actors(all_namespaces=True) if lost in a["name"])
+    ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+    answers = await asyncio.gather(*asked)
+    assert all(answers)
+    assert await replica_of(url, contexts[1]) != lost
+    await client.close()
