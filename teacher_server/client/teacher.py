@@ -51,7 +51,11 @@ class TeacherClient:
         lost_after_s: float = LOST_AFTER_S,
         ca_file: str | None = None,
     ) -> None:
-        """`timeout_s` is the deadline of each call, retries included; see `Transport` for the others."""
+        """`timeout_s` is the deadline of each call, retries included; see `Transport` for the others.
+
+        Raises TeacherError where `url` is none.
+        """
+        _check_url(url)
         self.run = run
         self._transport = Transport(
             url, timeout_s=timeout_s, lost_after_s=lost_after_s, api_key=api_key, ca_file=ca_file
@@ -195,6 +199,16 @@ def _raise_for(reply: httpx.Response, url: str) -> None:
     except (ValueError, KeyError, TypeError):
         text = reply.text[:200]
     raise TeacherError(f"the teacher at {url} refused with HTTP {reply.status_code}: {text}")
+
+
+def _check_url(url: str) -> None:
+    """Else a slip of the pen would look like a server that is down, and be waited for."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise TeacherError(f"teacher.url {url!r} is no address: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise TeacherError(f"teacher.url {url!r} is no address: write it as http://HOST:PORT or https://HOST:PORT")
 
 
 def _first_line(error: Exception) -> str:

@@ -195,6 +195,12 @@ async def test_a_teacher_that_is_not_there_is_one_clear_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["localhost:8000", "teacher", "", "http://", "ftp://host", "http://host:port"])
+def test_what_is_no_address_is_said_at_once(url: str) -> None:
+    with pytest.raises(TeacherError, match=f"teacher.url '{url}' is no address"):
+        TeacherClient(url, "run", 600)
+
+
 async def test_a_deadline_is_kept(teacher: Running) -> None:
     client = TeacherClient(teacher.url, "run", 0.5, KEYS["red"])
     began = time.monotonic()
