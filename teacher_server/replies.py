@@ -7,6 +7,9 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+ENTRY_BYTES = 1024
+"""Counted for each kept reply beside its own bytes: of small ones, names and bookkeeping are most."""
+
 Name = tuple[str, str, str]
 """(tenant, run, request id)."""
 
@@ -80,12 +83,12 @@ class Replies:
             entry = self._running.get(name)
             if entry is not None and entry.task is asyncio.current_task():
                 del self._running[name]
-        if keep and len(reply) <= self._max_bytes:
+        if keep and len(reply) + ENTRY_BYTES <= self._max_bytes:
             self._done[name] = (digest, reply)
-            self.nbytes += len(reply)
+            self.nbytes += len(reply) + ENTRY_BYTES
             while self.nbytes > self._max_bytes:
                 _, (_, oldest) = self._done.popitem(last=False)
-                self.nbytes -= len(oldest)
+                self.nbytes -= len(oldest) + ENTRY_BYTES
         return reply, keep
 
     @staticmethod
