@@ -6,8 +6,7 @@ sets to the hash of the context, so a context's state is computed, and kept, by 
 contexts move: the new replica answers ``unknown_context`` and the client puts them again.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: Serve looks for the class of `args` in the annotation itself.
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Annotated, Any
 

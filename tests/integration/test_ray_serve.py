@@ -11,7 +11,10 @@ import httpx
 import numpy as np
 import pytest
 import ray
+import yaml
 from ray import serve
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.schema import ServeDeploySchema
 
 from common.codec import encode_context
 from common.schema import Context, ItemScore, TeacherInfo, as_ids, context_hash
@@ -49,7 +52,8 @@ def contexts_of(info: TeacherInfo) -> list[Context]:
     ids.append(as_ids(np.concatenate([ids[0], tokens(9, 30)])))
     names = [context_hash(info.tokenizer_fingerprint, each) for each in ids]
     return [
-        Context(name, each, names[0] if n == 15 else None) for n, (name, each) in enumerate(zip(names, ids, strict=True))
+        Context(name, each, names[0] if n == 15 else None)
+        for n, (name, each) in enumerate(zip(names, ids, strict=True))
     ]
 
 
@@ -131,3 +135,15 @@ async def test_a_replica_is_killed_and_the_run_goes_on(url: str, tiny_model: Pat
     assert all(answers)
     assert await replica_of(url, contexts[1]) != lost
     await client.close()
+
+
+def test_the_example_is_what_serve_reads(config: str) -> None:
+    """Every field of the file, and arguments as the command line hands them over: all strings."""
+    example = ServeDeploySchema.model_validate(yaml.safe_load(Path("deploy/configs/ray-serve.yaml").read_text()))
+    (application,) = example.applications
+    assert application.import_path == "deploy.ray_serve:teacher"
+    assert TeacherArgs.model_validate(application.args).max_replicas == 4
+    # What `serve run` and `serve deploy` call the builder with.
+    built = call_user_app_builder_with_args_if_necessary(teacher, {"config": config, "max_replicas": "3"})
+    scaling = built._bound_deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
