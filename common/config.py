@@ -45,7 +45,7 @@ class RunConfig(Section):
     mlflow: str | None = None
     """Send them to this MLflow experiment; needs the package ``mlflow``."""
     mlflow_uri: str | None = None
-    """MLflow's tracking server or folder, default: where MLflow looks by itself."""
+    """Address of MLflow's tracking server or database, default: where MLflow looks by itself."""
 
     @property
     def path(self) -> Path:
@@ -203,6 +203,9 @@ class RolloutConfig(Section):
     """Answers in flight in one worker."""
     max_restarts: NonNegative = 8
     """Workers that may be lost and replaced before the run stops."""
+    colocated: bool = False
+    """Worker i shares the GPU of rank i: engines sleep (weights in host memory, no key-value cache) while the learner
+    trains. Less hardware, no overlap. On GPUs only."""
     max_staleness: NonNegative = 0
     """Optimiser steps that rollouts may run ahead: 0 trains each step on answers of the very weights it changes."""
     over_issue: Annotated[float, Field(ge=0)] = 0.0
@@ -388,6 +391,8 @@ class Config(Section):
                 f"loss.form: `policy_gradient` compares log-probs of the sampler and the learner, so loss.temperature "
                 f"({self.loss.temperature}) must equal rollout.temperature ({self.rollout.temperature})"
             )
+        if self.rollout.colocated:
+            self._check_colocated()
         if self.teacher.kind == "base" and self.loss.support != "student":
             raise ValueError("teacher.kind `base` scores at the student's ids: loss.support must be `student`")
         if self.sync.delta and self.sync.backend != "gloo":
@@ -413,6 +418,19 @@ class Config(Section):
                     f"neither {where}.url nor another {where}.model"
                 )
         return self
+
+    def _check_colocated(self) -> None:
+        rollout, learner = self.rollout, self.learner
+        if rollout.workers != learner.ranks or rollout.tensor_parallel_size != 1:
+            raise ValueError(
+                f"rollout.colocated pairs one worker with one rank: rollout.workers ({rollout.workers}) must equal "
+                f"learner.ranks ({learner.ranks}), and rollout.tensor_parallel_size be 1"
+            )
+        if rollout.max_staleness or rollout.topk_from == "learner" or self.teacher.kind == "base":
+            raise ValueError(
+                "rollout.colocated takes turns: rollout.max_staleness must be 0, rollout.topk_from `engine`, and "
+                "teacher.kind not `base`"
+            )
 
 
 class TeacherServerConfig(Section):

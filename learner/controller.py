@@ -151,6 +151,8 @@ class Controller:
             trained = await self._train(step)
         closing = time.time()
         reports = await self._services.finish_step(trained.tokens, trained.answers)
+        if self._config.rollout.colocated:
+            await self._services.wake()
         trained.spans.append(TraceSpan("step", "rank 0", closing, time.time(), {"version": step + 1}))
         self._check(step, reports)
         parity = await self._publisher.publish(step + 1)
@@ -207,18 +209,24 @@ class Controller:
         return trained
 
     async def _answers(self, trained: _Trained) -> AsyncIterator[Answered]:
-        """The step's answers as they come; all of them in the order of their numbers where that must not matter."""
+        """The step's answers as they come; or all together in the order of their numbers, where arrival must not matter
+        or learner and engines take turns.
+        """
 
         def failed(answered: Answered) -> None:
             trained.failures[answered.sample.sample_id] = str(answered.error)
             self._check_failures(trained.failures)
 
         answers = self._running.step(failed)
-        if not self._config.learner.deterministic:
+        colocated = self._config.rollout.colocated
+        if not self._config.learner.deterministic and not colocated:
             async for answered in answers:
                 yield answered
             return
-        for answered in sorted([answered async for answered in answers], key=lambda one: one.sample.number):
+        everything = sorted([answered async for answered in answers], key=lambda one: one.sample.number)
+        if colocated:
+            await self._services.sleep()  # from here to the end of the step the GPUs are the learner's
+        for answered in everything:
             yield answered
 
     async def _never_without_workers(self, version: int) -> None:

@@ -24,27 +24,35 @@ class PlacementError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """GPUs that must lie on one node, for the actor `name` (``worker 0``, ``rank 1``, ``teacher default``)."""
+    """GPUs that must lie on one node, for one actor or for two that share them; each by name (``worker 0``, ``rank 1``,
+    ``teacher default``) with its part.
+    """
 
-    name: str
-    gpus: float
+    parts: tuple[tuple[str, float], ...]
+
+    @property
+    def gpus(self) -> float:
+        """All parts together."""
+        return sum(gpus for _, gpus in self.parts)
+
+    @property
+    def name(self) -> str:
+        """The actors that sit here."""
+        return " and ".join(name for name, _ in self.parts)
 
 
 def bundles_of(config: Config) -> list[Bundle]:
     """What the run asks for, the largest first; actors without a GPU are left out."""
     rollout, learner = config.rollout, config.learner
-    asked = [
-        *(
-            Bundle(f"teacher {name}", teacher.gpus)
-            for name, teacher in config.named_teachers().items()
-            if teacher.url is None
-        ),
-        *(Bundle(f"rank {rank}", learner.gpus_per_rank) for rank in range(learner.ranks)),
-        *(
-            Bundle(f"worker {number}", rollout.gpus_per_worker * rollout.tensor_parallel_size)
-            for number in range(rollout.workers)
-        ),
-    ]
+    teachers = [(f"teacher {n}", one.gpus) for n, one in config.named_teachers().items() if one.url is None]
+    ranks = [(f"rank {rank}", learner.gpus_per_rank) for rank in range(learner.ranks)]
+    per_worker = rollout.gpus_per_worker * rollout.tensor_parallel_size
+    workers = [(f"worker {seat}", per_worker) for seat in range(rollout.workers)]
+    if rollout.colocated:
+        shared = [Bundle(pair) for pair in zip(workers, ranks, strict=True)]
+    else:
+        shared = [Bundle((part,)) for part in (*ranks, *workers)]
+    asked = [*(Bundle((part,)) for part in teachers), *shared]
     return sorted((bundle for bundle in asked if bundle.gpus), key=lambda bundle: -bundle.gpus)
 
 
@@ -72,8 +80,9 @@ class Placement:
     """The placement group of one run; `options` of an actor by its name."""
 
     def __init__(self, bundles: Sequence[Bundle]) -> None:
-        self._index = {bundle.name: index for index, bundle in enumerate(bundles)}
-        self._gpus = {bundle.name: bundle.gpus for bundle in bundles}
+        self._places = {
+            name: (index, gpus) for index, bundle in enumerate(bundles) for name, gpus in bundle.parts if gpus
+        }
         self._group: PlacementGroup | None = None
         if bundles:
             self._group = placement_group([{"GPU": bundle.gpus} for bundle in bundles], strategy="PACK")
@@ -95,10 +104,11 @@ class Placement:
 
     def options(self, name: str) -> dict[str, Any]:
         """Options for the actor `name`; a replacement takes the place of the one it replaces."""
-        if self._group is None or name not in self._index:
+        if self._group is None or name not in self._places:
             return {"num_cpus": 0, "num_gpus": 0}
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self._index[name])
-        return {"num_cpus": 0, "num_gpus": self._gpus[name], "scheduling_strategy": strategy}
+        index, gpus = self._places[name]
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        return {"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": strategy}
 
     def release(self) -> None:
         """Give the places back; actors in them end."""

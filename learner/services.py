@@ -221,6 +221,14 @@ class Services:
             answers[first::count] = done
         return [answer for answer in answers if answer is not None]
 
+    async def sleep(self) -> None:
+        """Engines give their GPU memory to the learner (``rollout.colocated``)."""
+        await all_of([worker.handle.sleep.remote() for worker in self.pool.members])
+
+    async def wake(self) -> None:
+        """Engines take it again."""
+        await all_of([worker.handle.wake.remote() for worker in self.pool.members])
+
     # --- the learner ------------------------------------------------------------------------------------------------
 
     def accumulate(self, group: Sequence[Sequence[Any]]) -> list[Any]:

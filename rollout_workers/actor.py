@@ -190,6 +190,16 @@ class RolloutWorker:
         await self._on_loop(self._called(lambda engine: engine.check_health()))
 
     @ray.method(concurrency_group=CONTROL)
+    async def sleep(self) -> None:
+        """Give the engine's GPU memory back until `wake`."""
+        await self._on_loop(self._called(lambda engine: engine.sleep()))
+
+    @ray.method(concurrency_group=CONTROL)
+    async def wake(self) -> None:
+        """Take it again."""
+        await self._on_loop(self._called(lambda engine: engine.wake()))
+
+    @ray.method(concurrency_group=CONTROL)
     async def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
         """Join the weight group with `rank` as this engine's first."""
         await self._on_loop(self._called(lambda engine: engine.join_sync(host, port, rank, world_size)))

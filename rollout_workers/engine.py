@@ -63,6 +63,7 @@ class RolloutEngine:
             # What else is in a batch, or was cached before, shows in the last bit of a log-prob.
             max_num_seqs=1 if config.learner.deterministic else rollout.max_num_seqs,
             enable_prefix_caching=not config.learner.deterministic,
+            enable_sleep_mode=rollout.colocated,
             tensor_parallel_size=rollout.tensor_parallel_size,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             enforce_eager=rollout.enforce_eager,
@@ -173,6 +174,16 @@ class RolloutEngine:
             await self._engine.finish_weight_update(weight_version=str(version))
             self.weight_version = version
             await self._engine.resume_generation()
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back: weights move to host memory, the key-value cache is dropped."""
+        with _engine_alive():
+            await self._engine.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Take it again; the weights are what they were."""
+        with _engine_alive():
+            await self._engine.wake_up()
 
     async def check_health(self) -> None:
         """Raises EngineLost where the engine's processes are gone."""

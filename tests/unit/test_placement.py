@@ -32,16 +32,26 @@ def test_every_actor_with_a_gpu_has_a_bundle_the_largest_first() -> None:
         teachers={"far": {"url": "http://x", "gpus": 8}},
     )
     assert bundles_of(config) == [
-        Bundle("worker 0", 4),
-        Bundle("worker 1", 4),
-        Bundle("teacher default", 2),
-        Bundle("rank 0", 1),
-        Bundle("rank 1", 1),
+        Bundle((("worker 0", 4),)),
+        Bundle((("worker 1", 4),)),
+        Bundle((("teacher default", 2),)),
+        Bundle((("rank 0", 1),)),
+        Bundle((("rank 1", 1),)),
+    ]
+
+
+def test_a_worker_and_a_rank_that_share_a_gpu_have_one_bundle() -> None:
+    config = config_of(
+        rollout={"colocated": True, "workers": 2, "gpus_per_worker": 0.5}, learner={"ranks": 2, "gpus_per_rank": 0.5}
+    )
+    assert [(bundle.name, bundle.gpus) for bundle in bundles_of(config)] == [
+        ("worker 0 and rank 0", 1.0),
+        ("worker 1 and rank 1", 1.0),
     ]
 
 
 def test_what_does_not_fit_is_named_with_the_numbers() -> None:
-    bundles = [Bundle("worker 0", 4), Bundle("rank 0", 1)]
+    bundles = [Bundle((("worker 0", 4),)), Bundle((("rank 0", 1),))]
     assert shortfall(bundles, {"a": 4, "b": 1}) is None
     assert shortfall(bundles, {"a": 5}) is None
     why = shortfall(bundles, {"a": 3, "b": 3})

@@ -47,7 +47,14 @@ class StubServices:
 
     def _summary(self, sample: Sample, version: int) -> Any:
         return SimpleNamespace(
-            worker=0, prompt_tokens=2, response_tokens=3, versions=((0, version),), started=0.0, ended=1.0, score=None
+            worker=0,
+            prompt_tokens=2,
+            response_tokens=3,
+            finish_reason="stop",
+            versions=((0, version),),
+            started=0.0,
+            ended=1.0,
+            score=None,
         )
 
     async def rollout(self, sample: Sample) -> tuple[Any, Any]:
