@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from common.schema import Ids, ItemError, ItemScore, ScoreMode, as_ids
 from teacher_server.backends.attention import _plain_attention, attention_with_lse
@@ -178,6 +179,25 @@ def test_modes_and_temperatures_in_one_batch(
             assert (score.tail_logprob == 0).all()
 
 
+def test_in_bfloat16_scores_are_as_near_to_exact_ones_as_the_models_own(tiny_model: Path) -> None:
+    """The same rounded weights in f32 say what is exact; merging parts of the attention must not add to the noise."""
+    backend = TransformersBackend.load(str(tiny_model), dtype="bfloat16")
+    own = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    exact = Oracle(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).float())
+    rng = np.random.default_rng(17)
+    batch = [work(rng, backend.prefill(CONTEXT, None), 10, 60) for _ in range(8)]
+    errors: dict[str, list[float]] = {"packed": [], "own": []}
+    for one, score in zip(batch, backend.score(batch), strict=True):
+        sequence = (CONTEXT, one.item.prompt_ids, one.item.response_ids)
+        ids = torch.from_numpy(one.item.response_ids.astype(np.int64))[:, None]
+        right, rounded = (model.logprobs(*sequence).gather(-1, ids)[:, 0].numpy() for model in (exact, Oracle(own)))
+        assert isinstance(score, ItemScore)
+        errors["packed"] += list(score.sampled_logprob - right)
+        errors["own"] += list(rounded - right)
+    packed, plain = (float(np.sqrt(np.mean(np.square(errors[name])))) for name in ("packed", "own"))
+    assert 0 < packed < 1.25 * plain
+
+
 def test_longest_sequence(backend: TransformersBackend, oracle: Oracle) -> None:
     check(backend, oracle, [work(np.random.default_rng(10), None, 96, 4000)])
 
@@ -278,8 +298,6 @@ def test_attention_with_lse(causal: bool) -> None:
 
 
 def test_fingerprint_follows_the_weights(tiny_model: Path, tiny_untied_model: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     from teacher_server.fingerprint import model_fingerprint
 
     def load(folder: Path) -> torch.nn.Module:
