@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,9 +105,21 @@ def pack_bucket(bucket: tuple[TensorSpec, ...], stream: Iterator[tuple[str, Tens
     for spec in bucket:
         tensor = _next(stream, spec)
         end = offset + spec.nbytes
-        memory[offset:end].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+        copy_bytes(memory[offset:end], tensor.detach().reshape(-1).view(torch.uint8))
         offset = end
     return memory[:offset]
+
+
+def copy_bytes(target: Tensor, source: Tensor) -> None:
+    """Copy between flat byte tensors; within host memory on this thread alone.
+
+    torch would share the work with its pool, whose threads then spin for the next piece on cores that the sending
+    thread and the receivers need.
+    """
+    if target.device.type == source.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source)
 
 
 def _next(stream: Iterator[tuple[str, Tensor]], spec: TensorSpec) -> Tensor:

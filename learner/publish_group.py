@@ -14,7 +14,7 @@ from common.collective import SENDER, SyncError, open_group
 from common.config import SyncConfig
 from common.opening import DELTA, LENGTH_BYTES, REFUSED, Opening, bucket_name
 from common.weights import ITEM_BYTES, SyncManifest, TensorSpec
-from learner.publish import Packer, SendReport
+from learner.publish import Packer, SendReport, copy_bytes
 
 
 class GroupSender:
@@ -98,6 +98,6 @@ class GroupSender:
 
     def _hold(self, index: int, data: Tensor) -> None:
         if index < len(self._held):
-            self._held[index].copy_(data)
+            copy_bytes(self._held[index], data)
         else:
             self._held.append(data.clone())
