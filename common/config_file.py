@@ -22,7 +22,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError, in one line, for a missing file, bad YAML, an unknown key or a bad value.
     """
-    return validate(Config, _read(Path(path), overrides))
+    return validate(Config, read_tree(path, overrides))
 
 
 def load_teacher_config(path: str | Path, overrides: Sequence[str] = ()) -> TeacherServerConfig:
@@ -30,7 +30,7 @@ def load_teacher_config(path: str | Path, overrides: Sequence[str] = ()) -> Teac
 
     ``teacher.model`` falls back to ``student.model`` of the same file.
     """
-    tree = _read(Path(path), overrides)
+    tree = read_tree(path, overrides)
     teacher = dict(tree.get("teacher") or {})
     if teacher.get("model") is None:
         teacher["model"] = (tree.get("student") or {}).get("model")
@@ -57,9 +57,10 @@ def validate(model: type[S], tree: dict[str, Any]) -> S:
         raise ConfigError("\n".join(_explain(model, detail) for detail in error.errors())) from None
 
 
-def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Sections of a file with the overrides applied, as plain values; raises ConfigError."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:

@@ -103,6 +103,54 @@ def evaluate(
 
 
 @app.command()
+def simulate(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A run's YAML file (with --from), or one with a section simulation.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Overrides such as simulation.sync.seconds=2, or of the run's own keys."
+        ),
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--from", help="A finished run (runs/NAME) that says how fast the parts are.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Rollout workers, each as fast as the measured one.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks of the learner.")] = None,
+    teachers: Annotated[int | None, typer.Option(help="Teacher servers.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the simulated timeline there; ui.perfetto.dev opens it.")
+    ] = None,
+) -> None:
+    """Predict step time, bubbles and queues of a run, on machines that need not be there.
+
+    The loop's own rules over stages that only take time. Left out: over-issued prompts (rollout.over_issue), ranks of
+    ZeRO 2 and 3 waiting for each other in every micro-batch, samples under several contexts, processes that share
+    cores in another way than in the measured run, evaluation and checkpoints.
+    """
+    from common.trace import TraceFile
+    from deploy.simulate import simulate as run_simulation
+    from deploy.simulation_file import load_simulation
+    from deploy.simulation_report import summary
+
+    sizes = {"rollout.workers": workers, "learner.ranks": ranks, "teacher.replicas": teachers}
+    asked = [f"simulation.{key}={value}" for key, value in sizes.items() if value is not None]
+    with known_errors(ConfigError, OSError):
+        found = load_simulation(config, [*(overrides or ()), *asked], measured)
+        simulation = run_simulation(found.simulation)
+        if trace is not None:
+            trace.unlink(missing_ok=True)
+            with TraceFile(trace) as file:
+                file.write(simulation.spans)
+    from rich.console import Console
+
+    Console().print(summary(found.simulation, simulation))
+    for note in found.notes:
+        typer.echo(f"note: {note}", err=True)
+
+
+@app.command()
 def prepare(
     model: Annotated[Model, typer.Argument(help="Which model.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: models/MODEL.")] = None,

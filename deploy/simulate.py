@@ -17,6 +17,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -114,6 +115,8 @@ def draw(spread: Spread, rng: np.random.Generator) -> float:
         return spread.mean * (1 + spread.spread * (2 * rng.random() - 1))
     if spread.kind == "exponential":
         return spread.mean * rng.standard_exponential()
+    if spread.kind == "observed":
+        return spread.mean * spread.shape[rng.integers(len(spread.shape))]
     if spread.kind == "lognormal":
         variance = math.log1p(spread.spread**2)
         return spread.mean * math.exp(math.sqrt(variance) * rng.standard_normal() - variance / 2)
@@ -125,6 +128,8 @@ class _Sample:
     """One answer: its size, the seconds it takes a worker of its own, and when it came where."""
 
     name: str
+    step: int
+    """The step that it was issued for."""
     tokens: int
     alone_s: float
     at: float
@@ -133,9 +138,9 @@ class _Sample:
     version: int = 0
     spans: list[TraceSpan] = field(default_factory=list)
 
-    def span(self, stage: str, track: str, end: float) -> None:
+    def span(self, stage: str, track: str, end: float, **sizes: int) -> None:
         """It was in `stage` until `end`."""
-        self.spans.append(TraceSpan(stage, track, self.at, end, {"sample": self.name}))
+        self.spans.append(TraceSpan(stage, track, self.at, end, {"sample": f"{self.step}/{self.name}", **sizes}))
         self.at = end
 
 
@@ -207,7 +212,9 @@ class _Run:
             self._dispatch.join(index)
         self._waiting: deque[_Sample] = deque()
         self._engine_version = 0
-        self._replica_free = [0.0] * config.teacher.replicas
+        self._to_score: deque[_Sample] = deque()
+        self._idle = list(range(config.teacher.replicas))
+        """Replicas with nothing to do, the one that has been idle for longest first."""
         self._replica_context: list[int | None] = [None] * config.teacher.replicas
         self._rank_free = [0.0] * config.learner.ranks
         self._filler: MicroBatchFiller[_Sample] = MicroBatchFiller(
@@ -244,7 +251,8 @@ class _Run:
         rollout = self.config.rollout
         rng = np.random.default_rng([self.config.seed, int(name)])
         tokens = max(1, round(draw(rollout.answer_tokens, rng)))
-        return _Sample(name, tokens, rollout.answer_s + tokens * draw(rollout.token_s, rng), at=self._now)
+        alone_s = rollout.answer_s + tokens * draw(rollout.token_s, rng)
+        return _Sample(name, int(name) // self.config.samples_per_step, tokens, alone_s, at=self._now)
 
     def _start_waiting(self) -> None:
         while self._waiting:
@@ -268,7 +276,8 @@ class _Run:
         sample = self._workers[worker].pop(self._now)
         self._dispatch.end(worker, 1)
         self.busy["rollout"].append((sample.at, self._now))
-        sample.span("rollout", f"worker {worker}", self._now)
+        sizes = {"prompt_tokens": self.config.prompt_tokens, "response_tokens": sample.tokens}
+        sample.span("rollout", f"worker {worker}", self._now, **sizes)
         self._wake(worker)
         self._start_waiting()
         self._score(sample)
@@ -276,20 +285,34 @@ class _Run:
     # --- teacher ----------------------------------------------------------------------------------------------------
 
     def _score(self, sample: _Sample) -> None:
-        """Served in the order of arrival, by the replica that is free first."""
-        teacher = self.config.teacher
-        replica = min(range(teacher.replicas), key=lambda index: self._replica_free[index])
-        start = max(self._now, self._replica_free[replica])
-        tokens = self.config.prompt_tokens + sample.tokens
+        """Wait for a replica; one that is idle waits a moment for more."""
+        self._to_score.append(sample)
+        if self._idle:
+            replica = self._idle.pop(0)
+            self._at(self._now + self.config.teacher.window_s, lambda: self._serve(replica))
+
+    def _serve(self, replica: int) -> None:
+        """Start the next batch of a replica, in the order of arrival."""
+        teacher, batch, tokens = self.config.teacher, list[_Sample](), 0
+        while self._to_score:
+            more = self.config.prompt_tokens + self._to_score[0].tokens
+            if batch and tokens + more > teacher.batch_tokens:
+                break
+            tokens += more
+            batch.append(self._to_score.popleft())
+        if not batch:  # what it waited for went to another one
+            self._idle.append(replica)
+            return
         version = self._engine_version if teacher.context_every_version else 0
         if self._replica_context[replica] != version:
             self._replica_context[replica] = version
             tokens += teacher.context_tokens
-        end = start + tokens / teacher.tokens_per_s
-        self._replica_free[replica] = end
-        self.busy["teacher"].append((start, end))
-        self._wait_over("teacher", sample, start)
-        self._at(end + teacher.request_s, lambda: self._scored(sample, replica))
+        end = self._now + tokens / teacher.tokens_per_s
+        self.busy["teacher"].append((self._now, end))
+        for sample in batch:
+            self._wait_over("teacher", sample, self._now)
+            self._at(end + teacher.request_s, partial(self._scored, sample, replica))
+        self._at(end, lambda: self._serve(replica))
 
     def _scored(self, sample: _Sample, replica: int) -> None:
         sample.span("score", f"teacher {replica}", self._now)
@@ -322,12 +345,16 @@ class _Run:
                 continue
             padded = len(batch) * max(self.config.prompt_tokens + sample.tokens for sample in batch)
             start = max(self._now, self._rank_free[rank])
-            end = self._rank_free[rank] = start + padded / self.config.learner.tokens_per_s
+            end = self._rank_free[rank] = start + self._micro_batch_s(padded)
             self.busy["learner"].append((start, end))
             for sample in batch:
                 self._wait_over("learner", sample, start)
                 self.spans[self.tracker.version] += sample.spans
-            self.spans[self.tracker.version].append(TraceSpan("accumulate", f"rank {rank}", start, end))
+            args = {"version": self.tracker.version, "padded_tokens": padded}
+            self.spans[self.tracker.version].append(TraceSpan("accumulate", f"rank {rank}", start, end, args))
+
+    def _micro_batch_s(self, padded_tokens: int) -> float:
+        return self.config.learner.micro_batch_s + padded_tokens / self.config.learner.tokens_per_s
 
     def _sync(self) -> None:
         sync = self.config.sync
@@ -344,7 +371,7 @@ class _Run:
             self._wake(index)
         end = self._now + self.config.sync.parity_s
         self._work("parity", self._now, end)
-        self._at(end, self._step_over)
+        self._at(end + self.config.loop_s, self._step_over)
 
     def _step_over(self) -> None:
         self.windows.append((self.windows[-1][1] if self.windows else 0.0, self._now))
@@ -357,7 +384,8 @@ class _Run:
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
     def _work(self, stage: str, start: float, end: float) -> None:
-        self.spans[self.tracker.version].append(TraceSpan(stage, "controller", start, end))
+        version = self.tracker.version
+        self.spans[version].append(TraceSpan(stage, "controller", start, end, {"version": version + 1}))
 
     def _wait_over(self, queue: str, sample: _Sample, end: float) -> None:
         if end > sample.at:

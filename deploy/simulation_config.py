@@ -14,15 +14,19 @@ Seconds = Annotated[float, Field(ge=0)]
 class Spread(Section):
     """A positive quantity that differs from answer to answer."""
 
-    kind: Literal["constant", "uniform", "exponential", "lognormal"] = "constant"
+    kind: Literal["constant", "uniform", "exponential", "lognormal", "observed"] = "constant"
     mean: PositiveFloat
     spread: Annotated[float, Field(ge=0)] = 0.0
     """`uniform`: the values lie within mean · (1 ± spread), so at most 1. `lognormal`: standard deviation over mean.
     The others have none to choose."""
+    shape: tuple[PositiveFloat, ...] = ()
+    """`observed`: values over their mean, all equally likely."""
 
     @model_validator(mode="after")
     def _spread_fits(self) -> Spread:
-        if self.kind in ("constant", "exponential") and self.spread:
+        if (self.kind == "observed") != bool(self.shape):
+            raise ValueError(f"shape goes with kind `observed`, not with `{self.kind}` alone")
+        if self.kind in ("constant", "exponential", "observed") and self.spread:
             raise ValueError(f"spread {self.spread} means nothing for kind `{self.kind}`")
         if self.kind == "uniform" and self.spread > 1:
             raise ValueError(f"spread {self.spread} of `uniform` must be at most 1: values are positive")
@@ -45,11 +49,15 @@ class SimulatedRollout(Section):
 
 
 class SimulatedTeacher(Section):
-    """The teacher servers. Each takes one answer after another, at the rate of its batches."""
+    """The teacher servers. Each takes the answers in the order of their arrival, batch by batch."""
 
     replicas: Positive = 1
     tokens_per_s: PositiveFloat = 10_000.0
     """Prompt and response tokens that one replica scores."""
+    batch_tokens: Positive = 1
+    """Of one batch, whose answers are done together; a longer answer is one by itself, so 1: one after another."""
+    window_s: Seconds = 0.0
+    """How long an idle replica waits for more, once there is an answer."""
     context_tokens: NonNegative = 0
     """Of the context, which every replica computes once, before its first answer."""
     context_every_version: bool = False
@@ -65,6 +73,8 @@ class SimulatedLearner(Section):
     tokens_per_s: PositiveFloat = 10_000.0
     """Padded tokens that one rank takes forward and backward."""
     micro_batch_tokens: Positive = 8192
+    micro_batch_s: Seconds = 0.0
+    """Of each micro-batch, whatever its size."""
     step_s: Seconds = 0.0
     """Optimiser step, all ranks together."""
 
@@ -85,6 +95,8 @@ class SimulationConfig(Section):
     prompt_tokens: NonNegative = 64
     max_staleness: NonNegative = 0
     """Steps that rollouts may run ahead of training."""
+    loop_s: Seconds = 0.0
+    """Of each step: the loop itself, no stage being at work."""
     seed: NonNegative = 0
     rollout: SimulatedRollout = SimulatedRollout()
     teacher: SimulatedTeacher = SimulatedTeacher()

@@ -141,6 +141,24 @@ def test_more_replicas_and_ranks_share_the_work() -> None:
     assert run(samples=8, **sections).step_s == pytest.approx(0.8)
 
 
+def test_a_teacher_scores_what_waits_together_up_to_its_batch() -> None:
+    sections = stages(1.0, 1.0, 1e-9, slots=4)
+    sections["teacher"] |= {"batch_tokens": 30, "window_s": 0.25, "request_s": 0.5}
+    # Four answers at 1.0; three from 1.25 on, done at 4.25, the last one at 5.25; half a second later the loop knows.
+    simulation = run(samples=4, **sections)
+    ends = sorted(span.end for span in simulation.spans if span.stage == "score")
+    assert ends == pytest.approx([4.75, 4.75, 4.75, 5.75])
+    assert simulation.busy["teacher"] == pytest.approx(4 / 5.75, rel=1e-6)
+
+
+def test_micro_batches_and_the_loop_have_costs_of_their_own() -> None:
+    sections = stages(1e-9, 1e-9, 1.0)
+    sections["learner"]["micro_batch_s"] = 0.5
+    simulation = run(samples=4, steps=2, loop_s=0.25, **sections)
+    assert seconds(simulation) == pytest.approx([6.25, 6.25])
+    assert simulation.total.wait_s["other"] == pytest.approx(0.5)
+
+
 def test_a_micro_batch_costs_its_padding() -> None:
     sections = stages(1.0, 1e-9, 0.1, slots=2)
     sections["rollout"] |= {"answer_tokens": {"kind": "uniform", "mean": 50, "spread": 0.9}, "token_s": {"mean": 1e-9}}
@@ -347,8 +365,23 @@ def test_draws_have_the_mean_and_spread_that_were_asked_for(spread: Spread) -> N
     assert values.min() > 0
 
 
+def test_an_observed_distribution_is_drawn_as_it_was_seen() -> None:
+    rng = np.random.default_rng(0)
+    spread = Spread(kind="observed", mean=4, shape=(0.5, 0.5, 2.0))
+    values = Counter(draw(spread, rng) for _ in range(3000))
+    assert set(values) == {2.0, 8.0}
+    assert values[8.0] == pytest.approx(1000, rel=0.1)
+
+
 @pytest.mark.parametrize(
-    "spread", [{"mean": 1, "spread": 0.5}, {"kind": "uniform", "mean": 1, "spread": 1.5}, {"mean": 0}]
+    "spread",
+    [
+        {"kind": "observed", "mean": 1},
+        {"mean": 1, "shape": [1.0]},
+        {"mean": 1, "spread": 0.5},
+        {"kind": "uniform", "mean": 1, "spread": 1.5},
+        {"mean": 0},
+    ],
 )
 def test_a_spread_that_means_nothing_is_refused(spread: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
