@@ -54,7 +54,7 @@ class TeacherActor:
         """Take the weights of `version` between two batches. Raises SyncError; it scores nothing any more then."""
         if self._receiver is None:
             raise SyncError("the teacher was asked to receive weights before it joined the weight group")
-        self._running.load_weights(self._receiver.receive(manifest), version)
+        self._running.load_weights(self._receiver.receive(manifest.at(version)), version)
 
     def save_state(self, path: str) -> None:
         """Write what a resumed run needs of this teacher: an average and its version."""
