@@ -12,7 +12,7 @@ from typing import Any
 from common.config import Config, ConfigError
 from common.config_file import load_config, read_tree, validate
 from deploy.simulation_config import SimulationConfig
-from deploy.simulation_fit import Fit, Measured, fitted, measured, sizes
+from deploy.simulation_fit import Fit, Measured, fitted, measured, sizes, spread_of
 
 SECTION = "simulation"
 
@@ -60,20 +60,21 @@ def _with_sizes_of(config: Config, run: Measured, base: dict[str, Any]) -> tuple
         },
         "learner": {"ranks": learner.ranks, "micro_batch_tokens": learner.micro_batch_tokens},
     }
-    notes: list[str] = []
+    notes: tuple[str, ...] = ()
     before, after = run.config.rollout.max_tokens, rollout.max_tokens
     if before != after:
-        if run.capped > 0.5:
-            change["rollout"]["answer_tokens"] = {"mean": base["rollout"]["answer_tokens"]["mean"] * after / before}
-            notes.append(
-                f"{run.capped:.0%} of the answers ended by their length: all are taken {after / before:g} times"
-            )
-        else:
-            notes.append(
-                f"rollout.max_tokens is {after}, was {before}, and few answers reached it: they are taken as long as "
-                "they were"
-            )
-    return _merged(base, change), tuple(notes)
+        change["rollout"]["answer_tokens"] = spread_of(_other_limit(run, before, after)).model_dump()
+        notes = (
+            f"rollout.max_tokens was {before} in the measured run: answers that ended there are taken {after} long, "
+            "others as long as they were, if that is not longer",
+        )
+    return _merged(base, change), notes
+
+
+def _other_limit(run: Measured, before: int, after: int) -> list[int]:
+    """Lengths of the run's answers if they might have been `after` tokens long instead of `before`."""
+    lengths = [answer.response_tokens for answer in run.answers]
+    return [after if tokens == before else min(tokens, after) for tokens in lengths]
 
 
 def _merged(tree: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -64,8 +64,6 @@ class Measured:
     sync_s: tuple[float, ...]
     parity_s: tuple[float, ...]
     loop_s: tuple[float, ...]
-    capped: float
-    """Share of the answers that ended by their length."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def fitted(run: Measured) -> Fit:
         rollout=SimulatedRollout(
             workers=config.rollout.workers,
             concurrency=min(config.rollout.concurrency, config.rollout.max_num_seqs),
-            answer_tokens=_spread(tokens),
+            answer_tokens=spread_of(tokens),
             token_s=token_s,
             contention=contention,
             answer_s=answer_s,
@@ -173,7 +171,6 @@ def measured(folder: Path) -> Measured:
         sync_s=tuple(event["dur"] / 1e6 for event in closing["sync"]),
         parity_s=tuple(event["dur"] / 1e6 for event in closing["parity"]),
         loop_s=tuple(line["time/total_s"] * line.get("loop/wait/other", 0.0) for line in later),
-        capped=float(np.mean([line.get("rollout/stopped_by_length", 0.0) for line in later])),
     )
 
 
@@ -225,7 +222,7 @@ def _rollout(run: Measured) -> tuple[Spread, float, float, bool]:
     own = alone(contention)
     answer_s, token_s = _line(tokens, own)
     ratios = np.maximum(own - answer_s, 1e-9) / (tokens * token_s)
-    return _spread(ratios, token_s), contention, answer_s, varied
+    return spread_of(ratios, token_s), contention, answer_s, varied
 
 
 class _Crowd:
@@ -310,13 +307,15 @@ def _lowest(misfit: Callable[[float], float], low: float, high: float) -> tuple[
     return float(grid[int(np.argmin(values))]), varied
 
 
-def _spread(values: Iterable[float] | F64, scale: float = 1.0) -> Spread:
+def spread_of(values: Iterable[float] | F64, scale: float = 1.0) -> Spread:
     """The distribution of `values` times `scale`: constant where they hardly differ, else as it was seen."""
     found: F64 = np.sort(np.asarray(values, np.float64))
     mean = float(found.mean())
     if found.std() <= 0.01 * mean:
         return Spread(mean=scale * mean)
     if len(found) > SHAPE_POINTS:
-        found = np.asarray(np.quantile(found, (np.arange(SHAPE_POINTS) + 0.5) / SHAPE_POINTS), np.float64)
+        found = np.asarray(
+            np.quantile(found, (np.arange(SHAPE_POINTS) + 0.5) / SHAPE_POINTS, method="inverted_cdf"), np.float64
+        )
     shape = found / found.mean()
     return Spread(kind="observed", mean=scale * mean, shape=tuple(round(float(value), 4) for value in shape))

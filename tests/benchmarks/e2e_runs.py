@@ -107,26 +107,33 @@ def folder_for(name: str) -> Iterator[Path]:
 def our_run(setting: Setting, steps: int, **sections: dict[str, Any]) -> RunSteps:
     """`steps` steps of 16 prompts; keyword arguments are sections to change."""
     with folder_for(f"{setting.context_tokens}-{setting.answer_tokens}") as folder:
-        lines = [json.dumps({"id": str(i), "prompt": text}) for i, text in enumerate(story_prompts(BATCH * steps))]
-        (folder / "train.jsonl").write_text("\n".join(lines))
-        (folder / "context.txt").write_text(context_text(setting.context_tokens))
-        settings: dict[str, dict[str, Any]] = {
-            "run": {"name": "run", "dir": str(folder)},
-            "student": {"model": str(MODEL)},
-            "teacher": {"threads": THREADS},
-            "context": {"file": str(folder / "context.txt")},
-            "data": {"train": str(folder / "train.jsonl")},
-            "rollout": {"batch_size": BATCH, "max_tokens": setting.answer_tokens, "threads": THREADS},
-            "loss": {"top_k": TOP_K},
-            "learner": {"steps": steps, "lr": LEARNING_RATE, "threads": THREADS, "micro_batch_tokens": 512},
-            "sync": {"probe_prompts": 4, "probe_tokens": 16},
-            "eval": {"every": 0},
-        }
-        for section, values in sections.items():
-            settings.setdefault(section, {}).update(values)
-        path = folder / "run.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        return train(path, folder / "run")
+        return train(write_config(folder, setting, steps, **sections), folder / "run")
+
+
+def write_config(folder: Path, setting: Setting, steps: int, **sections: dict[str, Any]) -> Path:
+    """The configuration of such a run, with its data beside it; it will leave its files in ``folder/run``."""
+    settings: dict[str, dict[str, Any]] = {
+        "run": {"name": "run", "dir": str(folder)},
+        "student": {"model": str(MODEL)},
+        "teacher": {"threads": THREADS},
+        "context": {"file": str(folder / "context.txt")},
+        "data": {"train": str(folder / "train.jsonl")},
+        "rollout": {"batch_size": BATCH, "max_tokens": setting.answer_tokens, "threads": THREADS},
+        "loss": {"top_k": TOP_K},
+        "learner": {"steps": steps, "lr": LEARNING_RATE, "threads": THREADS, "micro_batch_tokens": 512},
+        "sync": {"probe_prompts": 4, "probe_tokens": 16},
+        "eval": {"every": 0},
+    }
+    for section, values in sections.items():
+        settings.setdefault(section, {}).update(values)
+    prompts = story_prompts(settings["rollout"]["batch_size"] * steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"id": str(i), "prompt": text}) for i, text in enumerate(prompts)]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    (folder / "context.txt").write_text(context_text(setting.context_tokens))
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
 
 
 def train(config: Path, run: Path, overrides: Sequence[str] = ()) -> RunSteps:

@@ -177,7 +177,7 @@ def test_a_measured_run_is_simulated_on_other_machines(tmp_path: Path) -> None:
     twice = command(config, "rollout.batch_size=48", "--from", str(tmp_path))
     assert step_of(twice.output) > 1.5 * step_of(same.output)
     longer = command(config, "rollout.max_tokens=1024", "--from", str(tmp_path))
-    assert "few answers reached it" in longer.stderr
+    assert "answers that ended there are taken 1024 long" in longer.stderr
     slow = command(config, "simulation.sync.seconds=20", "--from", str(tmp_path))
     assert step_of(slow.output) == pytest.approx(step_of(same.output) + 19.4, rel=0.02)
 
@@ -193,15 +193,16 @@ def test_a_simulation_of_its_own_needs_no_run(tmp_path: Path) -> None:
     assert Counter(event["name"] for event in drawn) == Counter(span.stage for span in expected.spans)
 
 
-def test_answers_that_were_cut_off_grow_with_the_limit(tmp_path: Path) -> None:
-    truth = merged(TRUTH, {"rollout": {"answer_tokens": {"kind": "constant", "mean": 512, "spread": 0}}})
-    left_behind(tmp_path, truth)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    capped = [json.dumps({**line, "rollout/stopped_by_length": 1.0}) for line in lines]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(capped))
+def test_answers_that_were_cut_off_would_have_gone_on(tmp_path: Path) -> None:
+    """Half of them end at 512, half at 51."""
+    answers = {"kind": "observed", "mean": 281.5, "spread": 0, "shape": [512 / 281.5, 51 / 281.5]}
+    left_behind(tmp_path, merged(TRUTH, {"steps": 12, "rollout": {"answer_tokens": answers}}))
     found = load_simulation(tmp_path / "config.yaml", ["rollout.max_tokens=1024"], tmp_path)
-    assert found.simulation.rollout.answer_tokens.mean == pytest.approx(1024)
-    assert "2 times" in found.notes[-1]
+    assert "512 in the measured run" in found.notes[-1]
+    lengths = found.simulation.rollout.answer_tokens
+    assert sorted({value * lengths.mean for value in lengths.shape}) == pytest.approx([51, 1024], rel=0.03)
+    less = load_simulation(tmp_path / "config.yaml", ["rollout.max_tokens=20"], tmp_path)
+    assert less.simulation.rollout.answer_tokens.mean == 20
 
 
 def test_what_cannot_be_simulated_is_refused_in_one_line(tmp_path: Path) -> None:

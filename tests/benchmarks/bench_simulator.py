@@ -1,0 +1,64 @@
+"""The simulator against this machine: fitted to one run, asked about two others, which are then run.
+
+About six minutes on SmolLM2.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from deploy.simulate import simulate
+from deploy.simulation_file import load_simulation
+from tests.benchmarks.e2e_runs import Setting, figure, folder_for, train, write_config
+
+STEPS = 5
+SETTING = Setting(context_tokens=30, answer_tokens=64)
+SENTENCE = {"stop": ["."]}
+"""Answers end with their sentence, so lengths differ, and with them how many are in flight."""
+
+ASKED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "a": ("twice as many prompts a step", {"rollout": {**SENTENCE, "batch_size": 32}}),
+    "b": (
+        "a third of the answer length, two samples a prompt, larger micro-batches",
+        {
+            "rollout": {**SENTENCE, "batch_size": 8, "samples_per_prompt": 2, "max_tokens": 20},
+            "learner": {"micro_batch_tokens": 1024},
+        },
+    ),
+}
+
+
+def run() -> dict[str, dict[str, Any]]:
+    """``simulator.error_a`` and ``_b``."""
+    with folder_for("simulator") as folder:
+        return errors(folder)
+
+
+def errors(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Both errors; keyword arguments change all three runs."""
+    fitted = write_config(folder / "fitted", SETTING, STEPS, **_with(sections, {"rollout": SENTENCE}))
+    measured = train(fitted, folder / "fitted/run")
+    figures: dict[str, dict[str, Any]] = {}
+    for name, (what, changes) in ASKED.items():
+        config = write_config(folder / name, SETTING, STEPS, **_with(sections, changes))
+        asked = load_simulation(config, ["simulation.steps=50"], folder / "fitted/run")
+        predicted = simulate(asked.simulation)  # before the run: nothing of it can get in
+        real = train(config, folder / name / "run")
+        real_s = statistics.fmean(real.seconds())
+        error = abs(predicted.step_s / real_s - 1)
+        figures[f"simulator.error_{name}"] = figure(
+            error,
+            "share",
+            "<= 0.2",
+            error <= 0.2,
+            f"{what}: predicted {predicted.step_s:.2f} s a step, took {real_s:.2f} s (mean of {len(real.seconds())}; "
+            f"{real.stages()}); fitted to a run of 16 prompts with {statistics.fmean(measured.seconds()):.2f} s a step "
+            f"({measured.stages()})",
+        )
+    return figures
+
+
+def _with(sections: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {key: {**sections.get(key, {}), **changes.get(key, {})} for key in {**sections, **changes}}
