@@ -191,6 +191,18 @@ def test_the_teacher_falls_back_to_the_students_model(path: Path) -> None:
     assert load_config(path, ["teacher.model=models/b"]).teacher_model == "models/b"
 
 
+def test_weights_go_into_the_runs_folder_unless_another_is_named(path: Path) -> None:
+    config = load_config(path, ["sync.backend=file"])
+    assert config.sync_in_run.folder == Path("runs/small/weights").absolute()
+    assert load_config(path, ["sync.backend=file", "sync.folder=/share/w"]).sync_in_run.folder == Path("/share/w")
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc", "file"])
+def test_deltas_go_over_gloo_only(path: Path, backend: str) -> None:
+    assert load_config(path, ["sync.delta=true"]).sync.delta
+    assert f"not `{backend}`" in mistake(path, "sync.delta=true", f"sync.backend={backend}")
+
+
 def test_a_teacher_needs_nothing_but_its_own_section(tmp_path: Path) -> None:
     path = tmp_path / "teacher.yaml"
     path.write_text("teacher: {model: models/b, port: 8001}")
