@@ -64,6 +64,11 @@ class FairQueue(Generic[T]):
         """Tokens that wait, of all tenants."""
         return self._root.tokens
 
+    @property
+    def waiting_runs(self) -> int:
+        """Runs, of all tenants, that have items waiting."""
+        return sum(1 for owner in self._root.members.values() for run in owner.members.values() if run.tokens)
+
     def push(self, tenant: str, run: str, item: T, tokens: int) -> None:
         """Append `item`, which costs `tokens` (at least 1)."""
         tokens = max(1, tokens)

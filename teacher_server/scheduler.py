@@ -28,6 +28,9 @@ TENANT_SHARE = 0.5
 BATCH_S = 0.5
 """About how long a batch may take: who comes while one runs waits for it, and for one more."""
 
+SHARED_BATCH_S = 0.15
+"""The same while several runs wait: a quiet one among loud ones then waits little longer than it computes."""
+
 LEAST_BATCH_TOKENS = 128
 """Of a batch however slow the model is: smaller ones only read the weights more often."""
 
@@ -207,15 +210,17 @@ class Scheduler:
 
     @property
     def _budget(self) -> int:
-        """Tokens of the next batch: the configured bound, or what the measured speed does in `batch_s`."""
-        return min(self._batch_tokens, max(LEAST_BATCH_TOKENS, int(self._tokens_per_s * self._batch_s)))
+        """Tokens of the next batch: the configured bound, or what the measured speed does in the time it may take."""
+        seconds = self._batch_s if self.queue.waiting_runs < 2 else min(self._batch_s, SHARED_BATCH_S)
+        return min(self._batch_tokens, max(LEAST_BATCH_TOKENS, int(self._tokens_per_s * seconds)))
 
     def _take(self) -> list[Job]:
         """The next batch: at least one item, then as many as the budget holds, contexts to be computed included."""
         jobs: list[Job] = []
         tokens = 0
         new: set[tuple[str, str]] = set()
-        while self.queue and (not jobs or tokens + self.queue.peek_tokens() <= self._budget):
+        budget = self._budget
+        while self.queue and (not jobs or tokens + self.queue.peek_tokens() <= budget):
             if len(jobs) == self._batch_items:
                 break
             job = self.queue.pop()

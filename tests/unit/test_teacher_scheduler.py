@@ -14,6 +14,7 @@ import pytest
 from common.schema import Context, Ids, ItemError, ItemScore, ScoreItem, as_ids
 from teacher_server.backends.base import Backend, Work
 from teacher_server.contexts import Located
+from teacher_server.fair_queue import FairQueue
 from teacher_server.scheduler import BatchReport, QueueFull, Scheduler, SchedulerStopped, Versioned
 
 
@@ -107,6 +108,20 @@ async def test_batches_of_a_slow_model_are_cut_to_half_a_second() -> None:
         backend.open.set()
         await asyncio.gather(*waiting)
     assert 2 <= len(backend.batches[1]) <= 8
+
+
+async def test_batches_are_shorter_while_several_runs_wait() -> None:
+    """At 2,000 tokens a second: half a second for one run, 0.15 s for several, never under the least."""
+    async with scheduler_of(Held(), batch_tokens=10_000) as scheduler:
+        scheduler._tokens_per_s = 2000.0
+        scheduler.queue.push("t", "one", cast(Any, None), 10)
+        assert scheduler._budget == 1000
+        for tenant, run in (("t", "two"), ("u", "one")):
+            scheduler.queue.push(tenant, run, cast(Any, None), 10)
+            assert scheduler._budget == 300
+        scheduler._tokens_per_s = 100.0
+        assert scheduler._budget == 128
+        scheduler.queue = FairQueue()
 
 
 async def test_items_of_a_batch_can_be_bounded() -> None:
