@@ -221,7 +221,7 @@ def _rollout(run: Measured) -> tuple[Spread, float, float, bool]:
         contention = 0.0
     own = alone(contention)
     answer_s, token_s = _line(tokens, own)
-    ratios = np.maximum(own - answer_s, 1e-9) / (tokens * token_s)
+    ratios = own / (answer_s + tokens * token_s)
     return spread_of(ratios, token_s), contention, answer_s, varied
 
 
@@ -318,4 +318,4 @@ def spread_of(values: Iterable[float] | F64, scale: float = 1.0) -> Spread:
             np.quantile(found, (np.arange(SHAPE_POINTS) + 0.5) / SHAPE_POINTS, method="inverted_cdf"), np.float64
         )
     shape = found / found.mean()
-    return Spread(kind="observed", mean=scale * mean, shape=tuple(round(float(value), 4) for value in shape))
+    return Spread(kind="observed", mean=scale * mean, shape=tuple(max(float(value), 1e-6) for value in shape.round(4)))
