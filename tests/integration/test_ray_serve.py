@@ -37,8 +37,11 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def url(config: str) -> Iterator[str]:
     """Address of the proxy, with two replicas up."""
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for check in ("READY_CHECK", "HEALTH_CHECK"):  # Serve gives up a proxy that is slow on a busy machine
+            patch.setenv(f"RAY_SERVE_PROXY_{check}_TIMEOUT_S", "90")
+        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(teacher(TeacherArgs(config=config, min_replicas=2, max_replicas=2, cpus=0.5)), name="teacher")
     yield f"http://127.0.0.1:{port}"
