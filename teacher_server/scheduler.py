@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from common.schema import ItemError, ItemScore
-from teacher_server.backends.base import Backend, Work
+from teacher_server.backends.base import Backend, BackendLost, Work
 from teacher_server.contexts import CacheFull, Located, PrefixCache
 from teacher_server.fair_queue import FairQueue
 
@@ -263,6 +263,8 @@ class Scheduler:
         """A batch that fails is tried item by item: one bad item must not take its neighbours, or the server, along."""
         try:
             return self._compute(jobs)
+        except BackendLost:
+            raise
         except Exception as error:
             log.exception("a batch of %d items failed", len(jobs))
             if len(jobs) == 1:

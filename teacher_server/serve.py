@@ -21,7 +21,7 @@ from common.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
 from common.scoring import TeacherError
 from teacher_server.app import create_app
 from teacher_server.auth import Authenticator, authenticator
-from teacher_server.backends.base import BackendError
+from teacher_server.backends.base import Backend, BackendError
 from teacher_server.backends.transformers import TransformersBackend
 from teacher_server.http_limits import LimitedHttpProtocol
 from teacher_server.service import TeacherService, TokenizerIdentity
@@ -36,24 +36,36 @@ def build_service(config: TeacherConfig) -> TeacherService:
     """Load the model and its tokenizer; raises TeacherError where the model cannot be a teacher."""
     if config.model is None:
         raise TeacherError("teacher.model is missing: name the folder or hub name of the model that scores")
-    if config.kind == "base":
-        raise TeacherError("teacher.kind `base` is the learner itself: there is nothing to serve")
     set_threads = _thread_setup(config.threads)
     set_threads()
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        backend = TransformersBackend.load(
-            config.model,
-            dtype=config.dtype,
-            device_map=config.device_map,
-            prefill_tokens=config.batch_tokens,
-            kind=config.kind,
-            ema_decay=config.ema_decay,
-        )
+        backend, on_stop = _backend(config, config.model)
     except (BackendError, OSError, ValueError) as error:
         raise TeacherError(f"teacher.model {config.model} cannot be loaded: {error}") from error
     identity = TokenizerIdentity(tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer))
-    return TeacherService(backend, config, identity, thread_setup=set_threads)
+    return TeacherService(backend, config, identity, thread_setup=set_threads, on_stop=on_stop)
+
+
+def _backend(config: TeacherConfig, model: str) -> tuple[Backend, Callable[[], None] | None]:
+    """The backend, and what ends what it started."""
+    if config.kind == "base":
+        raise TeacherError("teacher.kind `base` is the learner itself: there is nothing to serve")
+    if config.backend == "vllm":
+        # Here and not above: vLLM takes seconds to import, and need not be installed.
+        from teacher_server.backends.vllm import VllmBackend
+
+        engine = VllmBackend.load(model, config)
+        return engine, engine.close
+    backend = TransformersBackend.load(
+        model,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        prefill_tokens=config.batch_tokens,
+        kind=config.kind,
+        ema_decay=config.ema_decay,
+    )
+    return backend, None
 
 
 def build_app(config: TeacherServerConfig) -> FastAPI:

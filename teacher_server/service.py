@@ -49,12 +49,15 @@ class TeacherService:
         identity: TokenizerIdentity,
         *,
         thread_setup: Callable[[], None] | None = None,
+        on_stop: Callable[[], None] | None = None,
     ) -> None:
+        """`thread_setup` runs in the thread that computes, `on_stop` after it has ended."""
         self._backend = backend
         self._config = config
         self._identity = identity
         self._longest = min(config.max_sequence_tokens or backend.max_sequence_tokens, backend.max_sequence_tokens)
         self._thread_setup = thread_setup
+        self._on_stop = on_stop
         self._scheduler: Scheduler | None = None
         self._draining = False
         self._broken: str | None = None
@@ -80,6 +83,8 @@ class TeacherService:
         self.drain()
         if self._scheduler is not None:
             await self._scheduler.stop()
+        if self._on_stop is not None:
+            await asyncio.to_thread(self._on_stop)
 
     def drain(self) -> None:
         """Refuse new requests from here on."""

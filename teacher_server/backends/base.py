@@ -14,6 +14,10 @@ class BackendError(RuntimeError):
     """The backend cannot run this model as asked; the text says why and what would work."""
 
 
+class BackendLost(RuntimeError):
+    """What runs the model is gone; only another process can help."""
+
+
 class Prefix(Protocol):
     """A context as a backend keeps it: computed once, shared by every sequence that starts with it."""
 
