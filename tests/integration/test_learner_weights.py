@@ -96,6 +96,31 @@ def test_saved_weights_open_and_equal_the_published_ones(
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def whole_at_a_time(rank: int, config: Config) -> tuple[int, int, int]:
+    """Bytes of parameters that are whole on this rank: before publishing, at most while its weights are read, after."""
+    from learner.engine import LearnerEngine
+
+    engine = LearnerEngine(config)
+    parameters = [weight for _, weight, _ in engine._weights._named]
+
+    def whole() -> int:
+        return sum(parameter.numel() * parameter.itemsize for parameter in parameters)  # partitioned ones have none
+
+    before = whole()
+    most = max(whole() for _ in engine.named_weights())
+    return before, most, whole()
+
+
+def test_publishing_a_partitioned_model_gathers_no_more_than_a_bucket(two: Ranks, tiny_model: Path) -> None:
+    bucket_bytes, embedding_bytes = 40_000, 512 * 64 * 4
+    config = smooth_config(tiny_model, 3, sync={"bucket_bytes": bucket_bytes})
+    for before, most, after in two.call(whole_at_a_time, config):
+        assert before < most <= before + max(bucket_bytes, embedding_bytes)
+        assert after == before
+    total = sum(tensor.nbytes for tensor in weights_of(tiny_model).values())
+    assert most < total / 2  # the bound is one
+
+
 def test_a_save_replaces_the_folder_as_a_whole(one: Ranks, tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
