@@ -50,6 +50,7 @@ bench: setup ## run the benchmarks, all or ONLY=name, into runs/bench/results.js
 
 docs: setup ## build the documentation into site/
 	$(BIN)/python -m deploy.docs --check
+	$(BIN)/python -m deploy.licences --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## remove .venv, caches and built files (runs/ and models/ stay)
