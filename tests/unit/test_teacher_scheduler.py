@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from common.schema import Context, Ids, ItemError, ItemScore, ScoreItem, as_ids
-from teacher_server.backends.base import Backend, Work
+from teacher_server.backends.base import Backend, BackendLost, Work
 from teacher_server.contexts import Located
 from teacher_server.fair_queue import FairQueue
 from teacher_server.scheduler import BatchReport, QueueFull, Scheduler, SchedulerStopped, Versioned
@@ -206,6 +206,20 @@ async def test_one_bad_item_is_alone_with_its_failure() -> None:
     async with scheduler_of(backend) as scheduler:
         results = await scheduler.submit("t", "r", [work(10, 1), work(10, 13), work(10, 2)])
     assert numbers(results) == [1, "internal", 2]
+
+
+async def test_a_backend_that_is_lost_ends_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items would fail one by one for ever, behind a health check that says all is well."""
+    backend = Held()
+
+    def lost(_: Sequence[Work]) -> list[ItemScore | ItemError]:
+        raise BackendLost("the engine died")
+
+    monkeypatch.setattr(backend, "score", lost)
+    async with scheduler_of(backend) as scheduler:
+        with pytest.raises(SchedulerStopped, match="BackendLost the engine died"):
+            await asyncio.wait_for(scheduler.submit("t", "r", [work(10), work(10)]), 5)
+        assert scheduler.failure is not None
 
 
 async def test_cancelled_items_are_not_computed() -> None:
