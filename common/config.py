@@ -231,6 +231,11 @@ class LossConfig(Section):
     clip_per_token: PositiveFloat | None = None
     ratio_clip: PositiveFloat | None = None
     """Largest importance ratio of `policy_gradient`."""
+    importance_clip: PositiveFloat | None = None
+    """Weight every token's divergence by how likely the answer up to it is under the current weights over how likely it
+    was when it was sampled, cut at this value (truncated importance sampling): for `rollout.max_staleness` above 0, and
+    for engines of another precision. Null: no weights. The ratio is a product over tokens, so watch
+    `importance/effective_share`."""
 
 
 class LoraConfig(Section):
@@ -391,6 +396,8 @@ class Config(Section):
                 f"loss.form: `policy_gradient` compares log-probs of the sampler and the learner, so loss.temperature "
                 f"({self.loss.temperature}) must equal rollout.temperature ({self.rollout.temperature})"
             )
+        if self.loss.importance_clip is not None:
+            self._check_importance()
         if self.rollout.colocated:
             self._check_colocated()
         if self.teacher.kind == "base" and self.loss.support != "student":
@@ -418,6 +425,16 @@ class Config(Section):
                     f"neither {where}.url nor another {where}.model"
                 )
         return self
+
+    def _check_importance(self) -> None:
+        if self.loss.form == "policy_gradient":
+            raise ValueError("loss.importance_clip: `policy_gradient` has a ratio of its own, see loss.ratio_clip")
+        if self.loss.temperature != self.rollout.temperature or self.rollout.top_p != 1:
+            raise ValueError(
+                f"loss.importance_clip compares log-probs of the sampler and the learner, so loss.temperature "
+                f"({self.loss.temperature}) must equal rollout.temperature ({self.rollout.temperature}) and "
+                f"rollout.top_p ({self.rollout.top_p}) be 1"
+            )
 
     def _check_colocated(self) -> None:
         rollout, learner = self.rollout, self.learner

@@ -51,7 +51,8 @@ class TrainingBatch:
 
     ``ids [R, k]`` with `PAD_ID` in unused places, ``teacher_logprobs [R, k]``, ``teacher_tail [R]``,
     ``teacher_sampled [R]``, ``engine_sampled [R]`` (the engine's log-probs of the sampled tokens), ``weights [R]``
-    (0 for tokens that the loss skips, 1/|y| under sequence normalisation), ``owners [R]`` (index into `sample_ids`).
+    (0 for tokens that the loss skips, 1/|y| under sequence normalisation), ``owners [R]`` (index into `sample_ids`),
+    ``own [R]`` (False where an environment spoke).
     ``stored [R, k]`` marks the ids that the student picked when the answer was made; ``overlap [R]`` is the share of
     the teacher's top k that the student picked too (NaN where the teacher did not say what its top k is).
     """
@@ -64,6 +65,7 @@ class TrainingBatch:
     engine_sampled: Float[Tensor, " R"]
     weights: Float[Tensor, " R"]
     owners: Int[Tensor, " R"]
+    own: Bool[Tensor, " R"]
     stored: Bool[Tensor, "R k"]
     overlap: Float[Tensor, " R"]
     sample_ids: tuple[str, ...]
@@ -138,6 +140,7 @@ def training_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig) -> Trai
         engine_sampled=_float(np.concatenate([item.trajectory.sampled_logprobs for item in scored])),
         weights=_float(np.concatenate([token_weights(item.trajectory, loss) for item in scored])),
         owners=_long(np.repeat(np.arange(len(scored)), [len(item.trajectory.response_ids) for item in scored])),
+        own=torch.from_numpy(np.concatenate([own_tokens(item.trajectory) for item in scored])),
         stored=torch.from_numpy(np.concatenate([_widen(marks, width, False) for marks in stored])),
         overlap=_float(
             np.concatenate([overlap(item, marks, loss) for item, marks in zip(scored, stored, strict=True)])
@@ -158,6 +161,7 @@ def empty_batch() -> TrainingBatch:
         engine_sampled=torch.zeros(1),
         weights=torch.zeros(1),
         owners=torch.zeros(1, dtype=torch.long),
+        own=torch.ones(1, dtype=torch.bool),
         stored=torch.ones(1, 1, dtype=torch.bool),
         overlap=torch.zeros(1),
         sample_ids=("nothing",),
@@ -210,6 +214,12 @@ def counted_tokens(trajectory: Trajectory, loss: LossConfig) -> Mask:
         raise ValueError(f"sample {trajectory.sample_id}: loss mask is {mask.shape}, expected {positions.shape}")
     last_foreign = np.maximum.accumulate(np.where(mask, -1, positions))
     return positions - last_foreign > loss.skip_first_tokens
+
+
+def own_tokens(trajectory: Trajectory) -> Mask:
+    """Which response tokens the student made, ``[T]``."""
+    mask = trajectory.loss_mask
+    return np.ones(len(trajectory.response_ids), dtype=bool) if mask is None else mask
 
 
 def loss_tokens(trajectory: Trajectory, loss: LossConfig) -> int:

@@ -214,6 +214,8 @@ class LearnerEngine:
         count = max(totals["loss_tokens"], 1)
         means = {name: sums[name] / count for name in METRICS}
         means["drift/rms"] = means.pop("drift/squared") ** 0.5
+        squared = means.pop("importance/squared")
+        means["importance/effective_share"] = means["importance/mean"] ** 2 / squared if squared else 0.0
         for name in self._unknown_metrics():
             del means[name]
         report = StepReport(
@@ -250,6 +252,8 @@ class LearnerEngine:
         """What this configuration cannot tell."""
         if self._config.loss.support == "student":
             yield "overlap"
+        if self._config.loss.importance_clip is None:
+            yield from ("importance/mean", "importance/effective_share")
         sampler = self._config.rollout
         if self._config.loss.temperature != sampler.temperature or sampler.top_p != 1:
             yield from ("drift/abs", "drift/rms", "drift/outside")

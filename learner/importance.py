@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 PerToken = Float[Tensor, " R"]
@@ -36,11 +36,41 @@ def prefix_ratios(
     and ``E_μ[w_t KL_t] = E_π[KL_t]`` where nothing is truncated. (`token_ratios` has mean 1 given the prefix: there it
     would add noise and correct nothing.) `owners` says which answer a row is of; answers lie one after another.
     """
-    difference = learner_logprobs.detach().double() - behaviour_logprobs.detach().double()
-    before = difference.cumsum(0) - difference
-    _, lengths = torch.unique_consecutive(owners, return_counts=True)
-    starts = lengths.cumsum(0) - lengths
-    return _truncated(before - before[starts].repeat_interleave(lengths), ratio_clip)
+    return PrefixRatios(ratio_clip)(learner_logprobs, behaviour_logprobs, owners)
+
+
+class PrefixRatios:
+    """`prefix_ratios` of rows that come chunk by chunk, in order: a chunk may end inside an answer."""
+
+    def __init__(self, ratio_clip: float) -> None:
+        self._ratio_clip = ratio_clip
+        self._carry: tuple[Tensor, Tensor] | None = None
+        """Answer of the last row, and log of the untruncated ratio of all of it so far, that row included."""
+
+    def __call__(
+        self,
+        learner_logprobs: PerToken,
+        behaviour_logprobs: PerToken,
+        owners: Int[Tensor, " R"],
+        chosen: Bool[Tensor, " R"] | None = None,
+    ) -> PerToken:
+        """Weights of the next rows, ``[R]`` f32. Rows that are not `chosen` stand in the prefix, but the policy did not
+        choose their tokens (an environment did, under either policy alike): their own ratio is 1.
+        """
+        difference = learner_logprobs.detach().double() - behaviour_logprobs.detach().double()
+        if chosen is not None:
+            difference = torch.where(chosen, difference, 0.0)
+        if not len(difference):
+            return difference.float()
+        before = difference.cumsum(0) - difference
+        _, lengths = torch.unique_consecutive(owners, return_counts=True)
+        starts = lengths.cumsum(0) - lengths
+        log_ratios = before - before[starts].repeat_interleave(lengths)
+        if self._carry is not None:
+            owner, carried = self._carry
+            log_ratios = log_ratios + torch.where(owners == owner, carried, 0.0)
+        self._carry = owners[-1], log_ratios[-1] + difference[-1]
+        return _truncated(log_ratios, self._ratio_clip)
 
 
 def effective_share(weights: PerToken) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from common.config import LossConfig
 from learner.batching import TrainingBatch
 from learner.head import ChunkView
+from learner.importance import PrefixRatios
 from learner.losses import limit_per_token, pointwise_divergence, policy_gradient, topk_divergence
 
 METRICS = (
@@ -25,6 +26,8 @@ METRICS = (
     "drift/abs",
     "drift/squared",
     "drift/outside",
+    "importance/mean",
+    "importance/squared",
 )
 """Per-token values, in this order, summed over the loss's tokens.
 
@@ -34,7 +37,8 @@ support and in the tail bucket, whatever the form; ``kl/full_bound`` their sum, 
 being trained, on the ids picked when the answer was made. ``overlap``: share of the teacher's top k among the student's
 (NaN where only the student picks). ``entropy`` of the student on the support and the tail bucket. ``drift/*``: |.| and
 square of engine minus learner log-prob of the sampled token (where both are at one temperature); ``drift/outside``: 1
-where the ratio of their probabilities lies outside [0.9, 1.1].
+where the ratio of their probabilities lies outside [0.9, 1.1]. ``importance/*``: the weight of what stands before the
+token (``loss.importance_clip``; 1 without it), and its square.
 """
 
 
@@ -49,7 +53,12 @@ class Objective:
     config: LossConfig
     scale: float = 1.0
     sums: Tensor | None = None
+    _ratios: PrefixRatios | None = field(init=False)
     _bad: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        clip = self.config.importance_clip
+        self._ratios = None if clip is None else PrefixRatios(clip)
 
     def __call__(self, chunk: ChunkView) -> Tensor:
         batch, rows = self.batch, chunk.rows
@@ -74,12 +83,26 @@ class Objective:
             )
         values = limit_per_token(values, config.clip_per_token)
         with torch.no_grad():
-            self._collect(chunk, values, teacher, teacher_tail, weights)
+            importance = self._importance(chunk)
+            self._collect(chunk, values, teacher, teacher_tail, weights, importance)
         # A skipped token's value may be infinite: 0 * inf would poison the sum.
-        return torch.where(weights > 0, values * weights, 0.0).sum() * self.scale
+        return torch.where(weights > 0, values * weights * importance, 0.0).sum() * self.scale
+
+    def _importance(self, chunk: ChunkView) -> Tensor:
+        """``[c]``: 1, or the ratio of the chances of what stands before each token."""
+        if self._ratios is None:
+            return torch.ones_like(chunk.sampled)
+        batch, rows = self.batch, chunk.rows
+        return self._ratios(chunk.sampled, batch.engine_sampled[rows], batch.owners[rows], batch.own[rows])
 
     def _collect(
-        self, chunk: ChunkView, values: Tensor, teacher: Tensor, teacher_tail: Tensor, weights: Tensor
+        self,
+        chunk: ChunkView,
+        values: Tensor,
+        teacher: Tensor,
+        teacher_tail: Tensor,
+        weights: Tensor,
+        importance: Tensor,
     ) -> None:
         batch, rows = self.batch, chunk.rows
         student, tail = chunk.logprobs, chunk.tail
@@ -100,6 +123,8 @@ class Objective:
             drift.abs(),
             drift.square(),
             ((drift.neg().exp() - 1).abs() <= 0.1).logical_not().to(drift.dtype),  # NaN is outside
+            importance,
+            importance.square(),
         )
         counted = weights > 0
         sums = torch.where(counted.unsqueeze(-1), torch.stack(columns, dim=-1), 0.0).double().sum(dim=0)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from learner.importance import effective_share, prefix_ratios, token_ratios
+from common.config import Config, ConfigError, LossConfig
+from common.config_file import validate
+from learner.batching import training_batch
+from learner.head import ChunkView
+from learner.importance import PrefixRatios, effective_share, prefix_ratios, token_ratios
+from learner.objective import Objective
+from tests.scored import make_scored
 
 VOCABULARY, LENGTH = 3, 3
 
@@ -68,3 +76,66 @@ def test_the_effective_share_falls_as_weights_spread() -> None:
 def test_a_clip_that_is_not_positive_is_refused() -> None:
     with pytest.raises(ValueError, match="ratio_clip"):
         token_ratios(torch.zeros(1), torch.zeros(1), 0.0)
+
+
+@pytest.mark.parametrize("size", range(1, 13))
+def test_chunks_carry_the_prefix_over_to_the_rest_of_an_answer(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    new, old = torch.randn(12, generator=generator), torch.randn(12, generator=generator)
+    owners = torch.tensor([0] * 5 + [1] + [2] * 6)
+    ratios = PrefixRatios(3.0)
+    chunks = [slice(start, start + size) for start in range(0, 12, size)]
+    weights = torch.cat([ratios(new[rows], old[rows], owners[rows]) for rows in chunks])
+    torch.testing.assert_close(weights, prefix_ratios(new, old, owners, 3.0))
+    assert (weights == 3.0).any()  # what is cut off is not lost for what comes later
+
+
+def test_what_an_environment_said_has_no_ratio_of_its_own() -> None:
+    difference = torch.tensor([0.5, 9.0, -9.0, 0.25, 1.0])
+    own = torch.tensor([True, False, False, True, True])
+    weights = PrefixRatios(100.0)(difference, torch.zeros(5), torch.zeros(5, dtype=torch.long), own)
+    assert weights.log().tolist() == pytest.approx([0.0, 0.5, 0.5, 0.5, 0.75])
+
+
+@pytest.mark.parametrize("size", [3, 1000])
+def test_the_objective_weights_each_tokens_divergence_and_says_by_how_much(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scored = make_scored(4, k=4, response_tokens=(5, 12))
+    first = scored[0].trajectory
+    mask = np.arange(len(first.response_ids)) % 3 != 1
+    scored[0] = replace(scored[0], trajectory=replace(first, loss_mask=mask))
+    plain, config = LossConfig(top_k=4), LossConfig(top_k=4, importance_clip=1.5)
+    batch = training_batch(scored, config)
+    tokens = len(batch.owners)
+    logits = torch.randn(tokens, 6, generator=generator).requires_grad_()
+    sampled = batch.engine_sampled + 0.3 * torch.randn(tokens, generator=generator)
+
+    def value(objective: Objective, rows: slice) -> torch.Tensor:
+        logprobs = logits[rows].log_softmax(-1)
+        return objective(ChunkView(rows, logprobs[:, :4], logprobs[:, 4:].logsumexp(-1), sampled[rows]))
+
+    weighted = Objective(batch, config)
+    total = torch.stack([value(weighted, slice(i, min(i + size, tokens))) for i in range(0, tokens, size)]).sum()
+    difference = torch.where(batch.own, sampled - batch.engine_sampled, 0.0)
+    expected_weights = prefix_ratios(difference, torch.zeros(tokens), batch.owners, 1.5)
+    alone = torch.stack([value(Objective(batch, plain), slice(i, i + 1)) for i in range(tokens)])
+    expected = (expected_weights * alone).sum()
+    torch.testing.assert_close(total, expected)
+    (gradient,) = torch.autograd.grad(total, logits)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
+    sums, counted = weighted.metric_sums(), expected_weights[batch.weights > 0]
+    share = sums["importance/mean"] ** 2 / sums["importance/squared"] / len(counted)
+    assert share == pytest.approx(effective_share(counted))
+    assert share < 0.99
+
+
+def test_weights_are_refused_where_the_two_log_probs_cannot_be_compared() -> None:
+    base = {"run": {"name": "r"}, "student": {"model": "m"}, "context": {"text": "c"}, "data": {"train": "t"}}
+    assert validate(Config, {**base, "loss": {"importance_clip": 2.0}}).loss.importance_clip == 2.0
+    for rollout, loss in (
+        ({"temperature": 0.7}, {}),
+        ({"top_p": 0.9}, {}),
+        ({}, {"form": "policy_gradient"}),
+    ):
+        with pytest.raises(ConfigError, match=r"loss\.importance_clip"):
+            validate(Config, {**base, "rollout": rollout, "loss": {"importance_clip": 2.0, **loss}})
