@@ -16,6 +16,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from common.collective import SyncError
 from common.config import Config
 from common.futures import all_of, value_of, within
 from common.schema import Context, Sample, Sampling, TokenSequence
@@ -122,7 +123,13 @@ class Services:
             joined.append(worker.handle.join_sync.remote(host, port, 1 + index * size, world))
         for index, teacher in enumerate(receivers):
             joined.append(teacher.handle.join_sync.remote(host, port, 1 + len(self.group) * size + index, world))
-        await within(self.config.sync.timeout_s + SYNC_GRACE_S, all_of(joined))
+        try:
+            await within(self.config.sync.timeout_s + SYNC_GRACE_S, all_of(joined))
+        except TimeoutError as error:
+            raise SyncError(
+                f"the weight group of {world} members did not form within {self.config.sync.timeout_s:.0f} s "
+                "(sync.timeout_s)"
+            ) from error
 
     def close_workers(self) -> None:
         """Stop the engines and give their devices back."""

@@ -42,10 +42,12 @@ def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_a
     lines = metric_lines(run)
     assert [line["weight_version"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
-        assert line["topk_agreement"] > 0.95  # engine and learner rank ids alike, ties and last bits apart
         assert 0 < line["overlap"] < 1
         assert 0 < line["mass/student_topk"] <= 1
         assert line["staleness/max_age"] <= 1
+    agreements = [line["topk_agreement"] for line in lines if "topk_agreement" in line]
+    assert agreements
+    assert min(agreements) > 0.9  # one step of another version at most, ties and last bits apart
     assert max(line["staleness/mean_age"] for line in lines) > 0
     audit = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
     assert [len(line["trained"]) for line in audit] == [16] * 4
