@@ -1,14 +1,9 @@
-"""Micro-batches: which answers go together, and the padded tensors of one. Pure: no DeepSpeed, no Ray.
-
-Row t of a response is predicted by the hidden state at position ``len(prompt) + t - 1``, the last position that has
-not seen ``response_ids[t]``. Which tokens count is known from lengths, never from ``ids != pad`` (pad often is eos).
-"""
+"""The tensors of one micro-batch: its sequences, and what the loss needs of every response token. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,32 +12,7 @@ from torch import Tensor
 
 from common.config import LossConfig
 from common.schema import LOGPROB_FLOOR, PAD_ID, Ids, Mask, ScoredTrajectory, TokenSequence, Trajectory, as_ids
-
-B = TypeVar("B", "PaddedBatch", "TrainingBatch")
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedBatch:
-    """B sequences padded on the right to L, and where their R response tokens are.
-
-    ``input_ids [B, L]``, ``attention_mask [B, L]``; ``positions [R]`` index the flattened ``[B * L]`` hidden states
-    that predict the response tokens ``response_ids [R]``, sequence after sequence; ``lengths`` are response lengths.
-    """
-
-    input_ids: Int[Tensor, "B L"]
-    attention_mask: Int[Tensor, "B L"]
-    positions: Int[Tensor, " R"]
-    response_ids: Int[Tensor, " R"]
-    lengths: tuple[int, ...]
-
-    @property
-    def padded_tokens(self) -> int:
-        """What a forward pass computes."""
-        return self.input_ids.numel()
-
-    def to(self, device: torch.device) -> PaddedBatch:
-        """The same on `device`."""
-        return _moved(self, device)
+from learner.layout import PADDED, Layout, SequenceBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +27,7 @@ class TrainingBatch:
     the teacher's top k that the student picked too (NaN where the teacher did not say what its top k is).
     """
 
-    sequences: PaddedBatch
+    sequences: SequenceBatch
     ids: Int[Tensor, "R k"]
     teacher_logprobs: Float[Tensor, "R k"]
     teacher_tail: Float[Tensor, " R"]
@@ -72,58 +42,12 @@ class TrainingBatch:
 
     def to(self, device: torch.device) -> TrainingBatch:
         """The same on `device`."""
-        return _moved(self, device)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TrainingBatch(**{name: v.to(device) if hasattr(v, "to") else v for name, v in values.items()})
 
 
-def plan_micro_batches(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
-    """Indices cut into micro-batches: longest first, each at most `budget_tokens` padded tokens.
-
-    A sequence longer than the budget is one by itself. Equal lengths keep their order, so the plan is a function of
-    its input.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    batches: list[list[int]] = []
-    for index in order:
-        # The first of a batch is its longest, so the padded size is known when it opens.
-        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget_tokens:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
-def pad_sequences(sequences: Sequence[TokenSequence]) -> PaddedBatch:
-    """Prompt + response of each, padded on the right.
-
-    Raises ValueError for an empty prompt (nothing would predict the first response token) or an empty response.
-    """
-    longest = max(len(s.prompt_ids) + len(s.response_ids) for s in sequences)
-    input_ids = np.zeros((len(sequences), longest), dtype=np.int64)
-    mask = np.zeros((len(sequences), longest), dtype=np.int64)
-    positions = []
-    for row, sequence in enumerate(sequences):
-        prompt, response = len(sequence.prompt_ids), len(sequence.response_ids)
-        if not prompt or not response:
-            raise ValueError(f"sequence {row} has {prompt} prompt and {response} response tokens: both must be there")
-        input_ids[row, :prompt] = sequence.prompt_ids
-        input_ids[row, prompt : prompt + response] = sequence.response_ids
-        mask[row, : prompt + response] = 1
-        positions.append(row * longest + response_positions(prompt, response))
-    return PaddedBatch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(mask),
-        positions=torch.from_numpy(np.concatenate(positions)),
-        response_ids=_long(np.concatenate([s.response_ids for s in sequences])),
-        lengths=tuple(len(s.response_ids) for s in sequences),
-    )
-
-
-def response_positions(prompt: int, response: int) -> np.ndarray:
-    """Positions of the hidden states that predict the response: one before each of its tokens."""
-    return np.arange(prompt - 1, prompt + response - 1)
-
-
-def training_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig) -> TrainingBatch:
-    """The micro-batch of `scored`.
+def training_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig, layout: Layout = PADDED) -> TrainingBatch:
+    """The micro-batch of `scored`, its sequences under `layout`.
 
     Raises ValueError, naming the sample, for arrays that do not fit its response.
     """
@@ -132,7 +56,7 @@ def training_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig) -> Trai
     width = max(support(item).shape[1] for item in scored)
     stored = [picked_by_student(item) for item in scored]
     return TrainingBatch(
-        sequences=pad_sequences([sequence_of(item) for item in scored]),
+        sequences=layout.lay_out([sequence_of(item) for item in scored]),
         ids=_long(np.concatenate([_widen(support(item), width, PAD_ID) for item in scored])),
         teacher_logprobs=_float(np.concatenate([_widen(item.score.logprobs, width, LOGPROB_FLOOR) for item in scored])),
         teacher_tail=_float(np.concatenate([item.score.tail_logprob for item in scored])),
@@ -149,11 +73,11 @@ def training_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig) -> Trai
     )
 
 
-def empty_batch() -> TrainingBatch:
+def empty_batch(layout: Layout = PADDED) -> TrainingBatch:
     """One token of weight zero: a pass that takes part in the collectives and adds zero gradients."""
     ids = as_ids([0])
     return TrainingBatch(
-        sequences=pad_sequences([TokenSequence(ids, ids)]),
+        sequences=layout.lay_out([TokenSequence(ids, ids)]),
         ids=torch.zeros(1, 1, dtype=torch.long),
         teacher_logprobs=torch.zeros(1, 1),
         teacher_tail=torch.zeros(1),
@@ -266,8 +190,3 @@ def _long(values: np.ndarray) -> Tensor:
 
 def _float(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
-
-
-def _moved(batch: B, device: torch.device) -> B:
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return type(batch)(**{name: v.to(device) if hasattr(v, "to") else v for name, v in values.items()})

@@ -19,20 +19,13 @@ from torch import Tensor
 from common.config import Config
 from common.schema import Ids, ItemScore, ScoredTrajectory, TokenSequence, Trajectory
 from common.weights import TensorSpec
-from learner.batching import (
-    PaddedBatch,
-    TrainingBatch,
-    empty_batch,
-    loss_tokens,
-    pad_sequences,
-    plan_micro_batches,
-    sequence_of,
-    training_batch,
-)
+from learner.batching import TrainingBatch, empty_batch, loss_tokens, sequence_of, training_batch
 from learner.export import WeightView, replace_folder
+from learner.layout import PADDED, SequenceBatch
 from learner.lora import save_adapter, without_adapters
 from learner.objective import METRICS, Objective
 from learner.optimizer import deepspeed_config, effective_zero_stage, learning_rate, make_optimizer
+from learner.packing import pack
 from learner.policy import device_of, dtype_of, load_policy
 from learner.records import MOST_RECORDS, record
 from learner.reports import AccumulateReport, LearnerInfo, StepReport
@@ -78,6 +71,7 @@ class LearnerEngine:
             # It would copy all gradients into a buffer to average them over one rank.
             self._deepspeed.enable_backward_allreduce = False
         self._policy = self._deepspeed.module
+        self._layout = PADDED if config.learner.packing == "off" else pack(self._policy.model)
         self._weights = WeightView(self._policy.model)
         self._dtype = dtype
         self._version = 0
@@ -145,7 +139,7 @@ class LearnerEngine:
             sequences=len(batch),
             response_tokens=sum(responses),
             loss_tokens=sum(counted),
-            padded_tokens=sum(b.sequences.padded_tokens for b in batches),
+            padded_tokens=sum(b.sequences.computed_tokens for b in batches),
             micro_batches=len(batches),
             started=started,
             ended=time.time(),
@@ -155,8 +149,8 @@ class LearnerEngine:
 
     def _micro_batches(self, batch: Sequence[ScoredTrajectory]) -> list[TrainingBatch]:
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in map(sequence_of, batch)]
-        plan = plan_micro_batches(lengths, self._config.learner.micro_batch_tokens)
-        return [training_batch([batch[index] for index in indices], self._config.loss) for indices in plan]
+        plan = self._layout.plan(lengths, self._config.learner.micro_batch_tokens)
+        return [training_batch([batch[i] for i in indices], self._config.loss, self._layout) for indices in plan]
 
     def _backward_all(self, batches: Sequence[TrainingBatch]) -> tuple[dict[str, float], tuple[str, ...]]:
         """Gradients of all of them, and of as many empty ones as it takes to keep up with the other ranks."""
@@ -168,7 +162,7 @@ class LearnerEngine:
             sums.update(objective.metric_sums())
             nonfinite.extend(objective.nonfinite_samples())
         for _ in range(missing):
-            self._backward(empty_batch())
+            self._backward(empty_batch(self._layout))
         self._sums.update(sums)
         self._nonfinite.extend(nonfinite)
         return dict(sums), tuple(nonfinite)
@@ -239,7 +233,7 @@ class LearnerEngine:
         if denominator == 0:
             return False
         if self._passes == 0:  # a rank without any answer still takes part in the reduction
-            self._backward(empty_batch())
+            self._backward(empty_batch(self._layout))
         optimizer = self._deepspeed.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -316,19 +310,23 @@ class LearnerEngine:
         results: dict[int, ItemScore] = {}
         lengths = [len(prompt) + len(trajectory.response_ids) for trajectory, prompt in items]
         with without_adapters(self._policy.model):
-            for indices in plan_micro_batches(lengths, self._config.learner.micro_batch_tokens):
+            for indices in self._layout.plan(lengths, self._config.learner.micro_batch_tokens):
                 chosen = [items[index] for index in indices]
-                batch = pad_sequences([TokenSequence(prompt, t.response_ids) for t, prompt in chosen]).to(self._device)
+                batch = self._layout.lay_out([TokenSequence(prompt, t.response_ids) for t, prompt in chosen]).to(
+                    self._device
+                )
                 scores = self._policy.scores(batch, [t.topk_ids for t, _ in chosen], self._config.loss.temperature)
                 results.update(zip(indices, scores, strict=True))
         return [results[index] for index in range(len(items))]
 
-    def _read(self, sequences: Sequence[TokenSequence], read: Callable[[PaddedBatch], NDArray[R]]) -> list[NDArray[R]]:
+    def _read(
+        self, sequences: Sequence[TokenSequence], read: Callable[[SequenceBatch], NDArray[R]]
+    ) -> list[NDArray[R]]:
         """`read` over micro-batches, cut apart again, in the order of `sequences`."""
         results: dict[int, NDArray[R]] = {}
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-        for indices in plan_micro_batches(lengths, self._config.learner.micro_batch_tokens):
-            batch = pad_sequences([sequences[index] for index in indices]).to(self._device)
+        for indices in self._layout.plan(lengths, self._config.learner.micro_batch_tokens):
+            batch = self._layout.lay_out([sequences[index] for index in indices]).to(self._device)
             parts = np.split(read(batch), np.cumsum(batch.lengths)[:-1])
             results.update(zip(indices, parts, strict=True))
         return [results[index] for index in range(len(sequences))]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.schema import LOGPROB_FLOOR, Ids, ItemScore
-from learner.batching import PaddedBatch, TrainingBatch
+from learner.batching import TrainingBatch
 from learner.head import OutputLayer, check_transform, logit_transform
+from learner.layout import SequenceBatch
 from learner.lora import add_adapters
 from learner.objective import Objective
 
@@ -36,12 +37,9 @@ class Policy(nn.Module):
         self.head = OutputLayer(linear, logit_transform(model.config), chunk_tokens)
         check_transform(model, self.head, backbone)
 
-    def hidden(self, batch: PaddedBatch) -> Tensor:
+    def hidden(self, batch: SequenceBatch) -> Tensor:
         """Hidden states that predict the response tokens, ``[R, d]``."""
-        # Padding is on the right: positions count from 0 in every row, and causality hides it from real tokens.
-        states = self.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
+        states = self.model.base_model(**batch.inputs, use_cache=False).last_hidden_state
         return states.flatten(0, 1)[batch.positions]
 
     def forward(self, batch: TrainingBatch, objective: Objective) -> Tensor:
@@ -54,7 +52,7 @@ class Policy(nn.Module):
             loss=objective,
         )
 
-    def response_logprobs(self, batch: PaddedBatch, temperature: float) -> Tensor:
+    def response_logprobs(self, batch: SequenceBatch, temperature: float) -> Tensor:
         """log-probs of the response tokens ``[R]``, float32, without gradient."""
         out = torch.empty(len(batch.positions), dtype=torch.float32, device=batch.positions.device)
 
@@ -66,7 +64,7 @@ class Policy(nn.Module):
             self.head(self.hidden(batch), temperature=temperature, read=read)
         return out
 
-    def topk(self, batch: PaddedBatch, k: int) -> Tensor:
+    def topk(self, batch: SequenceBatch, k: int) -> Tensor:
         """The k most likely ids at each response position, best first, ``[R, k]``, without gradient."""
         out = torch.empty(len(batch.positions), k, dtype=torch.long, device=batch.positions.device)
 
@@ -77,7 +75,7 @@ class Policy(nn.Module):
             self.head(self.hidden(batch), read=read)
         return out
 
-    def scores(self, batch: PaddedBatch, supports: Sequence[Ids], temperature: float) -> list[ItemScore]:
+    def scores(self, batch: SequenceBatch, supports: Sequence[Ids], temperature: float) -> list[ItemScore]:
         """This model as a teacher: full-vocabulary log-probs at each response's ids ``[T, k]`` (all of one width), of
         its tokens, and of the mass outside, at `temperature`; without gradient.
         """

@@ -1,4 +1,4 @@
-"""Micro-batches: nothing lost, budget kept, and every response token predicted from the position before it."""
+"""What the loss gets of every response token of a micro-batch."""
 
 from __future__ import annotations
 
@@ -7,70 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.config import LossConfig
-from common.schema import LOGPROB_FLOOR, PAD_ID, TokenSequence, Trajectory, as_ids
-from learner.batching import (
-    loss_tokens,
-    pad_sequences,
-    plan_micro_batches,
-    response_positions,
-    token_weights,
-    training_batch,
-)
+from common.schema import LOGPROB_FLOOR, PAD_ID, Trajectory, as_ids
+from learner.batching import loss_tokens, token_weights, training_batch
 from tests.scored import make_scored
-
-
-def sequence(prompt: list[int], response: list[int]) -> TokenSequence:
-    return TokenSequence(as_ids(prompt), as_ids(response))
 
 
 def answer(tokens: int, mask: list[bool] | None = None) -> Trajectory:
     """An answer of so many tokens; `mask` is True where the student made them."""
     (scored,) = make_scored(1, response_tokens=(tokens, tokens + 1))
     return replace(scored.trajectory, loss_mask=None if mask is None else np.array(mask))
-
-
-def test_a_response_token_is_predicted_by_the_position_before_it() -> None:
-    """Not by its own position (it would see itself), not by two before."""
-    assert response_positions(3, 4).tolist() == [2, 3, 4, 5]
-    batch = pad_sequences([sequence([1, 2, 3], [4, 5]), sequence([6], [7, 8, 9])])
-    flat = batch.input_ids.flatten()
-    assert flat[batch.positions].tolist() == [3, 4, 6, 7, 8]
-    assert flat[batch.positions + 1].tolist() == batch.response_ids.tolist() == [4, 5, 7, 8, 9]
-
-
-def test_padding_is_on_the_right_and_masked_by_length() -> None:
-    """Real tokens with the id that pads (0 here) stay visible: masks come from lengths."""
-    batch = pad_sequences([sequence([0, 0], [0]), sequence([5], [6])])
-    assert batch.input_ids.tolist() == [[0, 0, 0], [5, 6, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.lengths == (1, 1)
-    assert batch.padded_tokens == 6
-
-
-@pytest.mark.parametrize(("prompt", "response"), [([], [1]), ([1], [])])
-def test_an_empty_side_is_refused(prompt: list[int], response: list[int]) -> None:
-    with pytest.raises(ValueError, match="both must be there"):
-        pad_sequences([sequence(prompt, response)])
-
-
-@given(lengths=st.lists(st.integers(1, 50), max_size=40), budget=st.integers(1, 120))
-def test_a_plan_holds_everything_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    plan = plan_micro_batches(lengths, budget)
-    assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
-    for batch in plan:
-        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
-    ordered = [lengths[index] for batch in plan for index in batch]
-    assert ordered == sorted(lengths, reverse=True)
-
-
-def test_a_plan_wastes_no_room() -> None:
-    assert plan_micro_batches([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
-    assert plan_micro_batches([1, 10, 1, 10], 20) == [[1, 3], [0, 2]]
-    assert plan_micro_batches([], 8) == []
 
 
 def test_rows_of_a_batch_belong_to_their_response_token() -> None:
@@ -171,5 +118,5 @@ def test_scores_that_do_not_fit_are_refused_with_the_sample() -> None:
 
 def test_a_batch_moves_as_a_whole() -> None:
     batch = training_batch(make_scored(2), LossConfig()).to(torch.device("meta"))
-    assert batch.ids.device.type == batch.sequences.input_ids.device.type == "meta"
+    assert batch.ids.device.type == batch.sequences.inputs["input_ids"].device.type == "meta"
     assert batch.sample_ids == ("0/0", "0/1")
