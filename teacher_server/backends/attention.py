@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teacher_server.backends.base import BackendError
+
 NAME = "opcd_shared_prefix"
 """Under which the function is registered with transformers."""
 
@@ -76,6 +78,23 @@ def own_blocks(nodes: Sequence[tuple[int, int]], *, waste: float = 0.25) -> list
         valid = (offsets < lengths).flatten().nonzero().flatten()
         blocks.append(OwnBlock(gather=gather, valid=valid, positions=gather.flatten()[valid]))
     return blocks
+
+
+def refuse_unusual_attention(config: Any) -> None:
+    """Raises BackendError for a model whose attention is another one than this module's."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "layer_types", None) and window and getattr(config, "use_sliding_window", True):
+        kinds.add(f"sliding window of {window} tokens")
+    if getattr(config, "attention_chunk_size", None):
+        kinds.add("chunked attention")
+    if getattr(config, "attn_logit_softcapping", None):
+        kinds.add("capped attention scores")
+    if kinds:
+        raise BackendError(
+            f"model type {config.model_type}: the transformers backend scores full causal attention only, "
+            f"and this model has {', '.join(sorted(kinds))}"
+        )
 
 
 def shared_prefix_attention(

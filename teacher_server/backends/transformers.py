@@ -15,7 +15,13 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from common.collective import SyncError
 from common.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
-from teacher_server.backends.attention import NAME, AttentionPlan, KeyValues, shared_prefix_attention
+from teacher_server.backends.attention import (
+    NAME,
+    AttentionPlan,
+    KeyValues,
+    refuse_unusual_attention,
+    shared_prefix_attention,
+)
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.outputs import Values, score_hidden, spans
 from teacher_server.backends.packing import Packed, PrefixState, Sequence_, pack
@@ -65,7 +71,7 @@ class TransformersBackend:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.max_sequence_tokens = int(model.config.max_position_embeddings)
         self.model_fingerprint = model_fingerprint(model)
-        _refuse_unusual_attention(model.config)
+        refuse_unusual_attention(model.config)
         self._token_bytes = self._hidden_bytes = 0
         self._check_against_plain_forward()
         self._live = None if kind == "frozen" else LiveWeights(model, ema_decay if kind == "ema" else None)
@@ -85,9 +91,15 @@ class TransformersBackend:
         gpu = torch.cuda.is_available()
         if dtype == "auto":
             dtype = "bfloat16" if gpu else "float32"
-        _refuse_unusual_attention(AutoConfig.from_pretrained(folder))
+        refuse_unusual_attention(AutoConfig.from_pretrained(folder))
         where = device_map or ("auto" if gpu else None)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=where)
+        absent = sum(weights.is_meta for weights in model.parameters())
+        if absent:
+            raise BackendError(
+                f"{folder} does not fit on the devices of teacher.device_map `{where}`: {absent} of its tensors "
+                "would be fetched in every forward pass; use more or larger GPUs"
+            )
         return cls(model, model_name=folder, prefill_tokens=prefill_tokens, kind=kind, ema_decay=ema_decay)
 
     # --- Backend ----------------------------------------------------------------------------------------------------
@@ -228,22 +240,6 @@ class TransformersBackend:
                 f"{self.model_name} ({self._model.config.model_type}): scores over a cached context differ from "
                 f"its own forward pass by {difference:.2g} nats (at most {allowed:g}): not supported"
             )
-
-
-def _refuse_unusual_attention(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "layer_types", None) and window and getattr(config, "use_sliding_window", True):
-        kinds.add(f"sliding window of {window} tokens")
-    if getattr(config, "attention_chunk_size", None):
-        kinds.add("chunked attention")
-    if getattr(config, "attn_logit_softcapping", None):
-        kinds.add("capped attention scores")
-    if kinds:
-        raise BackendError(
-            f"model type {config.model_type}: the transformers backend scores full causal attention only, "
-            f"and this model has {', '.join(sorted(kinds))}"
-        )
 
 
 def _state(parent: PrefixState | None, own: KeyValues, tokens: int, last_hidden: Tensor) -> PrefixState:
