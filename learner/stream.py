@@ -195,9 +195,10 @@ def _answered(
     sample: Sample, issued: float, summary: Any, score: Any, item: Any, prepared: Prepared | None = None
 ) -> Answered:
     worker, args = f"worker {summary.worker}", {"sample": sample.sample_id}
+    sizes = {"prompt_tokens": summary.prompt_tokens, "response_tokens": summary.response_tokens}  # for `opcd simulate`
     spans = [
         TraceSpan("queue", "controller", issued, summary.started, args),
-        TraceSpan("rollout", worker, summary.started, summary.ended, args),
+        TraceSpan("rollout", worker, summary.started, summary.ended, {**args, **sizes}),
     ]
     if prepared is not None:
         spans.append(prepared.span)

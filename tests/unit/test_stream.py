@@ -107,6 +107,13 @@ async def test_a_strict_step_is_trained_on_its_own_samples_and_nothing_runs_ahea
     assert not set(ids(first)) & set(ids(second))
 
 
+async def test_the_timeline_says_how_long_an_answer_was() -> None:
+    """What `opcd simulate` is fitted to."""
+    answered = (await take(stream_of(config_of(), StubServices())))[0]
+    rollout = next(span for span in answered.spans if span.stage == "rollout")
+    assert rollout.args == {"sample": answered.sample.sample_id, "prompt_tokens": 2, "response_tokens": 3}
+
+
 async def test_rollouts_run_ahead_by_the_staleness_that_is_allowed_and_slow_ones_are_trained_later() -> None:
     config = config_of(max_staleness=1)
     source = SampleSource(config, ROWS)
