@@ -99,7 +99,7 @@ class TeacherConfig(Section):
     tensor_parallel_size: Positive = 1
     """Of `vllm`: GPUs that one model is cut over."""
     gpu_memory_utilization: Fraction = 0.9
-    """Of `vllm`: share of a GPU's memory that the engine may take."""
+    """Of `vllm` on GPUs: share of a GPU's memory that the engine may take, contexts included."""
     max_k: Positive = 1024
     max_sequence_tokens: Positive | None = None
     """Context + prompt + response, default: what the model supports."""
@@ -115,7 +115,9 @@ class TeacherConfig(Section):
     """How long the scheduler waits for more requests before a batch that is not full."""
     max_queued_tokens: Positive = 4 * 1024 * 1024
     context_cache_bytes: Positive = 4 * 1024**3
-    """Bound on cached key-value state, least recently used contexts leave first."""
+    """Bound on cached key-value state, least recently used contexts leave first. With `vllm` on CPU it is the engine's
+    whole key-value cache; on GPUs the engine has what `gpu_memory_utilization` leaves it, and what it evicts by itself
+    it computes again."""
     keys_file: Path | None = None
     """Of a server: who may ask, one ``TENANT SHA256`` a line (``opcd key`` makes them)."""
     allow_anonymous: bool = False
@@ -383,12 +385,6 @@ class Config(Section):
             raise ValueError(
                 "loss.form: `exact` needs full teacher log-probs, which no teacher server sends; use `tail`"
             )
-        not_yet = {
-            "teacher.backend": self.teacher.backend != "transformers",
-        }
-        for key, asked in not_yet.items():
-            if asked:
-                raise ValueError(f"{key}: this value is not available yet")
         if self.rollout.topk_from == "learner" and self.loss.support == "teacher":
             raise ValueError("rollout.topk_from: `learner` picks ids that loss.support `teacher` does not use")
         if self.loss.form == "policy_gradient" and self.loss.temperature != self.rollout.temperature:
