@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
+from tests.dashboard import asked_of, exported_by, missing
 from tests.processes import alive, command_of, descendants
+from tests.teacher_running import free_port
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -64,8 +67,10 @@ def metric_lines(run: Path) -> list[dict[str, float]]:
 
 def test_kl_falls_over_a_whole_run(write_config: Callable[..., Path], tmp_path: Path) -> None:
     run = tmp_path / "runs/tiny"
-    with started_run(write_config()) as process:
+    port = free_port()
+    with started_run(write_config(), f"run.metrics_port={port}") as process:
         wait_for_step(run, process, 1)
+        page = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
         children = descendants(process.pid)
         output, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -73,6 +78,7 @@ def test_kl_falls_over_a_whole_run(write_config: Callable[..., Path], tmp_path: 
     lines = metric_lines(run)
     assert [line["weight_version"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert summary["kl_last"] < 0.7 * summary["kl_first"]
+    assert missing(asked_of("opcd_run_"), exported_by(page)) == []  # of the Grafana dashboard
     assert summary["outcome"] == "finished"
     assert summary["base"]["n"] == summary["in_context"]["n"] == summary["final"]["n"] == 4
     assert 0 < summary["parity_max_nats"] <= 2e-4
