@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from common.config import Config
 from common.schema import Ids, ItemScore, ScoredTrajectory, TokenSequence, Trajectory
 from common.weights import TensorSpec
 from learner.batching import TrainingBatch, empty_batch, loss_tokens, sequence_of, training_batch
-from learner.export import WeightView, replace_folder
+from learner.export import WeightView, full_shape, replace_folder
 from learner.layout import PADDED, SequenceBatch
 from learner.lora import save_adapter, without_adapters
 from learner.objective import METRICS, Objective
@@ -57,20 +58,22 @@ class LearnerEngine:
         self._device = device_of(config)
         dtype = dtype_of(config, self._device)
         self._stage = effective_zero_stage(config.learner.zero_stage, dtype)
-        policy = load_policy(config, self._device, dtype)
-        self._vocab_size = int(policy.head.weight.shape[0])
+        settings = deepspeed_config(config, self._stage, dtype, self._world_size)
+        policy = load_policy(config, self._device, dtype, partition=settings if self._stage == 3 else None)
+        self._vocab_size = full_shape(policy.head.weight)[0]
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self._parameters = sum(parameter.numel() for parameter in trained)
+        self._parameters = sum(math.prod(full_shape(parameter)) for parameter in trained)
         self._deepspeed, *_ = deepspeed.initialize(
             model=policy,
             optimizer=make_optimizer(trained, config, self._stage),
-            config=deepspeed_config(config, self._stage, dtype, self._world_size),
+            config=settings,
             dist_init_required=False,
         )
         if self._world_size == 1 and self._stage == 0:
             # It would copy all gradients into a buffer to average them over one rank.
             self._deepspeed.enable_backward_allreduce = False
         self._policy = self._deepspeed.module
+        self._policy.check()
         self._layout = PADDED if config.learner.packing == "off" else pack(self._policy.model)
         self._weights = WeightView(self._policy.model)
         self._dtype = dtype

@@ -253,12 +253,12 @@ def logit_transform(config: Any) -> LogitTransform:
 
 
 def check_transform(model: Any, layer: OutputLayer, backbone: nn.Module) -> None:
-    """Compare this layer's logits with the model's own on a few tokens; run it before the weights are partitioned.
+    """Compare this layer's logits with the model's own on a few tokens; partitioned weights must have their hooks.
 
     Raises ValueError, naming the architecture, where they differ: it does something to its logits that is not known
     here, and training on other logits than the engine samples from would be silently wrong.
     """
-    vocabulary = layer.weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size  # a partitioned weight has no shape
     device = layer.weight.device
     ids = torch.arange(8, device=device).mul(7).remainder(vocabulary).unsqueeze(0)
     with torch.no_grad():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,10 @@ class Policy(nn.Module):
             raise ValueError(f"{type(model).__name__} is not a decoder with an output layer of its own")
         self.model = model
         self.head = OutputLayer(linear, logit_transform(model.config), chunk_tokens)
-        check_transform(model, self.head, backbone)
+
+    def check(self) -> None:
+        """Raise ValueError for a model whose logits are not known here; under ZeRO-3 a collective of all ranks."""
+        check_transform(self.model, self.head, self.model.base_model)
 
     def hidden(self, batch: SequenceBatch) -> Tensor:
         """Hidden states that predict the response tokens, ``[R, d]``."""
@@ -104,16 +108,21 @@ class Policy(nn.Module):
         ]
 
 
-def load_policy(config: Config, device: torch.device, dtype: torch.dtype) -> Policy:
-    """The student's initial weights on `device`.
+def load_policy(
+    config: Config, device: torch.device, dtype: torch.dtype, partition: dict[str, Any] | None = None
+) -> Policy:
+    """The student's initial weights on `device`, to be looked at by `Policy.check` as soon as it can run.
 
+    `partition`: the DeepSpeed configuration of a ZeRO-3 run. Each parameter is then cut over the ranks as it is made,
+    so that a model may be larger than any one device; it runs once DeepSpeed's engine is around it.
     Dropout is off whatever the checkpoint says: the policy that is trained must be the one that was sampled from.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = AutoConfig.from_pretrained(config.student.model)
     _without_dropout(settings)
-    model = AutoModelForCausalLM.from_pretrained(config.student.model, config=settings, dtype=dtype)
+    with _partitioned(partition):
+        model = AutoModelForCausalLM.from_pretrained(config.student.model, config=settings, dtype=dtype)
     model.to(device)
     if config.learner.lora is not None:
         add_adapters(model, config.learner.lora)
@@ -122,6 +131,22 @@ def load_policy(config: Config, device: torch.device, dtype: torch.dtype) -> Pol
     policy = Policy(model, config.learner.logit_chunk_tokens)
     policy.train()  # Hugging Face checkpoints activations in training mode only
     return policy
+
+
+@contextmanager
+def _partitioned(settings: dict[str, Any] | None) -> Iterator[None]:
+    """Inside, transformers builds models under ``deepspeed.zero.Init``."""
+    if settings is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    held = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del held
 
 
 def _without_dropout(settings: Any) -> None:
