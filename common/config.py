@@ -159,6 +159,10 @@ class ContextConfig(Section):
             raise ValueError("exactly one of context.text and context.file must be set")
         return self
 
+    def inline(self) -> ContextConfig:
+        """The same with its text in it, for processes that do not see the file."""
+        return ContextConfig(text=self.read(), placement=self.placement)
+
     def read(self) -> str:
         """The context's text, byte for byte as it stands in the file."""
         if self.text is not None:
@@ -213,6 +217,17 @@ class RolloutConfig(Section):
     over_issue: Annotated[float, Field(ge=0)] = 0.0
     """Share of prompts asked beyond a step's batch; the step takes the first answers and cuts the stragglers off, which
     favours short answers. They are counted (`staleness/discarded`)."""
+
+
+class EnvironmentConfig(Section):
+    """How rows with an `environment` are played."""
+
+    max_turns: Positive = 5
+    """Answers in one episode at most."""
+    samples: Literal["observation", "chat", "conversation"] = "observation"
+    """What is trained. `observation` (as in the paper): each answer, its prompt the observation alone, which must
+    repeat what matters of the turns before. `chat`: each answer, its prompt the chat so far. `conversation`: the
+    episode as one sequence, what the environment said in it masked out of the loss."""
 
 
 class LossConfig(Section):
@@ -358,6 +373,7 @@ class Config(Section):
     context: ContextConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     loss: LossConfig = LossConfig()
     learner: LearnerConfig = LearnerConfig()
     sync: SyncConfig = SyncConfig()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +28,7 @@ class Message(BaseModel):
 
 
 class Row(BaseModel):
-    """One prompt: raw text (`prompt`) or a conversation that ends with the user (`messages`), never both.
+    """One prompt: raw text (`prompt`), a conversation that ends with the user (`messages`) or a game (`environment`).
 
     Other columns are left alone, except ones that look like a misspelt name of these.
     """
@@ -38,6 +38,12 @@ class Row(BaseModel):
     id: Annotated[str, Field(min_length=1)]
     prompt: Annotated[str, Field(min_length=1)] | None = None
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
+    environment: Annotated[str, Field(min_length=1)] | None = None
+    """Name of an environment, or ``package.module:Class``; `options` and `seed` are read beside it only."""
+    options: dict[str, Any] = {}
+    """Arguments of the environment's constructor."""
+    seed: int = 0
+    """Of the episode: where it begins."""
     answer: str | None = None
     teacher: str | None = None
     """Which of the run's `teachers` scores it, default: `teacher`."""
@@ -51,13 +57,16 @@ class Row(BaseModel):
             close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
             if name not in cls.model_fields and close:
                 raise ValueError(f"unknown column {name!r}; did you mean {close[0]!r}?")
+        if value.get("environment") is None:  # in other data sets these names mean something else
+            value = {name: column for name, column in value.items() if name not in ("options", "seed")}
         # Numeric ids are as common as text ones.
         return {**value, "id": str(value["id"])} if type(value.get("id")) is int else value
 
     @model_validator(mode="after")
     def _one_form(self) -> Row:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("exactly one of `prompt` and `messages` is needed")
+        forms = (self.prompt, self.messages, self.environment)
+        if sum(form is not None for form in forms) != 1:
+            raise ValueError("exactly one of `prompt`, `messages` and `environment` is needed")
         if self.messages is not None:
             roles = [message.role for message in self.messages]
             if roles[-1] != "user":
@@ -67,11 +76,13 @@ class Row(BaseModel):
         return self
 
 
-def read_rows(path: Path, *, need_answers: bool = False) -> list[Row]:
-    """All rows of a JSON-lines file; blank lines are skipped.
+def read_rows(
+    path: Path, *, need_answers: bool = False, check: Callable[[Row], str | None] = lambda row: None
+) -> list[Row]:
+    """All rows of a JSON-lines file; blank lines are skipped. `check` says what else is wrong with a row.
 
     Raises DataError with ``file:line: reason`` for every bad row (the first 20), for a repeated id, for a file that
-    cannot be read or holds no row, and, with `need_answers`, for a row without an answer.
+    cannot be read or holds no row, and, with `need_answers`, for a row without an answer (a game needs none).
     """
     try:
         text = path.read_bytes().decode("utf-8")
@@ -86,7 +97,7 @@ def read_rows(path: Path, *, need_answers: bool = False) -> list[Row]:
         if not line.strip():
             continue
         row = _parse(line)
-        fault = row if isinstance(row, str) else _fault(row, seen, need_answers)
+        fault = row if isinstance(row, str) else _fault(row, seen, need_answers) or check(row)
         if fault is not None:
             faults.append(f"{path}:{number}: {fault}")
         elif isinstance(row, Row):
@@ -115,7 +126,7 @@ def _parse(line: str) -> Row | str:
 def _fault(row: Row, seen: dict[str, int], need_answers: bool) -> str | None:
     if row.id in seen:
         return f"id {row.id!r} was already used on line {seen[row.id]}"
-    if need_answers and row.answer is None:
+    if need_answers and row.answer is None and row.environment is None:
         return f"row {row.id!r} has no `answer` to grade against"
     return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,15 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
+class Game:
+    """An episode to play: an environment by name, its constructor's arguments, the seed that it begins from."""
+
+    environment: str
+    options: dict[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of the data set as token sequences of both sides.
 
@@ -76,6 +85,8 @@ class Prompt:
     answer: str | None = None
     teacher: str | None = None
     """Name of the teacher that scores it; None: the run's default."""
+    game: Game | None = None
+    """Of a row that is played: the tokens are those of its first turn, later ones are rendered while it is played."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from learner.parity import ParityReport
 from learner.publisher import Publisher
 from learner.reports import AccumulateReport, StepReport
 from learner.samples import SampleSource
-from learner.services import Services
+from learner.services import EpisodeSummary, Services
 from learner.stream import Answered, Stream
 
 
@@ -62,17 +62,23 @@ class _Trained:
     """What a step was trained on."""
 
     tokens: int = 0
+    sequences: int = 0
+    """What the ranks count: an answer is one, an episode may be several."""
     by_length: int = 0
     sample_ids: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     """Sample -> why it has no score."""
     agreements: list[float] = field(default_factory=list)
+    episodes: list[EpisodeSummary] = field(default_factory=list)
     spans: list[TraceSpan] = field(default_factory=list)
 
     def add(self, answered: Answered) -> None:
         """One more answer."""
         self.tokens += answered.summary.response_tokens
+        self.sequences += answered.sequences
         self.sample_ids.append(answered.sample.sample_id)
+        if answered.episode is not None:
+            self.episodes.append(answered.episode)
         self.by_length += answered.summary.finish_reason == "length"
         self.spans += answered.spans
         if answered.topk_agreement is not None:
@@ -84,12 +90,18 @@ class _Trained:
         return len(self.sample_ids)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the answers."""
+        """Means over the answers, or over the episodes."""
+        played = self.episodes
         return {
             "rollout/tokens": self.tokens,
             "rollout/mean_tokens": self.tokens / max(self.answers, 1),
             "rollout/stopped_by_length": self.by_length / max(self.answers, 1),
             "teacher/failed": len(self.failures),
+            **{
+                f"env/{name}": sum(float(getattr(one, name)) for one in played) / len(played)
+                for name in ("success", "reward", "turns")
+                if played
+            },
             **({"topk_agreement": sum(self.agreements) / len(self.agreements)} if self.agreements else {}),
         }
 
@@ -150,7 +162,7 @@ class Controller:
         async with beside(pool.watch(), self._services.teachers.watch(), self._never_without_workers(step)):
             trained = await self._train(step)
         closing = time.time()
-        reports = await self._services.finish_step(trained.tokens, trained.answers)
+        reports = await self._services.finish_step(trained.tokens, trained.sequences)
         if self._config.rollout.colocated:
             await self._services.wake()
         trained.spans.append(TraceSpan("step", "rank 0", closing, time.time(), {"version": step + 1}))
@@ -204,8 +216,8 @@ class Controller:
             args = {"version": step, "padded_tokens": report.padded_tokens}
             trained.spans.append(TraceSpan("accumulate", track, report.started, report.ended, args))
         seen = sum(report.sequences for report in reports)
-        if seen != trained.answers:
-            raise RunError(f"step {step}: {trained.answers} answers were dealt out, the learner saw {seen}")
+        if seen != trained.sequences:
+            raise RunError(f"step {step}: {trained.sequences} sequences were dealt out, the learner saw {seen}")
         return trained
 
     async def _answers(self, trained: _Trained) -> AsyncIterator[Answered]:

@@ -13,6 +13,7 @@ from common.data import DataError, Row, read_rows
 from common.fingerprint import tokenizer_fingerprint
 from common.graders import Grader, make_grader
 from common.schema import Context, Prompt
+from learner.games import fault_of, refuse_unplayable, render
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Inputs:
 def read_inputs(config: Config) -> Inputs:
     """Read and render every row; raises ConfigError or DataError naming file, line or row."""
     grader = make_grader(config.eval.grader)
-    train = read_rows(config.data.train)
+    train = read_rows(config.data.train, check=fault_of)
     valid, held_out = _held_out(config.data.valid), _held_out(config.data.eval)
     _check_teachers(config.data.train, train, tuple(config.named_teachers()))
     text = config.context.read()
@@ -47,14 +48,15 @@ def read_inputs(config: Config) -> Inputs:
     renderer = Renderer(tokenizer, text, config.student, config.context.placement)
     limit = config.student.max_sequence_tokens or _model_limit(config.student.model)
     inputs = Inputs(
-        train=[renderer.render(row) for row in train],
-        valid=[renderer.render(row) for row in valid],
-        eval=[renderer.render(row) for row in held_out],
+        train=[render(row, renderer) for row in train],
+        valid=[render(row, renderer) for row in valid],
+        eval=[render(row, renderer) for row in held_out],
         contexts=renderer.contexts,
         grader=grader,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         student_limit=limit,
     )
+    refuse_unplayable(config, inputs.train)
     if renderer.without_shared_prefix:
         log.warning(
             "%d rows (the first is %r) do not start with the context's own tokens, the tokenizer merges across its "
@@ -72,7 +74,7 @@ def read_inputs(config: Config) -> Inputs:
 
 
 def _held_out(path: Path | None) -> list[Row]:
-    return [] if path is None else read_rows(path, need_answers=True)
+    return [] if path is None else read_rows(path, need_answers=True, check=fault_of)
 
 
 def _check_teachers(path: Path, rows: Sequence[Row], known: Sequence[str]) -> None:

@@ -59,9 +59,11 @@ class LearnerRank:
         self._engine = LearnerEngine(self._config)
         return self._engine.info()
 
-    def accumulate(self, *scored: ScoredTrajectory) -> AccumulateReport:
-        """Add the gradients of a micro-batch (given as object references; may be none)."""
-        return self._running.accumulate(scored)
+    def accumulate(self, *scored: ScoredTrajectory | Sequence[ScoredTrajectory]) -> AccumulateReport:
+        """Add the gradients of a micro-batch (given as object references; may be none). An episode is a list."""
+        return self._running.accumulate(
+            [one for item in scored for one in ((item,) if isinstance(item, ScoredTrajectory) else item)]
+        )
 
     def finish_step(self, tokens: int, sequences: int) -> StepReport:
         """Close the step with its global counts."""

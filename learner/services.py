@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from common.collective import SyncError
 from common.config import Config
 from common.futures import all_of, value_of, within
-from common.schema import Context, Sample, Sampling, TokenSequence
+from common.schema import Context, Prompt, Sample, Sampling, TokenSequence
 from common.scoring import ScorerFactory
 from common.trace import TraceSpan
 from common.weights import SyncManifest
@@ -28,11 +28,14 @@ from learner.rank import LearnerRank
 from learner.reports import LearnerInfo, PassReport, StepReport
 from learner.teachers import START_TIMEOUT_S, Teachers
 from rollout_workers.actor import CONTROL, Answer, RolloutSummary, RolloutWorker, ScoreSummary, WorkerInfo
+from rollout_workers.playing import EpisodeSummary, Played
 from rollout_workers.pool import PoolError, Worker, WorkerPool
 
-__all__ = ["Arrays", "PoolError", "Prepared", "Services", "Worker"]
+__all__ = ["Arrays", "EpisodeSummary", "PoolError", "Prepared", "Services", "Worker"]
 
 log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 STOP_TIMEOUT_S = 30.0
 SYNC_GRACE_S = 30.0
@@ -79,13 +82,14 @@ class Services:
     async def start_workers(self, model: str, scorer: ScorerFactory | None, count: int) -> None:
         """Place `count` rollout workers and wait until their engines answer."""
         rollout = self.config.rollout
+        config = self.config.model_copy(update={"context": self.config.context.inline()})
         actor = ray.remote(concurrency_groups={CONTROL: 8})(RolloutWorker)
 
         def make(number: int, seat: int) -> Any:
             return actor.options(
                 **self.placement.options(f"worker {seat}"),
                 max_concurrency=rollout.concurrency + 1,  # one for what is being cancelled
-            ).remote(model, self.config, scorer, number=number, max_logprobs=self.config.loss.top_k)
+            ).remote(model, config, scorer, number=number, max_logprobs=self.config.loss.top_k)
 
         self.worker_info = await within(START_TIMEOUT_S, self.pool.start(make, count))
 
@@ -213,20 +217,37 @@ class Services:
 
     async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answers to token prompts, dealt out to the workers, in the order of the prompts."""
+        tokens = [list(prompt) for prompt in prompts]
+        return await self._dealt_out(tokens, len, sampling, lambda worker, mine: worker.generate.remote(mine, sampling))
+
+    async def play(self, rows: Sequence[Prompt], sampling: Sampling, *, in_context: bool) -> list[Played]:
+        """Games dealt out to the workers and played, in the order of the rows."""
+        return await self._dealt_out(
+            rows,
+            lambda row: len(row.student_ids),
+            sampling,
+            lambda worker, mine: worker.play.remote(mine, sampling, in_context),
+        )
+
+    async def _dealt_out(
+        self,
+        items: Sequence[Item],
+        tokens_of: Callable[[Item], int],
+        sampling: Sampling,
+        call: Callable[[Any, list[Item]], Any],
+    ) -> list[Any]:
         count = len(self.pool.members)
 
-        async def share(first: int) -> list[Answer]:
-            mine = [list(prompt) for prompt in prompts[first::count]]
-            cost = sum(len(prompt) + sampling.max_tokens for prompt in mine)
-            done, _ = await self.pool.run(
-                f"generate {first}", cost, lambda worker: (worker.generate.remote(mine, sampling), None)
-            )
+        async def share(first: int) -> list[Any]:
+            mine = list(items[first::count])
+            cost = sum(tokens_of(item) + sampling.max_tokens for item in mine)
+            done, _ = await self.pool.run(f"generate {first}", cost, lambda worker: (call(worker, mine), None))
             return list(done)
 
-        answers: list[Answer | None] = [None] * len(prompts)
+        results: list[Any] = [None] * len(items)
         for first, done in enumerate(await asyncio.gather(*(share(first) for first in range(count)))):
-            answers[first::count] = done
-        return [answer for answer in answers if answer is not None]
+            results[first::count] = done
+        return results
 
     async def sleep(self) -> None:
         """Engines give their GPU memory to the learner (``rollout.colocated``)."""

@@ -22,7 +22,7 @@ from common.schema import Sample
 from common.trace import TraceSpan
 from learner.passes import LearnerPasses
 from learner.samples import SampleSource
-from learner.services import Prepared, Services
+from learner.services import EpisodeSummary, Prepared, Services
 from learner.staleness import StalenessTracker, Verdict
 
 
@@ -41,8 +41,21 @@ class Answered:
 
     @property
     def tokens(self) -> int:
-        """Prompt + response."""
+        """Prompt + response; of an episode the sum over its sequences, so that a micro-batch holds no more tokens than
+        it would of answers (the rank cuts an episode that is longer than one).
+        """
         return int(self.summary.prompt_tokens + self.summary.response_tokens)
+
+    @property
+    def episode(self) -> EpisodeSummary | None:
+        """What was played, where the sample is a game."""
+        found: EpisodeSummary | None = self.summary.episode
+        return found
+
+    @property
+    def sequences(self) -> int:
+        """How many the learner is given."""
+        return 1 if self.episode is None else self.episode.sequences
 
 
 class Stream:

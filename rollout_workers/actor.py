@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
+from common.chat import Renderer, load_tokenizer
 from common.config import Config
-from common.schema import F32, FinishReason, Sample, Sampling, ScoredTrajectory, TokenSequence, Trajectory
+from common.schema import F32, FinishReason, Prompt, Sample, Sampling, ScoredTrajectory, TokenSequence, Trajectory
 from common.scoring import Scorer, ScorerFactory, ScoringError
 from common.weights import SyncManifest
 from rollout_workers.lost import EngineLost
+from rollout_workers.playing import EpisodeSummary, Played, play_sample, spans_of, trajectories_of
 from rollout_workers.stops import cut_text
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ class RolloutSummary:
     started: float
     ended: float
     score: ScoreSummary | None = None
+    episode: EpisodeSummary | None = None
+    """Of a game. Tokens are then sums over its sequences, and the item is the list of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,11 @@ class Answer:
     text: str
     ids: list[int]
     finish_reason: FinishReason
+
+
+Made = Trajectory | list[Trajectory]
+"""An answer, or the sequences of an episode."""
+Scored = ScoredTrajectory | list[ScoredTrajectory]
 
 
 class RolloutWorker:
@@ -93,6 +102,7 @@ class RolloutWorker:
         self._scorer_factory = scorer_factory
         self._scorer: Scorer | None = None
         self._engine: RolloutEngine | None = None
+        self._renderer: Renderer | None = None
         self._starting = asyncio.Lock()
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -105,31 +115,33 @@ class RolloutWorker:
         return WorkerInfo(engine.limit_tokens, engine.weight_version)
 
     @ray.method(num_returns=2)
-    async def rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, ScoredTrajectory | None]:
-        """Answer a prompt and have the answer scored; the two values are two references.
+    async def rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, Scored | None]:
+        """Answer a prompt (or play an episode) and have the answer scored; the two values are two references.
 
         A sample that cannot be scored comes back without a trajectory and with `error`; TeacherError propagates.
         """
         return await self._on_loop(self._rollout_scored(sample))
 
     @ray.method(num_returns=2)
-    async def rollout(self, sample: Sample) -> tuple[RolloutSummary, Trajectory]:
+    async def rollout(self, sample: Sample) -> tuple[RolloutSummary, Made]:
         """Answer a prompt, unscored. The two values are two references."""
         return await self._on_loop(self._rollout(sample))
 
     @ray.method(num_returns=2)
-    async def score(self, trajectory: Trajectory) -> tuple[ScoreSummary, ScoredTrajectory | None]:
+    async def score(self, trajectory: Made) -> tuple[ScoreSummary, Scored | None]:
         """Have an answer scored that `rollout` made; errors as in `rollout_scored`."""
         return await self._on_loop(self._score(trajectory))
 
-    async def _rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, ScoredTrajectory | None]:
+    async def _rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, Scored | None]:
         summary, trajectory = await self._rollout(sample)
         score, scored = await self._score(trajectory)
         return replace(summary, score=score), scored
 
-    async def _rollout(self, sample: Sample) -> tuple[RolloutSummary, Trajectory]:
+    async def _rollout(self, sample: Sample) -> tuple[RolloutSummary, Made]:
         engine = await self._running()
         started = time.time()
+        if sample.prompt.game is not None:
+            return await self._rollout_episode(engine, sample, started)
         answer = await engine.generate(sample.prompt.student_ids, sample.sampling, sample.sample_id)
         trajectory = Trajectory(
             sample_id=sample.sample_id,
@@ -153,14 +165,44 @@ class RolloutWorker:
         )
         return summary, trajectory
 
-    async def _score(self, trajectory: Trajectory) -> tuple[ScoreSummary, ScoredTrajectory | None]:
+    async def _rollout_episode(
+        self, engine: RolloutEngine, sample: Sample, started: float
+    ) -> tuple[RolloutSummary, list[Trajectory]]:
+        episode = await play_sample(engine, self._rendering(), self._config.environment, sample)
+        made = trajectories_of(episode, sample)
+        summary = RolloutSummary(
+            sample_id=sample.sample_id,
+            worker=self._number,
+            prompt_tokens=sum(len(one.prompt.student_ids) for one in made),
+            response_tokens=sum(len(one.response_ids) for one in made),
+            finish_reason=made[-1].finish_reason,
+            versions=spans_of(made),
+            started=started,
+            ended=time.time(),
+            episode=EpisodeSummary(len(made), len(episode.exchanges), episode.reward, episode.success),
+        )
+        return summary, made
+
+    def _rendering(self) -> Renderer:
+        if self._renderer is None:
+            config = self._config
+            tokenizer = load_tokenizer(config.student.model)
+            self._renderer = Renderer(tokenizer, config.context.read(), config.student, config.context.placement)
+        return self._renderer
+
+    async def _score(self, trajectory: Made) -> tuple[ScoreSummary, Scored | None]:
         if self._scorer is None:
             if self._scorer_factory is None:
                 raise RuntimeError("this worker was started without a scorer: it can only generate")
             self._scorer = self._scorer_factory()
         started = time.time()
+        scored: Scored
         try:
-            scored = await self._scorer.score(trajectory)
+            if isinstance(trajectory, list):
+                # Of an episode everything is trained, or nothing: the ones that are left would not be the same game.
+                scored = list(await asyncio.gather(*map(self._scorer.score, trajectory)))
+            else:
+                scored = await self._scorer.score(trajectory)
         except ScoringError as failure:
             return ScoreSummary(started, time.time(), str(failure)), None
         return ScoreSummary(started, time.time()), scored
@@ -178,6 +220,19 @@ class RolloutWorker:
             return Answer(cut_text(engine.decode(ids), sampling.stop), ids, answer.finish_reason)
 
         return list(await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts))))
+
+    async def play(self, prompts: Sequence[Prompt], sampling: Sampling, in_context: bool) -> list[Played]:
+        """Games of `prompts` played to their end, in their order; `in_context`: by a student that sees the context."""
+        return await self._on_loop(self._play(prompts, sampling, in_context))
+
+    async def _play(self, prompts: Sequence[Prompt], sampling: Sampling, in_context: bool) -> list[Played]:
+        engine, renderer, name = await self._running(), self._rendering(), f"play-{time.monotonic_ns()}"
+        samples = [Sample(i, 0, f"{name}-{i}", prompt, sampling) for i, prompt in enumerate(prompts)]
+        settings = self._config.environment
+        episodes = await asyncio.gather(
+            *(play_sample(engine, renderer, settings, sample, in_context=in_context) for sample in samples)
+        )
+        return [Played(one.exchanges, one.outcome, one.reward, one.success) for one in episodes]
 
     @ray.method(concurrency_group=CONTROL)
     async def probe(self, sequences: Sequence[TokenSequence]) -> list[F32]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from common.chat import Renderer
+from common.chat import Renderer, teacher_sequence
 from common.data import Message, Row
 from common.schema import Ids, Mask, Prompt, as_ids
 from rollout_workers.engine import Generation
@@ -84,13 +84,18 @@ async def play_episode(
     episode_id: str,
     max_turns: int = MAX_TURNS,
     samples: SampleMode = "observation",
+    in_context: bool = False,
 ) -> Episode:
-    """Play at most `max_turns` turns of the episode of `seed`.
+    """Play at most `max_turns` turns of the episode of `seed`; `in_context`: the player sees what the teacher sees.
 
     Prompts are named ``EPISODE_ID/TURN``. Raises what `generate` and the environment raise, and DataError where the
     chat template cannot render a turn; an episode is never returned in part.
     """
-    talk = _Conversation(renderer, episode_id) if samples == "conversation" else _Turns(renderer, episode_id, samples)
+    talk = (
+        _Conversation(renderer, episode_id, in_context)
+        if samples == "conversation"
+        else _Turns(renderer, episode_id, in_context, samples)
+    )
     observation, reward, done = await environment.reset(seed), 0.0, False
     exchanges: list[Exchange] = []
     while not done and len(exchanges) < max_turns:
@@ -117,6 +122,7 @@ class _Turns:
 
     renderer: Renderer
     episode_id: str
+    in_context: bool
     mode: SampleMode
     _messages: list[Message] = field(default_factory=list)
     _prompts: list[Prompt] = field(default_factory=list)
@@ -128,7 +134,7 @@ class _Turns:
         self._messages.append(Message(role="user", content=observation))
         name = f"{self.episode_id}/{len(self._prompts)}"
         self._prompts.append(self.renderer.render(Row(id=name, messages=tuple(self._messages))))
-        return self._prompts[-1].student_ids
+        return _shown(self._prompts[-1], self.renderer, self.in_context)
 
     def hear(self, generation: Generation, answer: str) -> None:
         self._messages.append(Message(role="assistant", content=answer))
@@ -144,6 +150,7 @@ class _Conversation:
 
     renderer: Renderer
     episode_id: str
+    in_context: bool
     _prompt: Prompt | None = None
     _said: list[Ids] = field(default_factory=list)
     """Before each answer but the first: the end of the turn before it, the observation, the head of the answer."""
@@ -153,13 +160,14 @@ class _Conversation:
         if self._prompt is None:
             row = Row(id=f"{self.episode_id}/0", messages=(Message(role="user", content=observation),))
             self._prompt = self.renderer.render(row)
-            return self._prompt.student_ids
+            return _shown(self._prompt, self.renderer, self.in_context)
         between: Ids = as_ids(self.renderer.follow_up(observation))
         last = self._generations[-1].response_ids[-1]
         # A turn that was ended by its own token must not be ended twice.
         self._said.append(between[1:] if between[0] == last else between)
         answers = [generation.response_ids for generation in self._generations]
-        return as_ids(np.concatenate([self._prompt.student_ids, *_alternating(answers, self._said)]))
+        shown = _shown(self._prompt, self.renderer, self.in_context)
+        return as_ids(np.concatenate([shown, *_alternating(answers, self._said)]))
 
     def hear(self, generation: Generation, answer: str) -> None:
         self._generations.append(generation)
@@ -168,6 +176,10 @@ class _Conversation:
         assert self._prompt is not None
         generation, mask = join(self._generations, self._said)
         return (EpisodeSample(self._prompt, generation, mask),)
+
+
+def _shown(prompt: Prompt, renderer: Renderer, in_context: bool) -> Ids:
+    return as_ids(teacher_sequence(prompt, renderer.contexts)) if in_context else prompt.student_ids
 
 
 def join(generations: Sequence[Generation], said: Sequence[Ids]) -> tuple[Generation, Mask]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from common.data import DataError, batch_rows, read_rows
+from learner.games import fault_of
 
 
 def write(folder: Path, *lines: Any) -> Path:
@@ -75,3 +76,28 @@ def test_every_epoch_uses_every_row_once_in_an_order_of_its_own() -> None:
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert batch_rows(3, batch_size=5, rows=7, seed=4) != batch_rows(3, batch_size=5, rows=7, seed=3)
+
+
+def test_a_game_has_options_and_a_seed_which_mean_something_else_elsewhere(tmp_path: Path) -> None:
+    game = {"id": "g", "environment": "FrozenLake", "options": {"size": 4}, "seed": 7}
+    quiz = {"id": "q", "prompt": "p", "options": ["a", "b"], "seed": "x", "answer": "a"}
+    first, second = read_rows(write(tmp_path, game, quiz), need_answers=True)
+    assert (first.environment, first.options, first.seed) == ("FrozenLake", {"size": 4}, 7)
+    assert second.options == {}
+    with pytest.raises(DataError, match="exactly one of"):
+        read_rows(write(tmp_path, {**game, "prompt": "p"}))
+
+
+def test_environments_are_tried_when_rows_are_read(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"id": "a", "environment": "FrozenLake"},
+        {"id": "b", "environment": "FrozenLaek"},
+        {"id": "c", "environment": "FrozenLake", "options": {"sizes": 3}},
+    )
+    with pytest.raises(DataError) as error:
+        read_rows(path, check=fault_of)
+    unknown, options = str(error.value).splitlines()
+    assert unknown.startswith(f"{path}:2: unknown environment")
+    assert options.startswith(f"{path}:3: ")
+    assert "sizes" in options

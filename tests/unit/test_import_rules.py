@@ -17,9 +17,16 @@ PACKAGES = ("common", *SERVICES, "deploy")
 ENGINES = ("ray", "vllm", "deepspeed")
 HEAVY = (*ENGINES, "torch", "transformers")
 
-WIRING = ("learner/services.py", "learner/teachers.py")
+WIRING = ("learner/services.py", "learner/teachers.py", "learner/games.py")
 """The files that know the other services, and what of them it may know."""
-WIRED = ("rollout_workers.actor", "rollout_workers.pool", "teacher_server.actor", "teacher_server.client")
+WIRED = (
+    "rollout_workers.actor",
+    "rollout_workers.playing",
+    "rollout_workers.pool",
+    "rollout_workers.environments.registry",
+    "teacher_server.actor",
+    "teacher_server.client",
+)
 ENTRY_POINTS = ("learner.train", "learner.inputs", "teacher_server.serve", "teacher_server.auth")
 """What ``deploy`` starts, the reading of a run's data that a dry run repeats, and the making of keys."""
 SIMULATION = "deploy/simulate.py"

@@ -55,6 +55,7 @@ class StubServices:
             started=0.0,
             ended=1.0,
             score=None,
+            episode=None,
         )
 
     async def rollout(self, sample: Sample) -> tuple[Any, Any]:

@@ -1,0 +1,52 @@
+"""Whole runs on games: what is played is what is trained, counted and evaluated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.evaluation import accuracy
+from tests.e2e.test_run import metric_lines, started_run
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.mark.parametrize("samples", ["observation"])
+def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path, samples: str) -> None:
+    config = write_config(
+        context={"text": "P is you, G the goal, H a hole."},
+        rollout={"batch_size": 4, "max_tokens": 8, "stop": []},
+        environment={"max_turns": 3, "samples": samples},
+        learner={"steps": 2, "micro_batch_tokens": 1024},
+        eval={"every": 0},
+    )
+    options = {"history": samples == "observation"}
+    for name, seeds in (("train", range(6)), ("valid", range(6, 8)), ("eval", range(8, 11))):
+        rows = [{"id": f"lake-{s}", "environment": "FrozenLake", "options": options, "seed": s} for s in seeds]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with started_run(config) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    run = tmp_path / "runs/tiny"
+    lines = [line for line in metric_lines(run) if "env/turns" in line]
+    assert [line["weight_version"] for line in lines] == [1, 2]
+    for line in lines:
+        assert 1 <= line["env/turns"] <= 3
+        assert 0 <= line["env/success"] <= line["env/reward"] <= 1
+        assert line["drift/rms"] < 2e-3  # the engine's log-probs are of the very tokens that the learner read
+        assert line["kl/full_bound"] > 0
+    audit = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
+    assert [len(line["trained"]) for line in audit] == [4, 4]  # episodes
+    played = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {line["set"] for line in played} == {"base", "in_context", "final"}
+    assert len(played) == 9
+    for line in played:
+        first, *_ = line["exchanges"]
+        assert "[Game]" in first["observation"]
+        assert line["right"] == (line["reward"] == 1.0)
+    summary = json.loads((run / "summary.json").read_text())
+    won = accuracy([line["right"] for line in played if line["set"] == "final"])
+    assert summary["final"]["accuracy"] == won.accuracy
