@@ -283,7 +283,7 @@ class LearnerConfig(Section):
     warmup_steps: NonNegative = 0
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_tokens: Positive = 8192
-    """Padded tokens of one micro-batch of one rank."""
+    """Tokens of one micro-batch of one rank, padding included."""
     logit_chunk_tokens: Positive = 256
     """Response positions whose logits are alive at a time."""
     gradient_checkpointing: bool = False
