@@ -45,9 +45,10 @@ def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_a
         assert 0 < line["overlap"] < 1
         assert 0 < line["mass/student_topk"] <= 1
         assert line["staleness/max_age"] <= 1
-    agreements = [line["topk_agreement"] for line in lines if "topk_agreement" in line]
+    agreements = [line for line in lines if "topk_agreement" in line]
     assert agreements
-    assert min(agreements) > 0.9  # one step of another version at most, ties and last bits apart
+    for line in agreements:  # with the same weights engine and learner rank alike, ties and last bits apart
+        assert line["topk_agreement"] > (0.95 if line["staleness/max_age"] == 0 else 0.3)
     assert max(line["staleness/mean_age"] for line in lines) > 0
     audit = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
     assert [len(line["trained"]) for line in audit] == [16] * 4
