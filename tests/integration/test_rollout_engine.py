@@ -73,8 +73,9 @@ class Pair:
     async def sync(self) -> None:
         self.version += 1
         assert self.sender is not None
-        sent = asyncio.to_thread(self.sender.send, list(self.named()), self.manifest())
-        await asyncio.gather(sent, self.engine.receive(self.manifest(), self.version))
+        plan = self.manifest().at(self.version)
+        sent = asyncio.to_thread(self.sender.send, list(self.named()), plan)
+        await asyncio.gather(sent, self.engine.receive(plan, self.version))
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray[Any, Any]]:
         """Plain transformers: log-probs of the response tokens."""
@@ -241,3 +242,38 @@ async def test_the_gate_fails_when_the_output_layer_is_left_stale(pair: Pair, lr
             await pair.engine._engine.collective_rpc(mend_output_layer)
         else:
             await pair.sync()
+
+
+# --- other groups, other wires --------------------------------------------------------------------------------------
+
+
+async def join_anew(pair: Pair, sync: SyncConfig) -> None:
+    """Sender and engine leave their group and form another."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if pair.sender is not None:
+        pair.sender.close()
+    pair.engine._sync = sync
+    pair.sender, _ = await asyncio.gather(
+        asyncio.to_thread(open_sender, sync, "127.0.0.1", port, 2), pair.engine.join_sync("127.0.0.1", port, 1, 2)
+    )
+
+
+async def follows(pair: Pair) -> None:
+    """Is the engine where the model is, and not where it was?"""
+    probe = await probe_of(pair)
+    before = pair.logprobs(probe)
+    pair.train(lr=1e-3)
+    await pair.sync()
+    engine, model = await pair.engine.logprobs(probe), pair.logprobs(probe)
+    assert max(np.abs(a - b).max() for a, b in zip(engine, model, strict=True)) < 2e-4
+    assert max(np.abs(a - b).max() for a, b in zip(before, model, strict=True)) > 0.005
+
+
+@pytest.mark.parametrize("wire", ["gloo", "file", "delta"])
+async def test_an_engine_joins_again_and_follows_over_every_wire(pair: Pair, wire: str, tmp_path: Path) -> None:
+    settings = {"gloo": {}, "file": {"backend": "file", "folder": tmp_path}, "delta": {"delta": True}}[wire]
+    await join_anew(pair, SyncConfig(timeout_s=60, **settings))
+    for _ in range(2):
+        await follows(pair)
