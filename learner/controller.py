@@ -159,7 +159,7 @@ class Controller:
         """Make the weights of version `step` + 1."""
         started = time.time()
         pool = self._services.pool
-        async with beside(pool.watch(), self._services.teachers.watch(), self._never_without_workers(step)):
+        async with beside(pool.watch(), self._services.teachers.watch(), self.keep_workers(step)):
             trained = await self._train(step)
         closing = time.time()
         reports = await self._services.finish_step(trained.tokens, trained.sequences)
@@ -241,8 +241,10 @@ class Controller:
         for answered in everything:
             yield answered
 
-    async def _never_without_workers(self, version: int) -> None:
-        """Where every worker was lost, the first replacement takes part at once, not at the next step."""
+    async def keep_workers(self, version: int) -> None:
+        """For ever: where every worker was lost, the first replacement takes part at once, with `version`, not at the
+        next step. Run it `beside` whatever waits for answers.
+        """
         while True:
             await self._services.pool.only_replacements()
             await self._publisher.publish(version)

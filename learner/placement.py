@@ -41,14 +41,16 @@ class Bundle:
         return " and ".join(name for name, _ in self.parts)
 
 
-def bundles_of(config: Config) -> list[Bundle]:
-    """What the run asks for, the largest first; actors without a GPU are left out."""
+def bundles_of(config: Config, *, workers_only: bool = False) -> list[Bundle]:
+    """What the run asks for, or its rollout workers alone, the largest first; actors without a GPU are left out."""
     rollout, learner = config.rollout, config.learner
     teachers = [(f"teacher {n}", one.gpus) for n, one in config.named_teachers().items() if one.url is None]
     ranks = [(f"rank {rank}", learner.gpus_per_rank) for rank in range(learner.ranks)]
     per_worker = rollout.gpus_per_worker * rollout.tensor_parallel_size
     workers = [(f"worker {seat}", per_worker) for seat in range(rollout.workers)]
-    if rollout.colocated:
+    if workers_only:
+        teachers, shared = [], [Bundle((part,)) for part in workers]
+    elif rollout.colocated:
         shared = [Bundle(pair) for pair in zip(workers, ranks, strict=True)]
     else:
         shared = [Bundle((part,)) for part in (*ranks, *workers)]
@@ -88,9 +90,12 @@ class Placement:
             self._group = placement_group([{"GPU": bundle.gpus} for bundle in bundles], strategy="PACK")
 
     @classmethod
-    def reserve(cls, config: Config) -> Placement:
-        """Reserve what the run asks for and wait until it is there. Raises PlacementError where it cannot be."""
-        bundles = bundles_of(config)
+    def reserve(cls, config: Config, *, workers_only: bool = False) -> Placement:
+        """Reserve what the run, or its workers alone, ask for and wait until it is there.
+
+        Raises PlacementError where it cannot be.
+        """
+        bundles = bundles_of(config, workers_only=workers_only)
         why = shortfall(bundles, free_gpus())
         if why is not None:
             raise PlacementError(why)

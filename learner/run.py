@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from common.telemetry import Progress, RunFiles, write_json
 from common.trace import TraceFile
 from learner.alarm import KlAlarm
 from learner.checkpoints import LEARNER, CheckpointError, Checkpoints, Identity, Manifest, identity_of, refuse_other_run
-from learner.controller import Controller, RunError, ServiceLost, StepOutcome
+from learner.controller import Controller, RunError, ServiceLost, StepOutcome, beside
 from learner.drift import DriftError, DriftGate, drift_bounds
 from learner.evaluate import evaluate_rows
 from learner.inputs import Inputs
@@ -45,6 +45,10 @@ KNOWN_ERRORS = (
     PlacementError,
 )
 """Errors whose text is all a user needs; anything else shows its trace."""
+
+
+BEST = "best.json"
+"""In ``best/``: the step whose weights lie there, and its accuracy."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,15 @@ class Run:
         self.tally = Tally(planned_steps=config.learner.steps)
         if resumed is not None:
             self.tally.restore(resumed.manifest.loop["tally"])
+            self._forget_other_best()
             self._refuse_changes(resumed, resumed.manifest.identity.teachers)
+
+    def _forget_other_best(self) -> None:
+        """A run that was cut off after its checkpoint may have put later weights into ``best/``: then choose anew."""
+        path, best = self._config.run.path / "best" / BEST, self.tally.best
+        if best is not None and (not path.exists() or json.loads(path.read_text()) != asdict(best)):
+            self._progress.line(f"WARNING: best/ does not hold the weights of step {best.step} any more; chosen anew")
+            self.tally.best = None
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -115,13 +127,13 @@ class Run:
     async def _start(self) -> None:
         config, services, started = self._config, self._services, time.time()
         local_teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
+        services.reserve()
         if self._resumed is None and self._inputs.eval and local_teacher not in (None, config.student.model):
             self._progress.line(f"evaluating {local_teacher} in context")
             await services.start_workers(str(local_teacher), None, 1)
             self.tally.in_context = await self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
             services.close_workers()
         self._progress.line("starting the teacher and the learner")
-        services.reserve()
         services.teachers.begin(services.placement)
         ranks = services.begin_ranks()
         scorer = await services.teachers.connect(
@@ -209,8 +221,10 @@ class Run:
             return
         found = await self._evaluate("valid", version, self._inputs.valid)
         if found is not None and (best is None or found.accuracy > best.accuracy):
-            await self._services.save(str((config.run.path / "best").absolute()))
+            folder = config.run.path / "best"
+            await self._services.save(str(folder.absolute()))
             self.tally.best = Best(step=version, accuracy=found.accuracy)
+            write_json(folder / BEST, asdict(self.tally.best))
 
     async def _keep(self, version: int) -> None:
         """The exports and the checkpoint that are due after step `version`."""
@@ -269,9 +283,11 @@ class Run:
             return None
         started = time.time()
         self._progress.status(f"evaluating: {name}, {len(rows)} rows")
-        result = await evaluate_rows(
-            self._services, self._config, self._inputs, rows, name, step, self._files, with_context
-        )
+        keep = self._services.admit_replacements() if self._controller is None else self._controller.keep_workers(step)
+        async with beside(keep):
+            result = await evaluate_rows(
+                self._services, self._config, self._inputs, rows, name, step, self._files, with_context
+            )
         self.tally.add_seconds({"evaluation": time.time() - started})
         low, high = result.ci95
         self._files.metrics(step, {f"accuracy/{name}": result.accuracy})

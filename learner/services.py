@@ -75,9 +75,9 @@ class Services:
 
     # --- start and stop ---------------------------------------------------------------------------------------------
 
-    def reserve(self) -> None:
-        """Reserve the places of all actors, before any is started. Raises PlacementError."""
-        self.placement = Placement.reserve(self.config)
+    def reserve(self, *, workers_only: bool = False) -> None:
+        """Reserve the places of all actors, or of the workers, before any is started. Raises PlacementError."""
+        self.placement = Placement.reserve(self.config, workers_only=workers_only)
 
     async def start_workers(self, model: str, scorer: ScorerFactory | None, count: int) -> None:
         """Place `count` rollout workers and wait until their engines answer."""
@@ -134,6 +134,13 @@ class Services:
                 f"the weight group of {world} members did not form within {self.config.sync.timeout_s:.0f} s "
                 "(sync.timeout_s)"
             ) from error
+
+    async def admit_replacements(self) -> None:
+        """For workers that no learner publishes to: what a replacement starts with is what it shall have."""
+        while True:
+            await self.pool.only_replacements()
+            for worker in self.pool.ready:
+                self.pool.admit(worker)
 
     def close_workers(self) -> None:
         """Stop the engines and give their devices back."""
@@ -236,7 +243,7 @@ class Services:
         sampling: Sampling,
         call: Callable[[Any, list[Item]], Any],
     ) -> list[Any]:
-        count = len(self.pool.members)
+        count = max(1, len(self.pool.members))  # where nobody is left, the work waits for a replacement
 
         async def share(first: int) -> list[Any]:
             mine = list(items[first::count])

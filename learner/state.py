@@ -41,7 +41,9 @@ def load_state(deepspeed_engine: Any, folder: Path) -> dict[str, int]:
             f"{folder} was saved by {world_size} ranks at ZeRO stage {stage}, this run has {here[0]} at "
             f"stage {here[1]}: resume with the same learner.ranks and learner.zero_stage"
         )
-    _, client = deepspeed_engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+    # Frozen parameters are not stored; where there are none, a missing one is a damaged checkpoint.
+    frozen = any(not parameter.requires_grad for parameter in deepspeed_engine.module.parameters())
+    _, client = deepspeed_engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not frozen)
     _restore(torch.load(folder / _TAG / f"generators_{dist.get_rank()}.pt", weights_only=False))
     return dict(client["counters"])
 

@@ -25,7 +25,7 @@ from common.sinks import open_sinks
 from common.telemetry import Progress, RunFiles
 from common.trace import TraceFile
 from learner.checkpoints import CheckpointError, Checkpoints
-from learner.controller import ServiceLost
+from learner.controller import ServiceLost, beside
 from learner.evaluate import evaluate_rows
 from learner.inputs import Inputs, read_inputs
 from learner.run import KNOWN_ERRORS, Resumed, Run
@@ -108,9 +108,11 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
         services = Services(config)
         try:
             progress.status(f"starting {model}")
+            services.reserve(workers_only=True)
             await services.start_workers(model, None, config.rollout.workers)
             for name, with_context in (("without context", False), ("with context", True)):
-                result = await evaluate_rows(services, config, inputs, inputs.eval, name, 0, files, with_context)
+                async with beside(services.admit_replacements()):
+                    result = await evaluate_rows(services, config, inputs, inputs.eval, name, 0, files, with_context)
                 low, high = result.ci95
                 progress.line(f"{name:<16} {result.accuracy:.3f} ({low:.3f} to {high:.3f}, n = {result.n})")
         finally:

@@ -52,6 +52,8 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(write_config: Callable[.
         assert resumed[name] == through[name], name
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
     assert sorted(path.name for path in (whole / "exports").iterdir()) == ["step-000002", "step-000004"]
+    best = json.loads((whole / "best/best.json").read_text())
+    assert best == through["best_on_valid"]
     assert (whole / "best/model.safetensors").exists()
 
     # The same folder again: neither overwritten by accident, nor continued as another run.

@@ -40,6 +40,11 @@ def test_every_actor_with_a_gpu_has_a_bundle_the_largest_first() -> None:
     ]
 
 
+def test_an_evaluation_asks_for_its_workers_alone() -> None:
+    config = config_of(rollout={"workers": 2, "gpus_per_worker": 1}, learner={"gpus_per_rank": 1}, teacher={"gpus": 1})
+    assert [bundle.name for bundle in bundles_of(config, workers_only=True)] == ["worker 0", "worker 1"]
+
+
 def test_a_worker_and_a_rank_that_share_a_gpu_have_one_bundle() -> None:
     config = config_of(
         rollout={"colocated": True, "workers": 2, "gpus_per_worker": 0.5}, learner={"ranks": 2, "gpus_per_rank": 0.5}
