@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from common.config import Config
+from deploy.pages import write_or_check
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
@@ -132,14 +133,9 @@ def default_of(field: FieldInfo) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the page, or with ``--check`` say whether it is current."""
-    wanted = page()
-    if list(arguments) == ["--check"]:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != wanted:
-            print(f"{PAGE.name} is not what common/config.py says: python -m deploy.docs", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return write_or_check(
+        PAGE, page(), list(arguments), is_not_what="common/config.py says", command="python -m deploy.docs"
+    )
 
 
 if __name__ == "__main__":

