@@ -106,7 +106,7 @@ def running(model: Path, *, keys: bool = True, **settings: Any) -> Iterator[Runn
     """The server in a thread of this process, around `model`; `settings` are of `TeacherConfig`."""
     config = TeacherConfig(model=str(model), threads=1, **settings)
     service = build_service(config)
-    gate = service._backend = Gate(service._backend)  # type: ignore[assignment]
+    gate = service._backend = Gate(service._backend)
     server = start_in_thread(service, config, authenticator() if keys else Authenticator())
     try:
         yield Running(server.url, service, gate)

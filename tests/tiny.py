@@ -42,7 +42,7 @@ def make_tiny_model(folder: Path, *, tied: bool = True, seed: int = 0, hidden: i
     return folder
 
 
-def make_tokenizer():  # type: ignore[no-untyped-def]
+def make_tokenizer():
     """Byte-level: 256 byte tokens, then ``<|im_start|>``, ``<|im_end|>`` (eos, also pad); a plain ChatML template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -51,9 +51,9 @@ class Latencies:
 def install(latencies: Latencies) -> None:
     """Have the run's services made of stubs from here on. Call it before ``ray.init``."""
     os.environ[VARIABLE] = json.dumps(asdict(latencies))
-    learner.services.RolloutWorker = StubWorker  # type: ignore[misc]
-    learner.services.LearnerRank = StubRank  # type: ignore[misc]
-    learner.teachers.TeacherActor = StubTeacher  # type: ignore[misc]
+    learner.services.RolloutWorker = StubWorker
+    learner.services.LearnerRank = StubRank
+    learner.teachers.TeacherActor = StubTeacher
 
 
 class StubEngine:
@@ -101,7 +101,7 @@ class StubWorker(RolloutWorker):
 
     async def _running(self) -> Any:
         if self._engine is None:
-            self._engine = StubEngine()  # type: ignore[assignment]
+            self._engine = StubEngine()
         return self._engine
 
 
@@ -177,7 +177,7 @@ class StubTeacher(TeacherActor):
         from teacher_server.service import TeacherService, TokenizerIdentity
 
         assert self._api_key is not None
-        service = TeacherService(StubBackend(), self._config, TokenizerIdentity("1" * 64, "2" * 64))  # type: ignore[arg-type]
+        service = TeacherService(StubBackend(), self._config, TokenizerIdentity("1" * 64, "2" * 64))
         self._server = start_in_thread(service, self._config, single_key(self._api_key))
         return self._server.url
 

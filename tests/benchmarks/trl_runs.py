@@ -115,7 +115,7 @@ def run_here(spec: TrlSpec, folder: Path) -> TrlRun:
     )
     found = TrlRun([], [], {})
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         began = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -80,7 +80,7 @@ def arm(victim: str, phase: str) -> None:
             calls_of["finish_step"] += 1
             return await finish(self, tokens, sequences)
 
-        Services.finish_step = counted  # type: ignore[method-assign]
+        Services.finish_step = counted
 
 
 if __name__ == "__main__":

@@ -166,5 +166,5 @@ def test_with_the_adapter_off_the_learner_is_the_teacher(two: Ranks, tiny_model:
             nothing = trajectory.response_ids[:0]
             logprobs = oracle.logprobs(nothing, trajectory.prompt.teacher_ids, trajectory.response_ids)
             for score in (first, second):
-                assert_score(score, logprobs, trajectory)  # type: ignore[arg-type]
+                assert_score(score, logprobs, trajectory)
             np.testing.assert_array_equal(first.sampled_logprob, second.sampled_logprob)

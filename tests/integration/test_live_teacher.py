@@ -195,11 +195,11 @@ def test_a_request_that_an_update_cuts_in_two_is_scored_with_one_version(tiny_mo
             updates.append(threading.Thread(target=service.load_weights, args=(weights.items(), 1)))
             updates[0].start()
             # It is queued for this very thread, ahead of the second item's batch.
-            while not service._scheduler._thread._work_queue.qsize():  # type: ignore[union-attr]
+            while not service._scheduler._thread._work_queue.qsize():
                 pass
         return scored(batch)
 
-    backend.score = update_behind_the_first  # type: ignore[method-assign]
+    backend.score = update_behind_the_first
 
     async def ask() -> Any:
         service.start()
@@ -240,11 +240,11 @@ def test_what_waited_while_an_update_failed_is_not_scored_with_the_mixture(
         if len(batches) == 1:
             updates.append(threading.Thread(target=update))
             updates[0].start()
-            while not service._scheduler._thread._work_queue.qsize():  # type: ignore[union-attr]
+            while not service._scheduler._thread._work_queue.qsize():
                 pass
         return scored(batch)
 
-    backend.score = update_behind_the_first  # type: ignore[method-assign]
+    backend.score = update_behind_the_first
 
     async def ask() -> Any:
         service.start()

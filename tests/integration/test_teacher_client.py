@@ -43,7 +43,7 @@ def teacher(tiny_model: Path) -> Iterator[Running]:
 
 def factory_for(teacher: Running, *contexts: Context, **changes: object) -> TeacherScorerFactory:
     return TeacherScorerFactory(
-        **{  # type: ignore[arg-type]
+        **{
             "url": teacher.url,
             "run": "run",
             "expected_info": teacher.info,
@@ -102,12 +102,12 @@ async def test_half_a_score_is_a_scoring_error_of_its_sample(teacher: Running) -
     whole = scorer._client.score
 
     async def loses_a_row(*asked: object) -> ScoreResponse:
-        response = await whole(*asked)  # type: ignore[arg-type]
+        response = await whole(*asked)
         first, second = response.results
         assert isinstance(first, ItemScore)
         return replace(response, results=(replace(first, tail_logprob=first.tail_logprob[1:]), second))
 
-    scorer._client.score = loses_a_row  # type: ignore[method-assign]
+    scorer._client.score = loses_a_row
     one, other = items(1, 2)
     results = await asyncio.gather(
         scorer.score(trajectory(one, "row-7")), scorer.score(trajectory(other)), return_exceptions=True
@@ -246,9 +246,9 @@ def test_handshake(teacher: Running, info: dict[str, object], asked: dict[str, o
         "temperature": 1.0,
         "longest_tokens": 4096,
     }
-    handshake(teacher.info, **fits)  # type: ignore[arg-type]
+    handshake(teacher.info, **fits)
     with pytest.raises(TeacherError, match=says):
-        handshake(teacher.info.model_copy(update=info), **{**fits, **asked})  # type: ignore[arg-type]
+        handshake(teacher.info.model_copy(update=info), **{**fits, **asked})
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ async def test_a_server_that_computes_nothing_any_more_says_so(tiny_model: Path)
         def faulty(_: object) -> None:
             raise KeyError("a series that is not there")
 
-        broken.service._scheduler._on_batch = faulty  # type: ignore[union-attr]
+        broken.service._scheduler._on_batch = faulty
         async with broken.http() as http:
             for _ in ("what meets the fault", "what comes after it"):
                 reply = await post(http, request_of(items(1, 1)))
@@ -145,7 +145,7 @@ async def test_a_server_that_computes_nothing_any_more_says_so(tiny_model: Path)
 async def test_requests_out_of_bounds(teacher: Running, change: dict[str, object], status: int, code: str) -> None:
     fields = {"request_id": "", "run": "run", "mode": "at_ids", "temperature": 1.0, "k": 8, "items": ()}
     async with teacher.http() as http:
-        reply = await post(http, ScoreRequest(**{**fields, **change}))  # type: ignore[arg-type]
+        reply = await post(http, ScoreRequest(**{**fields, **change}))
     assert (reply.status_code, reply.json()["error"]) == (status, code)
     assert reply.json()["message"]
 
@@ -193,7 +193,7 @@ async def test_a_body_that_is_too_large(teacher: Running) -> None:
     async with teacher.http() as http:
         declared = await http.post("/v1/score", content=b"\0" * (5 * 1024 * 1024))
         try:
-            undeclared = await http.post("/v1/score", content=endless())  # type: ignore[arg-type]
+            undeclared = await http.post("/v1/score", content=endless())
         except (httpx.ReadError, httpx.WriteError):  # the server closed while we were still sending
             undeclared = None
     assert declared.status_code == 413
@@ -354,7 +354,7 @@ async def test_a_late_request_leaves_the_queue(teacher: Running) -> None:
 async def until(condition: object) -> None:
     """Wait for something another thread will bring about."""
     for _ in range(1000):
-        if condition():  # type: ignore[operator]
+        if condition():
             return
         await asyncio.sleep(0.005)
     raise AssertionError("it did not come about")

@@ -69,9 +69,9 @@ def test_what_a_cpu_runner_cannot_do_is_not_offered(teacher: Running) -> None:
         "temperature": 1.0,
         "longest_tokens": 100,
     }
-    handshake(teacher.info, mode="teacher_topk", **wanted)  # type: ignore[arg-type]
+    handshake(teacher.info, mode="teacher_topk", **wanted)
     with pytest.raises(TeacherError, match=r"vllm backend cannot score in mode at_ids.*transformers backend"):
-        handshake(teacher.info, mode="at_ids", **wanted)  # type: ignore[arg-type]
+        handshake(teacher.info, mode="at_ids", **wanted)
 
 
 @pytest.mark.parametrize(("mode", "k"), [("teacher_topk", 8), ("teacher_topk", 512), ("sampled", 0)])
@@ -105,7 +105,7 @@ async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.
     assert isinstance(backend, VllmBackend)
     run, cached = backend._engine.run, []
 
-    def watched(asks):  # type: ignore[no-untyped-def]
+    def watched(asks):
         outputs = run(asks)
         cached.append([output.num_cached_tokens for output in outputs])
         return outputs

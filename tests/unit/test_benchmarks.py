@@ -48,7 +48,7 @@ def test_each_benchmark_has_a_process_of_its_own(folder: Path) -> None:
     for name in ("one", "two"):
         write(folder, name, f"return {{'{name}': {{**{FIGURE!r}, 'value': os.getpid()}}}}")
     assert benchmarks.main([]) == 0
-    assert len({figure["value"] for figure in results(folder).values()}) == 2  # type: ignore[index]
+    assert len({figure["value"] for figure in results(folder).values()}) == 2
 
 
 def test_one_is_repeated_without_losing_the_others(folder: Path) -> None:

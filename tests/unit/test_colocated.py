@@ -63,7 +63,7 @@ async def test_engines_sleep_while_the_learner_trains_and_wake_for_the_new_weigh
         services.order.append("publish")
         return ParityReport(0.0, 0.0, 0.0, 0.0)
 
-    controller._publisher.publish = publish  # type: ignore[method-assign]
+    controller._publisher.publish = publish
     await controller.begin(0)
     await controller.step(0)
     assert services.order == [*["rollout"] * 4, "sleep", "accumulate", "step", "wake", "publish"]

@@ -51,8 +51,8 @@ def value_on(z: Tensor, teacher: Tensor, k: int, form: str, direction: str, beta
     return topk_divergence(
         student,
         scores,
-        form=form,  # type: ignore[arg-type]
-        direction=direction,  # type: ignore[arg-type]
+        form=form,
+        direction=direction,
         beta=beta,
         student_tail=student_tail,
         teacher_tail=teacher_tail,
@@ -117,8 +117,8 @@ def test_gradient_agrees_with_finite_differences(form: str, direction: str) -> N
     topk_divergence(
         values,
         scores,
-        form=form,  # type: ignore[arg-type]
-        direction=direction,  # type: ignore[arg-type]
+        form=form,
+        direction=direction,
         student_tail=tail,
         teacher_tail=teacher_tail,
     ).sum().backward()
@@ -194,7 +194,7 @@ def test_small_tails_keep_their_value_and_gradient(mass: float, direction: str) 
         student,
         other,
         form="tail",
-        direction=direction,  # type: ignore[arg-type]
+        direction=direction,
         student_tail=tail,
         teacher_tail=teacher_tail,
     )
@@ -252,8 +252,8 @@ def test_padding_changes_nothing(form: str, direction: str, empty: float) -> Non
         got = topk_divergence(
             torch.cat([values, blank], -1) if pad else values,
             torch.cat([teacher, blank], -1) if pad else teacher,
-            form=form,  # type: ignore[arg-type]
-            direction=direction,  # type: ignore[arg-type]
+            form=form,
+            direction=direction,
             student_tail=student_tail,
             teacher_tail=teacher_tail,
         )
@@ -267,7 +267,7 @@ def test_padding_changes_nothing(form: str, direction: str, empty: float) -> Non
 def test_infinities_on_one_side_stay_finite(form: str, direction: str) -> None:
     student = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log().requires_grad_()
     teacher = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]).log()
-    value = topk_divergence(student, teacher, form=form, direction=direction)  # type: ignore[arg-type]
+    value = topk_divergence(student, teacher, form=form, direction=direction)
     value.sum().backward()
     assert value.isfinite().all()
     assert student.grad is not None
@@ -343,4 +343,4 @@ def test_a_token_over_the_limit_has_no_gradient() -> None:
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     usual = {"student_logprobs": torch.zeros(T, 2), "teacher_logprobs": torch.zeros(T, 2), "form": "tail"}
     with pytest.raises(ValueError, match=message):
-        topk_divergence(**{**usual, **arguments})  # type: ignore[arg-type]
+        topk_divergence(**{**usual, **arguments})

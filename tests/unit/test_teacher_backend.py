@@ -266,7 +266,7 @@ def test_context_is_not_run_again(
 
     def count(ids: torch.Tensor, *rest: object) -> torch.Tensor:
         tokens.append(ids.numel())
-        return forward(ids, *rest)  # type: ignore[arg-type]
+        return forward(ids, *rest)
 
     monkeypatch.setattr(backend, "_forward", count)
     backend.score([work(np.random.default_rng(16), prefixes[150], 4, 6) for _ in range(3)])

@@ -49,7 +49,7 @@ def refusal(info: TeacherInfo = INFO, **fields: object) -> str | None:
     """Code of what is wrong with a request that has these `fields`; None: it is taken."""
     whole = {"request_id": "", "run": "r", "mode": "at_ids", "temperature": 1.0, "k": 8, "items": ()}
     try:
-        check_request(ScoreRequest(**{**whole, **fields}), info)  # type: ignore[arg-type]
+        check_request(ScoreRequest(**{**whole, **fields}), info)
     except RequestRefused as error:
         return error.code
     return None
@@ -99,16 +99,16 @@ def fault(one: ScoreItem, mode: ScoreMode = "at_ids", context: Context | None = 
 def test_lengths() -> None:
     context = Context("a" * 64, as_ids(np.zeros(40)))
     under = {"context": context.hash}
-    assert fault(item(20, 40, **under), context=context) is None  # type: ignore[arg-type]
-    assert fault(item(21, 40, **under), context=context) == "too_long"  # type: ignore[arg-type]
-    assert fault(item(20, 41, **under), context=context) == "too_long"  # type: ignore[arg-type]
+    assert fault(item(20, 40, **under), context=context) is None
+    assert fault(item(21, 40, **under), context=context) == "too_long"
+    assert fault(item(20, 41, **under), context=context) == "too_long"
     assert fault(item(99, 1)) is None
     assert fault(item(100, 1)) == "too_long"
-    assert fault(item(0, 4, **under), context=context) is None  # type: ignore[arg-type]
+    assert fault(item(0, 4, **under), context=context) is None
     assert fault(item(0, 4)) == "bad_shape"
     assert fault(item(0, 0)) is None
     assert fault(item(3, 0)) is None
-    assert fault(item(**under)) == "unknown_context"  # type: ignore[arg-type]
+    assert fault(item(**under)) == "unknown_context"
 
 
 @pytest.mark.parametrize("mode", ["at_ids", "union"])

@@ -210,7 +210,7 @@ def test_failed_computation_leaves_no_pins(cache: PrefixCache, backend: Counting
     def fail(ids: Ids, parent: State | None) -> State:
         raise RuntimeError("out of memory")
 
-    backend.prefill = fail  # type: ignore[method-assign]
+    backend.prefill = fail
     with pytest.raises(RuntimeError, match="out of memory"):
         use(cache, Located("t", make(60, parent), (parent,)))
     del backend.prefill

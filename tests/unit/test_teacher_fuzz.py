@@ -96,7 +96,7 @@ def test_anything_on_any_route(
 ) -> None:
     extra = {} if deadline is None else {"X-Deadline-S": deadline}
     sent = {name: value.encode("latin1") for name, value in {**headers, **extra}.items()}
-    check(server.request(*route, body, sent))  # type: ignore[arg-type]
+    check(server.request(*route, body, sent))
 
 
 @st.composite
@@ -104,7 +104,7 @@ def nearly_right(draw: st.DrawFn) -> bytes:
     """A right request with up to three nodes replaced by others, or by what stands elsewhere in it."""
     mode = draw(st.sampled_from(["at_ids", "union", "teacher_topk", "sampled"]))
     base = items(draw(st.integers(0, 3)), 2, response=draw(st.integers(0, 3)))
-    message: Any = msgpack.unpackb(encode_request(ScoreRequest("", "run", mode, 1.0, 4, tuple(base))))  # type: ignore[arg-type]
+    message: Any = msgpack.unpackb(encode_request(ScoreRequest("", "run", mode, 1.0, 4, tuple(base))))
     for _ in range(draw(st.integers(0, 3))):
         holders = list(containers(message))
         holder = draw(st.sampled_from(range(len(holders))).map(holders.__getitem__))

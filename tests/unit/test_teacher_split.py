@@ -54,7 +54,7 @@ def test_groups_are_as_few_as_the_bounds_allow() -> None:
     size = request_bytes(entries[0])
 
     def sizes(mode: ScoreMode, k: int, **bounds: int) -> list[int]:
-        return [len(group) for group in requests(entries, lambda i: i, mode, k, **bounds)]  # type: ignore[arg-type]
+        return [len(group) for group in requests(entries, lambda i: i, mode, k, **bounds)]
 
     assert sizes("at_ids", 8, most_bytes=4 * size) == [4, 4, 2]
     assert sizes("at_ids", 8, most_bytes=100 * size, most_items=9) == [9, 1]

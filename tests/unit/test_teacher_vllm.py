@@ -83,7 +83,7 @@ def flat(rows: torch.Tensor, ids: Ids, columns: int) -> Any:
 
 
 def backend_of(engine: FakeEngine) -> VllmBackend:
-    return VllmBackend(engine, model_name="fake", fingerprint="0" * 64)  # type: ignore[arg-type]
+    return VllmBackend(engine, model_name="fake", fingerprint="0" * 64)
 
 
 def work_of(mode: ScoreMode, *, seed: int = 0, prefix: Any = None, k: int = 5, response: int = 7) -> Work:
@@ -156,8 +156,8 @@ def test_supports_that_cannot_be_asked_for_are_errors_of_their_item() -> None:
     none.item.topk_ids[3] = V + np.arange(6)
     results = backend_of(FakeEngine()).score([twice, none, whole])
     assert [getattr(result, "code", "scored") for result in results] == ["bad_ids", "bad_ids", "scored"]
-    assert "position 4" in results[0].message  # type: ignore[union-attr]
-    assert "position 3" in results[1].message  # type: ignore[union-attr]
+    assert "position 4" in results[0].message
+    assert "position 3" in results[1].message
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -71,13 +71,13 @@ def test_the_nccl_wire_aborts_its_communicator_when_a_broadcast_hangs(
     monkeypatch.setattr(torch.cuda, "device", lambda _: pytest.MonkeyPatch.context())
     monkeypatch.setattr(torch.cuda, "current_stream", Ready)
     wire = object.__new__(wires.NcclWire)
-    wire.device, wire._timeout_s, wire._group = torch.device("cuda"), 0.05, Group()  # type: ignore[assignment]
+    wire.device, wire._timeout_s, wire._group = torch.device("cuda"), 0.05, Group()
     if aborts:
         with pytest.raises(SyncError):
             wire.broadcast(torch.empty(1), "bucket 0")
     else:
         wire.broadcast(torch.empty(1), "bucket 0")
-    assert wire._group.aborted == aborts  # type: ignore[attr-defined]
+    assert wire._group.aborted == aborts
 
 
 @pytest.mark.parametrize(("backend", "why"), [("nccl", "no nccl"), ("ipc", "needs a GPU")])
@@ -117,7 +117,7 @@ def test_the_ipc_calls_fit_the_installed_torch(monkeypatch: pytest.MonkeyPatch) 
 
     def rebuild(**_: object) -> None: ...
 
-    rebuild.__signature__ = inspect.signature(reductions.rebuild_cuda_tensor)  # type: ignore[attr-defined]
+    rebuild.__signature__ = inspect.signature(reductions.rebuild_cuda_tensor)
     handles = wires.export(torch.empty(1))
     uuid, travelled = wires.unpack_handles(wires.pack_handles("GPU-1", [handles, handles]))
     assert (uuid, travelled) == ("GPU-1", [handles, handles])
