@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ def shared_prefix_attention(
     q, k, v = query[0], key[0], value[0]
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_plan.record is not None:
-        attention_plan.record[int(module.layer_idx)] = (k.contiguous(), v.contiguous())  # type: ignore[arg-type]
+        attention_plan.record[cast(int, module.layer_idx)] = (k.contiguous(), v.contiguous())
     out = q.new_empty(q.shape, dtype=torch.float32)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     for block in attention_plan.blocks:
@@ -127,7 +127,7 @@ def shared_prefix_attention(
         if isinstance(cross.source, slice):
             keys, values = k[:, cross.source], v[:, cross.source]
         else:
-            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            layer = cast(int, module.layer_idx)
             keys, values = cross.source.keys[layer], cross.source.values[layer]
         _merge(q, keys, values, cross, scale, out, lse)
     return out.to(query.dtype).transpose(0, 1)[None], None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,7 +142,7 @@ def _lay_prompt(
     return found
 
 
-def _group(numbers, key):  # type: ignore[no-untyped-def]
+def _group(numbers: Iterable[int], key: Callable[[int], object]) -> Iterable[list[int]]:
     groups: dict[object, list[int]] = {}
     for number in numbers:
         groups.setdefault(key(number), []).append(number)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
@@ -157,8 +157,8 @@ class TransformersBackend:
     def load_state(self, path: Path) -> None:
         """Go on from `save_state`."""
         if self._live is not None:
+            self._live.restore(load_file(path))
             with safe_open(path, "pt") as stored:
-                self._live.restore({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
                 self.weight_version = int(stored.metadata()["version"])
 
     # --- steps ------------------------------------------------------------------------------------------------------
