@@ -397,69 +397,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.loss.form == "exact":
-            raise ValueError(
-                "loss.form: `exact` needs full teacher log-probs, which no teacher server sends; use `tail`"
-            )
-        if self.rollout.topk_from == "learner" and self.loss.support == "teacher":
-            raise ValueError("rollout.topk_from: `learner` picks ids that loss.support `teacher` does not use")
-        if self.loss.form == "policy_gradient" and self.loss.temperature != self.rollout.temperature:
-            raise ValueError(
-                f"loss.form: `policy_gradient` compares log-probs of the sampler and the learner, so loss.temperature "
-                f"({self.loss.temperature}) must equal rollout.temperature ({self.rollout.temperature})"
-            )
-        if self.loss.importance_clip is not None:
-            self._check_importance()
-        if self.rollout.colocated:
-            self._check_colocated()
-        if self.teacher.kind == "base" and self.loss.support != "student":
-            raise ValueError("teacher.kind `base` scores at the student's ids: loss.support must be `student`")
-        if self.sync.delta and self.sync.backend != "gloo":
-            raise ValueError(f"sync.delta: goes over sync.backend `gloo` only, not `{self.sync.backend}`")
-        if self.learner.cpu_offload and self.learner.zero_stage == 0:
-            raise ValueError("learner.cpu_offload needs learner.zero_stage 1, 2 or 3")
-        if self.eval.every and self.data.valid is None:
-            raise ValueError(
-                f"eval.every is {self.eval.every} and data.valid is not set: only rows that are not reported on may "
-                "be looked at while training"
-            )
-        if "default" in self.teachers:
-            raise ValueError("teachers: `default` is the name of the `teacher` section")
-        for name, teacher in self.named_teachers().items():
-            where = "teacher" if name == "default" else f"teachers.{name}"
-            if self.loss.top_k > teacher.max_k:
-                raise ValueError(f"loss.top_k {self.loss.top_k} is larger than {where}.max_k {teacher.max_k}")
-            if teacher.kind != "frozen" and (
-                teacher.url is not None or teacher.model not in (None, self.student.model)
-            ):
-                raise ValueError(
-                    f"{where}.kind `{teacher.kind}` is the student's own weights, private to this run: it takes "
-                    f"neither {where}.url nor another {where}.model"
-                )
+        from common.config_rules import fault  # which reads this module
+
+        found = fault(self)
+        if found is not None:
+            raise ValueError(found)
         return self
-
-    def _check_importance(self) -> None:
-        if self.loss.form == "policy_gradient":
-            raise ValueError("loss.importance_clip: `policy_gradient` has a ratio of its own, see loss.ratio_clip")
-        if self.loss.temperature != self.rollout.temperature or self.rollout.top_p != 1:
-            raise ValueError(
-                f"loss.importance_clip compares log-probs of the sampler and the learner, so loss.temperature "
-                f"({self.loss.temperature}) must equal rollout.temperature ({self.rollout.temperature}) and "
-                f"rollout.top_p ({self.rollout.top_p}) be 1"
-            )
-
-    def _check_colocated(self) -> None:
-        rollout, learner = self.rollout, self.learner
-        if rollout.workers != learner.ranks or rollout.tensor_parallel_size != 1:
-            raise ValueError(
-                f"rollout.colocated pairs one worker with one rank: rollout.workers ({rollout.workers}) must equal "
-                f"learner.ranks ({learner.ranks}), and rollout.tensor_parallel_size be 1"
-            )
-        if rollout.max_staleness or rollout.topk_from == "learner" or self.teacher.kind == "base":
-            raise ValueError(
-                "rollout.colocated takes turns: rollout.max_staleness must be 0, rollout.topk_from `engine`, and "
-                "teacher.kind not `base`"
-            )
 
 
 class TeacherServerConfig(Section):

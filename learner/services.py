@@ -94,7 +94,7 @@ class Services:
         self.worker_info = await within(START_TIMEOUT_S, self.pool.start(make, count))
 
     def begin_ranks(self) -> list[Any]:
-        """Place the learner's ranks; `start_ranks` waits for them."""
+        """Place the learner's ranks; `wait_ranks` waits for them."""
         learner = self.config.learner
         actor = ray.remote(LearnerRank)
         self.ranks = [

@@ -240,3 +240,25 @@ def test_a_teacher_that_follows_a_student_is_no_server(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.kind `ema` follows one run's student"):
         load_teacher_config(path, ["teacher.kind=ema"])
     assert "takes new weights" in mistake(path, "teacher.kind=self", "teacher.backend=vllm")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["teacher.kind=base"], "needs learner.lora"),
+        (["teacher.kind=base", "learner.lora.rank=4", "teachers.big.model=m"], "`teachers` must be empty"),
+        (["teachers.own.kind=base", "learner.lora.rank=4"], "only `teacher` can be it"),
+        (["teacher.kind=base", "learner.lora.rank=4", "loss.support=union"], "loss.support must be `student`"),
+        (["rollout.colocated=true", "rollout.workers=2"], "rollout.workers (2) must equal learner.ranks (1)"),
+        (["rollout.colocated=true", "rollout.max_staleness=1"], "takes turns"),
+        (["sync.delta=true", "sync.backend=file"], "not `file`"),
+        (["rollout.topk_from=learner", "loss.support=teacher"], "does not use"),
+        (["eval.every=2", "data.valid=null"], "data.valid is not set"),
+    ],
+)
+def test_what_sections_must_be_to_each_other(path: Path, overrides: list[str], why: str) -> None:
+    assert why in mistake(path, *overrides)
+
+
+def test_a_base_teacher_with_adapters_is_fine(path: Path) -> None:
+    assert load_config(path, ["teacher.kind=base", "learner.lora.rank=4"]).teacher.kind == "base"

@@ -1,0 +1,102 @@
+"""What the sections of a configuration must be to each other. Pure: each rule is a function that names its fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from common.config import Config
+
+
+def fault(config: Config) -> str | None:
+    """The first rule that `config` breaks, in words that name the keys and the remedy; None where it breaks none."""
+    rules = (_loss, _importance, _learner, _sync, _evaluation, _teachers, _base_teacher, _colocated)
+    return next((found for rule in rules for found in rule(config)), None)
+
+
+def _loss(config: Config) -> Iterator[str]:
+    loss, rollout = config.loss, config.rollout
+    if loss.form == "exact":
+        yield "loss.form: `exact` needs full teacher log-probs, which no teacher server sends; use `tail`"
+    if rollout.topk_from == "learner" and loss.support == "teacher":
+        yield "rollout.topk_from: `learner` picks ids that loss.support `teacher` does not use"
+    if loss.form == "policy_gradient" and loss.temperature != rollout.temperature:
+        yield (
+            f"loss.form: `policy_gradient` compares log-probs of the sampler and the learner, so loss.temperature "
+            f"({loss.temperature}) must equal rollout.temperature ({rollout.temperature})"
+        )
+
+
+def _importance(config: Config) -> Iterator[str]:
+    loss, rollout = config.loss, config.rollout
+    if loss.importance_clip is None:
+        return
+    if loss.form == "policy_gradient":
+        yield "loss.importance_clip: `policy_gradient` has a ratio of its own, see loss.ratio_clip"
+    if loss.temperature != rollout.temperature or rollout.top_p != 1:
+        yield (
+            f"loss.importance_clip compares log-probs of the sampler and the learner, so loss.temperature "
+            f"({loss.temperature}) must equal rollout.temperature ({rollout.temperature}) and rollout.top_p "
+            f"({rollout.top_p}) be 1"
+        )
+
+
+def _learner(config: Config) -> Iterator[str]:
+    if config.learner.cpu_offload and config.learner.zero_stage == 0:
+        yield "learner.cpu_offload needs learner.zero_stage 1, 2 or 3"
+
+
+def _sync(config: Config) -> Iterator[str]:
+    if config.sync.delta and config.sync.backend != "gloo":
+        yield f"sync.delta: goes over sync.backend `gloo` only, not `{config.sync.backend}`"
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    if config.eval.every and config.data.valid is None:
+        yield (
+            f"eval.every is {config.eval.every} and data.valid is not set: only rows that are not reported on may be "
+            "looked at while training"
+        )
+
+
+def _teachers(config: Config) -> Iterator[str]:
+    if "default" in config.teachers:
+        yield "teachers: `default` is the name of the `teacher` section"
+    for name, teacher in config.named_teachers().items():
+        where = "teacher" if name == "default" else f"teachers.{name}"
+        if config.loss.top_k > teacher.max_k:
+            yield f"loss.top_k {config.loss.top_k} is larger than {where}.max_k {teacher.max_k}"
+        own = teacher.url is None and teacher.model in (None, config.student.model)
+        if teacher.kind != "frozen" and not own:
+            yield (
+                f"{where}.kind `{teacher.kind}` is the student's own weights, private to this run: it takes neither "
+                f"{where}.url nor another {where}.model"
+            )
+        if name != "default" and teacher.kind == "base":
+            yield f"{where}.kind `base` is computed by the learner: only `teacher` can be it, and then the only one"
+
+
+def _base_teacher(config: Config) -> Iterator[str]:
+    if config.teacher.kind != "base":
+        return
+    if config.learner.lora is None:
+        yield "teacher.kind `base` is the student without its adapters: it needs learner.lora"
+    if config.teachers:
+        yield "teacher.kind `base` is computed by the learner for every row: `teachers` must be empty"
+    if config.loss.support != "student":
+        yield "teacher.kind `base` scores at the student's ids: loss.support must be `student`"
+
+
+def _colocated(config: Config) -> Iterator[str]:
+    rollout, ranks = config.rollout, config.learner.ranks
+    if not rollout.colocated:
+        return
+    if rollout.workers != ranks or rollout.tensor_parallel_size != 1:
+        yield (
+            f"rollout.colocated pairs one worker with one rank: rollout.workers ({rollout.workers}) must equal "
+            f"learner.ranks ({ranks}), and rollout.tensor_parallel_size be 1"
+        )
+    if rollout.max_staleness or rollout.topk_from == "learner" or config.teacher.kind == "base":
+        yield (
+            "rollout.colocated takes turns: rollout.max_staleness must be 0, rollout.topk_from `engine`, and "
+            "teacher.kind not `base`"
+        )
