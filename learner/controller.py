@@ -25,6 +25,7 @@ from common.futures import all_of
 from common.schema import Prompt
 from common.step_times import StepTimes, step_times
 from common.trace import TraceSpan
+from learner.errors import RunError
 from learner.filling import MicroBatchFiller
 from learner.parity import ParityReport
 from learner.publisher import Publisher
@@ -32,14 +33,6 @@ from learner.reports import AccumulateReport, StepReport
 from learner.samples import SampleSource
 from learner.services import EpisodeSummary, Services
 from learner.stream import Answered, Stream
-
-
-class RunError(RuntimeError):
-    """The run cannot go on; the text says why and what would help."""
-
-
-class ServiceLost(RunError):
-    """An actor died that cannot be replaced in place: the run can only go on from its last checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

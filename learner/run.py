@@ -23,8 +23,9 @@ from common.telemetry import Progress, RunFiles, write_json
 from common.trace import TraceFile
 from learner.alarm import KlAlarm
 from learner.checkpoints import LEARNER, CheckpointError, Checkpoints, Identity, Manifest, identity_of, refuse_other_run
-from learner.controller import Controller, RunError, ServiceLost, StepOutcome, beside
+from learner.controller import Controller, StepOutcome, beside
 from learner.drift import DriftError, DriftGate, drift_bounds
+from learner.errors import RunError, ServiceLost
 from learner.evaluate import evaluate_rows
 from learner.inputs import Inputs
 from learner.parity import ParityError

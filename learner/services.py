@@ -23,6 +23,7 @@ from common.schema import Context, Prompt, Sample, Sampling, TokenSequence
 from common.scoring import ScorerFactory
 from common.trace import TraceSpan
 from common.weights import SyncManifest
+from learner.errors import ServiceLost
 from learner.placement import Placement
 from learner.rank import LearnerRank
 from learner.reports import LearnerInfo, PassReport, StepReport
@@ -277,20 +278,31 @@ class Services:
     async def publish(self, version: int) -> Any:
         """Send the learner's weights to the weight group as `version`; returns rank 0's report.
 
-        Workers that did not get them whole are given up (`WorkerPool.lose`), and then SyncError is raised.
+        Workers that did not get them whole are given up (`WorkerPool.lose`), and then SyncError is raised; ServiceLost
+        for a teacher that did not: it holds a mixture.
         """
-        sent = [rank.publish.remote() for rank in self.ranks]
-        received = [worker.handle.receive_weights.remote(self.manifest, version) for worker in self.group]
-        received += [one.handle.receive_weights.remote(self.manifest, version) for one in self.teachers.receivers]
+        teachers = self.teachers.receivers
+        members = (*(worker.handle for worker in self.group), *(teacher.handle for teacher in teachers))
+        asked = [rank.publish.remote() for rank in self.ranks]
+        asked += [member.receive_weights.remote(self.manifest, version) for member in members]
         # Every collective in it has its own time limit.
-        results = await asyncio.gather(*map(value_of, (*sent, *received)), return_exceptions=True)
-        for worker, result in zip(self.group, results[len(sent) :], strict=False):
+        results = iter(await asyncio.gather(*map(value_of, asked), return_exceptions=True))
+        sent = [next(results) for _ in self.ranks]
+        failures = [result for result in sent if isinstance(result, BaseException)]
+        for worker in self.group:
+            result = next(results)
             if isinstance(result, BaseException):
+                failures.append(result)
                 self.pool.lose(worker, f"weights of version {version} did not arrive: {result}")
-        for result in results:
+        for teacher in teachers:
+            result = next(results)
             if isinstance(result, BaseException):
-                raise result
-        return results[0]
+                raise ServiceLost(
+                    f"teacher {teacher.name!r} did not get all weights of version {version}: {result}"
+                ) from result
+        if failures:
+            raise failures[0]
+        return sent[0]
 
     async def probe_engines(self, workers: Sequence[Worker], sequences: Sequence[TokenSequence]) -> list[Arrays]:
         """Each engine's log-probs of the response tokens of fixed sequences."""

@@ -21,6 +21,7 @@ from common.futures import all_of, value_of, within
 from common.routing import DEFAULT_TEACHER, RoutingScorerFactory
 from common.schema import Context, ScoreMode, TeacherInfo
 from common.scoring import ScorerFactory, TeacherError
+from learner.errors import ServiceLost
 from learner.placement import Placement
 from teacher_server.actor import TeacherActor
 from teacher_server.client import LOST_AFTER_S, TeacherClient, TeacherScorerFactory, handshake, read_key
@@ -155,7 +156,10 @@ class Teachers:
         await all_of([one.handle.load_state.remote(f"{folder}/teacher-{one.name}.safetensors") for one in averaging])
 
     async def watch(self) -> None:
-        """Start the run's own frozen teachers again when they die. Raises TeacherError where that does not help."""
+        """Start the run's own frozen teachers again when they die.
+
+        Raises TeacherError where that does not help, ServiceLost for one whose weights are gone with it.
+        """
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
             for teacher in self.all.values():
@@ -168,9 +172,12 @@ class Teachers:
             return
         except ray.exceptions.RayActorError as error:
             died = " ".join(str(error).split())[:300]
-        if teacher.takes_weights or teacher.restarts == MAX_RESTARTS:
-            why = f"it was started {MAX_RESTARTS} times already" if teacher.restarts else "its weights are gone with it"
-            raise TeacherError(f"the run's own teacher {teacher.name!r} died, and {why}: {died}")
+        if teacher.takes_weights:
+            raise ServiceLost(f"the run's own teacher {teacher.name!r} died, and its weights with it: {died}")
+        if teacher.restarts == MAX_RESTARTS:
+            raise TeacherError(
+                f"the run's own teacher {teacher.name!r} died after it was started {MAX_RESTARTS} times again: {died}"
+            )
         log.warning("the run's own teacher %r died and is started again: %s", teacher.name, died)
         teacher.restarts += 1
         port = int(teacher.url.rpartition(":")[2])

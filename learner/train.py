@@ -25,7 +25,8 @@ from common.sinks import open_sinks
 from common.telemetry import Progress, RunFiles
 from common.trace import TraceFile
 from learner.checkpoints import CheckpointError, Checkpoints
-from learner.controller import ServiceLost, beside
+from learner.controller import beside
+from learner.errors import ServiceLost
 from learner.evaluate import evaluate_rows
 from learner.inputs import Inputs, read_inputs
 from learner.run import KNOWN_ERRORS, Resumed, Run
