@@ -293,10 +293,14 @@ def test_a_step_with_nan_is_skipped_on_all_ranks(two: Ranks, tiny_model: Path, s
         assert difference < 1e-6
 
 
+ADAM = {"weight_decay": 0.1, "lr": 1e-3, "eps": 1e-8, "betas": (0.9, 0.999)}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_update_norm_is_that_of_the_change(two: Ranks, tiny_model: Path, stage: int) -> None:
+    """Under AdamW's usual settings: both moments and their corrections matter."""
     scored = make_scored(6)
-    config = smooth_config(tiny_model, stage, learner={"weight_decay": 0.1})
+    config = smooth_config(tiny_model, stage, learner=ADAM)
     for change, report, _ in two.call(step, config, [[scored[:3]], [scored[3:]]]):
         norm = float(sum(tensor.double().square().sum() for tensor in change.values())) ** 0.5
         assert report.metrics["update_norm"] == pytest.approx(norm, rel=1e-3)
