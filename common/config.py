@@ -174,12 +174,24 @@ class ContextConfig(Section):
             raise ConfigError(f"context.file: cannot read {self.file}: {error}") from error
 
 
+Column = Literal["id", "prompt", "messages", "answer", "teacher", "environment", "options", "seed"]
+
+
 class DataConfig(Section):
-    """JSON-lines files: `train` to learn on, `valid` to choose a checkpoint by, `eval` to report on."""
+    """Rows: `train` to learn on, `valid` to choose a checkpoint by, `eval` to report on. Each is a file (JSON lines, or
+    `.parquet`), `hf:NAME:CONFIG/SPLIT` (`datasets`; NAME may be a folder, CONFIG be left out, SPLIT be a slice),
+    `game:FrozenLake?rows=512&seed=0&size=3`, or `reasoning_gym:TASK?size=512&seed=0`."""
 
     train: Path
     valid: Path | None = None
     eval: Path | None = None
+    columns: dict[Column, str] = {}
+    """Column of a row -> what the data calls it, dots leading inside (``{answer: reward_model.ground_truth}``)."""
+    user_template: str | None = None
+    """Text of the one user turn that makes a row, `{column}` standing for what the data has there; for data without a
+    column `prompt` or `messages`."""
+    labels: tuple[str, ...] = ()
+    """What answers that are numbers stand for, from 0."""
 
 
 class RolloutConfig(Section):
@@ -357,7 +369,8 @@ class EvalConfig(Section):
     """Steps between evaluations on `data.valid` (and after the last step): the best one's weights are kept in
     ``best/``. 0: none, only `data.eval` before and after."""
     grader: str = "exact"
-    """`exact`, `exact_casefold`, `contains` or `regex:PATTERN`; both sides stripped, answers cut at the stop."""
+    """`exact`, `exact_casefold`, `contains`, `regex:PATTERN`, `answer_tag`, `math`, `reasoning_gym` or
+    `package.module:attribute` of your own (docs/tasks.md)."""
     max_tokens: Positive | None = None
     """Default: `rollout.max_tokens`."""
 

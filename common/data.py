@@ -1,21 +1,23 @@
-"""Rows of a data set, read from JSON lines and checked before anything heavy starts."""
+"""Rows of a data set, read from where they are and checked before anything heavy starts."""
 
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from common.columns import MappingError, mapped
+from common.config import DataConfig
+from common.sources import DataError, NotJson, is_file, read_records
+
+__all__ = ["DataError", "Message", "Row", "batch_rows", "digest", "read_rows"]
+
 REPORTED_FAULTS = 20
-
-
-class DataError(ValueError):
-    """Rows that cannot be used: one line each, with file and line number."""
 
 
 class Message(BaseModel):
@@ -77,45 +79,54 @@ class Row(BaseModel):
 
 
 def read_rows(
-    path: Path, *, need_answers: bool = False, check: Callable[[Row], str | None] = lambda row: None
+    source: Path,
+    mapping: DataConfig | None = None,
+    *,
+    need_answers: bool = False,
+    check: Callable[[Row], str | None] = lambda row: None,
 ) -> list[Row]:
-    """All rows of a JSON-lines file; blank lines are skipped. `check` says what else is wrong with a row.
+    """All rows of a source (`common.sources`), its columns renamed and filled in as `mapping` says; blank lines are
+    skipped. `check` says what else is wrong with a row.
 
-    Raises DataError with ``file:line: reason`` for every bad row (the first 20), for a repeated id, for a file that
+    Raises DataError with ``place: reason`` for every bad row (the first 20), for a repeated id, for a source that
     cannot be read or holds no row, and, with `need_answers`, for a row without an answer (a game needs none).
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}") from error
     rows: list[Row] = []
     faults: list[str] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        row = _parse(line)
+    seen: dict[str, str] = {}
+    for place, record in read_records(source):
+        row = _parse(record, mapping)
         fault = row if isinstance(row, str) else _fault(row, seen, need_answers) or check(row)
         if fault is not None:
-            faults.append(f"{path}:{number}: {fault}")
+            faults.append(f"{place}: {fault}")
         elif isinstance(row, Row):
-            seen[row.id] = number
+            seen[row.id] = place
             rows.append(row)
     if faults:
         more = [f"... and {len(faults) - REPORTED_FAULTS} more"] if len(faults) > REPORTED_FAULTS else []
         raise DataError("\n".join(faults[:REPORTED_FAULTS] + more))
     if not rows:
-        raise DataError(f"{path} holds no row")
+        raise DataError(f"{source} holds no row")
     return rows
 
 
-def _parse(line: str) -> Row | str:
+def digest(data: DataConfig, rows: Sequence[Row]) -> str:
+    """sha256 of what is trained on: the file as it stands, or the `rows` of what is not simply a file."""
+    if is_file(data.train) and not (data.columns or data.user_template or data.labels):
+        return hashlib.sha256(data.train.read_bytes()).hexdigest()
+    content = hashlib.sha256()
+    for row in rows:
+        content.update(row.model_dump_json().encode() + b"\n")
+    return content.hexdigest()
+
+
+def _parse(record: Any, mapping: DataConfig | None) -> Row | str:
+    if isinstance(record, NotJson):
+        return str(record)
     try:
-        return Row.model_validate(json.loads(line))
-    except json.JSONDecodeError as error:
-        return f"not JSON: {error}"
+        return Row.model_validate(mapped(record, mapping) if mapping and isinstance(record, dict) else record)
+    except MappingError as error:
+        return str(error)
     except ValidationError as error:
         detail = error.errors()[0]
         place = ".".join(str(part) for part in detail["loc"])
@@ -123,9 +134,9 @@ def _parse(line: str) -> Row | str:
         return f"{place}: {message}" if place else message
 
 
-def _fault(row: Row, seen: dict[str, int], need_answers: bool) -> str | None:
+def _fault(row: Row, seen: dict[str, str], need_answers: bool) -> str | None:
     if row.id in seen:
-        return f"id {row.id!r} was already used on line {seen[row.id]}"
+        return f"id {row.id!r} was already used at {seen[row.id]}"
     if need_answers and row.answer is None and row.environment is None:
         return f"row {row.id!r} has no `answer` to grade against"
     return None

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from common.config import Config, ConfigError
+from common.config import ConfigError
 from common.config_file import dump_config, load_config, load_teacher_config
 from common.data import DataError
 from common.scoring import TeacherError
@@ -61,6 +61,8 @@ def train(
     with known_errors(ConfigError, DataError):
         resolved = load_config(config, overrides or ())
         if dry_run:
+            from deploy.checks import check_data
+
             checked = check_data(resolved)
             typer.echo(dump_config(resolved), nl=False)
             typer.echo(checked, err=True)
@@ -201,31 +203,6 @@ def known_errors(*kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         typer.echo(f"opcd: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def check_data(config: Config) -> str:
-    """Read and render every row as a run would, if the student's tokenizer is at hand; says what was checked.
-
-    Raises ConfigError or DataError.
-    """
-    from common.data import read_rows
-
-    if not Path(config.student.model).is_dir():
-        # A hub name, or a folder that is made later: the rows can be read, but not rendered.
-        rows = {"train": read_rows(config.data.train)}
-        for name, path in (("valid", config.data.valid), ("eval", config.data.eval)):
-            rows[name] = [] if path is None else read_rows(path, need_answers=True)
-        config.context.read()
-        counts = ", ".join(f"{len(found)} {name}" for name, found in rows.items())
-        return f"# data is fine: {counts}; not rendered, {config.student.model} is no folder here"
-    from learner.inputs import read_inputs
-
-    inputs = read_inputs(config)
-    longest = max(inputs.teacher_tokens().values())
-    return (
-        f"# data is fine: {len(inputs.train)} train, {len(inputs.valid)} valid, {len(inputs.eval)} eval; "
-        f"longest prompt on the teacher's side {longest} tokens"
-    )
 
 
 def main() -> None:

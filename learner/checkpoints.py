@@ -12,7 +12,6 @@ On several nodes the folder must be one that all of them share.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -46,7 +45,7 @@ class Identity(BaseModel):
     """Teacher's name -> its model fingerprint."""
     contexts: tuple[str, ...]
     data: str
-    """sha256 of the training file."""
+    """sha256 of the training rows."""
     loss: dict[str, Any]
     rollout: dict[str, Any]
     """What decides the answers: batch size, samples per prompt, sampling, seed."""
@@ -79,15 +78,17 @@ class Manifest(BaseModel):
     """Every other file of the folder and its bytes: one that was cut short must not be loaded."""
 
 
-def identity_of(config: Config, *, tokenizer: str, teachers: dict[str, str], contexts: tuple[str, ...]) -> Identity:
-    """The identity of a run that is about to start."""
+def identity_of(
+    config: Config, *, tokenizer: str, teachers: dict[str, str], contexts: tuple[str, ...], data: str
+) -> Identity:
+    """The identity of a run that is about to start; `data` is the digest of what it is trained on."""
     lora = config.learner.lora
     return Identity(
         student=config.student.model,
         tokenizer=tokenizer,
         teachers=teachers,
         contexts=tuple(sorted(contexts)),
-        data=hashlib.sha256(config.data.train.read_bytes()).hexdigest(),
+        data=data,
         loss=config.loss.model_dump(mode="json"),
         rollout={"seed": config.run.seed, **config.rollout.model_dump(mode="json", include=_SAMPLING)},
         learner={

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.chat import Renderer, check_lengths, load_tokenizer, teacher_sequence
-from common.config import Config
-from common.data import DataError, Row, read_rows
+from common.config import Config, DataConfig
+from common.data import DataError, Row, digest, read_rows
 from common.fingerprint import tokenizer_fingerprint
 from common.graders import Grader, make_grader
 from common.schema import Context, Prompt
@@ -30,6 +30,8 @@ class Inputs:
     tokenizer_fingerprint: str
     student_limit: int
     """Tokens that the student takes."""
+    data_digest: str
+    """sha256 of what is trained on."""
 
     def teacher_tokens(self) -> dict[str, int]:
         """Prompt tokens on the teacher's side by row, the context included."""
@@ -40,8 +42,8 @@ class Inputs:
 def read_inputs(config: Config) -> Inputs:
     """Read and render every row; raises ConfigError or DataError naming file, line or row."""
     grader = make_grader(config.eval.grader)
-    train = read_rows(config.data.train, check=fault_of)
-    valid, held_out = _held_out(config.data.valid), _held_out(config.data.eval)
+    train = read_rows(config.data.train, config.data, check=fault_of)
+    valid, held_out = _held_out(config.data, config.data.valid), _held_out(config.data, config.data.eval)
     _check_teachers(config.data.train, train, tuple(config.named_teachers()))
     text = config.context.read()
     tokenizer = load_tokenizer(config.student.model)
@@ -55,6 +57,7 @@ def read_inputs(config: Config) -> Inputs:
         grader=grader,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         student_limit=limit,
+        data_digest=digest(config.data, train),
     )
     refuse_unplayable(config, inputs.train)
     if renderer.without_shared_prefix:
@@ -73,8 +76,8 @@ def read_inputs(config: Config) -> Inputs:
     return inputs
 
 
-def _held_out(path: Path | None) -> list[Row]:
-    return [] if path is None else read_rows(path, need_answers=True, check=fault_of)
+def _held_out(data: DataConfig, path: Path | None) -> list[Row]:
+    return [] if path is None else read_rows(path, data, need_answers=True, check=fault_of)
 
 
 def _check_teachers(path: Path, rows: Sequence[Row], known: Sequence[str]) -> None:

@@ -254,7 +254,11 @@ class Run:
     def _identity(self, teachers: dict[str, str]) -> Identity:
         inputs = self._inputs
         return identity_of(
-            self._config, tokenizer=inputs.tokenizer_fingerprint, teachers=teachers, contexts=tuple(inputs.contexts)
+            self._config,
+            tokenizer=inputs.tokenizer_fingerprint,
+            teachers=teachers,
+            contexts=tuple(inputs.contexts),
+            data=inputs.data_digest,
         )
 
     def _refuse_changes(self, resumed: Resumed, teachers: dict[str, str]) -> None:

@@ -110,6 +110,19 @@ def test_a_missing_context_is_one_line(path: Path) -> None:
     assert "context.file: cannot read none.txt" in refusal(result)
 
 
+def test_a_dry_run_names_everything_that_is_missing_at_once(path: Path) -> None:
+    overrides = ["data.train=none.jsonl", "data.eval=hf:no-split", "context.text=null", "context.file=none.txt"]
+    result = opcd("train", path, *overrides, "teacher.model=some/teacher", "--dry-run")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("opcd: context.file: cannot read none.txt")
+    assert lines[1].startswith("data.train: cannot read none.jsonl")
+    assert lines[2].startswith("data.eval: data source hf:no-split")
+    assert lines[3].startswith("teacher.model some/teacher is not on this machine")
+
+
 def test_every_prompt_that_does_not_fit_is_a_line_with_its_numbers(path: Path) -> None:
     result = opcd("train", path, "student.max_sequence_tokens=16", "rollout.max_tokens=8", "--dry-run")
     assert result.exit_code == 2
