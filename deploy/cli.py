@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +15,8 @@ from common.config import ConfigError
 from common.config_file import dump_config, load_config, load_teacher_config
 from common.data import DataError
 from common.scoring import TeacherError
+from deploy import cli_submit
+from deploy.errors import known_errors
 
 app = typer.Typer(
     name="opcd",
@@ -195,14 +195,7 @@ def doctor() -> None:
     raise typer.Exit(report())
 
 
-@contextmanager
-def known_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors whose text is all a user needs go to stderr, with exit status 2; all others keep their trace."""
-    try:
-        yield
-    except kinds as error:
-        typer.echo(f"opcd: {error}", err=True)
-        raise typer.Exit(2) from None
+cli_submit.register(app)
 
 
 def main() -> None:

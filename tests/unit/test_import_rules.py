@@ -27,8 +27,15 @@ WIRED = (
     "teacher_server.actor",
     "teacher_server.client",
 )
-ENTRY_POINTS = ("learner.train", "learner.inputs", "teacher_server.serve", "teacher_server.auth")
-"""What ``deploy`` starts, the reading of a run's data that a dry run repeats, and the making of keys."""
+ENTRY_POINTS = (
+    "learner.train",
+    "learner.inputs",
+    "learner.placement",
+    "teacher_server.serve",
+    "teacher_server.auth",
+)
+"""What ``deploy`` starts, the reading of a run's data and the sum of its GPUs that a dry run and a submission repeat,
+and the making of keys."""
 SIMULATION = "deploy/simulate.py"
 RULES_OF_THE_LOOP = ("learner.filling", "learner.staleness", "rollout_workers.dispatch")
 """Pure classes by which the loop decides, and the simulator with it."""
