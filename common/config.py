@@ -363,7 +363,7 @@ class SyncConfig(Section):
 
 
 class EvalConfig(Section):
-    """Greedy answers on held-out rows, before, during and after."""
+    """Answers on held-out rows, before, during and after: greedy, or several drawn for each row."""
 
     every: NonNegative = 0
     """Steps between evaluations on `data.valid` (and after the last step): the best one's weights are kept in
@@ -373,6 +373,21 @@ class EvalConfig(Section):
     `package.module:attribute` of your own (docs/tasks.md)."""
     max_tokens: Positive | None = None
     """Default: `rollout.max_tokens`."""
+    samples: Positive = 1
+    """Answers to each row. What is reported is pass@1, the mean of a row's share of right ones."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of drawn answers: the mass of the most likely tokens that may be drawn."""
+    top_k: NonNegative = 0
+    """Of drawn answers: how many of the most likely tokens may be drawn, 0: all."""
+    ood: dict[str, Path] = {}
+    """Name -> rows of another task, graded like `data.eval`, without the context, before and after: what was
+    forgotten."""
+    perplexity: dict[str, Path] = {}
+    """Name -> a text, which the learner predicts before and after (nats a token, no context): what was forgotten."""
+    perplexity_chunk_tokens: Annotated[int, Field(ge=2)] = 512
+    """The text is cut into pieces of at most so many tokens, each predicted by itself."""
 
 
 class Config(Section):

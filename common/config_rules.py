@@ -57,6 +57,13 @@ def _evaluation(config: Config) -> Iterator[str]:
             "looked at while training"
         )
 
+    settings = config.eval
+    if settings.temperature == 0 and (settings.samples > 1 or settings.top_p != 1 or settings.top_k):
+        yield (
+            f"eval.temperature 0 is greedy, every answer to a row the same: eval.samples ({settings.samples}), "
+            f"eval.top_p ({settings.top_p}) and eval.top_k ({settings.top_k}) need one above 0"
+        )
+
 
 def _teachers(config: Config) -> Iterator[str]:
     if "default" in config.teachers:

@@ -114,7 +114,8 @@ class Trajectory:
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How one answer is made. `temperature` 0 is greedy; `top_k` is how many of the student's ids come back per
-    position (0: none), not a filter; `stop` are strings, resolved to tokens by the engine; `seed` fixes the draw.
+    position (0: none), not a filter: that is `draw_from`, the number of most likely ids that may be drawn (0: all).
+    `stop` are strings, resolved to tokens by the engine; `seed` fixes the draw.
     """
 
     max_tokens: int
@@ -123,6 +124,7 @@ class Sampling:
     top_k: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    draw_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)

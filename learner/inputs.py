@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common.chat import Renderer, check_lengths, load_tokenizer, teacher_sequence
 from common.config import Config, DataConfig
 from common.data import DataError, Row, digest, read_rows
 from common.fingerprint import tokenizer_fingerprint
 from common.graders import Grader, make_grader
-from common.schema import Context, Prompt
+from common.perplexity import chunks_of
+from common.schema import Context, Prompt, TokenSequence, as_ids
 from learner.games import fault_of, refuse_unplayable, render
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,10 @@ class Inputs:
     train: list[Prompt]
     valid: list[Prompt]
     eval: list[Prompt]
+    ood: dict[str, list[Prompt]]
+    """Rows of other tasks by name, which no context goes with."""
+    texts: dict[str, list[TokenSequence]]
+    """Texts by name, in chunks."""
     contexts: dict[str, Context]
     grader: Grader
     tokenizer_fingerprint: str
@@ -32,6 +38,12 @@ class Inputs:
     """Tokens that the student takes."""
     data_digest: str
     """sha256 of what is trained on."""
+
+    def student_tokens(self) -> dict[str, int]:
+        """Prompt tokens on the student's side by row, those of other tasks under ``TASK/ROW``."""
+        own = {row.row_id: row for row in (*self.train, *self.valid, *self.eval)}
+        others = {f"{name}/{row.row_id}": row for name, rows in self.ood.items() for row in rows}
+        return {name: len(row.student_ids) for name, row in {**own, **others}.items()}
 
     def teacher_tokens(self) -> dict[str, int]:
         """Prompt tokens on the teacher's side by row, the context included."""
@@ -49,10 +61,16 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = load_tokenizer(config.student.model)
     renderer = Renderer(tokenizer, text, config.student, config.context.placement)
     limit = config.student.max_sequence_tokens or _model_limit(config.student.model)
+    apart = replace(renderer, contexts={}, without_shared_prefix=[])  # what no teacher is to see
+    chunk_tokens = min(config.eval.perplexity_chunk_tokens, limit)
     inputs = Inputs(
         train=[render(row, renderer) for row in train],
         valid=[render(row, renderer) for row in valid],
         eval=[render(row, renderer) for row in held_out],
+        ood={
+            name: [render(row, apart) for row in _held_out(config.data, path)] for name, path in config.eval.ood.items()
+        },
+        texts={name: _chunks(path, tokenizer, chunk_tokens) for name, path in config.eval.perplexity.items()},
         contexts=renderer.contexts,
         grader=grader,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -69,7 +87,7 @@ def read_inputs(config: Config) -> Inputs:
         )
     check_lengths(
         "student",
-        {row.row_id: len(row.student_ids) for row in (*inputs.train, *inputs.valid, *inputs.eval)},
+        inputs.student_tokens(),
         max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens or 0),
         limit=limit,
     )
@@ -78,6 +96,15 @@ def read_inputs(config: Config) -> Inputs:
 
 def _held_out(data: DataConfig, path: Path | None) -> list[Row]:
     return [] if path is None else read_rows(path, data, need_answers=True, check=fault_of)
+
+
+def _chunks(path: Path, tokenizer: Any, tokens: int) -> list[TokenSequence]:
+    """A text's chunks, behind what the tokenizer puts ahead of a text (BOS or nothing)."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+        return chunks_of(as_ids(tokenizer(text)["input_ids"]), tokens)
+    except (OSError, ValueError) as error:
+        raise DataError(f"eval.perplexity: {path}: {error}") from error
 
 
 def _check_teachers(path: Path, rows: Sequence[Row], known: Sequence[str]) -> None:

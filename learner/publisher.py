@@ -41,7 +41,7 @@ class Publisher:
         # Scoring takes the whole sequence as a prompt, and an engine needs room for one more token.
         room = services.worker_info.limit_tokens - 1 - max(len(prompt.student_ids) for prompt in chosen)
         sampling = Sampling(max_tokens=min(sync.probe_tokens, room), temperature=1.0, seed=self._config.run.seed)
-        answers = await services.generate([prompt.student_ids.tolist() for prompt in chosen], sampling)
+        answers = await services.generate([(prompt.student_ids.tolist(), sampling) for prompt in chosen])
         self._probe = [
             TokenSequence(prompt_ids=prompt.student_ids, response_ids=as_ids(answer.ids))
             for prompt, answer in zip(chosen, answers, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,15 @@ from common.chat import check_lengths
 from common.collective import SyncError
 from common.config import Config, ConfigError
 from common.data import DataError
-from common.evaluation import Accuracy
-from common.schema import Prompt
 from common.scoring import TeacherError
 from common.telemetry import Progress, RunFiles, write_json
 from common.trace import TraceFile
 from learner.alarm import KlAlarm
 from learner.checkpoints import LEARNER, CheckpointError, Checkpoints, Identity, Manifest, identity_of, refuse_other_run
-from learner.controller import Controller, StepOutcome, beside
+from learner.controller import Controller, StepOutcome
 from learner.drift import DriftError, DriftGate, drift_bounds
 from learner.errors import RunError, ServiceLost
-from learner.evaluate import evaluate_rows
+from learner.held_out import HeldOut
 from learner.inputs import Inputs
 from learner.parity import ParityError
 from learner.placement import PlacementError
@@ -85,6 +83,7 @@ class Run:
         self._checkpoints = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep)
         self._began = time.time()
         self.tally = Tally(planned_steps=config.learner.steps)
+        self._held_out = HeldOut(config, self._services, inputs, files, progress, self.tally, self._keep_workers)
         if resumed is not None:
             self.tally.restore(resumed.manifest.loop["tally"])
             self._forget_other_best()
@@ -132,7 +131,7 @@ class Run:
         if self._resumed is None and self._inputs.eval and local_teacher not in (None, config.student.model):
             self._progress.line(f"evaluating {local_teacher} in context")
             await services.start_workers(str(local_teacher), None, 1)
-            self.tally.in_context = await self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
+            await self._held_out.in_context()
             services.close_workers()
         self._progress.line("starting the teacher and the learner")
         services.teachers.begin(services.placement)
@@ -170,9 +169,10 @@ class Run:
             )
             return
         await self._controller.begin(0)
-        self.tally.base = await self._evaluate("base", 0, self._inputs.eval)
+        await self._held_out.before()
         if local_teacher == config.student.model:
-            self.tally.in_context = await self._evaluate("in_context", 0, self._inputs.eval, with_context=True)
+            await self._held_out.in_context()
+        self._held_out.warn_of_no_gap()
 
     def _check_teacher_lengths(self) -> None:
         check_lengths(
@@ -220,7 +220,7 @@ class Run:
         config, best = self._config, self.tally.best
         if not config.eval.every or (version % config.eval.every and version < config.learner.steps):
             return
-        found = await self._evaluate("valid", version, self._inputs.valid)
+        found = await self._held_out.accuracy("valid", version, self._inputs.valid)
         if found is not None and (best is None or found.accuracy > best.accuracy):
             folder = config.run.path / "best"
             await self._services.save(str(folder.absolute()))
@@ -266,7 +266,7 @@ class Run:
             refuse_other_run(resumed.manifest, resumed.path, self._identity(teachers))
 
     async def _finish(self) -> None:
-        self.tally.final = await self._evaluate("final", self.tally.steps, self._inputs.eval)
+        await self._held_out.after(self.tally.steps)
         self._progress.status("saving")
         await self._services.save(str((self._config.run.path / "checkpoint").absolute()))
 
@@ -278,26 +278,11 @@ class Run:
             self._progress.line(f"saving the weights of step {steps} to {folder}; interrupt again to leave without")
             await self._services.save(str(folder.absolute()))
 
-    # --- evaluation -------------------------------------------------------------------------------------------------
-
-    async def _evaluate(
-        self, name: str, step: int, rows: Sequence[Prompt], *, with_context: bool = False
-    ) -> Accuracy | None:
-        """Greedy accuracy of the engines' current weights on `rows`; every answer goes to ``samples.jsonl``."""
-        if not rows:
-            return None
-        started = time.time()
-        self._progress.status(f"evaluating: {name}, {len(rows)} rows")
-        keep = self._services.admit_replacements() if self._controller is None else self._controller.keep_workers(step)
-        async with beside(keep):
-            result = await evaluate_rows(
-                self._services, self._config, self._inputs, rows, name, step, self._files, with_context
-            )
-        self.tally.add_seconds({"evaluation": time.time() - started})
-        low, high = result.ci95
-        self._files.metrics(step, {f"accuracy/{name}": result.accuracy})
-        self._progress.line(f"accuracy {name:<11} {result.accuracy:.3f} ({low:.3f} to {high:.3f}, n = {result.n})")
-        return result
+    def _keep_workers(self, version: int) -> Coroutine[Any, Any, None]:
+        """Beside an evaluation: lost workers are replaced, by ones that hold the weights that are evaluated."""
+        if self._controller is None:
+            return self._services.admit_replacements()
+        return self._controller.keep_workers(version)
 
 
 def plain_error(error: Exception) -> Exception:

@@ -223,32 +223,33 @@ class Services:
     def _pass_stage(self) -> str:
         return "score" if self.config.teacher.kind == "base" else "topk"
 
-    async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+    async def generate(self, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
         """Answers to token prompts, dealt out to the workers, in the order of the prompts."""
-        tokens = [list(prompt) for prompt in prompts]
-        return await self._dealt_out(tokens, len, sampling, lambda worker, mine: worker.generate.remote(mine, sampling))
+        return await self._dealt_out(
+            asked,
+            lambda one: len(one[0]) + one[1].max_tokens,
+            lambda worker, mine: worker.generate.remote(mine),
+        )
 
-    async def play(self, rows: Sequence[Prompt], sampling: Sampling, *, in_context: bool) -> list[Played]:
+    async def play(self, asked: Sequence[tuple[Prompt, Sampling]], *, in_context: bool) -> list[Played]:
         """Games dealt out to the workers and played, in the order of the rows."""
         return await self._dealt_out(
-            rows,
-            lambda row: len(row.student_ids),
-            sampling,
-            lambda worker, mine: worker.play.remote(mine, sampling, in_context),
+            asked,
+            lambda one: len(one[0].student_ids) + one[1].max_tokens,
+            lambda worker, mine: worker.play.remote(mine, in_context),
         )
 
     async def _dealt_out(
         self,
         items: Sequence[Item],
         tokens_of: Callable[[Item], int],
-        sampling: Sampling,
         call: Callable[[Any, list[Item]], Any],
     ) -> list[Any]:
         count = max(1, len(self.pool.members))  # where nobody is left, the work waits for a replacement
 
         async def share(first: int) -> list[Any]:
             mine = list(items[first::count])
-            cost = sum(tokens_of(item) + sampling.max_tokens for item in mine)
+            cost = sum(map(tokens_of, mine))
             done, _ = await self.pool.run(f"generate {first}", cost, lambda worker: (call(worker, mine), None))
             return list(done)
 

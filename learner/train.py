@@ -28,6 +28,7 @@ from learner.checkpoints import CheckpointError, Checkpoints
 from learner.controller import beside
 from learner.errors import ServiceLost
 from learner.evaluate import evaluate_rows
+from learner.held_out import accuracy_line
 from learner.inputs import Inputs, read_inputs
 from learner.run import KNOWN_ERRORS, Resumed, Run
 from learner.services import Services
@@ -111,11 +112,12 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
             progress.status(f"starting {model}")
             services.reserve(workers_only=True)
             await services.start_workers(model, None, config.rollout.workers)
-            for name, with_context in (("without context", False), ("with context", True)):
+            sets = [("without context", inputs.eval, False), ("with context", inputs.eval, True)]
+            sets += [(f"ood/{name}", rows, False) for name, rows in inputs.ood.items()]
+            for name, rows, with_context in sets:
                 async with beside(services.admit_replacements()):
-                    result = await evaluate_rows(services, config, inputs, inputs.eval, name, 0, files, with_context)
-                low, high = result.ci95
-                progress.line(f"{name:<16} {result.accuracy:.3f} ({low:.3f} to {high:.3f}, n = {result.n})")
+                    result = await evaluate_rows(services, config, inputs, rows, name, 0, files, with_context)
+                progress.line(accuracy_line(name, result))
         finally:
             services.close()
 

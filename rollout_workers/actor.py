@@ -207,27 +207,29 @@ class RolloutWorker:
             return ScoreSummary(started, time.time(), str(failure)), None
         return ScoreSummary(started, time.time()), scored
 
-    async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """Answers to token prompts, in their order."""
-        return await self._on_loop(self._generate(prompts, sampling))
+    async def generate(self, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
+        """Answers to token prompts, each under its own sampling, in their order."""
+        return await self._on_loop(self._generate(asked))
 
-    async def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+    async def _generate(self, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
         engine = await self._running()
 
-        async def one(index: int, prompt: Sequence[int]) -> Answer:
+        async def one(index: int, prompt: Sequence[int], sampling: Sampling) -> Answer:
             answer = await engine.generate(prompt, sampling, f"generate-{time.monotonic_ns()}-{index}")
             ids = answer.response_ids.tolist()
             return Answer(cut_text(engine.decode(ids), sampling.stop), ids, answer.finish_reason)
 
-        return list(await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts))))
+        return list(await asyncio.gather(*(one(i, *pair) for i, pair in enumerate(asked))))
 
-    async def play(self, prompts: Sequence[Prompt], sampling: Sampling, in_context: bool) -> list[Played]:
-        """Games of `prompts` played to their end, in their order; `in_context`: by a student that sees the context."""
-        return await self._on_loop(self._play(prompts, sampling, in_context))
+    async def play(self, asked: Sequence[tuple[Prompt, Sampling]], in_context: bool) -> list[Played]:
+        """Games of prompts, each under its own sampling, played to their end, in their order; `in_context`: by a
+        student that sees the context.
+        """
+        return await self._on_loop(self._play(asked, in_context))
 
-    async def _play(self, prompts: Sequence[Prompt], sampling: Sampling, in_context: bool) -> list[Played]:
+    async def _play(self, asked: Sequence[tuple[Prompt, Sampling]], in_context: bool) -> list[Played]:
         engine, renderer, name = await self._running(), self._rendering(), f"play-{time.monotonic_ns()}"
-        samples = [Sample(i, 0, f"{name}-{i}", prompt, sampling) for i, prompt in enumerate(prompts)]
+        samples = [Sample(i, 0, f"{name}-{i}", *pair) for i, pair in enumerate(asked)]
         settings = self._config.environment
         episodes = await asyncio.gather(
             *(play_sample(engine, renderer, settings, sample, in_context=in_context) for sample in samples)

@@ -106,6 +106,7 @@ class RolloutEngine:
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.draw_from,
             seed=sampling.seed,
             logprobs=sampling.top_k,
             flat_logprobs=True,

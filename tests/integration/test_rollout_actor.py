@@ -113,8 +113,8 @@ def test_control_calls_do_not_wait_for_answers_in_flight(worker: Any) -> None:
 
 
 def test_generated_text_ends_before_the_stop(worker: Any) -> None:
-    free = ray.get(worker.generate.remote([PROMPT], Sampling(30, 0.0)))[0]
+    free = ray.get(worker.generate.remote([(PROMPT, Sampling(30, 0.0))]))[0]
     stop = next(character for character in free.text[5:] if character.isascii())
-    answer = ray.get(worker.generate.remote([PROMPT], Sampling(30, 0.0, stop=(stop,))))[0]
+    answer = ray.get(worker.generate.remote([(PROMPT, Sampling(30, 0.0, stop=(stop,)))]))[0]
     assert answer.finish_reason == "stop"
     assert answer.text == free.text[: free.text.index(stop)]
