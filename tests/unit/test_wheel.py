@@ -1,4 +1,4 @@
-"""What ``pip install .`` installs: the code of five packages, its entry points, and nothing else."""
+"""What ``pip install .`` installs: the code of five packages, the report's style and script, the entry points."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_every_module_is_in_it_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     """Configurations, manifests and dashboards stay in the repository: they are to be read and changed."""
     modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    report = {path.relative_to(ROOT).as_posix() for path in (ROOT / "common/report/assets").iterdir()}
+    assert len(report) == 2  # style and script of the page that every run writes
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert inside == modules
+    assert inside == modules | report
     assert {name.split("/")[0] for name in inside} == set(PACKAGES)
 
 

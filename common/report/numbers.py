@@ -1,0 +1,97 @@
+"""Numbers as a reader wants them, and series as a chart wants them. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Point = tuple[float, float]
+MISSING = "–"
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """`value` to `digits` significant digits, ``1,234`` from a thousand on; a dash where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return MISSING
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000 or (isinstance(value, int) and abs(value) >= 10**digits):
+        return f"{value:,.0f}"
+    if abs(value) < 1e-3:
+        return f"{value:.{digits - 1}e}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{decimals}f}"
+    return text if isinstance(value, float) else str(value)
+
+
+def fixed(value: Any, decimals: int) -> str:
+    """`value` with a fixed number of decimals, for columns that align; a dash where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return MISSING
+    return f"{value:,.{decimals}f}" if math.isfinite(value) else str(value)
+
+
+def percent(value: float | None, decimals: int = 1) -> str:
+    """A share as a percentage; a dash where it is none."""
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{decimals}f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """``42 s``, ``6 min 05 s``, ``3 h 20 min``."""
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """At most `most` + 1 round numbers that cover [low, high]: steps of 1, 2 or 5 times a power of ten."""
+    span = high - low
+    if not math.isfinite(span) or span <= 0:
+        span, high = max(abs(low), 1.0), low + max(abs(low), 1.0)
+    raw = span / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def tick(value: float) -> str:
+    """A round number beside an axis, without needless zeros."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def thin(points: Sequence[Point], most: int = 300) -> list[Point]:
+    """At most about `most` points that look the same as a line: of each stretch the lowest and the highest."""
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil(2 * len(points) / most)
+    kept: list[Point] = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        ends = {stretch.index(min(stretch, key=_height)), stretch.index(max(stretch, key=_height))}
+        kept += [stretch[index] for index in sorted(ends)]
+    return kept
+
+
+def _height(point: Point) -> float:
+    return point[1]
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """Indices of at most `most` of `count` things, evenly spaced, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    if most == 1:
+        return [count - 1]
+    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
