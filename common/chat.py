@@ -7,6 +7,7 @@ same tokens, and the response is appended to either as tokens, never as text.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,6 +58,12 @@ class Renderer:
         if row.prompt is not None:
             return self._raw(row, row.prompt)
         return self._chat(row)
+
+    def under(self, context_text: str) -> Renderer:
+        """A renderer of another context, with this one's tokenizer; the contexts it names are collected here too."""
+        other = copy(self)
+        other.context_text, other._prefixes = context_text, {}
+        return other
 
     def follow_up(self, observation: str) -> tuple[int, ...]:
         """Tokens between one answer and the next of the same conversation: the end of the assistant's turn, a user turn

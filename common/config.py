@@ -149,22 +149,35 @@ class ContextConfig(Section):
 
     text: str | None = None
     file: Path | None = None
+    pool: Path | None = None
+    """Many contexts, JSON lines of `id` and `text`: each sample is scored under one that is drawn for it, a function of
+    the run's seed, step, row and sample."""
     placement: Literal["prefix", "system", "user_prefix"] | None = None
     """Ahead of a raw prompt, in the system turn, or ahead of the first user content. Default: `prefix` for raw rows,
     `system` for chat rows."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ContextConfig:
-        if (self.text is None) == (self.file is None):
-            raise ValueError("exactly one of context.text and context.file must be set")
+        if sum(source is not None for source in (self.text, self.file, self.pool)) != 1:
+            raise ValueError("exactly one of context.text, context.file and context.pool must be set")
         return self
 
     def inline(self) -> ContextConfig:
-        """The same with its text in it, for processes that do not see the file."""
+        """The same with its text in it, for processes that do not see the file. A pool's texts travel with the samples
+        that need them.
+        """
+        if self.pool is not None:
+            return self
         return ContextConfig(text=self.read(), placement=self.placement)
 
     def read(self) -> str:
-        """The context's text, byte for byte as it stands in the file."""
+        """The context's text, byte for byte as it stands in the file. Raises ConfigError also for a pool, which has
+        none of its own.
+        """
+        if self.pool is not None:
+            raise ConfigError(
+                f"context.pool: {self.pool} holds many contexts; here context.text or context.file is needed"
+            )
         if self.text is not None:
             return self.text
         assert self.file is not None
@@ -197,6 +210,12 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """How the student answers, and the vLLM engines that make it."""
 
+    source: Literal["student", "teacher"] = "student"
+    """Whose answers are trained on. `teacher`: off-policy, as a baseline; `teacher.model` answers all prompts of the
+    run once, with the context, before training, and the student learns from them without it."""
+    answers_file: Path | None = None
+    """Of `source: teacher`: where its answers are kept, default: ``offpolicy.jsonl`` of the run. What is there already,
+    made by the same model, data, context, sampling and seed, is not made again: runs may share it."""
     batch_size: Positive = 128
     """Prompts of one optimiser step."""
     samples_per_prompt: Positive = 1
@@ -245,9 +264,10 @@ class EnvironmentConfig(Section):
 class LossConfig(Section):
     """The per-token divergence and how it is averaged."""
 
-    form: Literal["tail", "raw", "renorm", "generalized", "exact", "policy_gradient"] = "tail"
-    """What becomes of the mass outside the support. `policy_gradient` is a baseline: the sampled token's log-ratio as
-    a reward, with an importance ratio."""
+    form: Literal["tail", "raw", "renorm", "generalized", "exact", "policy_gradient", "nll"] = "tail"
+    """What becomes of the mass outside the support. Two are baselines: `policy_gradient`, the sampled token's log-ratio
+    as a reward, with an importance ratio; `nll`, the negative log-likelihood of the teacher's answers
+    (`rollout.source: teacher`)."""
     direction: Literal["reverse", "forward", "jsd"] = "reverse"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of `jsd`."""
@@ -413,6 +433,11 @@ class Config(Section):
         """`sync` with its default folder filled in: ``weights/`` of the run."""
         folder = (self.sync.folder or self.run.path / "weights").absolute()
         return self.sync.model_copy(update={"folder": folder})
+
+    @property
+    def answers_path(self) -> Path:
+        """Where the teacher's own answers are kept (`rollout.source: teacher`)."""
+        return self.rollout.answers_file or self.run.path / "offpolicy.jsonl"
 
     @property
     def teacher_model(self) -> str:

@@ -68,6 +68,8 @@ class Game:
     environment: str
     options: dict[str, Any]
     seed: int
+    context: str | None = None
+    """Text that the teacher sees with every turn, where it is not the run's one context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Prompt:
     """Name of the teacher that scores it; None: the run's default."""
     game: Game | None = None
     """Of a row that is played: the tokens are those of its first turn, later ones are rendered while it is played."""
+    context_id: str | None = None
+    """What the pool calls the context that was drawn for it (``context.pool``)."""
 
 
 @dataclass(frozen=True, slots=True)

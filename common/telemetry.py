@@ -75,9 +75,12 @@ class RunFiles:
         """One line of ``samples.jsonl``."""
         self._line(self._samples, values)
 
-    def audit(self, step: int, trained: Sequence[str], failed: Sequence[str]) -> None:
-        """One line of ``audit.jsonl``: which samples the step was trained on, and which it had to do without."""
-        self._line(self._audit, {"step": step, "trained": list(trained), "failed": list(failed)})
+    def audit(self, step: int, trained: Sequence[str], failed: Sequence[str], contexts: Sequence[str] = ()) -> None:
+        """One line of ``audit.jsonl``: which samples the step was trained on, and which it had to do without; of a pool
+        also the context of each that was trained on.
+        """
+        values = {"step": step, "trained": list(trained), "failed": list(failed)}
+        self._line(self._audit, {**values, "contexts": list(contexts)} if contexts else values)
 
     def __enter__(self) -> RunFiles:
         return self

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.config import Config, ConfigError
+from common.contexts import check_context
 from common.data import DataError
 
 
@@ -57,7 +58,7 @@ def _read_all(config: Config) -> str:
     counts: list[str] = []
     faults: list[Exception] = []
     try:
-        config.context.read()
+        check_context(config.context)
     except ConfigError as error:
         faults.append(error)
     for name, source in (("train", config.data.train), ("valid", config.data.valid), ("eval", config.data.eval)):

@@ -33,8 +33,8 @@ one. Unknown keys and bad values are refused with the nearest valid one before a
 `opcd train CONFIG --dry-run` prints the whole as it was understood. `opcd teacher CONFIG` reads the same file and looks
 at its `teacher` section alone (`teacher.model` falls back to `student.model`).
 
-Keys without a default must be given: `run.name`, `student.model`, `data.train`, and one of `context.text` and
-`context.file`.
+Keys without a default must be given: `run.name`, `student.model`, `data.train`, and one of `context.text`,
+`context.file` and `context.pool`.
 """
 
 NAMES = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Path: "path", type(None): "`null`"}

@@ -12,6 +12,7 @@ On several nodes the folder must be one that all of them share.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LEARNER = "learner"
 _PARTIAL = ".partial"
-_SAMPLING = {"batch_size", "samples_per_prompt", "max_tokens", "temperature", "top_p", "stop", "topk_from"}
+_SAMPLING = {"source", "batch_size", "samples_per_prompt", "max_tokens", "temperature", "top_p", "stop", "topk_from"}
 
 
 class CheckpointError(ValueError):
@@ -44,6 +45,9 @@ class Identity(BaseModel):
     teachers: dict[str, str]
     """Teacher's name -> its model fingerprint."""
     contexts: tuple[str, ...]
+    """Hashes of the contexts; of a pool one hash of them all."""
+    pool: str | None = None
+    """sha256 of the pool that contexts are drawn from."""
     data: str
     """sha256 of the training rows."""
     loss: dict[str, Any]
@@ -79,15 +83,24 @@ class Manifest(BaseModel):
 
 
 def identity_of(
-    config: Config, *, tokenizer: str, teachers: dict[str, str], contexts: tuple[str, ...], data: str
+    config: Config,
+    *,
+    tokenizer: str,
+    teachers: dict[str, str],
+    contexts: tuple[str, ...],
+    data: str,
+    pool: str | None = None,
 ) -> Identity:
-    """The identity of a run that is about to start; `data` is the digest of what it is trained on."""
+    """The identity of a run that is about to start; `data` and `pool` are digests of what it is trained on and what
+    contexts are drawn from.
+    """
     lora = config.learner.lora
     return Identity(
         student=config.student.model,
         tokenizer=tokenizer,
         teachers=teachers,
-        contexts=tuple(sorted(contexts)),
+        contexts=tuple(sorted(contexts)) if pool is None else (_joint(contexts),),
+        pool=pool,
         data=data,
         loss=config.loss.model_dump(mode="json"),
         rollout={"seed": config.run.seed, **config.rollout.model_dump(mode="json", include=_SAMPLING)},
@@ -98,6 +111,11 @@ def identity_of(
             "lora": None if lora is None else lora.model_dump(mode="json"),
         },
     )
+
+
+def _joint(names: tuple[str, ...]) -> str:
+    """One hash of hundreds: a difference is a line then, not a page."""
+    return hashlib.sha256("".join(sorted(names)).encode()).hexdigest()
 
 
 class Checkpoints:

@@ -27,10 +27,11 @@ from common.step_times import StepTimes, step_times
 from common.trace import TraceSpan
 from learner.errors import RunError
 from learner.filling import MicroBatchFiller
+from learner.offline import Offline
 from learner.parity import ParityReport
 from learner.publisher import Publisher
 from learner.reports import AccumulateReport, StepReport
-from learner.samples import SampleSource
+from learner.samples import Draw, SampleSource
 from learner.services import EpisodeSummary, Services
 from learner.stream import Answered, Stream
 
@@ -44,6 +45,8 @@ class StepOutcome:
     version: int
     trained: tuple[str, ...]
     failed: tuple[str, ...]
+    contexts: tuple[str, ...]
+    """Of a run with a pool: id of the context of each of `trained`."""
     metrics: dict[str, Any]
     parity: ParityReport
     times: StepTimes
@@ -59,6 +62,7 @@ class _Trained:
     """What the ranks count: an answer is one, an episode may be several."""
     by_length: int = 0
     sample_ids: list[str] = field(default_factory=list)
+    context_ids: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     """Sample -> why it has no score."""
     agreements: list[float] = field(default_factory=list)
@@ -70,6 +74,8 @@ class _Trained:
         self.tokens += answered.summary.response_tokens
         self.sequences += answered.sequences
         self.sample_ids.append(answered.sample.sample_id)
+        if answered.sample.prompt.context_id is not None:
+            self.context_ids.append(answered.sample.prompt.context_id)
         if answered.episode is not None:
             self.episodes.append(answered.episode)
         self.by_length += answered.summary.finish_reason == "length"
@@ -95,6 +101,7 @@ class _Trained:
                 for name in ("success", "reward", "turns")
                 if played
             },
+            **({"context/distinct": len(set(self.context_ids))} if self.context_ids else {}),
             **({"topk_agreement": sum(self.agreements) / len(self.agreements)} if self.agreements else {}),
         }
 
@@ -109,15 +116,20 @@ class Controller:
         prompts: Sequence[Prompt],
         status: Callable[[str], None],
         skipped: Callable[[int, list[dict[str, Any]]], None] = lambda step, records: None,
+        draw: Draw | None = None,
+        offline: Offline | None = None,
     ) -> None:
-        """`status` hears what goes on; `skipped` of each skipped step, and what broke it (`learner.records`)."""
+        """`status` hears what goes on; `skipped` of each skipped step, and what broke it (`learner.records`). `draw`
+        gives a sample its context, where each has one of its own; `offline` its answer, where the teacher's are trained on.
+        """
         self._config = config
         self._services = services
         self._prompts = prompts
         self._status = status
         self._skipped = skipped
-        self._source = SampleSource(config, prompts)
+        self._source = SampleSource(config, prompts, draw)
         self._publisher = Publisher(config, services, status)
+        self._offline = offline
         self._stream: Stream | None = None
 
     async def begin_parity(self) -> ParityReport:
@@ -129,7 +141,9 @@ class Controller:
         if version:
             await self._publisher.publish(version)
         where = position or {"next": version * self._source.per_step, "again": []}
-        self._stream = Stream(self._config, self._services, self._source, version, where["next"], where["again"])
+        self._stream = Stream(
+            self._config, self._services, self._source, version, where["next"], where["again"], self._offline
+        )
 
     def position(self) -> dict[str, Any]:
         """Where a run that resumes here begins, as JSON values; call it between steps."""
@@ -171,6 +185,7 @@ class Controller:
             version=step + 1,
             trained=tuple(trained.sample_ids),
             failed=tuple(trained.failures),
+            contexts=tuple(trained.context_ids),
             metrics={
                 **trained.metrics(),
                 **reports[0].metrics,

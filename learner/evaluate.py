@@ -75,6 +75,11 @@ def eval_sampling(config: Config, row_id: str, number: int) -> Sampling:
     )
 
 
+def context_named(row: Prompt) -> dict[str, str]:
+    """Which of a pool's contexts goes with the row; nothing where there is no pool."""
+    return {} if row.context_id is None else {"context_id": row.context_id}
+
+
 async def _answer(
     services: Answers,
     config: Config,
@@ -96,6 +101,7 @@ async def _answer(
             {
                 **labels,
                 "id": row.row_id,
+                **context_named(row),
                 "sample": number,
                 "answer": answer.text,
                 "expected": row.answer,
@@ -116,6 +122,7 @@ async def _play(
             {
                 **labels,
                 "id": row.row_id,
+                **context_named(row),
                 "sample": number,
                 "exchanges": [asdict(exchange) for exchange in episode.exchanges],
                 "outcome": episode.outcome,

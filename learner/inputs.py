@@ -10,12 +10,14 @@ from typing import Any
 
 from common.chat import Renderer, check_lengths, load_tokenizer, teacher_sequence
 from common.config import Config, DataConfig
+from common.contexts import pool_digest, read_pool
 from common.data import DataError, Row, digest, read_rows
 from common.fingerprint import tokenizer_fingerprint
 from common.graders import Grader, make_grader
 from common.perplexity import chunks_of
 from common.schema import Context, Prompt, TokenSequence, as_ids
-from learner.games import fault_of, refuse_unplayable, render
+from learner.drawing import ContextDraw
+from learner.games import fault_of, first_turn, refuse_unplayable, render
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,10 @@ class Inputs:
     """Tokens that the student takes."""
     data_digest: str
     """sha256 of what is trained on."""
+    draw: ContextDraw | None = None
+    """Of a pool: gives each training sample its context. `train` is then under the one that takes most tokens, held-out
+    rows each under one of its own."""
+    pool_digest: str | None = None
 
     def student_tokens(self) -> dict[str, int]:
         """Prompt tokens on the student's side by row, those of other tasks under ``TASK/ROW``."""
@@ -57,16 +63,19 @@ def read_inputs(config: Config) -> Inputs:
     train = read_rows(config.data.train, config.data, check=fault_of)
     valid, held_out = _held_out(config.data, config.data.valid), _held_out(config.data, config.data.eval)
     _check_teachers(config.data.train, train, tuple(config.named_teachers()))
-    text = config.context.read()
+    pool = None if config.context.pool is None else read_pool(config.context.pool)
+    text = config.context.read() if pool is None else pool[0].text
     tokenizer = load_tokenizer(config.student.model)
     renderer = Renderer(tokenizer, text, config.student, config.context.placement)
+    turns = [first_turn(row) for row in train]
+    draw = None if pool is None else ContextDraw(pool, renderer, config.run.seed, turns)
     limit = config.student.max_sequence_tokens or _model_limit(config.student.model)
     apart = replace(renderer, contexts={}, without_shared_prefix=[])  # what no teacher is to see
     chunk_tokens = min(config.eval.perplexity_chunk_tokens, limit)
     inputs = Inputs(
-        train=[render(row, renderer) for row in train],
-        valid=[render(row, renderer) for row in valid],
-        eval=[render(row, renderer) for row in held_out],
+        train=[turn.render(renderer) if draw is None else draw.longest(turn) for turn in turns],
+        valid=_rendered(valid, renderer, draw),
+        eval=_rendered(held_out, renderer, draw),
         ood={
             name: [render(row, apart) for row in _held_out(config.data, path)] for name, path in config.eval.ood.items()
         },
@@ -76,6 +85,8 @@ def read_inputs(config: Config) -> Inputs:
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         student_limit=limit,
         data_digest=digest(config.data, train),
+        draw=draw,
+        pool_digest=None if pool is None else pool_digest(pool),
     )
     refuse_unplayable(config, inputs.train)
     if renderer.without_shared_prefix:
@@ -92,6 +103,11 @@ def read_inputs(config: Config) -> Inputs:
         limit=limit,
     )
     return inputs
+
+
+def _rendered(rows: Sequence[Row], renderer: Renderer, draw: ContextDraw | None) -> list[Prompt]:
+    turns = map(first_turn, rows)
+    return [turn.render(renderer) if draw is None else draw.held_out(turn) for turn in turns]
 
 
 def _held_out(data: DataConfig, path: Path | None) -> list[Row]:

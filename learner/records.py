@@ -25,6 +25,7 @@ def record(scored: ScoredTrajectory) -> dict[str, Any]:
         "teacher_fingerprint": scored.model_fingerprint,
         "teacher_version": scored.teacher_version,
         "context": trajectory.prompt.context,
+        "context_id": trajectory.prompt.context_id,
         "prompt_ids": trajectory.prompt.student_ids.tolist(),
         "response_ids": trajectory.response_ids.tolist(),
         "engine_logprobs": _numbers(trajectory.sampled_logprobs),

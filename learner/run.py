@@ -128,10 +128,14 @@ class Run:
         config, services, started = self._config, self._services, time.time()
         local_teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
         services.reserve()
-        if self._resumed is None and self._inputs.eval and local_teacher not in (None, config.student.model):
-            self._progress.line(f"evaluating {local_teacher} in context")
+        to_evaluate = self._resumed is None and bool(self._inputs.eval)
+        to_answer = self._offline is not None and bool(self._offline.missing())
+        if local_teacher not in (None, config.student.model) and (to_evaluate or to_answer):
+            self._progress.line(f"starting {local_teacher}, which sees the context")
             await services.start_workers(str(local_teacher), None, 1)
-            await self._held_out.in_context()
+            if to_evaluate:
+                await self._held_out.in_context()
+            await self._collect()
             services.close_workers()
         self._progress.line("starting the teacher and the learner")
         services.teachers.begin(services.placement)
@@ -154,7 +158,10 @@ class Run:
             config.sync, dtype=services.learner_info.dtype, max_staleness=config.rollout.max_staleness
         )
         self._drift = DriftGate(bounds)
-        self._controller = Controller(config, services, self._inputs.train, self._progress.status, self._keep_skipped)
+        await self._collect()  # by the student's initial weights, which are the teacher's, if nobody else has
+        self._controller = Controller(
+            config, services, self._inputs.train, self._progress.status, self._keep_skipped, self._inputs.draw
+        )
         parity = await self._controller.begin_parity()
         self.tally.parity_max_nats = max(self.tally.parity_max_nats, parity.max_nats)
         self.tally.add_seconds({"start": time.time() - started})
@@ -173,6 +180,18 @@ class Run:
         if local_teacher == config.student.model:
             await self._held_out.in_context()
         self._held_out.warn_of_no_gap()
+
+    async def _collect(self) -> None:
+        """Have the engines as they are make those of the teacher's answers that are missing."""
+        if self._offline is None or not self._offline.missing():
+            return
+        started, inputs, services = time.time(), self._inputs, self._services
+        async with beside(services.admit_replacements()):
+            await self._offline.collect(
+                lambda sample: teacher_sequence(sample.prompt, inputs.contexts), services.answer, self._progress.status
+            )
+        self.tally.add_seconds({"teacher answers": time.time() - started})
+        self._progress.line(f"the teacher's answers are in {self._config.answers_path}")
 
     def _check_teacher_lengths(self) -> None:
         check_lengths(
@@ -198,7 +217,7 @@ class Run:
         tally.parity_max_nats = max(tally.parity_max_nats, outcome.parity.max_nats)
         tally.add_times(outcome.times)
         self._files.metrics(outcome.version, outcome.metrics)
-        self._files.audit(outcome.version, outcome.trained, outcome.failed)
+        self._files.audit(outcome.version, outcome.trained, outcome.failed, outcome.contexts)
         self._trace.write(outcome.spans)
         self._progress.line(step_line(outcome.version, self._config.learner.steps, outcome.metrics))
         for warning in (
@@ -259,6 +278,7 @@ class Run:
             teachers=teachers,
             contexts=tuple(inputs.contexts),
             data=inputs.data_digest,
+            pool=inputs.pool_digest,
         )
 
     def _refuse_changes(self, resumed: Resumed, teachers: dict[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import xxhash
 
@@ -10,11 +10,16 @@ from common.config import Config
 from common.data import batch_rows
 from common.schema import Prompt, Sample, Sampling
 
+Draw = Callable[[int, str], Prompt]
+"""(row's index, sample's id) -> the sample's prompt."""
+
 
 class SampleSource:
     """The samples of a run by number: ``batch_size * samples_per_prompt`` a step, a prompt's samples together."""
 
-    def __init__(self, config: Config, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, config: Config, prompts: Sequence[Prompt], draw: Draw | None = None) -> None:
+        """`draw`: what `prompts` look like under the context of one sample, where each has one of its own."""
+        self._draw = draw
         self._config = config
         self._prompts = prompts
         self.per_step = config.rollout.batch_size * config.rollout.samples_per_prompt
@@ -27,8 +32,11 @@ class SampleSource:
         if self._rows[0] != step:
             rows = batch_rows(step, batch_size=rollout.batch_size, rows=len(self._prompts), seed=config.run.seed)
             self._rows = (step, rows)
-        prompt = self._prompts[self._rows[1][place]]
+        index = self._rows[1][place]
+        prompt = self._prompts[index]
         sample_id = f"{step}/{place}/{prompt.row_id}/{repeat}"
+        if self._draw is not None:
+            prompt = self._draw(index, sample_id)
         sampling = Sampling(
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,

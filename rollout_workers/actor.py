@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+RENDERERS = 32
+"""Of contexts of a pool, kept by a worker: each holds a context's tokens."""
+
 CONTROL = "control"
 """Concurrency group of calls that must not wait behind answers in flight."""
 
@@ -103,6 +106,7 @@ class RolloutWorker:
         self._scorer: Scorer | None = None
         self._engine: RolloutEngine | None = None
         self._renderer: Renderer | None = None
+        self._renderers: dict[str, Renderer] = {}
         self._starting = asyncio.Lock()
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -168,7 +172,8 @@ class RolloutWorker:
     async def _rollout_episode(
         self, engine: RolloutEngine, sample: Sample, started: float
     ) -> tuple[RolloutSummary, list[Trajectory]]:
-        episode = await play_sample(engine, self._rendering(), self._config.environment, sample)
+        renderer = self._rendering(sample.prompt)
+        episode = await play_sample(engine, renderer, self._config.environment, sample)
         made = trajectories_of(episode, sample)
         summary = RolloutSummary(
             sample_id=sample.sample_id,
@@ -183,12 +188,23 @@ class RolloutWorker:
         )
         return summary, made
 
-    def _rendering(self) -> Renderer:
+    def _rendering(self, prompt: Prompt) -> Renderer:
+        """What the turns of a game are rendered by, under the context that goes with it."""
         if self._renderer is None:
             config = self._config
-            tokenizer = load_tokenizer(config.student.model)
-            self._renderer = Renderer(tokenizer, config.context.read(), config.student, config.context.placement)
-        return self._renderer
+            # Of a pool no text is the run's: each game brings its own.
+            text = "" if config.context.pool else config.context.read()
+            self._renderer = Renderer(
+                load_tokenizer(config.student.model), text, config.student, config.context.placement
+            )
+        own = None if prompt.game is None else prompt.game.context
+        if own is None:
+            return self._renderer
+        if own not in self._renderers:
+            if len(self._renderers) == RENDERERS:
+                self._renderers.pop(next(iter(self._renderers)))
+            self._renderers[own] = self._renderer.under(own)
+        return self._renderers[own]
 
     async def _score(self, trajectory: Made) -> tuple[ScoreSummary, Scored | None]:
         if self._scorer is None:
@@ -228,11 +244,11 @@ class RolloutWorker:
         return await self._on_loop(self._play(asked, in_context))
 
     async def _play(self, asked: Sequence[tuple[Prompt, Sampling]], in_context: bool) -> list[Played]:
-        engine, renderer, name = await self._running(), self._rendering(), f"play-{time.monotonic_ns()}"
+        engine, name = await self._running(), f"play-{time.monotonic_ns()}"
         samples = [Sample(i, 0, f"{name}-{i}", *pair) for i, pair in enumerate(asked)]
         settings = self._config.environment
         episodes = await asyncio.gather(
-            *(play_sample(engine, renderer, settings, sample, in_context=in_context) for sample in samples)
+            *(play_sample(engine, self._rendering(one.prompt), settings, one, in_context=in_context) for one in samples)
         )
         return [Played(one.exchanges, one.outcome, one.reward, one.success) for one in episodes]
 

@@ -73,7 +73,12 @@ def trajectories_of(episode: Episode, sample: Sample) -> list[Trajectory]:
         Trajectory(
             sample_id=f"{sample.sample_id}/{number}",
             step=sample.step,
-            prompt=replace(one.prompt, row_id=sample.prompt.row_id, teacher=sample.prompt.teacher),
+            prompt=replace(
+                one.prompt,
+                row_id=sample.prompt.row_id,
+                teacher=sample.prompt.teacher,
+                context_id=sample.prompt.context_id,
+            ),
             response_ids=one.generation.response_ids,
             sampled_logprobs=one.generation.sampled_logprobs,
             topk_ids=one.generation.topk_ids,

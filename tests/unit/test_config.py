@@ -88,7 +88,7 @@ def test_a_bad_value_names_key_value_and_what_is_valid(path: Path, override: str
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("context.file=c.txt", "exactly one of context.text and context.file"),
+        ("context.file=c.txt", "exactly one of context.text, context.file and context.pool"),
         ("loss.top_k=2048", "loss.top_k 2048 is larger than teacher.max_k 1024"),
         ("student.system=text", "student.system_text is set exactly when"),
         ("loss.form=exact", "use `tail`"),
