@@ -210,12 +210,6 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """How the student answers, and the vLLM engines that make it."""
 
-    source: Literal["student", "teacher"] = "student"
-    """Whose answers are trained on. `teacher`: off-policy, as a baseline; `teacher.model` answers all prompts of the
-    run once, with the context, before training, and the student learns from them without it."""
-    answers_file: Path | None = None
-    """Of `source: teacher`: where its answers are kept, default: ``offpolicy.jsonl`` of the run. What is there already,
-    made by the same model, data, context, sampling and seed, is not made again: runs may share it."""
     batch_size: Positive = 128
     """Prompts of one optimiser step."""
     samples_per_prompt: Positive = 1
@@ -264,10 +258,9 @@ class EnvironmentConfig(Section):
 class LossConfig(Section):
     """The per-token divergence and how it is averaged."""
 
-    form: Literal["tail", "raw", "renorm", "generalized", "exact", "policy_gradient", "nll"] = "tail"
-    """What becomes of the mass outside the support. Two are baselines: `policy_gradient`, the sampled token's log-ratio
-    as a reward, with an importance ratio; `nll`, the negative log-likelihood of the teacher's answers
-    (`rollout.source: teacher`)."""
+    form: Literal["tail", "raw", "renorm", "generalized", "exact", "policy_gradient"] = "tail"
+    """What becomes of the mass outside the support. `policy_gradient` is a baseline: the sampled token's log-ratio as
+    a reward, with an importance ratio."""
     direction: Literal["reverse", "forward", "jsd"] = "reverse"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of `jsd`."""
@@ -433,11 +426,6 @@ class Config(Section):
         """`sync` with its default folder filled in: ``weights/`` of the run."""
         folder = (self.sync.folder or self.run.path / "weights").absolute()
         return self.sync.model_copy(update={"folder": folder})
-
-    @property
-    def answers_path(self) -> Path:
-        """Where the teacher's own answers are kept (`rollout.source: teacher`)."""
-        return self.rollout.answers_file or self.run.path / "offpolicy.jsonl"
 
     @property
     def teacher_model(self) -> str:

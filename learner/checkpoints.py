@@ -28,7 +28,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LEARNER = "learner"
 _PARTIAL = ".partial"
-_SAMPLING = {"source", "batch_size", "samples_per_prompt", "max_tokens", "temperature", "top_p", "stop", "topk_from"}
+_SAMPLING = {"batch_size", "samples_per_prompt", "max_tokens", "temperature", "top_p", "stop", "topk_from"}
 
 
 class CheckpointError(ValueError):
@@ -83,13 +83,7 @@ class Manifest(BaseModel):
 
 
 def identity_of(
-    config: Config,
-    *,
-    tokenizer: str,
-    teachers: dict[str, str],
-    contexts: tuple[str, ...],
-    data: str,
-    pool: str | None = None,
+    config: Config, *, tokenizer: str, teachers: dict[str, str], contexts: tuple[str, ...], data: str, pool: str | None = None
 ) -> Identity:
     """The identity of a run that is about to start; `data` and `pool` are digests of what it is trained on and what
     contexts are drawn from.

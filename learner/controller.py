@@ -27,7 +27,6 @@ from common.step_times import StepTimes, step_times
 from common.trace import TraceSpan
 from learner.errors import RunError
 from learner.filling import MicroBatchFiller
-from learner.offline import Offline
 from learner.parity import ParityReport
 from learner.publisher import Publisher
 from learner.reports import AccumulateReport, StepReport
@@ -117,10 +116,9 @@ class Controller:
         status: Callable[[str], None],
         skipped: Callable[[int, list[dict[str, Any]]], None] = lambda step, records: None,
         draw: Draw | None = None,
-        offline: Offline | None = None,
     ) -> None:
         """`status` hears what goes on; `skipped` of each skipped step, and what broke it (`learner.records`). `draw`
-        gives a sample its context, where each has one of its own; `offline` its answer, where the teacher's are trained on.
+        gives a sample its context, where each has one of its own.
         """
         self._config = config
         self._services = services
@@ -129,7 +127,6 @@ class Controller:
         self._skipped = skipped
         self._source = SampleSource(config, prompts, draw)
         self._publisher = Publisher(config, services, status)
-        self._offline = offline
         self._stream: Stream | None = None
 
     async def begin_parity(self) -> ParityReport:
@@ -141,9 +138,7 @@ class Controller:
         if version:
             await self._publisher.publish(version)
         where = position or {"next": version * self._source.per_step, "again": []}
-        self._stream = Stream(
-            self._config, self._services, self._source, version, where["next"], where["again"], self._offline
-        )
+        self._stream = Stream(self._config, self._services, self._source, version, where["next"], where["again"])
 
     def position(self) -> dict[str, Any]:
         """Where a run that resumes here begins, as JSON values; call it between steps."""

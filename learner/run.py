@@ -128,14 +128,10 @@ class Run:
         config, services, started = self._config, self._services, time.time()
         local_teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
         services.reserve()
-        to_evaluate = self._resumed is None and bool(self._inputs.eval)
-        to_answer = self._offline is not None and bool(self._offline.missing())
-        if local_teacher not in (None, config.student.model) and (to_evaluate or to_answer):
-            self._progress.line(f"starting {local_teacher}, which sees the context")
+        if self._resumed is None and self._inputs.eval and local_teacher not in (None, config.student.model):
+            self._progress.line(f"evaluating {local_teacher} in context")
             await services.start_workers(str(local_teacher), None, 1)
-            if to_evaluate:
-                await self._held_out.in_context()
-            await self._collect()
+            await self._held_out.in_context()
             services.close_workers()
         self._progress.line("starting the teacher and the learner")
         services.teachers.begin(services.placement)
@@ -158,7 +154,6 @@ class Run:
             config.sync, dtype=services.learner_info.dtype, max_staleness=config.rollout.max_staleness
         )
         self._drift = DriftGate(bounds)
-        await self._collect()  # by the student's initial weights, which are the teacher's, if nobody else has
         self._controller = Controller(
             config, services, self._inputs.train, self._progress.status, self._keep_skipped, self._inputs.draw
         )
@@ -180,18 +175,6 @@ class Run:
         if local_teacher == config.student.model:
             await self._held_out.in_context()
         self._held_out.warn_of_no_gap()
-
-    async def _collect(self) -> None:
-        """Have the engines as they are make those of the teacher's answers that are missing."""
-        if self._offline is None or not self._offline.missing():
-            return
-        started, inputs, services = time.time(), self._inputs, self._services
-        async with beside(services.admit_replacements()):
-            await self._offline.collect(
-                lambda sample: teacher_sequence(sample.prompt, inputs.contexts), services.answer, self._progress.status
-            )
-        self.tally.add_seconds({"teacher answers": time.time() - started})
-        self._progress.line(f"the teacher's answers are in {self._config.answers_path}")
 
     def _check_teacher_lengths(self) -> None:
         check_lengths(
