@@ -83,7 +83,13 @@ class Manifest(BaseModel):
 
 
 def identity_of(
-    config: Config, *, tokenizer: str, teachers: dict[str, str], contexts: tuple[str, ...], data: str, pool: str | None = None
+    config: Config,
+    *,
+    tokenizer: str,
+    teachers: dict[str, str],
+    contexts: tuple[str, ...],
+    data: str,
+    pool: str | None = None,
 ) -> Identity:
     """The identity of a run that is about to start; `data` and `pool` are digests of what it is trained on and what
     contexts are drawn from.
