@@ -213,6 +213,12 @@ class RolloutConfig(Section):
     batch_size: Positive = 128
     """Prompts of one optimiser step."""
     samples_per_prompt: Positive = 1
+    source: Literal["student", "teacher"] = "student"
+    """Whose answers are trained on. `teacher`: off-policy, as a baseline; `teacher.model` answers all prompts of the
+    run once, with the context, before training, and the student learns from them without it."""
+    answers_file: Path | None = None
+    """Of `source: teacher`: where its answers are kept, default: ``offpolicy.jsonl`` of the run. What is there already,
+    made by the same model, data, context, sampling and seed, is not made again: runs may share it."""
     max_tokens: Positive = 512
     temperature: PositiveFloat = 1.0
     """Sampling temperature. The temperature inside the divergence is `loss.temperature`."""
@@ -258,9 +264,10 @@ class EnvironmentConfig(Section):
 class LossConfig(Section):
     """The per-token divergence and how it is averaged."""
 
-    form: Literal["tail", "raw", "renorm", "generalized", "exact", "policy_gradient"] = "tail"
-    """What becomes of the mass outside the support. `policy_gradient` is a baseline: the sampled token's log-ratio as
-    a reward, with an importance ratio."""
+    form: Literal["tail", "raw", "renorm", "generalized", "exact", "policy_gradient", "nll"] = "tail"
+    """What becomes of the mass outside the support. Two are baselines: `policy_gradient`, the sampled token's log-ratio
+    as a reward, with an importance ratio; `nll`, the negative log-likelihood of the teacher's answers
+    (`rollout.source: teacher`)."""
     direction: Literal["reverse", "forward", "jsd"] = "reverse"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of `jsd`."""
@@ -430,6 +437,11 @@ class Config(Section):
     @property
     def teacher_model(self) -> str:
         """Folder or hub name of the teacher: the student's own initial model unless another is named."""
+    @property
+    def answers_path(self) -> Path:
+        """Where the teacher's own answers are kept (`rollout.source: teacher`)."""
+        return self.rollout.answers_file or self.run.path / "offpolicy.jsonl"
+
         return self.teacher.model or self.student.model
 
     def named_teachers(self) -> dict[str, TeacherConfig]:

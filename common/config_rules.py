@@ -9,7 +9,7 @@ from common.config import Config
 
 def fault(config: Config) -> str | None:
     """The first rule that `config` breaks, in words that name the keys and the remedy; None where it breaks none."""
-    rules = (_loss, _importance, _learner, _sync, _evaluation, _teachers, _base_teacher, _colocated)
+    rules = (_loss, _source, _importance, _learner, _sync, _evaluation, _teachers, _base_teacher, _colocated)
     return next((found for rule in rules for found in rule(config)), None)
 
 
@@ -24,6 +24,35 @@ def _loss(config: Config) -> Iterator[str]:
             f"loss.form: `policy_gradient` compares log-probs of the sampler and the learner, so loss.temperature "
             f"({loss.temperature}) must equal rollout.temperature ({rollout.temperature})"
         )
+
+
+def _source(config: Config) -> Iterator[str]:
+    rollout, loss, teacher = config.rollout, config.loss, config.teacher
+    if rollout.source == "student":
+        if loss.form == "nll":
+            yield (
+                "loss.form: `nll` of the student's own answers teaches it nothing; it is for those of the teacher, "
+                "rollout.source `teacher`"
+            )
+        if rollout.answers_file is not None:
+            yield "rollout.answers_file is for the teacher's answers, rollout.source `teacher`"
+        return
+    if loss.support != "teacher" and rollout.topk_from == "engine":
+        yield (
+            f"rollout.source `teacher`: no engine of the student made the answers, so none has picked its ids for "
+            f"loss.support `{loss.support}`; set loss.support to `teacher`, or rollout.topk_from to `learner`"
+        )
+    if loss.form == "policy_gradient" or loss.importance_clip is not None:
+        yield (
+            "rollout.source `teacher`: loss.form `policy_gradient` and loss.importance_clip compare the student with "
+            "the one that sampled, which is not the student here"
+        )
+    if rollout.max_staleness or rollout.over_issue:
+        yield "rollout.source `teacher` has its answers from the start: rollout.max_staleness and over_issue must be 0"
+    if config.teachers or teacher.kind in ("self", "ema"):
+        yield "rollout.source `teacher` takes one teacher that keeps its weights: no `teachers`, `self` or `ema`"
+    if teacher.url is not None and teacher.model is None:
+        yield "rollout.source `teacher`: the server at teacher.url scores only, teacher.model must say who answers"
 
 
 def _importance(config: Config) -> Iterator[str]:

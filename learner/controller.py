@@ -27,6 +27,7 @@ from common.step_times import StepTimes, step_times
 from common.trace import TraceSpan
 from learner.errors import RunError
 from learner.filling import MicroBatchFiller
+from learner.offline import Offline
 from learner.parity import ParityReport
 from learner.publisher import Publisher
 from learner.reports import AccumulateReport, StepReport
@@ -118,7 +119,9 @@ class Controller:
         draw: Draw | None = None,
     ) -> None:
         """`status` hears what goes on; `skipped` of each skipped step, and what broke it (`learner.records`). `draw`
-        gives a sample its context, where each has one of its own.
+        gives a sample its context, where each has one of its own; `offline` its answer, where those of the teacher are
+        trained on.
+        offline: Offline | None = None,
         """
         self._config = config
         self._services = services
@@ -130,6 +133,7 @@ class Controller:
         self._stream: Stream | None = None
 
     async def begin_parity(self) -> ParityReport:
+        self._offline = offline
         """Join learner and engines, which hold the initial weights; measure what they differ by."""
         return await self._publisher.begin(self._prompts)
 
@@ -138,7 +142,9 @@ class Controller:
         if version:
             await self._publisher.publish(version)
         where = position or {"next": version * self._source.per_step, "again": []}
-        self._stream = Stream(self._config, self._services, self._source, version, where["next"], where["again"])
+        self._stream = Stream(
+            self._config, self._services, self._source, version, where["next"], where["again"], self._offline
+        )
 
     def position(self) -> dict[str, Any]:
         """Where a run that resumes here begins, as JSON values; call it between steps."""

@@ -247,14 +247,17 @@ class LearnerEngine:
 
     def _unknown_metrics(self) -> Iterator[str]:
         """What this configuration cannot tell."""
-        if self._config.loss.support == "student":
+        sampler = self._config.rollout
+        foreign = sampler.source == "teacher"
+        if self._config.loss.support == "student" or (foreign and sampler.topk_from == "engine"):
             yield "overlap"
         if self._config.loss.importance_clip is None:
             yield from ("importance/mean", "importance/effective_share")
-        sampler = self._config.rollout
-        if self._config.loss.temperature != sampler.temperature or sampler.top_p != 1:
+        if foreign or self._config.loss.temperature != sampler.temperature or sampler.top_p != 1:
             yield from ("drift/abs", "drift/rms", "drift/outside")
 
+        if foreign and sampler.topk_from == "engine":
+            yield "support_coverage"
     def _keep_bad(self, batch: Sequence[ScoredTrajectory], nonfinite: Sequence[str]) -> None:
         self._bad += [item for item in batch if item.trajectory.sample_id in nonfinite]
         del self._bad[MOST_RECORDS:]

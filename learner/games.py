@@ -70,6 +70,8 @@ def refuse_unplayable(config: Config, prompts: Sequence[Prompt]) -> None:
     """Raise ConfigError where games are to be trained in a way that takes single answers only."""
     if not any(prompt.game for prompt in prompts):
         return
+    if config.rollout.source == "teacher":
+        raise ConfigError("data.train has games, which the teacher does not play: rollout.source must be `student`")
     if config.rollout.topk_from == "learner" or config.teacher.kind == "base":
         raise ConfigError(
             "data.train has games, whose answers the rollout workers have scored: rollout.topk_from must be `engine`, "

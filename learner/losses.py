@@ -118,6 +118,11 @@ def policy_gradient(
     return -ratio * advantage
 
 
+def negative_log_likelihood(student_logprobs: PerToken) -> PerToken:
+    """Baseline: ``-log p`` of the answer's own tokens, ``[T]``; sequence-level distillation on a teacher's answers."""
+    return -student_logprobs.float()
+
+
 def limit_per_token(values: PerToken, limit: float | None) -> PerToken:
     """Values cut at `limit` nats; a token above it has no gradient (style tokens carry most of the divergence)."""
     return values if limit is None else values.clamp(max=limit)

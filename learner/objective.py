@@ -11,7 +11,14 @@ from common.config import LossConfig
 from learner.batching import TrainingBatch
 from learner.head import ChunkView
 from learner.importance import PrefixRatios
-from learner.losses import limit_per_token, pointwise_divergence, policy_gradient, topk_divergence
+from learner.losses import (
+    limit_per_token,
+    negative_log_likelihood,
+    pointwise_divergence,
+    policy_gradient,
+    topk_divergence,
+)
+from learner.token_watch import TokenWatch
 
 METRICS = (
     "loss",
@@ -53,6 +60,8 @@ class Objective:
     config: LossConfig
     scale: float = 1.0
     sums: Tensor | None = None
+    watch: TokenWatch | None = None
+    """Takes single tokens' values, of a few answers."""
     _ratios: PrefixRatios | None = field(init=False)
     _bad: list[Tensor] = field(default_factory=list)
 
@@ -71,6 +80,8 @@ class Objective:
                 batch.engine_sampled[rows],
                 ratio_clip=config.ratio_clip,
             )
+        elif config.form == "nll":
+            values = negative_log_likelihood(chunk.sampled)
         else:
             values = topk_divergence(
                 chunk.logprobs,
@@ -129,6 +140,8 @@ class Objective:
         counted = weights > 0
         sums = torch.where(counted.unsqueeze(-1), torch.stack(columns, dim=-1), 0.0).double().sum(dim=0)
         self.sums = sums if self.sums is None else self.sums + sums
+        if self.watch is not None:
+            self.watch.see(chunk, teacher, on_support + in_tail)
         self._bad.append(batch.owners[rows][counted & ~values.isfinite()])
 
     def metric_sums(self) -> dict[str, float]:

@@ -12,39 +12,20 @@ from typing import Any
 
 import ray
 
-from common.chat import check_lengths
-from common.collective import SyncError
-from common.config import Config, ConfigError
-from common.data import DataError
-from common.scoring import TeacherError
+from common.chat import check_lengths, teacher_sequence
+from common.config import Config
 from common.telemetry import Progress, RunFiles, write_json
 from common.trace import TraceFile
 from learner.alarm import KlAlarm
 from learner.checkpoints import LEARNER, CheckpointError, Checkpoints, Identity, Manifest, identity_of, refuse_other_run
-from learner.controller import Controller, StepOutcome
-from learner.drift import DriftError, DriftGate, drift_bounds
-from learner.errors import RunError, ServiceLost
+from learner.controller import Controller, StepOutcome, beside
+from learner.drift import DriftGate, drift_bounds
 from learner.held_out import HeldOut
 from learner.inputs import Inputs
-from learner.parity import ParityError
-from learner.placement import PlacementError
-from learner.services import PoolError, Services
+from learner.known_errors import KNOWN_ERRORS, plain_error
+from learner.offline import open_offline
+from learner.services import Services
 from learner.summary import Best, Tally, step_line, summary_of
-
-KNOWN_ERRORS = (
-    ConfigError,
-    DataError,
-    RunError,
-    ParityError,
-    DriftError,
-    SyncError,
-    TeacherError,
-    CheckpointError,
-    PoolError,
-    PlacementError,
-)
-"""Errors whose text is all a user needs; anything else shows its trace."""
-
 
 BEST = "best.json"
 """In ``best/``: the step whose weights lie there, and its accuracy."""
@@ -78,6 +59,7 @@ class Run:
         self._progress = progress
         self._services = Services(config)
         self._controller: Controller | None = None
+        self._offline = open_offline(config, inputs)
         self._alarm = KlAlarm(config.learner.kl_alarm_ratio)
         self._resumed = resumed
         self._checkpoints = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep)
@@ -123,15 +105,21 @@ class Run:
             if self._controller is not None:
                 await self._controller.close()
             self._services.close()
+            if self._offline is not None:
+                self._offline.close()
 
     async def _start(self) -> None:
         config, services, started = self._config, self._services, time.time()
         local_teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
         services.reserve()
-        if self._resumed is None and self._inputs.eval and local_teacher not in (None, config.student.model):
-            self._progress.line(f"evaluating {local_teacher} in context")
-            await services.start_workers(str(local_teacher), None, 1)
-            await self._held_out.in_context()
+        to_evaluate = self._resumed is None and bool(self._inputs.eval)
+        to_answer = self._offline is not None and bool(self._offline.missing())
+        if local_teacher not in (None, config.student.model) and (to_evaluate or to_answer):
+            self._progress.line(f"starting {local_teacher}, which sees the context")
+            await services.start_workers(str(local_teacher), None, config.rollout.workers if to_answer else 1)
+            if to_evaluate:
+                await self._held_out.in_context()
+            await self._collect()
             services.close_workers()
         self._progress.line("starting the teacher and the learner")
         services.teachers.begin(services.placement)
@@ -154,8 +142,15 @@ class Run:
             config.sync, dtype=services.learner_info.dtype, max_staleness=config.rollout.max_staleness
         )
         self._drift = DriftGate(bounds)
+        await self._collect()  # by the student's initial weights, which are the teacher's, if nobody else has
         self._controller = Controller(
-            config, services, self._inputs.train, self._progress.status, self._keep_skipped, self._inputs.draw
+            config,
+            services,
+            self._inputs.train,
+            self._progress.status,
+            self._keep_skipped,
+            self._inputs.draw,
+            self._offline,
         )
         parity = await self._controller.begin_parity()
         self.tally.parity_max_nats = max(self.tally.parity_max_nats, parity.max_nats)
@@ -175,6 +170,18 @@ class Run:
         if local_teacher == config.student.model:
             await self._held_out.in_context()
         self._held_out.warn_of_no_gap()
+
+    async def _collect(self) -> None:
+        """Have the engines as they are make those of the teacher's answers that are missing."""
+        if self._offline is None or not self._offline.missing():
+            return
+        started, inputs, services = time.time(), self._inputs, self._services
+        async with beside(services.admit_replacements()):
+            await self._offline.collect(
+                lambda sample: teacher_sequence(sample.prompt, inputs.contexts), services.answer, self._progress.status
+            )
+        self.tally.add_seconds({"teacher answers": time.time() - started})
+        self._progress.line(f"the teacher's answers are in {self._config.answers_path}")
 
     def _check_teacher_lengths(self) -> None:
         check_lengths(
@@ -286,14 +293,3 @@ class Run:
         if self._controller is None:
             return self._services.admit_replacements()
         return self._controller.keep_workers(version)
-
-
-def plain_error(error: Exception) -> Exception:
-    """The error a user should see: what an actor raised instead of Ray's wrapping of it, or which actor died."""
-    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, KNOWN_ERRORS):
-        return error.cause
-    if isinstance(error, ray.exceptions.RayActorError):
-        node = ray._private.worker.global_worker.node
-        logs = f"; its log is under {node.get_logs_dir_path()}" if node else ""
-        return ServiceLost(f"an actor of the run died: {' '.join(str(error).split())}{logs}")
-    return error

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import ray
@@ -191,8 +191,7 @@ class Services:
         )
 
     async def score(self, sample: Sample, trajectory: Any) -> tuple[ScoreSummary, Any]:
-        """(summary, reference to the scored trajectory) of an answer that `rollout` gave."""
-
+        """(summary, reference to the scored trajectory) of an answer that `rollout` gave, or of a stored one itself."""
         return await self.pool.run(
             sample.prompt.row_id, sample.most_tokens, lambda worker: worker.score.remote(trajectory)
         )
@@ -229,6 +228,14 @@ class Services:
             asked,
             lambda one: len(one[0]) + one[1].max_tokens,
             lambda worker, mine: worker.generate.remote(mine),
+    async def answer(self, sample: Sample, prompt: Sequence[int]) -> Answer:
+        """The answer of a worker to `sample`, asked by the tokens of `prompt` instead of its own."""
+        asked = [(list(prompt), sample.sampling)]
+        cost = len(prompt) + sample.sampling.max_tokens
+        done, _ = await self.pool.run(sample.prompt.row_id, cost, lambda worker: (worker.generate.remote(asked), None))
+        (answer,) = done
+        return cast(Answer, answer)
+
         )
 
     async def play(self, asked: Sequence[tuple[Prompt, Sampling]], *, in_context: bool) -> list[Played]:

@@ -6,6 +6,7 @@
               (a worker)   │           ▲
                            └► a rank ──┘   rollout.topk_from: learner, teacher.kind: base (which needs no other score)
 
+Where the teacher's answers are trained on (``rollout.source: teacher``), a stored one takes the place of the rollout.
 What may be issued, what is too old and what a step may take is `StalenessTracker`'s decision; this file does it.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 from common.config import Config
 from common.schema import Sample
 from common.trace import TraceSpan
+from learner.offline import Offline, Replayed
 from learner.passes import LearnerPasses
 from learner.samples import SampleSource
 from learner.services import EpisodeSummary, Prepared, Services
@@ -61,7 +63,8 @@ class Answered:
 class Stream:
     """The samples of a run on their way, as far ahead of training as `rollout.max_staleness` allows.
 
-    Used on one event loop. A resumed run begins at `next_number`, the numbers in `again` before it.
+    Used on one event loop. A resumed run begins at `next_number`, the numbers in `again` before it. With `offline` the
+    answers are the stored ones.
     """
 
     def __init__(
@@ -72,10 +75,12 @@ class Stream:
         version: int,
         next_number: int,
         again: Sequence[int],
+        offline: Offline | None = None,
     ) -> None:
         self._config = config
         self._services = services
         self._source = source
+        self._offline = offline
         per_step = source.per_step
         self.tracker = StalenessTracker(
             max_staleness=config.rollout.max_staleness,
@@ -185,12 +190,17 @@ class Stream:
 
     async def _answer(self, sample: Sample) -> Answered:
         issued, config = time.time(), self._config
-        if config.rollout.topk_from == "engine" and config.teacher.kind != "base":
+        by_engine = config.rollout.topk_from == "engine" and config.teacher.kind != "base"
+        if by_engine and self._offline is None:
             summary, item = await self._services.rollout_scored(sample)
             return _answered(sample, issued, summary, summary.score, item)
+        if by_engine:
+            summary, item = await self._rollout(sample)
+            score, item = await self._services.score(sample, item)
+            return _answered(sample, issued, summary, score, item)
         self._unpassed.add(sample.sample_id)
         try:
-            summary, item = await self._services.rollout(sample)
+            summary, item = await self._rollout(sample)
             passed = self._passes.add(summary.prompt_tokens + summary.response_tokens, item)
         finally:
             self._unpassed.discard(sample.sample_id)
@@ -203,16 +213,26 @@ class Stream:
         score, item = await self._services.score(sample, prepared.item)
         return _answered(sample, issued, summary, score, item, prepared)
 
+    async def _rollout(self, sample: Sample) -> tuple[Any, Any]:
+        """(summary, answer or a reference to it), unscored."""
+        if self._offline is None:
+            return await self._services.rollout(sample)
+        trajectory = self._offline.trajectory(sample, self.tracker.version)
+        return Replayed.of(trajectory), trajectory
+
 
 def _answered(
     sample: Sample, issued: float, summary: Any, score: Any, item: Any, prepared: Prepared | None = None
 ) -> Answered:
-    worker, args = f"worker {summary.worker}", {"sample": sample.sample_id}
-    sizes = {"prompt_tokens": summary.prompt_tokens, "response_tokens": summary.response_tokens}  # for `opcd simulate`
-    spans = [
-        TraceSpan("queue", "controller", issued, summary.started, args),
-        TraceSpan("rollout", worker, summary.started, summary.ended, {**args, **sizes}),
-    ]
+    args = {"sample": sample.sample_id}
+    spans = []
+    if not isinstance(summary, Replayed):
+        # The sizes are for `opcd simulate`.
+        sizes = {"prompt_tokens": summary.prompt_tokens, "response_tokens": summary.response_tokens}
+        spans += [
+            TraceSpan("queue", "controller", issued, summary.started, args),
+            TraceSpan("rollout", f"worker {summary.worker}", summary.started, summary.ended, {**args, **sizes}),
+        ]
     if prepared is not None:
         spans.append(prepared.span)
     if score is not None:
