@@ -228,6 +228,8 @@ class Services:
             asked,
             lambda one: len(one[0]) + one[1].max_tokens,
             lambda worker, mine: worker.generate.remote(mine),
+        )
+
     async def answer(self, sample: Sample, prompt: Sequence[int]) -> Answer:
         """The answer of a worker to `sample`, asked by the tokens of `prompt` instead of its own."""
         asked = [(list(prompt), sample.sampling)]
@@ -235,8 +237,6 @@ class Services:
         done, _ = await self.pool.run(sample.prompt.row_id, cost, lambda worker: (worker.generate.remote(asked), None))
         (answer,) = done
         return cast(Answer, answer)
-
-        )
 
     async def play(self, asked: Sequence[tuple[Prompt, Sampling]], *, in_context: bool) -> list[Played]:
         """Games dealt out to the workers and played, in the order of the rows."""
