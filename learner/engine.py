@@ -6,40 +6,38 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from common.config import Config
-from common.schema import Ids, ItemScore, ScoredTrajectory, TokenSequence, Trajectory
+from common.schema import ScoredTrajectory
 from common.weights import TensorSpec
 from learner.batching import TrainingBatch, empty_batch, loss_tokens, sequence_of, training_batch
 from learner.export import WeightView, full_shape, replace_folder
-from learner.layout import PADDED, SequenceBatch
-from learner.lora import save_adapter, without_adapters
+from learner.layout import PADDED
+from learner.lora import save_adapter
 from learner.objective import METRICS, Objective
 from learner.optimizer import deepspeed_config, effective_zero_stage, learning_rate, make_optimizer
 from learner.packing import pack
 from learner.policy import device_of, dtype_of, load_policy
+from learner.reading import Reader
 from learner.records import MOST_RECORDS, record
 from learner.reports import AccumulateReport, LearnerInfo, StepReport
 from learner.state import load_state, save_state
+from learner.token_watch import TokenKeeper, TokenWatch
 from learner.update_norm import squared_update
-
-R = TypeVar("R", bound=np.generic)
 
 _COUNTS = ("sequences", "response_tokens", "loss_tokens", "loss_sequences")
 
 
 class LearnerEngine:
     """One rank. `accumulate`, `finish_step`, `named_weights` and `save` are collective: every rank calls them alike.
+    `reader` looks at the weights as they are.
 
     Every `accumulate` adds gradient *sums*; `finish_step` divides by the step's global denominator (loss tokens, or
     sequences), clips, and steps. So the result depends neither on how the work was cut nor on who did it.
@@ -75,11 +73,13 @@ class LearnerEngine:
         self._policy = self._deepspeed.module
         self._policy.check()
         self._layout = PADDED if config.learner.packing == "off" else pack(self._policy.model)
+        self.reader = Reader(self._policy, self._layout, config, self._device)
         self._weights = WeightView(self._policy.model)
         self._dtype = dtype
         self._version = 0
         self._updates = 0
         self._skipped_in_a_row = 0
+        self._tokens = TokenKeeper(config.run.token_samples)
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -132,6 +132,7 @@ class LearnerEngine:
             batches = self._micro_batches(batch)
             sums, nonfinite = self._backward_all(batches)
             self._keep_bad(batch, nonfinite)
+            self._tokens.describe(batch)
         self._counts.update(
             sequences=len(batch),
             response_tokens=sum(responses),
@@ -160,8 +161,11 @@ class LearnerEngine:
         missing = self._agreed_passes(len(batches)) - len(batches)
         sums: Counter[str] = Counter()
         nonfinite: list[str] = []
-        for batch in batches:
-            objective = self._backward(batch)
+        for batch in (one.to(self._device) for one in batches):
+            watch = self._tokens.watch(batch)
+            objective = self._backward(batch, watch)
+            if watch is not None:
+                self._tokens.keep(watch)
             sums.update(objective.metric_sums())
             nonfinite.extend(objective.nonfinite_samples())
         for _ in range(missing):
@@ -170,10 +174,10 @@ class LearnerEngine:
         self._nonfinite.extend(nonfinite)
         return dict(sums), tuple(nonfinite)
 
-    def _backward(self, batch: TrainingBatch) -> Objective:
+    def _backward(self, batch: TrainingBatch, watch: TokenWatch | None = None) -> Objective:
         batch = batch.to(self._device)
         # DeepSpeed averages gradients over the ranks; the step wants their sum.
-        objective = Objective(batch, self._config.loss, scale=float(self._world_size))
+        objective = Objective(batch, self._config.loss, scale=float(self._world_size), watch=watch)
         self._deepspeed.backward(self._deepspeed(batch, objective))
         self._passes += 1
         return objective
@@ -196,6 +200,7 @@ class LearnerEngine:
             held = sorted(self._held, key=lambda item: item.trajectory.sample_id)
             _, nonfinite = self._backward_all(self._micro_batches(held))
             self._keep_bad(held, nonfinite)
+            self._tokens.describe(held)
         totals, sums = self._global_sums()
         if (tokens, sequences) != (totals["response_tokens"], totals["sequences"]):
             raise ValueError(
@@ -228,6 +233,7 @@ class LearnerEngine:
             },
             nonfinite=tuple(self._nonfinite),
             records=tuple(record(item) for item in self._bad),
+            tokens=self._tokens.records(self._config.loss),
         )
         self._begin_step()
         return report
@@ -251,13 +257,13 @@ class LearnerEngine:
         foreign = sampler.source == "teacher"
         if self._config.loss.support == "student" or (foreign and sampler.topk_from == "engine"):
             yield "overlap"
+        if foreign and sampler.topk_from == "engine":
+            yield "support_coverage"
         if self._config.loss.importance_clip is None:
             yield from ("importance/mean", "importance/effective_share")
         if foreign or self._config.loss.temperature != sampler.temperature or sampler.top_p != 1:
             yield from ("drift/abs", "drift/rms", "drift/outside")
 
-        if foreign and sampler.topk_from == "engine":
-            yield "support_coverage"
     def _keep_bad(self, batch: Sequence[ScoredTrajectory], nonfinite: Sequence[str]) -> None:
         self._bad += [item for item in batch if item.trajectory.sample_id in nonfinite]
         del self._bad[MOST_RECORDS:]
@@ -285,57 +291,6 @@ class LearnerEngine:
         everything = values.tolist()
         counts = {name: round(value) for name, value in zip(_COUNTS, everything, strict=False)}
         return counts, dict(zip(METRICS, everything[len(_COUNTS) :], strict=True))
-
-    # --- reading ----------------------------------------------------------------------------------------------------
-
-    def logprobs(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[NDArray[np.float32]]:
-        """log-probs of the response tokens under the current weights, one ``[T]`` array per sequence.
-
-        Every rank computes all of them (a collective under ZeRO-3).
-        """
-        return self._read(sequences, lambda batch: self._policy.response_logprobs(batch, temperature).cpu().numpy())
-
-    def topk(self, sequences: Sequence[TokenSequence], k: int) -> list[Ids]:
-        """The k most likely ids at every response position, best first, one ``[T, k]`` array per sequence.
-
-        For supports that the learner picks: long answers, or answers of an older version. Every rank computes all of
-        them (a collective under ZeRO-3).
-        """
-        return self._read(sequences, lambda batch: self._policy.topk(batch, k).cpu().numpy().astype(np.uint32))
-
-    def score_with_base(self, items: Sequence[tuple[Trajectory, Ids]]) -> list[ItemScore]:
-        """What the base model, adapters off, says of answers behind a teacher's prompt (context + prompt): the score of
-        each at the answer's own ids, as a teacher server gives it.
-
-        Every rank computes all of them (a collective under ZeRO-3). Raises ValueError without LoRA: there is no base.
-        """
-        if self._config.learner.lora is None:
-            raise ValueError(
-                "score_with_base needs learner.lora: without adapters there is no base model to score with"
-            )
-        results: dict[int, ItemScore] = {}
-        lengths = [len(prompt) + len(trajectory.response_ids) for trajectory, prompt in items]
-        with without_adapters(self._policy.model):
-            for indices in self._layout.plan(lengths, self._config.learner.micro_batch_tokens):
-                chosen = [items[index] for index in indices]
-                batch = self._layout.lay_out([TokenSequence(prompt, t.response_ids) for t, prompt in chosen]).to(
-                    self._device
-                )
-                scores = self._policy.scores(batch, [t.topk_ids for t, _ in chosen], self._config.loss.temperature)
-                results.update(zip(indices, scores, strict=True))
-        return [results[index] for index in range(len(items))]
-
-    def _read(
-        self, sequences: Sequence[TokenSequence], read: Callable[[SequenceBatch], NDArray[R]]
-    ) -> list[NDArray[R]]:
-        """`read` over micro-batches, cut apart again, in the order of `sequences`."""
-        results: dict[int, NDArray[R]] = {}
-        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-        for indices in self._layout.plan(lengths, self._config.learner.micro_batch_tokens):
-            batch = self._layout.lay_out([sequences[index] for index in indices]).to(self._device)
-            parts = np.split(read(batch), np.cumsum(batch.lengths)[:-1])
-            results.update(zip(indices, parts, strict=True))
-        return [results[index] for index in range(len(sequences))]
 
     # --- the weights ------------------------------------------------------------------------------------------------
 

@@ -71,11 +71,11 @@ class LearnerRank:
 
     def logprobs(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[NDArray[np.float32]]:
         """log-probs of fixed responses, one ``[T]`` array each: the learner's side of the parity probe."""
-        return self._running.logprobs(sequences, temperature)
+        return self._running.reader.logprobs(sequences, temperature)
 
     def topk(self, sequences: Sequence[TokenSequence], k: int) -> list[Ids]:
         """The k most likely ids at every response position, one ``[T, k]`` array each."""
-        return self._running.topk(sequences, k)
+        return self._running.reader.topk(sequences, k)
 
     def take_contexts(self, contexts: Mapping[str, Context]) -> None:
         """What `prepare` needs to score as the teacher (``teacher.kind: base``)."""
@@ -89,7 +89,8 @@ class LearnerRank:
         prepared: Sequence[Any] = answers
         if self._config.rollout.topk_from == "learner":
             k = self._config.loss.top_k
-            picked = self._running.topk([TokenSequence(t.prompt.student_ids, t.response_ids) for t in answers], k)
+            sequences = [TokenSequence(t.prompt.student_ids, t.response_ids) for t in answers]
+            picked = self._running.reader.topk(sequences, k)
             agreements = tuple(
                 topk_agreement(answer.topk_ids, ids) if answer.topk_ids.shape[1] else None
                 for answer, ids in zip(answers, picked, strict=True)
@@ -97,7 +98,7 @@ class LearnerRank:
             prepared = [replace(answer, topk_ids=ids) for answer, ids in zip(answers, picked, strict=True)]
         if self._config.teacher.kind == "base":
             pairs = [(one, as_ids(teacher_sequence(one.prompt, self._contexts))) for one in prepared]
-            scores = self._running.score_with_base(pairs)
+            scores = self._running.reader.score_with_base(pairs)
             prepared = [ScoredTrajectory(one, score, "base", 0) for one, score in zip(prepared, scores, strict=True)]
         return [PassReport(agreements, started, time.time()), *prepared]
 

@@ -42,7 +42,7 @@ def several_steps(rank: int, config: Config, scored: list[ScoredTrajectory], fol
     return {
         "weights": weights_now(engine),
         "specs": engine.weight_specs(),
-        "logprobs": engine.logprobs([sequence_of(item) for item in scored]),
+        "logprobs": engine.reader.logprobs([sequence_of(item) for item in scored]),
         "trained": engine.info().parameters,
         "base": {
             name: parameter.detach().clone()
@@ -149,10 +149,10 @@ def base_scores(rank: int, config: Config, scored: list[ScoredTrajectory]) -> tu
 
     engine = LearnerEngine(config)
     items = [(item.trajectory, item.trajectory.prompt.teacher_ids) for item in scored]
-    before = engine.score_with_base(items)
+    before = engine.reader.score_with_base(items)
     engine.accumulate(scored if rank == 0 else [])
     engine.finish_step(*totals(scored))
-    return before, engine.score_with_base(items)
+    return before, engine.reader.score_with_base(items)
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -24,7 +24,7 @@ __all__ = ["cluster", "one", "two"]  # fixtures
 def read_logprobs(rank: int, config: Config, sequences: list[TokenSequence], temperature: float) -> list[np.ndarray]:
     from learner.engine import LearnerEngine
 
-    return list(LearnerEngine(config).logprobs(sequences, temperature))
+    return list(LearnerEngine(config).reader.logprobs(sequences, temperature))
 
 
 def expected_logprobs(model: Path, sequence: TokenSequence, temperature: float) -> np.ndarray:
@@ -207,7 +207,7 @@ def test_the_learners_topk_are_the_most_likely_ids(one: Ranks, two: Ranks, tiny_
     def read_topk(rank: int, config: Config, sequences: list[TokenSequence]) -> list[np.ndarray]:
         from learner.engine import LearnerEngine
 
-        return list(LearnerEngine(config).topk(sequences, 5))
+        return list(LearnerEngine(config).reader.topk(sequences, 5))
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     sequences = [
