@@ -16,7 +16,7 @@ from learner.parity import ParityGate, ParityReport
 from learner.services import Arrays, Services, Worker
 
 ATTEMPTS = 3
-"""Syncs of one version, each after the workers that the last one lost were replaced."""
+"""Syncs of one version, each without the workers that the last one lost."""
 
 
 class Publisher:
@@ -47,14 +47,14 @@ class Publisher:
             for prompt, answer in zip(chosen, answers, strict=True)
         ]
         self._learner_at_0 = await services.probe_learner(self._probe)
-        await services.open_sync()
+        await services.open_sync(services.pool.members)
         return _worst(await self._begin_gates(services.pool.members))
 
     async def publish(self, version: int) -> ParityReport:
         """The learner's weights into every engine as `version`, then parity; the worst report.
 
-        Workers that are lost on the way are replaced and it is tried again. Raises ParityError, or SyncError where
-        trying again would change nothing.
+        Where workers are lost on the way it is tried again with the others, and with replacements that are ready.
+        Raises ParityError, or SyncError where nobody was lost: trying again would change nothing.
         """
         async with self._lock:
             for _ in range(ATTEMPTS - 1):
@@ -72,9 +72,10 @@ class Publisher:
         services = self._services
         if not services.pool.members:
             await services.pool.next_ready()
-        if services.group != [*services.pool.members, *services.pool.ready]:
-            await self._begin_gates(services.pool.ready)
-            await services.open_sync()
+        workers = [*services.pool.members, *services.pool.ready]  # more may become ready while these are looked at
+        if services.group != workers:
+            await self._begin_gates(workers)
+            await services.open_sync(workers)
         started = time.time()
         await services.publish(version)
         published = time.time()
@@ -92,7 +93,7 @@ class Publisher:
         return _worst(reports)
 
     async def _begin_gates(self, workers: Sequence[Worker]) -> list[ParityReport]:
-        """Gates for engines that still hold the initial weights. Raises ParityError."""
+        """Gates for those of `workers` that have none: their engines hold the initial weights. Raises ParityError."""
         sync, info = self._config.sync, self._services.learner_info
         assert info is not None
         nats = sync.parity_nats or (2e-4 if info.dtype == "float32" else 0.1)

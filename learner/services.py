@@ -114,12 +114,10 @@ class Services:
         """Hand the contexts to the learner, where it scores itself (``teacher.kind: base``)."""
         await all_of([rank.take_contexts.remote(dict(contexts)) for rank in self.ranks])
 
-    async def open_sync(self) -> None:
-        """Form the weight group anew: rank 0 sends; every worker, also one that waits to be admitted, receives at an
-        offset of its own.
-        """
+    async def open_sync(self, workers: Sequence[Worker]) -> None:
+        """Form the weight group anew: rank 0 sends; each of `workers` receives at an offset of its own."""
         size = self.config.rollout.tensor_parallel_size
-        self.group = [*self.pool.members, *self.pool.ready]
+        self.group = list(workers)
         receivers = self.teachers.receivers
         world = 1 + size * len(self.group) + len(receivers)
         host, port = await self.ranks[0].address.remote()
@@ -286,8 +284,9 @@ class Services:
     async def publish(self, version: int) -> Any:
         """Send the learner's weights to the weight group as `version`; returns rank 0's report.
 
-        Workers that did not get them whole are given up (`WorkerPool.lose`), and then SyncError is raised; ServiceLost
-        for a teacher that did not: it holds a mixture.
+        Raises what a member raised that did not get them whole; ServiceLost for a teacher: it holds a mixture. A worker
+        that is dead is given up. One that lives keeps its place: it holds a mixture, too, but answers nothing before it
+        has taken a version whole. The group is left, so the next sync needs `open_sync`.
         """
         teachers = self.teachers.receivers
         members = (*(worker.handle for worker in self.group), *(teacher.handle for teacher in teachers))
@@ -301,7 +300,8 @@ class Services:
             result = next(results)
             if isinstance(result, BaseException):
                 failures.append(result)
-                self.pool.lose(worker, f"weights of version {version} did not arrive: {result}")
+                if isinstance(result, ray.exceptions.RayActorError):
+                    self.pool.lose(worker, f"weights of version {version} did not arrive: {result}")
         for teacher in teachers:
             result = next(results)
             if isinstance(result, BaseException):
@@ -309,6 +309,7 @@ class Services:
                     f"teacher {teacher.name!r} did not get all weights of version {version}: {result}"
                 ) from result
         if failures:
+            self.group = []
             raise failures[0]
         return sent[0]
 

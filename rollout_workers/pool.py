@@ -130,7 +130,7 @@ class WorkerPool:
             await self._change()
 
     async def check_health(self) -> None:
-        """Ask every member whether its engine lives; lose those that do not say so in time."""
+        """Ask every worker whose engine was up whether it lives; lose those that do not say so in time."""
 
         async def check(worker: Worker) -> None:
             try:
@@ -138,7 +138,7 @@ class WorkerPool:
             except (ray.exceptions.RayError, TimeoutError) as error:
                 self.lose(worker, _short(error))
 
-        await asyncio.gather(*(check(worker) for worker in self.members))
+        await asyncio.gather(*(check(worker) for worker in (*self.members, *self.ready)))
 
     async def watch(self) -> None:
         """Check health for ever."""

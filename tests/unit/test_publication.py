@@ -1,4 +1,4 @@
-"""Who is given up when a weight sync fails: workers are replaced, a teacher with half of it ends the run's attempt."""
+"""What becomes of whom when a weight sync fails, and that nobody takes part in one who was not measured before."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 
 from common.collective import SyncError
 from common.config import TeacherConfig
 from learner.errors import ServiceLost
+from learner.publisher import Publisher
 from learner.services import Services, Worker
 from learner.teachers import Teacher
 from tests.unit.test_stream import config_of
@@ -44,15 +47,43 @@ async def test_a_whole_sync_gives_the_senders_report() -> None:
     assert lost == []
 
 
-async def test_workers_that_failed_are_given_up_and_the_failure_is_raised() -> None:
-    services, lost = services_of(SyncError("a receiver is gone"), ["taken", SyncError("broke"), "taken"])
+async def test_a_dead_worker_is_given_up_and_one_that_lives_takes_the_version_again() -> None:
+    dead = ray.exceptions.RayActorError()
+    services, lost = services_of(SyncError("a receiver is gone"), ["taken", SyncError("broke"), dead])
     with pytest.raises(SyncError, match="a receiver is gone"):
         await services.publish(3)
-    assert lost == [1]
+    assert lost == [2]
+    assert services.group == []  # it was left: the next sync forms one anew
 
 
 async def test_a_teacher_with_half_of_an_update_sends_the_run_back() -> None:
     services, lost = services_of(SyncError("a receiver is gone"), [SyncError("broke")], SyncError("half"))
     with pytest.raises(ServiceLost, match=r"teacher 'live' did not get all weights of version 3: half"):
         await services.publish(3)
-    assert lost == [0]
+    assert lost == []
+
+
+async def test_a_replacement_that_gets_ready_while_others_are_measured_waits_for_the_next_sync() -> None:
+    member, first, late = (Worker(number, number, None) for number in range(3))
+    pool = SimpleNamespace(members=[member], ready=[first], restarts=0, admit=lambda worker: pool.ready.remove(worker))
+    sequences = [np.zeros(4, np.float32)]
+
+    async def probe_engines(workers: list[Worker], probe: Any) -> list[Any]:
+        if late not in pool.ready and pool.ready:
+            pool.ready.append(late)
+        return [sequences for _ in workers]
+
+    async def open_sync(workers: list[Worker]) -> None:
+        services.group = list(workers)
+
+    async def nothing(*_: Any) -> Any:
+        return sequences
+
+    services: Any = SimpleNamespace(pool=pool, group=[], learner_info=SimpleNamespace(dtype="float32"))
+    services.probe_engines, services.open_sync = probe_engines, open_sync
+    services.probe_learner = services.publish = nothing
+    publisher = Publisher(config_of(), services, status=print)
+    publisher._learner_at_0 = sequences
+    await publisher.publish(1)
+    assert services.group == [member, first]
+    assert pool.ready == [late]
