@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,9 @@ from common.weights import SyncManifest
 from rollout_workers.lost import EngineLost
 from rollout_workers.stops import Stops, first_stop, resolve_stops
 from rollout_workers.sync_info import WEIGHT_TRANSFER, init_info, update_info
+
+LIFE_EVERY_S = 0.5
+"""How often an engine that owes an answer is looked at."""
 
 
 class RolloutError(RuntimeError):
@@ -67,6 +70,7 @@ class RolloutEngine:
             tensor_parallel_size=rollout.tensor_parallel_size,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             enforce_eager=rollout.enforce_eager,
+            distributed_executor_backend=_executor(config),
             max_logprobs=max_logprobs,
             logprobs_mode="processed_logprobs",
             # The model's own generation_config would change temperature, top-k or penalties without a word.
@@ -159,37 +163,35 @@ class RolloutEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         info = init_info(self._sync, host, port, rank, world_size)
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        request = WeightTransferInitRequest(init_info=info)
+        await self._answered(self._engine.init_weight_transfer_engine(request))
 
     async def receive(self, manifest: SyncManifest, version: int) -> None:
         """Take the weights that the sender publishes as `version`; answers in flight wait and go on under them."""
+        await self._answered(self._receive(manifest, version))
+
+    async def _receive(self, manifest: SyncManifest, version: int) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        # No resume after a failure: the engine may hold half of the weights, and its worker is given up.
-        with _engine_alive():
-            await self._engine.pause_generation(mode="keep", clear_cache=True)
-            await self._engine.start_weight_update()
-            await self._engine.update_weights(
-                WeightTransferUpdateRequest(update_info=update_info(manifest.at(version)))
-            )
-            await self._engine.finish_weight_update(weight_version=str(version))
-            self.weight_version = version
-            await self._engine.resume_generation()
+        # No resume after a failure: the engine may hold half of the weights. Answers in flight wait for the next try.
+        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        await self._engine.start_weight_update()
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info(manifest.at(version))))
+        await self._engine.finish_weight_update(weight_version=str(version))
+        self.weight_version = version
+        await self._engine.resume_generation()
 
     async def sleep(self) -> None:
         """Give the GPU's memory back: weights move to host memory, the key-value cache is dropped."""
-        with _engine_alive():
-            await self._engine.sleep(level=1)
+        await self._answered(self._engine.sleep(level=1))
 
     async def wake(self) -> None:
         """Take it again; the weights are what they were."""
-        with _engine_alive():
-            await self._engine.wake_up()
+        await self._answered(self._engine.wake_up())
 
     async def check_health(self) -> None:
         """Raises EngineLost where the engine's processes are gone."""
-        with _engine_alive():
-            await self._engine.check_health()
+        await self._answered(self._engine.check_health())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""
@@ -198,6 +200,20 @@ class RolloutEngine:
     def close(self) -> None:
         """End the engine's processes."""
         self._engine.shutdown()
+
+    async def _answered(self, call: Coroutine[Any, Any, None]) -> None:
+        """Wait for a control call. vLLM leaves those of an engine that has died without an answer, so its life is
+        looked at meanwhile; raises EngineLost.
+        """
+        import asyncio
+
+        task = asyncio.ensure_future(call)
+        with _engine_alive():
+            while not (await asyncio.wait({task}, timeout=LIFE_EVERY_S))[0]:
+                if self._engine.errored:
+                    task.cancel()
+                    raise self._engine.dead_error
+            await task
 
     async def _run(self, prompt: list[int], params: Any, request_id: str, pick: Any) -> Any:
         result: Any = None
@@ -259,6 +275,17 @@ def _dtype(config: Config) -> str:
 
     wanted = config.student.dtype
     return wanted if wanted != "auto" else ("bfloat16" if torch.cuda.is_available() else "float32")
+
+
+def _executor(config: Config) -> Any:
+    """On CPU vLLM would put one worker, too, into a process of its own, to give it an OpenMP environment, and wait for
+    it on a core of its own. Here the engine's process has that environment already (`_set_environment`).
+    """
+    import torch
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    alone = not torch.cuda.is_available() and config.rollout.tensor_parallel_size == 1
+    return UniProcExecutor if alone else None
 
 
 def _set_environment(config: Config) -> None:
