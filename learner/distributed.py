@@ -1,13 +1,14 @@
-"""The process group of the learner's ranks."""
+"""The process group of the learner's ranks. The driver imports this, so torch comes only where a rank runs."""
 
 from __future__ import annotations
 
 import os
 import socket
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
 
 
 def free_port() -> int:
@@ -24,6 +25,8 @@ def join_ranks(rank: int, world_size: int, host: str, port: int, device: torch.d
     later in the same process then hang.
     """
     import deepspeed
+    import deepspeed.ops
+    import torch.distributed as dist
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     # One device is visible to each rank, so the local rank is 0 whatever the rank. DeepSpeed reads these.
@@ -37,10 +40,14 @@ def join_ranks(rank: int, world_size: int, host: str, port: int, device: torch.d
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+    # DeepSpeed's own shared-memory collectives for CPUs would be compiled at the first start, for minutes; gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend)
 
 
 def leave_ranks() -> None:
     """Take the group down; harmless where there is none."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()
