@@ -46,6 +46,9 @@ class RunConfig(Section):
     """Send them to this MLflow experiment; needs the package ``mlflow``."""
     mlflow_uri: str | None = None
     """Address of MLflow's tracking server or database, default: where MLflow looks by itself."""
+    token_samples: NonNegative = 2
+    """Answers of each step that are written to ``tokens.jsonl`` token by token (the first 512), for ``report.html``;
+    the same ones whatever the number of ranks."""
 
     @property
     def path(self) -> Path:
@@ -210,15 +213,15 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """How the student answers, and the vLLM engines that make it."""
 
-    batch_size: Positive = 128
-    """Prompts of one optimiser step."""
-    samples_per_prompt: Positive = 1
     source: Literal["student", "teacher"] = "student"
     """Whose answers are trained on. `teacher`: off-policy, as a baseline; `teacher.model` answers all prompts of the
     run once, with the context, before training, and the student learns from them without it."""
     answers_file: Path | None = None
     """Of `source: teacher`: where its answers are kept, default: ``offpolicy.jsonl`` of the run. What is there already,
     made by the same model, data, context, sampling and seed, is not made again: runs may share it."""
+    batch_size: Positive = 128
+    """Prompts of one optimiser step."""
+    samples_per_prompt: Positive = 1
     max_tokens: Positive = 512
     temperature: PositiveFloat = 1.0
     """Sampling temperature. The temperature inside the divergence is `loss.temperature`."""
@@ -435,13 +438,13 @@ class Config(Section):
         return self.sync.model_copy(update={"folder": folder})
 
     @property
-    def teacher_model(self) -> str:
-        """Folder or hub name of the teacher: the student's own initial model unless another is named."""
-    @property
     def answers_path(self) -> Path:
         """Where the teacher's own answers are kept (`rollout.source: teacher`)."""
         return self.rollout.answers_file or self.run.path / "offpolicy.jsonl"
 
+    @property
+    def teacher_model(self) -> str:
+        """Folder or hub name of the teacher: the student's own initial model unless another is named."""
         return self.teacher.model or self.student.model
 
     def named_teachers(self) -> dict[str, TeacherConfig]:

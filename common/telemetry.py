@@ -61,6 +61,8 @@ class RunFiles:
         self._metrics = self._open("metrics.jsonl")
         self._samples = self._open("samples.jsonl")
         self._audit = self._open("audit.jsonl")
+        self._tokens = self._open("tokens.jsonl")
+        self._texts = self._open("texts.jsonl")
         purge = None if self.resume_after is None else self.resume_after + 1
         self._sinks = [TensorBoardSink(self.folder / "tensorboard", purge), *self.sinks]
 
@@ -75,6 +77,14 @@ class RunFiles:
         """One line of ``samples.jsonl``."""
         self._line(self._samples, values)
 
+    def tokens(self, values: Mapping[str, Any]) -> None:
+        """One line of ``tokens.jsonl``: an answer token by token (`learner.token_records`)."""
+        self._line(self._tokens, values)
+
+    def text(self, values: Mapping[str, Any]) -> None:
+        """One line of ``texts.jsonl``: a context or a held-out prompt that other files name. It belongs to no step."""
+        self._line(self._texts, {"step": 0, **values})
+
     def audit(self, step: int, trained: Sequence[str], failed: Sequence[str], contexts: Sequence[str] = ()) -> None:
         """One line of ``audit.jsonl``: which samples the step was trained on, and which it had to do without; of a pool
         also the context of each that was trained on.
@@ -88,9 +98,8 @@ class RunFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._metrics.close()
-        self._samples.close()
-        self._audit.close()
+        for stream in (self._metrics, self._samples, self._audit, self._tokens, self._texts):
+            stream.close()
         for sink in self._sinks:
             sink.close()
 

@@ -34,6 +34,7 @@ from learner.reports import AccumulateReport, StepReport
 from learner.samples import Draw, SampleSource
 from learner.services import EpisodeSummary, Services
 from learner.stream import Answered, Stream
+from learner.token_records import TokenRecord, first_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class StepOutcome:
     parity: ParityReport
     times: StepTimes
     spans: list[TraceSpan]
+    tokens: tuple[TokenRecord, ...] = ()
+    """A few of its answers token by token."""
 
 
 @dataclass
@@ -117,11 +120,11 @@ class Controller:
         status: Callable[[str], None],
         skipped: Callable[[int, list[dict[str, Any]]], None] = lambda step, records: None,
         draw: Draw | None = None,
+        offline: Offline | None = None,
     ) -> None:
         """`status` hears what goes on; `skipped` of each skipped step, and what broke it (`learner.records`). `draw`
         gives a sample its context, where each has one of its own; `offline` its answer, where those of the teacher are
         trained on.
-        offline: Offline | None = None,
         """
         self._config = config
         self._services = services
@@ -130,10 +133,10 @@ class Controller:
         self._skipped = skipped
         self._source = SampleSource(config, prompts, draw)
         self._publisher = Publisher(config, services, status)
+        self._offline = offline
         self._stream: Stream | None = None
 
     async def begin_parity(self) -> ParityReport:
-        self._offline = offline
         """Join learner and engines, which hold the initial weights; measure what they differ by."""
         return await self._publisher.begin(self._prompts)
 
@@ -203,6 +206,7 @@ class Controller:
             parity=parity,
             times=times,
             spans=spans,
+            tokens=first_records((one for r in reports for one in r.tokens), self._config.run.token_samples),
         )
 
     async def _train(self, step: int) -> _Trained:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.weights import TensorSpec
+from learner.token_records import TokenRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class StepReport:
 
     ``weight_version`` counts finished steps, skipped ones too (their weights equal the version before).
     ``metrics`` are global means over the step's loss tokens, and `loss grad_norm update_norm lr`; ``nonfinite`` names
-    this rank's samples with a NaN or infinite loss, ``records`` are some of them as plain values.
+    this rank's samples with a NaN or infinite loss, ``records`` are some of them as plain values; ``tokens`` are a few
+    of this rank's answers token by token.
     """
 
     weight_version: int
@@ -57,6 +59,7 @@ class StepReport:
     metrics: dict[str, float]
     nonfinite: tuple[str, ...] = ()
     records: tuple[dict[str, Any], ...] = ()
+    tokens: tuple[TokenRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

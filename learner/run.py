@@ -26,6 +26,7 @@ from learner.known_errors import KNOWN_ERRORS, plain_error
 from learner.offline import open_offline
 from learner.services import Services
 from learner.summary import Best, Tally, step_line, summary_of
+from learner.token_records import ShownFiles
 
 BEST = "best.json"
 """In ``best/``: the step whose weights lie there, and its accuracy."""
@@ -66,7 +67,10 @@ class Run:
         self._began = time.time()
         self.tally = Tally(planned_steps=config.learner.steps)
         self._held_out = HeldOut(config, self._services, inputs, files, progress, self.tally, self._keep_workers)
-        if resumed is not None:
+        self._shown = ShownFiles(files, config.student.model, inputs.contexts)
+        if resumed is None:
+            self._shown.questions(inputs.eval)
+        else:
             self.tally.restore(resumed.manifest.loop["tally"])
             self._forget_other_best()
             self._refuse_changes(resumed, resumed.manifest.identity.teachers)
@@ -208,6 +212,7 @@ class Run:
         tally.add_times(outcome.times)
         self._files.metrics(outcome.version, outcome.metrics)
         self._files.audit(outcome.version, outcome.trained, outcome.failed, outcome.contexts)
+        self._shown.tokens(outcome.version, outcome.tokens)
         self._trace.write(outcome.spans)
         self._progress.line(step_line(outcome.version, self._config.learner.steps, outcome.metrics))
         for warning in (

@@ -21,8 +21,10 @@ import ray
 
 from common.config import Config, ConfigError
 from common.config_file import dump_config, load_config
+from common.environment import environment
+from common.report.apart import reported
 from common.sinks import open_sinks
-from common.telemetry import Progress, RunFiles
+from common.telemetry import Progress, RunFiles, write_json
 from common.trace import TraceFile
 from learner.checkpoints import CheckpointError, Checkpoints
 from learner.controller import beside
@@ -50,7 +52,7 @@ def run(config: Config, *, resume: bool = False, accept_changes: bool = False, q
     resumed = _find_checkpoint(config, resume=resume, accept_changes=accept_changes)
     progress.status("reading data")
     inputs = read_inputs(config)
-    with interruptible(), cluster():
+    with reported(config.run.path, progress.line), interruptible(), cluster():
         for restart in itertools.count(1):
             try:
                 tally = _run_once(config, inputs, progress, resumed)
@@ -65,7 +67,7 @@ def run(config: Config, *, resume: bool = False, accept_changes: bool = False, q
             else:
                 break
     progress.line(final_table(tally))
-    files = "summary.json, metrics.jsonl, samples.jsonl, trace.json, checkpoint/"
+    files = "report.html, summary.json, metrics.jsonl, samples.jsonl, trace.json, checkpoint/"
     progress.line(f"\nwritten to {config.run.path}/: {files}")
     return 0
 
@@ -79,6 +81,7 @@ def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resum
     ):
         one = Run(config, inputs, files, trace, progress, resumed)
         (config.run.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_json(config.run.path / "environment.json", environment())
         asyncio.run(one.run())
         return one.tally
 

@@ -94,7 +94,7 @@ def tokens_section(run: RunData) -> Html:
         legend([(f"tok k{index}", f"{edge} nats") for index, edge in enumerate(edges)]),
         [_sample(run, record, index) for index, record in enumerate(records)],
         lead=(
-            "Answers of the student, without the context, as they were trained on. Marked by the KL at each token: "
+            "A few answers of some steps, as they were trained on. Marked by the KL at each token: "
             "where the context would have made the model say something else. Arrow keys walk through the tokens."
         ),
     )
@@ -129,7 +129,7 @@ def _sample(run: RunData, record: Record, index: int) -> Html:
             ),
             tag(
                 "div",
-                tag("h4", "Answer (the student’s tokens)"),
+                tag("h4", "Answer, as trained on"),
                 tag("div", list(_spans(tokens)), class_="tokens", role="group", aria_label=f"Tokens of {title}"),
                 tag("p", class_="readout", aria_live="polite"),
                 figure("Log-probs", _chart(title, tokens), _all(title, tokens), keys=_keys()),
