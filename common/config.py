@@ -413,6 +413,30 @@ class EvalConfig(Section):
     """The text is cut into pieces of at most so many tokens, each predicted by itself."""
 
 
+class ExperienceConfig(Section):
+    """Of `opcd experience`: contexts that a model writes for itself, before the run that distils them."""
+
+    model: str | None = None
+    """Who solves problems and writes down what it learned, default: the student's initial model. Its tokenizer must be
+    the student's."""
+    seeds: Positive = 10
+    """Series of problems, each in an order of its own."""
+    problems: Positive = 30
+    """Of `data.train`, in each series. After each problem the series has a context: seeds x problems of them."""
+    max_context_tokens: Positive = 8192
+    """Of a context; above it whole items leave, oldest first."""
+    max_tokens: Positive | None = None
+    """Of an answer that lists items, default: `rollout.max_tokens`."""
+    templates: Path | None = None
+    """Folder with prompts of your own (`extract.txt`, `extract_game.txt`, `context.txt`), default: those that ship."""
+    select: Literal["random", "validation"] = "random"
+    """Which contexts are kept: drawn at random, or those of highest accuracy on `data.valid`."""
+    keep: Positive | None = None
+    """How many, default: all of `random`, the best one of `validation`."""
+    candidates: Positive | None = None
+    """Of `validation`: how many contexts are tried, drawn at random, default: all."""
+
+
 class Config(Section):
     """Everything one run is made of."""
 
@@ -430,6 +454,7 @@ class Config(Section):
     sync: SyncConfig = SyncConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    experience: ExperienceConfig = ExperienceConfig()
 
     @property
     def sync_in_run(self) -> SyncConfig:

@@ -17,18 +17,26 @@ PACKAGES = ("common", *SERVICES, "deploy")
 ENGINES = ("ray", "vllm", "deepspeed")
 HEAVY = (*ENGINES, "torch", "transformers")
 
-WIRING = ("learner/services.py", "learner/teachers.py", "learner/games.py")
+WIRING = (
+    "learner/services.py",
+    "learner/teachers.py",
+    "learner/games.py",
+    "learner/experience.py",
+    "learner/experience_pool.py",
+)
 """The files that know the other services, and what of them it may know."""
 WIRED = (
     "rollout_workers.actor",
     "rollout_workers.playing",
     "rollout_workers.pool",
     "rollout_workers.environments.registry",
+    "rollout_workers.experience",
     "teacher_server.actor",
     "teacher_server.client",
 )
 ENTRY_POINTS = (
     "learner.train",
+    "learner.experience_run",
     "learner.inputs",
     "learner.placement",
     "teacher_server.serve",
