@@ -15,7 +15,7 @@ from common.config import ConfigError
 from common.config_file import dump_config, load_config, load_teacher_config
 from common.data import DataError
 from common.scoring import TeacherError
-from deploy import cli_experience, cli_report, cli_submit
+from deploy import cli_compare, cli_experience, cli_report, cli_submit
 from deploy.errors import known_errors
 
 app = typer.Typer(
@@ -197,7 +197,8 @@ def doctor() -> None:
 
 cli_submit.register(app)
 app.add_typer(cli_experience.app, name="experience")
-app.command()(cli_report.report)
+cli_report.register(app)
+app.command()(cli_compare.compare)
 
 
 def main() -> None:

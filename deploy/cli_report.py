@@ -7,9 +7,16 @@ from typing import Annotated
 
 import typer
 
+from deploy import cli_chat, cli_inspect
 from deploy.errors import known_errors
 
 COMPARISON = "comparison.html"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands that look at runs: report, inspect, chat."""
+    for command in (report, cli_inspect.inspect, cli_chat.chat):
+        app.command()(command)
 
 
 def report(
