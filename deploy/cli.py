@@ -197,7 +197,7 @@ def doctor() -> None:
 
 cli_submit.register(app)
 app.add_typer(cli_experience.app, name="experience")
-cli_report.register(app)
+app.command()(cli_report.report)
 app.command()(cli_compare.compare)
 
 

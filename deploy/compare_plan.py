@@ -1,0 +1,125 @@
+"""Which runs a comparison consists of: every method with every seed, each an ordinary configuration. Pure but for files
+that are looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from common.config import Config, ConfigError
+from common.config_file import dump_config, load_config
+
+Method = Literal["opcd", "offpolicy", "sequence", "pg", "in_context"]
+METHODS: tuple[Method, ...] = get_args(Method)
+TITLES: dict[Method, str] = {
+    "opcd": "on-policy context distillation",
+    "offpolicy": "off-policy context distillation",
+    "sequence": "sequence-level (NLL)",
+    "pg": "sampled-token policy gradient",
+    "in_context": "in context, not trained",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """One method with one seed. `config` is None where the configuration does not allow it: `fault` says why."""
+
+    method: Method
+    seed: int
+    config: Config | None
+    fault: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the run, and of its log."""
+        return f"{self.method}-{self.seed}"
+
+
+def plan(path: str | Path, overrides: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[PlannedRun]:
+    """All runs, seed by seed, so that a comparison that is cut off has whole seeds.
+
+    `in_context` is no run of its own: every run measures it before its first step. Raises ConfigError for an unknown
+    method, a repeated one or seed, nothing to train, or a configuration that is wrong by itself.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigError(f"unknown method {method!r}: valid are {', '.join(METHODS)}")
+    for name, values in (("methods", methods), ("seeds", seeds)):
+        if not values or len(set(values)) != len(values):
+            raise ConfigError(f"--{name}: each once, at least one; got {', '.join(map(str, values)) or 'none'}")
+    trained = [method for method in METHODS if method in methods and method != "in_context"]
+    if not trained:
+        raise ConfigError("--methods in_context alone trains nothing: opcd evaluate CONFIG measures it")
+    whole = load_config(path, overrides)
+    if whole.data.eval is None:
+        raise ConfigError("data.eval is not set: there is nothing to compare on")
+    return [_planned(path, overrides, whole, method, seed) for seed in seeds for method in trained]
+
+
+def root_of(config: Config) -> Path:
+    """Folder of a comparison: beside the run of the same configuration."""
+    return config.run.dir / f"{config.run.name}-compare"
+
+
+def _planned(path: str | Path, overrides: Sequence[str], whole: Config, method: Method, seed: int) -> PlannedRun:
+    root = root_of(whole)
+    identity = [f"run.dir={root}", f"run.name={method}-{seed}", f"run.seed={seed}"]
+    try:
+        return PlannedRun(method, seed, load_config(path, [*overrides, *_keys(whole, method, seed), *identity]))
+    except ConfigError as error:
+        return PlannedRun(method, seed, None, str(error))
+
+
+def _keys(config: Config, method: Method, seed: int) -> list[str]:
+    """What makes a run of `config` one of `method`; batch, steps, optimiser and sampling stay."""
+    own = ["rollout.source=student", "rollout.answers_file=null"]
+    if method == "opcd":
+        return own
+    if method == "pg":
+        return [
+            *own,
+            "loss.form=policy_gradient",
+            "loss.importance_clip=null",
+            f"loss.temperature={config.rollout.temperature}",
+        ]
+    keys = [
+        "rollout.source=teacher",
+        # Off-policy and sequence-level learn from the very same answers.
+        f"rollout.answers_file={root_of(config) / 'answers' / f'seed-{seed}.jsonl'}",
+        "rollout.max_staleness=0",
+        "rollout.over_issue=0",
+        "loss.importance_clip=null",
+    ]
+    if config.teacher.kind == "base":  # the learner scores, at ids of its own choice
+        keys += ["rollout.topk_from=learner", "loss.support=student"]
+    else:
+        keys += ["rollout.topk_from=engine", "loss.support=teacher"]
+    return [*keys, "loss.form=nll"] if method == "sequence" else [*keys, "loss.direction=forward"]
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """Whether the run has come to its end under the very configuration that is planned."""
+    if run.config is None:
+        return False
+    summary = run.config.run.path / "summary.json"
+    return (
+        summary.is_file()
+        and json.loads(summary.read_text(encoding="utf-8"))["outcome"] == "finished"
+        and _was_run_as(run.config)
+    )
+
+
+def can_resume(run: PlannedRun) -> bool:
+    """Whether the run was cut off with a checkpoint, under the very configuration that is planned."""
+    if run.config is None:
+        return False
+    return any(run.config.run.path.glob("checkpoints/step-*/manifest.json")) and _was_run_as(run.config)
+
+
+def _was_run_as(config: Config) -> bool:
+    written = config.run.path / "config.yaml"
+    return written.is_file() and written.read_text(encoding="utf-8") == dump_config(config)
