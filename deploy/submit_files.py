@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from common.config import Config
+from common.sources import is_file
 
 Use = Literal["input", "output", "secret", "model"]
 
@@ -36,7 +37,7 @@ def named_files(config: Config) -> Iterator[NamedFile]:
     """Every path of a configuration, in its order; models that may be hub names among them."""
     for key, value in _leaves(config, ""):
         leaf = key.rpartition(".")[2]
-        if isinstance(value, Path):
+        if isinstance(value, Path) and is_file(value):  # not a source of rows such as game:FrozenLake
             use: Use = "output" if key in OUTPUTS else "secret" if leaf in SECRETS else "input"
             yield NamedFile(key, value, use)
         elif leaf == "model" and isinstance(value, str):
@@ -89,6 +90,8 @@ def _leaves(section: BaseModel, prefix: str) -> Iterator[tuple[str, object]]:
             for inner, each in value.items():
                 if isinstance(each, BaseModel):
                     yield from _leaves(each, f"{prefix}{name}.{inner}.")
+                else:
+                    yield f"{prefix}{name}.{inner}", each
         elif isinstance(value, tuple | list):
             yield from ((f"{prefix}{name}", each) for each in value)
         elif value is not None:

@@ -135,7 +135,8 @@ def test_every_path_of_a_configuration_is_sorted_by_its_use() -> None:
         teacher={"url": "http://t", "key_file": "team.key", "ca_file": "ca.pem"},
         teachers={"large": {"model": "models/l"}},
         context={"file": "c.txt"},
-        data={"train": "t", "eval": "e"},
+        data={"train": "t", "valid": "game:FrozenLake?rows=8", "eval": "e"},
+        eval={"ood": {"chat": "o"}},
     )
     assert {file.key: file.use for file in named_files(config)} == {
         "run.dir": "output",
@@ -146,6 +147,7 @@ def test_every_path_of_a_configuration_is_sorted_by_its_use() -> None:
         "context.file": "input",
         "data.train": "input",
         "data.eval": "input",
+        "eval.ood.chat": "input",
     }
 
 
