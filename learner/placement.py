@@ -5,6 +5,7 @@ Actors of the CPU need no place; without GPUs there is no group.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,15 +91,18 @@ class Placement:
             self._group = placement_group([{"GPU": bundle.gpus} for bundle in bundles], strategy="PACK")
 
     @classmethod
-    def reserve(cls, config: Config, *, workers_only: bool = False) -> Placement:
+    def reserve(cls, config: Config, *, workers_only: bool = False, patience_s: float = 0.0) -> Placement:
         """Reserve what the run, or its workers alone, ask for and wait until it is there.
 
-        Raises PlacementError where it cannot be.
+        Raises PlacementError where it cannot be: at once, or, where it was there before (a node is being replaced, dead
+        actors still hold their GPUs), after `patience_s`.
         """
         bundles = bundles_of(config, workers_only=workers_only)
-        why = shortfall(bundles, free_gpus())
-        if why is not None:
-            raise PlacementError(why)
+        deadline = time.monotonic() + patience_s
+        while (why := shortfall(bundles, free_gpus())) is not None:
+            if time.monotonic() >= deadline:
+                raise PlacementError(why)
+            time.sleep(1)
         placement = cls(bundles)
         if placement._group is not None and not placement._group.wait(START_TIMEOUT_S):
             placement.release()

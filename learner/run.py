@@ -28,6 +28,8 @@ from learner.services import Services
 from learner.summary import Best, Tally, step_line, summary_of
 from learner.token_records import ShownFiles
 
+PATIENCE_S = 600.0
+"""How long a run that goes on waits for its GPUs: a lost node may have to be replaced first."""
 BEST = "best.json"
 """In ``best/``: the step whose weights lie there, and its accuracy."""
 
@@ -115,7 +117,8 @@ class Run:
     async def _start(self) -> None:
         config, services, started = self._config, self._services, time.time()
         local_teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
-        services.reserve()
+        self._progress.status("reserving places")
+        services.reserve(patience_s=PATIENCE_S if self._resumed else 0.0)
         to_evaluate = self._resumed is None and bool(self._inputs.eval)
         to_answer = self._offline is not None and bool(self._offline.missing())
         if local_teacher not in (None, config.student.model) and (to_evaluate or to_answer):

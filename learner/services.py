@@ -76,9 +76,11 @@ class Services:
 
     # --- start and stop ---------------------------------------------------------------------------------------------
 
-    def reserve(self, *, workers_only: bool = False) -> None:
-        """Reserve the places of all actors, or of the workers, before any is started. Raises PlacementError."""
-        self.placement = Placement.reserve(self.config, workers_only=workers_only)
+    def reserve(self, *, workers_only: bool = False, patience_s: float = 0.0) -> None:
+        """Reserve the places of all actors, or of the workers, before any is started. Raises PlacementError, where they
+        are not free at once or within `patience_s`.
+        """
+        self.placement = Placement.reserve(self.config, workers_only=workers_only, patience_s=patience_s)
 
     async def start_workers(self, model: str, scorer: ScorerFactory | None, count: int) -> None:
         """Place `count` rollout workers and wait until their engines answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -40,6 +41,15 @@ def test_actors_get_the_places_that_were_reserved_and_give_them_back(cluster: No
     again = actor.options(**placement.options("worker 0")).remote()
     assert len(ray.get(again.gpus.remote(), timeout=30)) == 2
     placement.release()
+
+
+def test_a_run_that_goes_on_waits_until_those_that_died_let_go(cluster: None) -> None:
+    config = config_of(rollout={"gpus_per_worker": 3})
+    before = Placement.reserve(config)
+    threading.Timer(1.5, before.release).start()
+    with pytest.raises(PlacementError):
+        Placement.reserve(config)
+    Placement.reserve(config, patience_s=30).release()
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(cluster: None) -> None:
