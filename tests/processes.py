@@ -35,6 +35,11 @@ def alive(pids: set[int]) -> set[int]:
     return left
 
 
+def parent_of(pid: int) -> int:
+    """Process id of the parent."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
 def command_of(pid: int) -> str:
     """The command line of a process, empty where it is gone."""
     try:

@@ -1,18 +1,21 @@
 """A run in which one process is killed at one moment: ``python -m tests.faults.driver VICTIM PHASE CONFIG``.
 
 It is ``python -m learner.train`` with one change: a call of the loop, in the second step, sends SIGKILL to the victim a
-moment after it was made. Nothing of the run knows of it.
+moment after it was made. Nothing of the run knows of it. ``disk checkpoint CONFIG``: nobody is killed, but the files
+that the learner writes for the second checkpoint may not grow beyond `FULL_BYTES`.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import threading
 from typing import Any
 
 from learner.services import Services
+from tests.faults.nodes import raylet_of_a_remote_worker
 from tests.processes import command_of, descendants
 
 VICTIMS = {
@@ -21,8 +24,9 @@ VICTIMS = {
     "teacher": "ray::TeacherActor",
     "rank": "ray::LearnerRank",
     "driver": "",
+    "node": "",
 }
-"""What a process is called that runs it."""
+"""What a process is called that runs it; the driver is this process, and of a node its raylet dies."""
 
 PHASES = {
     "rollout": ("rollout_scored", 0.02),
@@ -35,6 +39,8 @@ PHASES = {
 """The call of `Services` that the phase begins with, and how long after it the victim dies. (The tests' teacher waits
 half a second for more requests before it scores: at 0.6 s answers are there and scores are not.)"""
 
+FULL_BYTES = 64 * 1024
+"""Less than a state has, more than a log."""
 STEP = 1
 """The step (from 0) in which it happens."""
 
@@ -43,6 +49,8 @@ def victims(name: str) -> list[int]:
     """Process ids of all victims of a kind."""
     if name == "driver":
         return [os.getpid()]
+    if name == "node":
+        return [raylet_of_a_remote_worker()]
     return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(VICTIMS[name])]
 
 
@@ -83,8 +91,31 @@ def arm(victim: str, phase: str) -> None:
         Services.finish_step = counted
 
 
+def fill_the_disk() -> None:
+    """While the second checkpoint is written."""
+    original = Services.save_state
+    folders: list[str] = []
+
+    async def limited(self: Services, folder: str) -> None:
+        folders.append(folder)
+        if len(folders) != STEP + 1:
+            return await original(self, folder)
+        rank = min(victims("rank"))
+        before = resource.prlimit(rank, resource.RLIMIT_FSIZE)
+        resource.prlimit(rank, resource.RLIMIT_FSIZE, (FULL_BYTES, before[1]))
+        try:
+            await original(self, folder)
+        finally:
+            resource.prlimit(rank, resource.RLIMIT_FSIZE, before)
+
+    Services.save_state = limited
+
+
 if __name__ == "__main__":
     from learner.train import main
 
-    arm(sys.argv[1], sys.argv[2])
+    if sys.argv[1] == "disk":
+        fill_the_disk()
+    else:
+        arm(sys.argv[1], sys.argv[2])
     sys.exit(main(sys.argv[3:]))

@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import write_run
+from tests.faults import nodes
 from tests.faults.driver import PHASES, VICTIMS
 
 pytestmark = pytest.mark.timeout(600)
@@ -47,15 +49,16 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return weights_of(folder / "tiny")
 
 
-def finished(arguments: list[str], *, status: int = 0) -> str:
+def finished(arguments: list[str], *, status: int = 0, environment: Mapping[str, str] | None = None) -> str:
     """Output of a Python process that ends with `status` and leaves nobody behind."""
+    alone = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        env=alone if environment is None else environment,
     )
     try:
         output, _ = process.communicate(timeout=400)
@@ -82,16 +85,20 @@ def assert_every_sample_once(run: Path) -> None:
     assert all(int(sample.split("/")[0]) == line["step"] - 1 for line in lines for sample in line["trained"])
 
 
-def cases(*, core: bool) -> Iterator[tuple[str, str]]:
-    for victim in VICTIMS:
-        for phase in PHASES:
-            if ((victim, phase) in CORE) == core:
-                yield victim, phase
+def cases(*, core: bool) -> list[tuple[str, str]]:
+    return [(victim, phase) for victim in VICTIMS for phase in PHASES if ((victim, phase) in CORE) == core]
 
 
 def check(victim: str, phase: str, config: Path, undisturbed: str, folder: Path) -> None:
-    status = -signal.SIGKILL if victim == "driver" else 0
-    output = finished(["-m", "tests.faults.driver", victim, phase, str(config), f"run.dir={folder}"], status=status)
+    command = ["-m", "tests.faults.driver", victim, phase, str(config), f"run.dir={folder}"]
+    if victim == "node":
+        on_nodes = [
+            f"{section}.{key}={value}" for section, keys in nodes.SECTIONS.items() for key, value in keys.items()
+        ]
+        with nodes.three_nodes() as environment:
+            output = finished([*command, *on_nodes], environment=environment)
+    else:
+        output = finished(command, status=-signal.SIGKILL if victim == "driver" else 0)
     assert f"killed {victim}" in output
     if victim == "driver":
         finished(["-m", "learner.train", str(config), f"run.dir={folder}", "--resume"])
@@ -108,3 +115,12 @@ def test_the_core_of_the_matrix(victim: str, phase: str, config: Path, undisturb
 @pytest.mark.parametrize(("victim", "phase"), cases(core=False))
 def test_the_rest_of_the_matrix(victim: str, phase: str, config: Path, undisturbed: str, tmp_path: Path) -> None:
     check(victim, phase, config, undisturbed, tmp_path)
+
+
+@pytest.mark.matrix
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(config: Path, undisturbed: str, tmp_path: Path) -> None:
+    output = finished(["-m", "tests.faults.driver", "disk", "checkpoint", str(config), f"run.dir={tmp_path}"])
+    run = tmp_path / "tiny"
+    assert re.search(r"step-000002 was not written: .*going on without it", output)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000001", "step-000003"]
+    assert weights_of(run) == undisturbed
