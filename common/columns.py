@@ -19,6 +19,8 @@ def mapped(record: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
     Raises MappingError, naming key and column, for a column that is not there, and for an answer without a label.
     """
     row = dict(record)
+    for name in data.columns.values():
+        row.pop(name, None)  # the data's `prompt`, if that is to be our `messages`, is no `prompt` any more
     for column, name in data.columns.items():
         row[column] = _find(record, name, f"data.columns.{column}")
     if data.user_template is not None:

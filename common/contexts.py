@@ -31,7 +31,8 @@ def read_pool(path: Path) -> tuple[PoolContext, ...]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"context.pool: cannot read {path}: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"context.pool: cannot read {path}: {why} (`opcd experience select` writes one)") from error
     pool: dict[str, PoolContext] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

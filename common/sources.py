@@ -88,12 +88,9 @@ def _hub(rest: str) -> Iterator[Record]:
         else:
             rows = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
-        raise DataError(
-            f"data source hf:{rest}: {name} is no folder here, and neither the cache "
-            f"{datasets.config.HF_DATASETS_CACHE} nor the hub has it with this configuration and split: {_short(error)}"
-            if not Path(name).is_dir()
-            else f"data source hf:{rest}: {_short(error)}"
-        ) from error
+        looked = f"no folder, not in {datasets.config.HF_DATASETS_CACHE}, not to be had from the hub"
+        where = "" if Path(name).is_dir() else f"{name} is not here ({looked}): "
+        raise DataError(f"data source hf:{rest}: {where}{_short(error)}") from error
     yield from _numbered(f"hf:{rest}", rows)
 
 

@@ -79,6 +79,16 @@ def test_columns_of_json_lines_are_mapped_too(tmp_path: Path) -> None:
     assert (row.id, row.prompt, row.answer) == ("a", "q", "3")
 
 
+def test_a_renamed_column_is_no_longer_what_it_was_called(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"id": "a", "prompt": [{"role": "user", "content": "q"}], "answer": "x"}) + "\n")
+    (row,) = read_rows(path, data(columns={"messages": "prompt"}))
+    assert row.prompt is None
+    assert row.messages is not None
+    assert row.messages[0].content == "q"
+    assert row.answer == "x"
+
+
 def test_a_dataset_of_a_folder_with_a_slice_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "quiz"
     folder.mkdir()
