@@ -72,8 +72,8 @@ def figure(
     return tag(
         "figure",
         tag("figcaption", tag("strong", title), None if note is None else tag("span", note, class_="note")),
-        keys,
         chart,
+        keys,
         tag("p", class_="readout", aria_live="polite") if "data-series" in chart else None,
         None if behind is None else fold(f"Numbers: {title}", behind),
     )

@@ -72,6 +72,7 @@ def headline(run: RunData) -> Html:
     interval = gap_interval(run.summary)
     return tag(
         "div",
+        tag("p", "Gap closed", class_="note"),
         tag("p", percent(gap, 1), class_="big"),
         tag(
             "p",
