@@ -39,7 +39,7 @@ def table(
         tag(
             "tr",
             [
-                tag("th", cell, scope="row", class_="code" if column.code else None)
+                tag("th", cell, scope="row", class_=_class(column))
                 if index == 0
                 else tag("td", cell, class_=_class(column))
                 for index, (column, cell) in enumerate(zip(columns, row, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from common.report.charts import Bar, Lane, stacked_bars, timeline
 from common.report.html import Child, Html, tag
@@ -11,8 +11,6 @@ from common.report.parts import Column, figure, legend, scroller, section, table
 from common.report.reading import Record, RunData
 
 MOST_BARS = 48
-MOST_SPANS = 4000
-"""Of one step's timeline."""
 
 PARTS = {
     "computing": "learner computes",
@@ -97,21 +95,21 @@ def stage_class(stage: str) -> str:
 # --- one step ---------------------------------------------------------------------------------------------------
 
 
-def step_lanes(events: Sequence[Record]) -> tuple[int, float, list[Lane]] | None:
-    """(version, seconds, lanes) of the step that is of median length; None without a timeline.
+def step_lanes(events: Sequence[Record], lengths: Mapping[int, float]) -> tuple[int, float, list[Lane]] | None:
+    """(step, seconds, lanes) of the step that is of median length; None without a timeline.
 
-    A step goes from the end of one weight sync's probe to the end of the next.
+    `lengths` are seconds by step; a step ends with the probe behind its weight sync.
     """
     spans = _spans(events)
     ends: dict[int, float] = {}
     for _, stage, _, end, args in spans:
         if stage in ("step", "sync", "parity") and isinstance(args.get("version"), int):
             ends[args["version"]] = max(end, ends.get(args["version"], end))
-    windows = sorted((ends[v] - ends[v - 1], v) for v in ends if v - 1 in ends and ends[v] > ends[v - 1])
-    if not windows:
+    known = sorted((lengths[version], version) for version in ends if lengths.get(version, 0) > 0)
+    if not known:
         return None
-    seconds, version = windows[len(windows) // 2]
-    start, end = ends[version - 1], ends[version]
+    seconds, version = known[len(known) // 2]
+    start, end = ends[version] - seconds, ends[version]
     inside: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for track, stage, begun, ended, _ in spans:
         if stage != "queue" and ended > start and begun < end:
@@ -137,7 +135,7 @@ def _spans(events: Sequence[Record]) -> list[tuple[str, str, float, float, Recor
 
 def _merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     merged: list[tuple[float, float]] = []
-    for start, end in sorted(spans)[:MOST_SPANS]:
+    for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
@@ -146,7 +144,8 @@ def _merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _timeline(run: RunData) -> Html | None:
-    found = step_lanes(run.events)
+    lengths = {line["step"]: sum(parts_of(line).values()) for line in run.steps}
+    found = step_lanes(run.events, lengths)
     if found is None:
         return None
     version, seconds, lanes = found

@@ -226,17 +226,18 @@ def test_the_timeline_shows_the_step_of_median_length() -> None:
             TraceSpan("parity", "controller", at + seconds * 0.75, at + seconds, {"version": version}),
         ]
         at += seconds
-    found = step_lanes(trace_events(spans))
+    assert step_lanes(trace_events(spans), {}) is None
+    found = step_lanes(trace_events(spans), {1: 1.0, 2: 2.0, 3: 9.0})
     assert found is not None
     version, seconds, lanes = found
-    assert (version, seconds) == (2, pytest.approx(2.0))  # of 1, 2 and 9 s: the first has no beginning
+    assert (version, seconds) == (2, pytest.approx(2.0))
     assert [(lane.track, lane.stage) for lane in lanes] == [
         ("worker 0", "rollout"),
         ("rank 0", "step"),
         ("controller", "parity"),
     ]
     assert lanes[0].spans == [(pytest.approx(0.0, abs=1e-5), pytest.approx(1.0))]
-    assert step_lanes([]) is None
+    assert step_lanes([], {1: 1.0}) is None
 
 
 def test_answers_are_grouped_by_what_became_of_them() -> None:
