@@ -110,7 +110,12 @@ def versions_section(run: RunData) -> Html:
         else None
     )
     body = (
-        table("Versions", [Column("what"), Column("version", code=True)], [[k, v] for k, v in found.items()])
+        table(
+            "Versions",
+            [Column("what"), Column("version", code=True)],
+            [[k, v] for k, v in found.items()],
+            hide_caption=True,
+        )
         if found
         else tag("p", "No versions were written down.", class_="none")
     )
