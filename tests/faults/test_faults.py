@@ -92,11 +92,8 @@ def cases(*, core: bool) -> list[tuple[str, str]]:
 def check(victim: str, phase: str, config: Path, undisturbed: str, folder: Path) -> None:
     command = ["-m", "tests.faults.driver", victim, phase, str(config), f"run.dir={folder}"]
     if victim == "node":
-        on_nodes = [
-            f"{section}.{key}={value}" for section, keys in nodes.SECTIONS.items() for key, value in keys.items()
-        ]
-        with nodes.three_nodes() as environment:
-            output = finished([*command, *on_nodes], environment=environment)
+        with nodes.worker_nodes() as environment:
+            output = finished([*command, nodes.SETTING], environment=environment)
     else:
         output = finished(command, status=-signal.SIGKILL if victim == "driver" else 0)
     assert f"killed {victim}" in output
