@@ -143,6 +143,15 @@ def _summary(steps: int) -> dict[str, Any]:
         "final": {"accuracy": 5 / 6, "n": 6, "ci95": [0.436, 0.97]},
         "gap_closed": 5 / 6,
         "gap_closed_ci95": [0.5, 1.0],
+        "ood": {
+            "sums": {
+                "before": {"accuracy": 0.75},
+                "after": {"accuracy": 0.625},
+                "change": -0.125,
+                "ci95": [-0.25, 0.01],
+            }
+        },
+        "perplexity": {"prose": {"before": 3.0, "after": 3.25, "tokens": 99, "change": 0.25, "ci95": None}},
         "best_on_valid": {"step": steps, "accuracy": 0.9},
         "steps": steps,
         "kl_first": kl(1),

@@ -71,7 +71,7 @@ def answers_section(run: RunData) -> Html:
         "answers",
         "Answers",
         [_group(run, title, grouped[name], opened=name in ("learnt", "lost")) for name, title in GROUPS],
-        lead=f"{len(rows)} held-out rows, greedy answers, the student always without the context.",
+        lead=f"{len(rows)} held-out rows, the first answer to each, the student always without the context.",
     )
 
 

@@ -100,7 +100,7 @@ def _curves(runs: Sequence[RunData], names: Sequence[str]) -> Html:
         for metric, title, note in CURVES
         if any(points(run.steps, metric) for run in runs)
     ]
-    accuracy = _overlay(names, "Validation accuracy", "without context, greedy", [_validation(run) for run in runs])
+    accuracy = _overlay(names, "Validation accuracy", "without context", [_validation(run) for run in runs])
     return section("curves", "Curves", keys, tag("div", figures, accuracy, class_="grid"))
 
 

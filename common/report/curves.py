@@ -114,7 +114,7 @@ def accuracy_figure(run: RunData) -> Html:
         "Accuracy",
         line_chart("Accuracy by step", series, y_range=(0.0, 1.0)),
         curve_table("Accuracy by step", [(one.name, one.points) for one in series]) if series else None,
-        note="greedy answers",
+        note="of held-out answers",
         keys=legend([(one.colour, one.name) for one in series]) if series else None,
     )
 

@@ -103,7 +103,9 @@ def result_section(run: RunData) -> Html:
     rows = measured(run.summary)
     summary = run.summary
     best = summary.get("best_on_valid")
-    chosen = f"step {best['step']}, accuracy {fixed(best['accuracy'], 3)}" if isinstance(best, dict) else MISSING
+    chosen = (
+        f"step {best.get('step')}, accuracy {fixed(best.get('accuracy'), 3)}" if isinstance(best, dict) else MISSING
+    )
     pairs: list[tuple[str, Child]] = [
         ("Outcome", run.outcome),
         ("Steps", _steps(run)),
@@ -128,7 +130,31 @@ def result_section(run: RunData) -> Html:
         if rows
         else None
     )
-    return section("result", "Result", tag("div", tag("div", headline(run), facts(pairs)), chart, class_="split"))
+    top = tag("div", tag("div", headline(run), facts(pairs)), chart, class_="split")
+    return section("result", "Result", top, forgetting_table(summary))
+
+
+def forgetting_table(summary: Record) -> Html | None:
+    """What became of other tasks and of texts; None where the run looked at none."""
+    rows: list[list[Child]] = []
+    for kind, unit in (("ood", "accuracy"), ("perplexity", "nats a token")):
+        found = summary.get(kind)
+        for name, one in found.items() if isinstance(found, dict) else ():
+            if isinstance(one, dict):
+                interval = _interval(one.get("ci95"))
+                ends = MISSING if interval is None else f"{fixed(interval[0], 3)} to {fixed(interval[1], 3)}"
+                before, after = (_figure(one.get(when)) for when in ("before", "after"))
+                rows.append([f"{name}, {unit}", before, after, fixed(one.get("change"), 3), ends])
+    columns = [
+        Column("other task or text"),
+        *(Column(name, True) for name in ("before", "after", "change", "95 % interval")),
+    ]
+    return table("What was forgotten: without the context, before and after", columns, rows) if rows else None
+
+
+def _figure(value: Any) -> str:
+    """An accuracy by its figure, a number by itself."""
+    return fixed(value.get("accuracy") if isinstance(value, dict) else value, 3)
 
 
 def accuracy_table(rows: list[Measured]) -> Html:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -74,6 +77,12 @@ def test_the_page_says_what_the_run_came_to(run: Path) -> None:
     assert "2.13.0" in text
     assert "learner.lr" in text
     assert "could not be read" not in text
+
+
+def test_the_page_says_what_was_forgotten(run: Path) -> None:
+    text = words(run_page(read_run(run)))
+    assert "sums, accuracy 0.750 0.625 -0.125 -0.250 to 0.010" in text
+    assert "prose, nats a token 3.000 3.250 0.250 –" in text
 
 
 def test_the_page_needs_nothing_from_elsewhere(run: Path) -> None:
@@ -204,6 +213,35 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
     with pytest.raises(ReportError, match="no such folder"):
         read_run(tmp_path / "nowhere")
+
+
+WRONG: list[Any] = [None, "x", [], {}, [1], {"a": 1}, 3, math.nan, True]
+
+
+def wrong_values(keys: list[str]) -> Iterator[dict[str, Any]]:
+    """Every value of `WRONG` at every key, a third of the keys at a time."""
+    for shift in range(len(WRONG)):
+        for part in range(3):
+            chosen = keys[part::3]
+            yield {key: WRONG[(shift + place) % len(WRONG)] for place, key in enumerate(chosen)}
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml", "environment.json"])
+def test_values_of_any_kind_make_a_page(run: Path, name: str) -> None:
+    """A summary of another version, or one that was edited."""
+    path, whole = run / name, read_run(run)
+    values = {"summary.json": whole.summary, "config.yaml": whole.config, "environment.json": whole.environment}[name]
+    for wrong in wrong_values(list(values)):
+        path.write_text(json.dumps({**values, **wrong}))
+        assert f"{name} is damaged" not in run_page(read_run(run))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "tokens.jsonl", "texts.jsonl"])
+def test_lines_of_any_kind_make_a_page(run: Path, name: str) -> None:
+    lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    for wrong in wrong_values(list({key: None for line in lines for key in line})):
+        (run / name).write_text("".join(json.dumps({**line, **wrong}) + "\n" for line in lines))
+        run_page(read_run(run))
 
 
 # --- what is computed -------------------------------------------------------------------------------------------------
