@@ -141,7 +141,9 @@ async def test_where_the_context_changes_nothing_there_is_a_warning_with_the_num
 
 
 async def test_what_was_forgotten_is_in_the_summary(configured: Callable[..., Config], tmp_path: Path) -> None:
-    rows = [{"id": word, "prompt": f"{word}?", "answer": "y"} for word in ("one", "three", "seventeen")]
+    rows: list[dict[str, Any]] = [
+        {"id": word, "prompt": f"{word}?", "answer": "y"} for word in ("one", "three", "seventeen")
+    ]
     (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4)
     config = configured(
@@ -153,7 +155,6 @@ async def test_what_was_forgotten_is_in_the_summary(configured: Callable[..., Co
     )
     inputs = read_inputs(config)
     assert all(len(chunk.response_ids) <= 15 for chunk in inputs.texts["fox"])
-    assert set(inputs.contexts) == {row.context for row in inputs.eval}  # no teacher hears of the other task
     judged = Judged(config, StubServices(lambda ids, sampling: "y"))
     await judged.run(lambda ids, sampling: "y" if len(ids) < 6 else "-", nats=2.5)
     found = summary_of(judged.tally)
@@ -169,6 +170,14 @@ async def test_what_was_forgotten_is_in_the_summary(configured: Callable[..., Co
     assert set(rows_of) == {"base", "in_context", "final", "ood/other/before", "ood/other/after"}
     metrics = [line for line in judged.lines("metrics.jsonl") if "nats_per_token/fox" in line]
     assert [(line["step"], line["nats_per_token/fox"]) for line in metrics] == [(0, 2.0), (2, 2.5)]
+
+
+def test_no_teacher_hears_of_another_task(configured: Callable[..., Config], tmp_path: Path) -> None:
+    """A chat row would bring a context of its own."""
+    row = {"id": "a", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": "y"}
+    (tmp_path / "other.jsonl").write_text(json.dumps(row))
+    inputs = read_inputs(configured(eval={"ood": {"other": str(tmp_path / "other.jsonl")}}))
+    assert set(inputs.contexts) == {row.context for row in inputs.eval}
 
 
 async def test_a_resumed_run_reports_what_was_measured_before(
