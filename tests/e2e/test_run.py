@@ -94,6 +94,12 @@ def test_kl_falls_over_a_whole_run(write_config: Callable[..., Path], tmp_path: 
     assert not any(value.isnan().any() for value in trained.values())
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert {sample["set"] for sample in samples} == {"base", "in_context", "valid", "final"}
+    tokens = [json.loads(line) for line in (run / "tokens.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in tokens] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]  # run.token_samples of each
+    assert all(len(line["pieces"]) == len(line["kl"]) == line["response_tokens"] for line in tokens)
+    report = (run / "report.html").read_text()
+    assert f"Step 6, row {tokens[-1]['row']}" in report
+    assert "could not be read" not in report
 
 
 def test_ctrl_c_keeps_what_was_done_and_leaves_no_process(write_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from common.config import Config
 from common.schema import LOGPROB_FLOOR, PAD_ID, ScoredTrajectory
+from learner.batching import sequence_of
 from learner.reports import StepReport
+from learner.token_records import TokenRecord, first_places, first_records
 from tests.learner_oracle import expected_change, expected_gradients, relative_difference
 from tests.learner_ranks import STAGES, Cut, Ranks, cluster, one, smooth_config, step, totals, two, weights_now
 from tests.scored import learner_config, make_scored
@@ -317,6 +319,32 @@ def test_samples_that_break_a_step_are_told_as_plain_values(one: Ranks, tiny_mod
     assert told["response_ids"] == bad.trajectory.response_ids.tolist()
     assert told["teacher_topk_logprobs"][0][0] == "nan"
     assert json.loads(json.dumps(told, allow_nan=False)) == told
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_single_tokens_are_told_as_the_learner_saw_them(two: Ranks, tiny_model: Path, deterministic: bool) -> None:
+    def told(rank: int, config: Config, cut: Cut) -> tuple[list[np.ndarray], tuple[TokenRecord, ...]]:
+        from learner.engine import LearnerEngine
+
+        engine = LearnerEngine(config)
+        before = engine.reader.logprobs([sequence_of(one) for part in cut for one in part])
+        for one in cut[rank]:  # a micro-batch each
+            engine.accumulate([one])
+        return before, engine.finish_step(*totals([one for part in cut for one in part])).tokens
+
+    scored = make_scored(7)
+    config = learner_config(
+        tiny_model, run={"name": "test", "token_samples": 3}, learner={"deterministic": deterministic}
+    )
+    (before, first), (_, second) = two.call(told, config, [scored[:4], scored[4:]])
+    kept = first_records([*first, *second], 3)
+    assert [one.sample_id for one in kept] == first_places([one.trajectory.sample_id for one in scored], 3)
+    seen = {one.trajectory.sample_id: (one, logprobs) for one, logprobs in zip(scored, before, strict=True)}
+    for record in kept:
+        one, logprobs = seen[record.sample_id]
+        assert record.values["student_logprobs"] == pytest.approx(logprobs, abs=2e-5)
+        assert record.values["teacher_logprobs"] == pytest.approx(one.score.sampled_logprob, abs=2e-5)
+        assert record.values["ids"] == one.trajectory.response_ids.tolist()
 
 
 def test_a_lost_answer_is_noticed(one: Ranks, tiny_model: Path) -> None:
