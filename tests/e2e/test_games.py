@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common.contexts import drawn
 from common.evaluation import accuracy
 from tests.e2e.test_run import metric_lines, started_run
 
@@ -17,11 +18,15 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.mark.parametrize("samples", ["observation"])
 def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path, samples: str) -> None:
     config = write_config(
-        context={"text": "P is you, G the goal, H a hole."},
+        context={"text": None, "pool": str(tmp_path / "pool.jsonl")},
         rollout={"batch_size": 4, "max_tokens": 8, "stop": []},
         environment={"max_turns": 3, "samples": samples},
         learner={"steps": 2, "micro_batch_tokens": 1024},
         eval={"every": 0},
+    )
+    pool = {"rules": "P is you, G the goal, H a hole.", "hint": "Keep away from H, and reach G by the shortest way."}
+    (tmp_path / "pool.jsonl").write_text(
+        "".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in pool.items())
     )
     options = {"history": samples == "observation"}
     for name, seeds in (("train", range(6)), ("valid", range(6, 8)), ("eval", range(8, 11))):
@@ -40,10 +45,14 @@ def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path,
         assert line["kl/full_bound"] > 0
     audit = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
     assert [len(line["trained"]) for line in audit] == [4, 4]  # episodes
+    by_sample = {one: name for line in audit for one, name in zip(line["trained"], line["contexts"], strict=True)}
+    assert by_sample == {one: list(pool)[drawn(0, one, 2)] for one in by_sample}
+    assert [line["context/distinct"] for line in lines] == [len(set(line["contexts"])) for line in audit]
     played = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert {line["set"] for line in played} == {"base", "in_context", "final"}
     assert len(played) == 9
     for line in played:
+        assert line["context_id"] == list(pool)[drawn(0, f"held-out/{line['id']}", 2)]
         first, *_ = line["exchanges"]
         assert "[Game]" in first["observation"]
         assert line["right"] == (line["reward"] == 1.0)

@@ -21,7 +21,7 @@ from learner.games import Turn, first_turn
 from learner.inputs import read_inputs
 from learner.samples import SampleSource
 from rollout_workers.actor import RolloutWorker
-from tests.tiny import make_tokenizer
+from tests.tiny import CHAT_TEMPLATE, make_tokenizer
 
 TEXTS = {"short": "Be brief.\n", "long": "Be brief, be kind, be right.\n", "other": "Guess.\n"}
 POOL = tuple(PoolContext(id=name, text=text) for name, text in TEXTS.items())
@@ -130,6 +130,68 @@ def test_a_drawn_prompt_is_the_row_under_the_drawn_text() -> None:
             assert teacher_sequence(prompt, renderer.contexts) == teacher_sequence(alone.render(row), alone.contexts)
             assert prompt.student_ids.tolist() == alone.render(row).student_ids.tolist()
     assert seen == set(TEXTS)
+
+
+def merging_tokenizer(*, split: bool) -> Any:
+    """Byte-level BPE with merges that go over line ends; without `split` also over everything else."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
+    backend.decoder = decoders.ByteLevel()
+    text = ["Be brief.\n\nHow is it?", "Be kind.\n\nHello there.", "rules rules rules\n\n\n7 is odd", "=\n\n=\n("] * 9
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    backend.train_from_iterator(text, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("placement", ["system", "user_prefix"])
+def test_a_context_put_before_a_row_is_what_rendering_the_whole_gives(split: bool, placement: Any) -> None:
+    tokenizer = merging_tokenizer(split=split)
+    pool = [
+        PoolContext(id=f"{n}", text="\n".join(["- be kind", "- rules rules"] * n) + end)
+        for n in (1, 12, 40)
+        for end in ("", ".", "\n", "\n\n", " =", " how")
+        for n in [n + len(end)]
+    ]
+    pool = [one.model_copy(update={"id": f"c{i}"}) for i, one in enumerate(pool)]
+    starts = ("How", "\nHello", "\n\n7", "(", " x", "=\n", "Zzz", "\u00e9t\u00e9", "7")
+    rows = [chat(f"r{i}", f"{start} is it? {i}") for i, start in enumerate(starts)]
+    renderer = Renderer(tokenizer, "unused", StudentConfig(model="unused"), placement)
+    draw = ContextDraw(pool, renderer, 0, [first_turn(row) for row in rows])
+    for one in pool:
+        alone = Renderer(tokenizer, one.text, StudentConfig(model="unused"), placement)
+        for row in rows:
+            prompt, whole = draw.under(one.id, first_turn(row)), alone.render(row)
+            assert teacher_sequence(prompt, renderer.contexts) == teacher_sequence(whole, alone.contexts)
+            assert prompt.context == whole.context
+            assert prompt.student_ids.tolist() == whole.student_ids.tolist()
+
+
+def test_a_long_context_is_not_rendered_again_for_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = [PoolContext(id=name, text=f"{name} rules.\n" * 400) for name in ("a", "b")]
+    renderer = Renderer(make_tokenizer(), "unused", StudentConfig(model="unused"))
+    draw = ContextDraw(pool, renderer, 0, [Turn(chat(f"r{i}", f"Hi {i}")) for i in range(4)])
+    lengths: list[int] = []
+    tokens = Renderer._tokens
+
+    def counted(self: Renderer, text: str) -> tuple[int, ...]:
+        lengths.append(len(text))
+        return tokens(self, text)
+
+    monkeypatch.setattr(Renderer, "_tokens", counted)
+    for key in range(20):
+        draw(key % 4, f"{key}")
+    assert lengths
+    assert max(lengths) < 400
 
 
 def test_every_context_is_known_before_the_first_draw() -> None:
