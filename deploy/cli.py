@@ -15,7 +15,7 @@ from common.config import ConfigError
 from common.config_file import dump_config, load_config, load_teacher_config
 from common.data import DataError
 from common.scoring import TeacherError
-from deploy import cli_compare, cli_experience, cli_report, cli_submit
+from deploy import cli_compare, cli_experience, cli_report, cli_submit, version
 from deploy.errors import known_errors
 
 app = typer.Typer(
@@ -203,6 +203,7 @@ def doctor() -> None:
     raise typer.Exit(report())
 
 
+version.register(app)
 cli_submit.register(app)
 app.add_typer(cli_experience.app, name="experience")
 cli_report.register(app)

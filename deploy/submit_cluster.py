@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import requests
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 from ray.exceptions import AuthenticationError
@@ -133,16 +132,11 @@ class Cluster:
 
 @contextmanager
 def rays_errors() -> Iterator[None]:
-    """Ray's client raises RuntimeError for whatever the server answers; here it gets a name."""
+    """Ray's client raises RuntimeError for whatever the server answers, and what `requests` raises, which is OSError;
+    here they get a name."""
     try:
         yield
-    except (
-        AuthenticationError,
-        ConnectionError,
-        RayStateApiException,
-        RuntimeError,
-        requests.RequestException,
-    ) as error:
+    except (AuthenticationError, OSError, RayStateApiException, RuntimeError) as error:
         raise ClusterError(" ".join(str(error).split())) from error
 
 
