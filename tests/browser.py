@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -98,12 +100,13 @@ def browser_tab(program: str, profile: Path) -> Iterator[Tab]:
     """A page of a browser of its own, which ends with the block."""
     command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
     command += ["--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **quiet, start_new_session=True)
     try:
         with connect(_page_address(process, profile), max_size=None, proxy=None) as socket:
             yield Tab(socket)
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # a distribution's browser is a script around the program
         process.wait(timeout=20)
 
 

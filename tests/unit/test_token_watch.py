@@ -125,11 +125,13 @@ def test_what_the_loss_skips_is_marked() -> None:
 
 
 def test_long_answers_are_kept_from_their_beginning() -> None:
-    scored = make_scored(1, response_tokens=(MOST_TOKENS + 88, MOST_TOKENS + 89))
-    (found,) = records_of(scored, 1, chunk=100).values()
-    assert found.values["response_tokens"] == MOST_TOKENS + 88
-    for name in ("ids", "student_logprobs", "teacher_logprobs", "kl", "counted", "student_top", "teacher_top"):
-        assert len(found.values[name]) == MOST_TOKENS
+    scored = make_scored(2, response_tokens=(MOST_TOKENS + 88, MOST_TOKENS + 89))
+    kept = records_of(scored, 2, chunk=100).values()
+    assert len(kept) == 2
+    for found in kept:
+        assert found.values["response_tokens"] == MOST_TOKENS + 88
+        for name in ("ids", "student_logprobs", "teacher_logprobs", "kl", "counted", "student_top", "teacher_top"):
+            assert len(found.values[name]) == MOST_TOKENS
 
 
 def test_a_keeper_begins_each_step_anew() -> None:
