@@ -19,6 +19,7 @@ from common.schema import ScoredTrajectory
 from common.weights import TensorSpec
 from learner.batching import TrainingBatch, empty_batch, loss_tokens, sequence_of, training_batch
 from learner.export import WeightView, full_shape, replace_folder
+from learner.host_memory import give_back_freed
 from learner.layout import PADDED
 from learner.lora import save_adapter
 from learner.objective import METRICS, Objective
@@ -236,6 +237,8 @@ class LearnerEngine:
             tokens=self._tokens.records(self._config.loss),
         )
         self._begin_step()
+        if self._device.type == "cpu":
+            give_back_freed()
         return report
 
     def _update(self, denominator: int, lr: float) -> bool:
