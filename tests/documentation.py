@@ -17,7 +17,7 @@ FENCE = re.compile(r"^```(?P<language>\w*)(?P<attributes>[^\n]*)\n(?P<body>.*?)^
 NEEDS = re.compile(r'title="needs [^"]+"')
 """The marker of a block that not every machine can run: ```` ```console title="needs a Ray cluster" ````."""
 ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=.*")
-ENDS = (">", ">>", "|", "&&", ";")
+ENDS = ("<", ">", ">>", "|", "&&", ";")
 
 
 @dataclass(frozen=True)
