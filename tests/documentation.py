@@ -59,7 +59,7 @@ def simple_commands(line: str) -> Iterator[tuple[str, ...]]:
     redirected = False
     for token in [*lexer, ";"]:
         if token in ENDS:
-            redirected = token in (">", ">>")
+            redirected = token in ("<", ">", ">>")
             if not redirected:
                 if words:
                     yield tuple(words)
