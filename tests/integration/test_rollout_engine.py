@@ -21,6 +21,7 @@ from common.weights import SyncManifest, TensorSpec
 from learner.parity import ParityError, ParityGate
 from learner.publish import Sender, open_sender
 from rollout_workers.engine import RolloutEngine, RolloutError
+from rollout_workers.lost import EngineLost
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -277,3 +278,30 @@ async def test_an_engine_joins_again_and_follows_over_every_wire(pair: Pair, wir
     await join_anew(pair, SyncConfig(timeout_s=60, **settings))
     for _ in range(2):
         await follows(pair)
+
+
+class Silent:
+    """vLLM's client when its engine's process dies during a control call: the call is never answered."""
+
+    def __init__(self) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self.errored = False
+        self.dead_error = EngineDeadError()
+        self.asked = asyncio.Event()
+
+    async def sleep(self, level: int) -> None:
+        self.asked.set()
+        await asyncio.Event().wait()
+
+
+async def test_an_engine_that_dies_in_a_control_call_is_noticed() -> None:
+    silent = Silent()
+    engine = RolloutEngine(silent, None, 256, SyncConfig())
+    call = asyncio.create_task(engine.sleep())
+    await silent.asked.wait()
+    done, _ = await asyncio.wait({call}, timeout=1.5)
+    assert not done  # it may take as long as it likes while the engine lives
+    silent.errored = True
+    with pytest.raises(EngineLost):
+        await asyncio.wait_for(call, timeout=5)
