@@ -26,7 +26,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
 
-<!-- Written by `python -m deploy.docs` from common/config.py: edit the docstrings there. -->
+<!-- Written by `python -m deploy.docs` from the classes in common/config*.py: edit their docstrings. -->
 
 One YAML file describes a run, section by section; `opcd train CONFIG key=value …` overrides single keys, `null` unsets
 one. Unknown keys and bad values are refused with the nearest valid one before anything starts, and
@@ -134,7 +134,7 @@ def default_of(field: FieldInfo) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Write the page, or with ``--check`` say whether it is current."""
     return write_or_check(
-        PAGE, page(), list(arguments), is_not_what="common/config.py says", command="python -m deploy.docs"
+        PAGE, page(), list(arguments), is_not_what="common/config*.py say", command="python -m deploy.docs"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.config import Fraction, NonNegative, Positive, PositiveFloat, Section
+from common.config_base import Fraction, NonNegative, Positive, PositiveFloat, Section
 
 Seconds = Annotated[float, Field(ge=0)]
 
