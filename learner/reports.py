@@ -45,7 +45,7 @@ class AccumulateReport:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One optimiser step, equal on every rank.
+    """One optimiser step, equal on every rank but for what is said to be of "this rank".
 
     ``weight_version`` counts finished steps, skipped ones too (their weights equal the version before).
     ``metrics`` are global means over the step's loss tokens, and `loss grad_norm update_norm lr`; ``nonfinite`` names

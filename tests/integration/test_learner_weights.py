@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,8 @@ def test_a_deterministic_step_does_not_see_the_order_of_arrival(one: Ranks, tiny
     ((a, report, _),) = one.call(step, config, [[scored[:3], scored[3:]]])
     ((b, again, reports),) = one.call(step, config, [[scored[5:], scored[4::-1]]])
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert report == again
+    assert replace(report, tokens=()) == replace(again, tokens=())
+    assert [kept.values for kept in report.tokens] == [kept.values for kept in again.tokens]
     assert [r.sequences for r in reports] == [2, 5]
     ((usual, _, _),) = one.call(step, learner_config(tiny_model), [[scored]])
     assert relative_difference(a, usual) < 1e-2  # Adam at its usual eps
@@ -243,7 +245,7 @@ def test_ranks_as_ray_actors(tiny_model: Path, tmp_path: Path) -> None:
     reports = ray.get([ranks[0].accumulate.remote(*refs[:3]), ranks[1].accumulate.remote(refs[3])])
     assert [report.sequences for report in reports] == [3, 1]
     steps = ray.get([rank.finish_step.remote(*totals(scored)) for rank in ranks])
-    assert steps[0] == steps[1]
+    assert replace(steps[0], tokens=()) == replace(steps[1], tokens=())
     ray.get([rank.save.remote(str(tmp_path / "out")) for rank in ranks])
     after, before = weights_of(tmp_path / "out"), weights_of(tiny_model)
     change = {name: after[name] - before[name] for name in before}
