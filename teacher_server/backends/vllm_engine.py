@@ -64,10 +64,15 @@ class ScoringEngine:
             os.environ["OMP_NUM_THREADS"] = str(config.threads)
         try:
             from vllm import LLM
+            from vllm.v1.executor.uniproc_executor import UniProcExecutor
         except ImportError as error:
             raise BackendError(f"teacher.backend `vllm` needs vLLM, which cannot be imported here: {error}") from error
+        # On CPU vLLM would put one worker, too, into a process of its own, to set OpenMP up, and wait for it on a core
+        # of its own. The engine's process is set up by the variables above.
+        alone = not gpu and config.tensor_parallel_size == 1
+        executor = {"distributed_executor_backend": UniProcExecutor} if alone else {}
         try:
-            return LLM(model=self._model, dtype=dtype, **engine_settings(config, gpu=gpu))
+            return LLM(model=self._model, dtype=dtype, **engine_settings(config, gpu=gpu), **executor)
         except (RuntimeError, ValueError) as error:
             raise BackendError(f"vLLM cannot start: {error}") from error
 
