@@ -15,8 +15,6 @@ ONLY ?=
 PACKAGES := common rollout_workers teacher_server learner deploy tests
 VENV := .venv
 BIN := $(VENV)/bin
-# DeepSpeed calls the `ninja` of the environment.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP := $(VENV)/.setup-done
 LOCKS := deploy/requirements/cpu.txt deploy/requirements/cpu-nodeps.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sysconfig
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -212,8 +211,6 @@ app.command()(cli_compare.compare)
 
 def main() -> None:
     """Entry of the ``opcd`` script."""
-    # An environment that was not activated is not on PATH, and DeepSpeed calls the `ninja` that lies in it.
-    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     app()
 
 

@@ -141,12 +141,10 @@ def _plugin(machine: Machine) -> Check:
 
 
 def _compiler(machine: Machine) -> Check:
-    needed = {"C++ compiler": machine.compiler, "ninja": machine.ninja, "Python.h": machine.python_headers}
+    needed = {"C++ compiler": machine.compiler, "Python.h": machine.python_headers}
     missing = [name for name, there in needed.items() if not there]
     if missing:
-        remedy = f"missing: {', '.join(missing)}; DeepSpeed compiles a part at its first start"
-        if "ninja" in missing:
-            remedy += "; ninja is in the environment's bin folder, which must be on PATH"
+        remedy = f"missing: {', '.join(missing)}; vLLM compiles a part of its sampler at its first answer"
         return Check("compiler", "broken", str(machine.compiler), remedy)
     return Check("compiler", "ok", str(machine.compiler))
 

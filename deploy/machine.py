@@ -47,7 +47,6 @@ class Machine:
     cpu_flags: frozenset[str]
     gpus: tuple[Gpu, ...]
     compiler: str | None
-    ninja: str | None
     python_headers: bool
 
 
@@ -68,7 +67,6 @@ def look() -> Machine:
         cpu_flags=cpu_flags(),
         gpus=cuda_devices(),
         compiler=find_compiler(),
-        ninja=shutil.which("ninja"),
         python_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
     )
 

@@ -13,7 +13,7 @@ elif ! "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.p
     missing+=("the headers of $python, Python.h (on Debian and Ubuntu: the package python3-dev)")
 fi
 if ! command -v "${CXX:-g++}" >/dev/null && ! command -v clang++ >/dev/null; then
-    missing+=("a C++ compiler, g++ or clang++ (DeepSpeed compiles its CPU communication at first use)")
+    missing+=("a C++ compiler, g++ or clang++ (vLLM compiles a part of its sampler at first use)")
 fi
 
 if ((${#missing[@]})); then

@@ -20,7 +20,7 @@ COPY . .
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM python:${PYTHON}
-# g++: DeepSpeed compiles its CPU communication at first use. libnuma1: vLLM's kernels are linked to it.
+# g++: vLLM compiles a part of its sampler at first use. libnuma1: vLLM's kernels are linked to it.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libnuma1 \

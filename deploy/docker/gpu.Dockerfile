@@ -27,7 +27,7 @@ RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM nvidia/cuda:${CUDA}
 ENV DEBIAN_FRONTEND=noninteractive
-# The compiler and Python's headers: DeepSpeed and Triton build small extensions at first use.
+# The compiler and Python's headers: Triton builds small extensions at first use.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libnuma1 python3 python3-dev \
