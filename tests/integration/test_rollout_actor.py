@@ -58,11 +58,11 @@ def worker(tiny_model: Path) -> Iterator[Any]:
     ray.kill(handle)  # without a word: the engine has no chance to shut down
     deadline = time.monotonic() + 15
     engines = {pid for pid in children if "VLLM" in command_of(pid)}
-    assert engines
     while alive(engines) and time.monotonic() < deadline:
         time.sleep(0.2)
     left = alive(engines)
     ray.shutdown()
+    assert engines
     assert not left
 
 
