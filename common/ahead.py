@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeVar, cast
 
 T = TypeVar("T")
 
@@ -20,5 +20,5 @@ def ahead(source: Iterator[T]) -> Generator[T]:
         coming = pool.submit(next, source, _END)
         while (item := coming.result()) is not _END:
             coming = pool.submit(next, source, _END)
-            yield item  # type: ignore[misc]
+            yield cast(T, item)
             del item  # its memory may be that of the next but one

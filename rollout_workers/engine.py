@@ -208,12 +208,14 @@ class RolloutEngine:
         import asyncio
 
         task = asyncio.ensure_future(call)
-        with _engine_alive():
-            while not (await asyncio.wait({task}, timeout=LIFE_EVERY_S))[0]:
-                if self._engine.errored:
-                    task.cancel()
-                    raise self._engine.dead_error
-            await task
+        try:
+            with _engine_alive():
+                while not (await asyncio.wait({task}, timeout=LIFE_EVERY_S))[0]:
+                    if self._engine.errored:
+                        raise self._engine.dead_error
+                await task
+        finally:
+            task.cancel()
 
     async def _run(self, prompt: list[int], params: Any, request_id: str, pick: Any) -> Any:
         result: Any = None
