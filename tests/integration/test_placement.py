@@ -45,7 +45,7 @@ def test_actors_get_the_places_that_were_reserved_and_give_them_back(cluster: No
 
 def test_a_run_that_goes_on_waits_until_those_that_died_let_go(cluster: None) -> None:
     config = config_of(rollout={"gpus_per_worker": 3})
-    before = Placement.reserve(config)
+    before = Placement.reserve(config, patience_s=30)  # the test before has just let go
     threading.Timer(1.5, before.release).start()
     with pytest.raises(PlacementError):
         Placement.reserve(config)
