@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from common.schema import Prompt
 from learner.games import Turn
 
 STAND_IN_CHARACTERS = 256
-"""Of a context: enough for a tokenizer to do at its end what it does at the end of the whole."""
+"""Of a context, at least: see `end_of`."""
 
 Kind = tuple[bool, str | None]
 """Rows whose prompts share a context's tokens: raw text or not, the system message of a chat."""
@@ -38,7 +39,7 @@ class ContextDraw:
         self._turns = turns
         self._renderers = [renderer.under(one.text) for one in pool]
         apart = replace(renderer, contexts={}, without_shared_prefix=[])
-        self._short = [apart.under(one.text[-STAND_IN_CHARACTERS:]) for one in pool]
+        self._short = [apart.under(end_of(one.text)) for one in pool]
         self._prefixes: dict[tuple[int, Kind], str] = {}
         lengths = [0] * len(pool)
         for kind, turn in _one_of_each_kind(turns):
@@ -82,6 +83,19 @@ class ContextDraw:
             prompt = replace(short, context=prefix)
         game = prompt.game and replace(prompt.game, context=self._pool[index].text)
         return replace(prompt, game=game, context_id=self._pool[index].id)
+
+
+def end_of(text: str) -> str:
+    """So much of a context's end that a tokenizer does there what it does at the end of the whole.
+
+    Tokens reach back to a blank between words at most. So the end has one, not counting the blanks that it ends with,
+    however many those are.
+    """
+    words = len(text.rstrip())
+    length = STAND_IN_CHARACTERS
+    while length < words and re.search(r"\S\s+\S", text[words - length : words]) is None:
+        length *= 2
+    return text[max(words - length, 0) :]
 
 
 def _one_of_each_kind(turns: Sequence[Turn]) -> Iterator[tuple[Kind, Turn]]:

@@ -16,7 +16,7 @@ from common.config_file import load_config
 from common.contexts import PoolContext, check_context, drawn, pool_digest, read_pool
 from common.data import DataError, Row
 from learner.checkpoints import identity_of
-from learner.drawing import ContextDraw
+from learner.drawing import STAND_IN_CHARACTERS, ContextDraw, end_of
 from learner.games import Turn, first_turn
 from learner.inputs import read_inputs
 from learner.samples import SampleSource
@@ -140,7 +140,13 @@ def merging_tokenizer(*, split: bool) -> Any:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
     backend.decoder = decoders.ByteLevel()
-    text = ["Be brief.\n\nHow is it?", "Be kind.\n\nHello there.", "rules rules rules\n\n\n7 is odd", "=\n\n=\n("] * 9
+    text = [
+        "Be brief.\n\nHow is it?",
+        "Be kind.\n\nHello there.",
+        "rules rules rules\n\n\n7 is odd",
+        "=\n\n=\n(",
+        "\n" * 64,
+    ] * 9
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
@@ -148,7 +154,7 @@ def merging_tokenizer(*, split: bool) -> Any:
     )
     backend.train_from_iterator(text, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("role }}\n", "role }}:")
     return tokenizer
 
 
@@ -162,6 +168,8 @@ def test_a_context_put_before_a_row_is_what_rendering_the_whole_gives(split: boo
         for end in ("", ".", "\n", "\n\n", " =", " how")
         for n in [n + len(end)]
     ]
+    # Blanks for more than a stand-in, an odd number: the last of them is one token with what a row begins with.
+    pool.append(PoolContext(id="-", text="- be kind" + "\n" * 299))
     pool = [one.model_copy(update={"id": f"c{i}"}) for i, one in enumerate(pool)]
     starts = ("How", "\nHello", "\n\n7", "(", " x", "=\n", "Zzz", "\u00e9t\u00e9", "7")
     rows = [chat(f"r{i}", f"{start} is it? {i}") for i, start in enumerate(starts)]
@@ -192,6 +200,27 @@ def test_a_long_context_is_not_rendered_again_for_every_sample(monkeypatch: pyte
         draw(key % 4, f"{key}")
     assert lengths
     assert max(lengths) < 400
+
+
+@pytest.mark.parametrize("text", ["", "short", "word " * 400, "word " * 400 + " " * 300, "x" * 900, "a " + "x" * 900])
+def test_the_end_of_a_context_has_a_word_that_is_whole(text: str) -> None:
+    end = end_of(text)
+    assert text.endswith(end)
+    assert len(end) < 1200
+    assert end == text or (" word " in end and len(end.rstrip()) >= STAND_IN_CHARACTERS - 1)
+
+
+def test_a_template_that_looks_at_the_whole_context_is_given_the_whole() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_start|>", "<|im_start|>{{ messages[0]['content'][:9] }}", 1)
+    pool = [PoolContext(id=name, text=f"{name} rules. " * 99) for name in ("first", "other")]
+    renderer = Renderer(tokenizer, "unused", StudentConfig(model="unused"))
+    row = chat("a", "Hi")
+    draw = ContextDraw(pool, renderer, 0, [Turn(row)])
+    for one in pool:
+        alone = Renderer(tokenizer, one.text, StudentConfig(model="unused"))
+        whole = teacher_sequence(alone.render(row), alone.contexts)
+        assert teacher_sequence(draw.under(one.id, Turn(row)), renderer.contexts) == whole
 
 
 def test_every_context_is_known_before_the_first_draw() -> None:
