@@ -35,7 +35,7 @@ class TeacherActor:
             from teacher_server.serve import build_service, start_in_thread
 
             host, key = self._config.host, self._api_key
-            auth = authenticator(host, None, allow_anonymous=True) if key is None else single_key(key)
+            auth = authenticator(host, None, allow_anonymous=True, environ={}) if key is None else single_key(key)
             self._service = build_service(self._config)
             self._server = start_in_thread(self._service, self._config, auth)
         return self._server.url

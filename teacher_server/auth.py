@@ -1,16 +1,18 @@
 """Who asks: bearer keys of tenants, kept as hashes only.
 
-A key file has one line per key, ``TENANT SHA256_HEX``; ``#`` starts a comment. Keys are 256 random bits, so a plain
-hash of one tells nothing about it. Several keys of one tenant may stand side by side while they are being changed.
+A key file has one line per key, ``TENANT SHA256_HEX``; ``#`` starts a comment. The environment variable
+`KEYS_VARIABLE` may hold the same lines, commas between them or line ends. Keys are 256 random bits, so a plain hash of
+one tells nothing about it. Several keys of one tenant may stand side by side while they are being changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,9 @@ ANONYMOUS = "anonymous"
 
 OPERATOR = "operator"
 """The tenant whose keys may read ``/metrics``, which show all runs."""
+
+KEYS_VARIABLE = "OPCD_TEACHER_KEYS"
+"""The environment variable that may stand in a key file's place."""
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
@@ -81,23 +86,38 @@ def single_key(key: str, tenant: str = "run") -> Authenticator:
     return Authenticator(((tenant, bytes.fromhex(key_digest(key))),))
 
 
-def authenticator(host: str, keys_file: Path | None, *, allow_anonymous: bool) -> Authenticator:
-    """From the configuration; raises TeacherError where everybody could score and nobody said so."""
+def authenticator(
+    host: str, keys_file: Path | None, *, allow_anonymous: bool, environ: Mapping[str, str] = os.environ
+) -> Authenticator:
+    """From the configuration and the environment.
+
+    Raises TeacherError where everybody could score and nobody said so, or where it is unclear which keys are meant.
+    """
+    text = environ.get(KEYS_VARIABLE)
+    if keys_file is not None and text is not None:
+        raise TeacherError(f"teacher.keys_file and {KEYS_VARIABLE} are both set: keep one of them")
     if keys_file is not None:
-        found = read_keys(keys_file)
-        if not found.digests:
-            raise TeacherError(f"teacher.keys_file {keys_file} holds no key: add one with `opcd key TENANT`")
-        return found
+        return _with_keys(read_keys(keys_file), f"teacher.keys_file {keys_file}")
+    if text is not None:
+        lines = text.replace(",", "\n").splitlines()
+        return _with_keys(Authenticator(tuple(_parse(lines, KEYS_VARIABLE))), KEYS_VARIABLE)
     if not allow_anonymous:
         raise TeacherError(
-            "this teacher has no keys: set teacher.keys_file (`opcd key TENANT` makes one), "
+            f"this teacher has no keys: set teacher.keys_file or {KEYS_VARIABLE} (`opcd key TENANT` makes one), "
             "or teacher.allow_anonymous=true on a loopback address"
         )
     if host not in LOOPBACK:
         raise TeacherError(
-            f"teacher.allow_anonymous is for loopback addresses, teacher.host is {host}: set teacher.keys_file"
+            f"teacher.allow_anonymous is for loopback addresses, teacher.host is {host}: "
+            f"set teacher.keys_file or {KEYS_VARIABLE}"
         )
     return Authenticator()
+
+
+def _with_keys(found: Authenticator, where: str) -> Authenticator:
+    if not found.digests:
+        raise TeacherError(f"{where} holds no key: add one with `opcd key TENANT`")
+    return found
 
 
 def _parse(lines: Sequence[str], path: str) -> Iterable[tuple[str, bytes]]:

@@ -9,6 +9,7 @@ import pytest
 from common.scoring import TeacherError
 from teacher_server.auth import (
     ANONYMOUS,
+    KEYS_VARIABLE,
     Authenticator,
     NotAuthorised,
     authenticator,
@@ -64,6 +65,23 @@ def test_nobody_scores_anonymously_by_accident(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="cannot be read"):
         authenticator("127.0.0.1", tmp_path / "none", allow_anonymous=True)
     assert authenticator("::1", None, allow_anonymous=True).tenant(None) == ANONYMOUS
+
+
+def test_keys_of_the_environment(tmp_path: Path) -> None:
+    """The lines of a key file, in a variable; without a doubt which of the two counts."""
+    (red, red_digest), (blue, blue_digest) = new_key(), new_key()
+    for between in ("\n", ",", " ,\n"):
+        environ = {KEYS_VARIABLE: f"red {red_digest}{between}blue {blue_digest}"}
+        auth = authenticator("0.0.0.0", None, allow_anonymous=False, environ=environ)
+        assert (auth.tenant(f"Bearer {red}"), auth.tenant(f"Bearer {blue}")) == ("red", "blue")
+    with pytest.raises(TeacherError, match="both set"):
+        authenticator("0.0.0.0", write(tmp_path, f"red {red_digest}"), allow_anonymous=False, environ=environ)
+    for empty in ("", " ,", "# red"):  # a variable that is there and holds nothing lets nobody in
+        with pytest.raises(TeacherError, match="holds no key"):
+            authenticator("127.0.0.1", None, allow_anonymous=True, environ={KEYS_VARIABLE: empty})
+    with pytest.raises(TeacherError, match=f"{KEYS_VARIABLE}:2:") as caught:
+        authenticator("0.0.0.0", None, allow_anonymous=False, environ={KEYS_VARIABLE: f"red {red_digest},{blue}"})
+    assert blue not in str(caught.value)
 
 
 def test_metrics_are_for_the_operator() -> None:
