@@ -21,8 +21,14 @@ def compare(
     ] = None,
     methods: Annotated[str, typer.Option(help="Which, with commas between.")] = "opcd,offpolicy,sequence,pg,in_context",
     seeds: Annotated[str, typer.Option(help="Which, with commas between: each method is run with each.")] = "0,1,2",
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE,VALUE", help="A setting that is varied: each method is run with each value."),
+    ] = None,
 ) -> None:
     """Train by every method with every seed and write one table: runs/NAME-compare/compare.md, .json and .html.
+
+    --vary loss.top_k=1,16,256 has one row a value; given twice, one for every combination.
 
     Runs follow one another. What is finished under the same configuration is not run again, what was cut off with a
     checkpoint goes on: after an interrupt, give the same command. A run that fails is a line of the table.
@@ -36,10 +42,11 @@ def compare(
             numbers = [int(seed) for seed in _listed(seeds)]
         except ValueError as error:
             raise ConfigError(f"--seeds {seeds!r}: whole numbers with commas between") from error
-        runs = plan(config, overrides or (), chosen, numbers)
+        runs = plan(config, overrides or (), chosen, numbers, vary or ())
         root = root_of(load_config(config, overrides or ()))
     progress = Progress()
     words = ["opcd compare", config, *(overrides or ()), f"--methods {methods}", f"--seeds {seeds}"]
+    words += [f"--vary {setting}" for setting in vary or ()]
     try:
         table = comparison.compare(runs, chosen, root, " ".join(words), progress, comparison.train_apart)
     except KeyboardInterrupt:

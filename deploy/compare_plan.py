@@ -1,12 +1,14 @@
-"""Which runs a comparison consists of: every method with every seed, each an ordinary configuration. Pure but for files
-that are looked at.
+"""Which runs a comparison consists of: each method under each setting with each seed, all ordinary configurations.
+Pure but for files that are looked at.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,6 +16,8 @@ from common.config import Config, ConfigError
 from common.config_file import dump_config, load_config
 
 Method = Literal["opcd", "offpolicy", "sequence", "pg", "in_context"]
+Settings = tuple[str, ...]
+"""Overrides, ``KEY=VALUE``, that a comparison varies."""
 METHODS: tuple[Method, ...] = get_args(Method)
 TITLES: dict[Method, str] = {
     "opcd": "on-policy context distillation",
@@ -32,18 +36,36 @@ class PlannedRun:
     seed: int
     config: Config | None
     fault: str | None = None
+    settings: Settings = ()
 
     @property
     def name(self) -> str:
         """Of the run, and of its log."""
-        return f"{self.method}-{self.seed}"
+        return "-".join([self.method, *_slugs(self.settings), str(self.seed)])
+
+    @property
+    def arm(self) -> str:
+        """What its result is a row of: all seeds of one method under the same settings."""
+        return " ".join([self.method, *self.settings])
+
+    @property
+    def title(self) -> str:
+        """Of that row."""
+        return ", ".join([TITLES[self.method], *self.settings])
 
 
-def plan(path: str | Path, overrides: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[PlannedRun]:
+def plan(
+    path: str | Path,
+    overrides: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    varied: Sequence[str] = (),
+) -> list[PlannedRun]:
     """All runs, seed by seed, so that a comparison that is cut off has whole seeds.
 
-    `in_context` is no run of its own: every run measures it before its first step. Raises ConfigError for an unknown
-    method, a repeated one or seed, nothing to train, or a configuration that is wrong by itself.
+    `varied` are ``KEY=VALUE,VALUE…``: every method is run with every combination of their values. `in_context` is no
+    run of its own: every run measures it before its first step. Raises ConfigError for an unknown method, a repeated
+    one or seed, nothing to train, or a configuration that is wrong by itself.
     """
     for method in methods:
         if method not in METHODS:
@@ -57,7 +79,33 @@ def plan(path: str | Path, overrides: Sequence[str], methods: Sequence[str], see
     whole = load_config(path, overrides)
     if whole.data.eval is None:
         raise ConfigError("data.eval is not set: there is nothing to compare on")
-    return [_planned(path, overrides, whole, method, seed) for seed in seeds for method in trained]
+    runs = [
+        _planned(path, overrides, whole, method, settings, seed)
+        for seed in seeds
+        for method in trained
+        for settings in _combinations(varied)
+    ]
+    if len({run.name for run in runs}) < len(runs):
+        raise ConfigError(f"--vary {' '.join(varied)}: two of the values would give runs of one name")
+    return runs
+
+
+def _combinations(varied: Sequence[str]) -> list[Settings]:
+    """Every choice of one value for each key; raises ConfigError."""
+    choices = []
+    for text in varied:
+        key, _, values = text.partition("=")
+        listed = [value.strip() for value in values.split(",")]
+        if not key or not all(listed):
+            raise ConfigError(f"--vary {text!r}: KEY=VALUE,VALUE with a value between all commas")
+        choices.append([f"{key.strip()}={value}" for value in listed])
+    return list(itertools.product(*choices))
+
+
+def _slugs(settings: Settings) -> list[str]:
+    """For names of files: ``loss.top_k=16`` is ``top_k_16``."""
+    pairs = (setting.partition("=") for setting in settings)
+    return [re.sub(r"[^A-Za-z0-9.]+", "_", f"{key.split('.')[-1]}_{value}") for key, _, value in pairs]
 
 
 def root_of(config: Config) -> Path:
@@ -65,16 +113,22 @@ def root_of(config: Config) -> Path:
     return config.run.dir / f"{config.run.name}-compare"
 
 
-def _planned(path: str | Path, overrides: Sequence[str], whole: Config, method: Method, seed: int) -> PlannedRun:
+def _planned(
+    path: str | Path, overrides: Sequence[str], whole: Config, method: Method, settings: Settings, seed: int
+) -> PlannedRun:
+    run = PlannedRun(method, seed, None, settings=settings)
     root = root_of(whole)
-    identity = [f"run.dir={root}", f"run.name={method}-{seed}", f"run.seed={seed}"]
+    identity = [f"run.dir={root}", f"run.name={run.name}", f"run.seed={seed}"]
+    answers = root / "answers" / f"{'-'.join([*_slugs(settings), f'seed-{seed}'])}.jsonl"
     try:
-        return PlannedRun(method, seed, load_config(path, [*overrides, *_keys(whole, method, seed), *identity]))
+        varied = load_config(path, [*overrides, *settings])
+        keys = _keys(varied, method, answers)
+        return replace(run, config=load_config(path, [*overrides, *settings, *keys, *identity]))
     except ConfigError as error:
-        return PlannedRun(method, seed, None, str(error))
+        return replace(run, fault=str(error))
 
 
-def _keys(config: Config, method: Method, seed: int) -> list[str]:
+def _keys(config: Config, method: Method, answers: Path) -> list[str]:
     """What makes a run of `config` one of `method`; batch, steps, optimiser and sampling stay."""
     own = ["rollout.source=student", "rollout.answers_file=null"]
     if method == "opcd":
@@ -89,7 +143,7 @@ def _keys(config: Config, method: Method, seed: int) -> list[str]:
     keys = [
         "rollout.source=teacher",
         # Off-policy and sequence-level learn from the very same answers.
-        f"rollout.answers_file={root_of(config) / 'answers' / f'seed-{seed}.jsonl'}",
+        f"rollout.answers_file={answers}",
         "rollout.max_staleness=0",
         "rollout.over_issue=0",
         "loss.importance_clip=null",

@@ -1,4 +1,4 @@
-"""The result of a comparison: one row a method, with intervals over rows and seeds; as Markdown and as JSON."""
+"""The result of a comparison: a row for each method and setting, intervals over rows and seeds; Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from typing import Any
 
 from common.evaluation import Change, Interval
 from common.over_seeds import Rows, accuracy_over_seeds, change_over_seeds, gap_closed_over_seeds
-from deploy.compare_plan import TITLES, Method, PlannedRun
-
-REFERENCE: Method = "opcd"
-"""What the others are compared with, pair by pair."""
+from deploy.compare_plan import METHODS, TITLES, PlannedRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +48,35 @@ def read(run: PlannedRun) -> Outcome:
 
 
 def compared(outcomes: Sequence[Outcome], methods: Sequence[str]) -> dict[str, Any]:
-    """The content of ``compare.json``."""
-    finished = [one for one in outcomes if isinstance(one, Finished)]
-    by_seed = {one.run.seed: one for one in reversed(finished)}
-    before = {
-        name: _untrained([one.rows[name] for one in by_seed.values()])
-        for name in ("base", "in_context")
-        if by_seed and (name == "base" or name in methods) and all(name in one.rows for one in by_seed.values())
-    }
-    trained = [method for method in TITLES if any(one.run.method == method for one in outcomes)]
+    """The content of ``compare.json``. The first row is what the others are compared with, pair by pair."""
+    arms = list(dict.fromkeys(one.run.arm for one in sorted(outcomes, key=lambda one: METHODS.index(one.run.method))))
+    reference = arms[0] if arms else ""
     return {
         "seeds": sorted({one.run.seed for one in outcomes}),
-        "before": before,
-        "methods": {method: _method(method, outcomes) for method in trained},
+        "reference": reference,
+        "before": _before(outcomes, methods),
+        "arms": {arm: _arm([one for one in outcomes if one.run.arm == arm], reference, outcomes) for arm in arms},
         "runs": [_run(one) for one in outcomes],
     }
+
+
+def _before(outcomes: Sequence[Outcome], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Accuracies before training, without and in context; once where all settings have the same."""
+    found: dict[str, dict[str, Any]] = {}
+    for settings in dict.fromkeys(one.run.settings for one in outcomes):
+        own = [one for one in outcomes if isinstance(one, Finished) and one.run.settings == settings]
+        by_seed = {one.run.seed: one for one in reversed(own)}
+        for name, title in (("base", "without context, before"), ("in_context", TITLES["in_context"])):
+            asked = name == "base" or name in methods
+            if by_seed and asked and all(name in one.rows for one in by_seed.values()):
+                result = _untrained([one.rows[name] for one in by_seed.values()])
+                found[", ".join([title, *settings])] = {"set": name, "title": title, **result}
+    alike = all(
+        len({json.dumps(one) for one in found.values() if one["set"] == name}) == 1
+        for name in {one["set"] for one in found.values()}
+    )
+    by_title = {one["title"]: one for one in found.values()} if alike else found
+    return [{**one, "title": title} for title, one in by_title.items()]
 
 
 def _untrained(rows: Sequence[Rows]) -> dict[str, Any]:
@@ -73,12 +84,12 @@ def _untrained(rows: Sequence[Rows]) -> dict[str, Any]:
     return {"accuracy": found.accuracy, "ci95": found.ci95, "n": found.n, "seeds": len(rows)}
 
 
-def _method(method: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    own = [one for one in outcomes if one.run.method == method]
+def _arm(own: Sequence[Outcome], reference: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    arm, title = own[0].run.arm, own[0].run.title
     runs = {one.run.seed: one for one in own if isinstance(one, Finished)}
     faults = [f"seed {one.run.seed}: {one.why}" for one in own if isinstance(one, Failed)]
     if not runs:
-        return {"runs": 0, "planned": len(own), "faults": faults}
+        return {"title": title, "runs": 0, "planned": len(own), "faults": faults}
     each = list(runs.values())
     final = accuracy_over_seeds([one.rows["final"] for one in each])
     gap, interval = None, None
@@ -86,6 +97,7 @@ def _method(method: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         base, in_context, after = ([one.rows[name] for one in each] for name in ("base", "in_context", "final"))
         gap, interval = gap_closed_over_seeds(base, in_context, after)
     return {
+        "title": title,
         "runs": len(runs),
         "planned": len(own),
         "faults": faults,
@@ -94,22 +106,20 @@ def _method(method: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "n": final.n,
         "gap_closed": gap,
         "gap_closed_ci95": interval,
-        "against_opcd": _against(method, runs, outcomes),
+        "against_reference": None if arm == reference else _against(reference, runs, outcomes),
         "ood": {name: _ood(name, each) for name in each[0].summary["ood"]},
         "perplexity": {name: _perplexity(name, each) for name in each[0].summary["perplexity"]},
         "seconds": statistics.fmean(one.summary["time_s"]["total"] for one in each),
     }
 
 
-def _against(method: str, runs: Mapping[int, Finished], outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
+def _against(reference: str, runs: Mapping[int, Finished], outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     """Accuracy minus that of the reference, over seeds that both have."""
-    if method == REFERENCE:
-        return None
-    reference = {o.run.seed: o for o in outcomes if isinstance(o, Finished) and o.run.method == REFERENCE}
-    seeds = sorted(runs.keys() & reference.keys())
+    first = {o.run.seed: o for o in outcomes if isinstance(o, Finished) and o.run.arm == reference}
+    seeds = sorted(runs.keys() & first.keys())
     if not seeds:
         return None
-    found = change_over_seeds([reference[s].rows["final"] for s in seeds], [runs[s].rows["final"] for s in seeds])
+    found = change_over_seeds([first[s].rows["final"] for s in seeds], [runs[s].rows["final"] for s in seeds])
     return {"change": found.change, "ci95": found.ci95, "seeds": len(seeds)}
 
 
@@ -126,7 +136,7 @@ def _perplexity(name: str, runs: Sequence[Finished]) -> dict[str, Any]:
 
 def _run(outcome: Outcome) -> dict[str, Any]:
     run = outcome.run
-    shared = {"method": run.method, "seed": run.seed}
+    shared = {"arm": run.arm, "seed": run.seed}
     if isinstance(outcome, Failed):
         return {**shared, "outcome": outcome.why}
     summary = outcome.summary
@@ -146,27 +156,22 @@ def _run(outcome: Outcome) -> dict[str, Any]:
 
 def markdown(result: Mapping[str, Any], command: str) -> str:
     """The content of ``compare.md``: the table, its runs, and how to read it."""
-    tasks = sorted({name for one in result["methods"].values() for name in one.get("ood", {})})
-    texts = sorted({name for one in result["methods"].values() for name in one.get("perplexity", {})})
-    head = ["method", "runs", "accuracy", "gap closed", "against opcd"]
+    arms = result["arms"].values()
+    tasks = sorted({name for one in arms for name in one.get("ood", {})})
+    texts = sorted({name for one in arms for name in one.get("perplexity", {})})
+    head = ["method", "runs", "accuracy", "gap closed", f"against {result['reference']}"]
     head += [*(f"change on {name}" for name in tasks), *(f"{name}, nats a token" for name in texts), "seconds a run"]
     width = len(head)
-    rows = [
-        [title, "", _share(found["accuracy"], found["ci95"]), *[""] * (width - 3)]
-        for name, title in (("base", "without context, before"), ("in_context", TITLES["in_context"]))
-        if (found := result["before"].get(name)) is not None
-    ]
-    rows += [_cells(TITLES[method], one, tasks, texts, width) for method, one in result["methods"].items()]
-    faults = [f"- {TITLES[method]}, {why}" for method, one in result["methods"].items() for why in one["faults"]]
-    each = [
-        [one["method"], str(one["seed"]), *_run_cells(one)] for one in result["runs"] if one["outcome"] == "finished"
-    ]
+    rows = [[one["title"], "", _share(one["accuracy"], one["ci95"]), *[""] * (width - 3)] for one in result["before"]]
+    rows += [_cells(one, tasks, texts, width) for one in arms]
+    faults = [f"- {one['title']}, {why}" for one in arms for why in one["faults"]]
+    each = [[one["arm"], str(one["seed"]), *_run_cells(one)] for one in result["runs"] if one["outcome"] == "finished"]
     parts = [
         "# Methods compared",
         f"`{command}`",
         _table(head, rows),
-        "Means over seeds and rows; brackets are 95% intervals that know of both (docs/evaluation.md). *Against opcd*: "
-        "accuracy minus that of on-policy context distillation, paired by row and seed.",
+        "Means over seeds and rows; brackets are 95% intervals that know of both (docs/evaluation.md). *Against* "
+        "another: accuracy minus its accuracy, paired by row and seed.",
         *(["## Runs without a result", "\n".join(faults)] if faults else []),
         "## Runs",
         _table(["method", "seed", "accuracy", "gap closed", "divergence, first", "last", "seconds"], each),
@@ -174,11 +179,12 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _cells(title: str, one: Mapping[str, Any], tasks: Sequence[str], texts: Sequence[str], width: int) -> list[str]:
+def _cells(one: Mapping[str, Any], tasks: Sequence[str], texts: Sequence[str], width: int) -> list[str]:
+    title = one["title"]
     runs = f"{one['runs']}/{one['planned']}"
     if not one["runs"]:
         return [title, runs, "failed", *[""] * (width - 3)]
-    against = one["against_opcd"]
+    against = one["against_reference"]
     return [
         title,
         runs,

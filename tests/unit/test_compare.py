@@ -137,6 +137,41 @@ def test_a_run_that_was_cut_off_goes_on_from_its_own_checkpoint_only(path: Path)
     assert not can_resume(plan(path, ["learner.lr=1e-3"], ["opcd"], [0])[0])
 
 
+def test_every_method_under_every_setting_is_an_arm(path: Path) -> None:
+    varied = ["loss.top_k=1, 16", "learner.lr=1e-3,1e-4"]
+    runs = plan(path, [], ["opcd", "sequence"], [0, 1], varied)
+    assert len(runs) == 16
+    assert runs[0].name == "opcd-top_k_1-lr_1e_3-0"
+    assert runs[0].arm == "opcd loss.top_k=1 learner.lr=1e-3"
+    assert {(run.config.loss.top_k, run.config.learner.lr) for run in runs if run.config} == {
+        (k, lr) for k in (1, 16) for lr in (1e-3, 1e-4)
+    }
+    assert len({run.config.run.path for run in runs if run.config}) == 16
+    # What the teacher answers may depend on what is varied.
+    assert len({run.config.answers_path for run in runs if run.config and run.method == "sequence"}) == 8
+
+
+def test_a_setting_is_there_before_a_method_looks_at_the_configuration(path: Path) -> None:
+    kinds = {run.settings: run for run in plan(path, [], ["offpolicy"], [0], ["teacher.kind=frozen,base"])}
+    supports = {s: run.config.loss.support if run.config else run.fault for s, run in kinds.items()}
+    assert supports[("teacher.kind=frozen",)] == "teacher"
+    assert supports[("teacher.kind=base",)] != "teacher"
+
+
+@pytest.mark.parametrize(
+    ("varied", "named"),
+    [
+        (["loss.top_k"], "KEY=VALUE,VALUE"),
+        (["loss.top_k=1,"], "KEY=VALUE,VALUE"),
+        (["loss.top_k=1,1"], "of one name"),
+        (["student.model=a/b,a_b"], "of one name"),
+    ],
+)
+def test_settings_that_cannot_be_told_apart_are_refused(path: Path, varied: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        plan(path, [], ["opcd"], [0], varied)
+
+
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
@@ -157,9 +192,9 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is(path: Path, tmp_pa
 
     result = run_all(runs, tmp_path / "root", train)
     assert started == ["opcd-0", "pg-0", "opcd-1", "pg-1"]
-    assert result["methods"]["opcd"]["runs"] == 2
-    assert result["methods"]["pg"]["runs"] == 0
-    assert "out of memory" in result["methods"]["pg"]["faults"][0]
+    assert result["arms"]["opcd"]["runs"] == 2
+    assert result["arms"]["pg"]["runs"] == 0
+    assert "out of memory" in result["arms"]["pg"]["faults"][0]
     started.clear()
     run_all(runs, tmp_path / "root", train)
     assert started == ["pg-0", "pg-1"]
@@ -170,7 +205,8 @@ def test_what_an_earlier_try_left_is_not_taken_for_a_result(path: Path, tmp_path
     leave_result(old, "1111")
     (run,) = plan(path, [], ["opcd"], [0])
     result = run_all([run], tmp_path / "root", lambda run, log, hear: log.write_text("opcd: no GPU\n") and None)
-    assert result["methods"]["opcd"] == {"runs": 0, "planned": 1, "faults": [f"seed 0: no GPU ({_log(tmp_path)})"]}
+    found = result["arms"]["opcd"]
+    assert (found["runs"], found["planned"], found["faults"]) == (0, 1, [f"seed 0: no GPU ({_log(tmp_path)})"])
 
 
 def _log(folder: Path) -> Path:
@@ -188,8 +224,8 @@ def test_the_table_is_there_after_every_run(path: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_all(runs, tmp_path / "root", train)
     result = json.loads((tmp_path / "root/compare.json").read_text())
-    assert result["methods"]["opcd"]["accuracy"] == 0.75
-    assert result["methods"]["pg"]["faults"] == ["seed 0: not run yet"]
+    assert result["arms"]["opcd"]["accuracy"] == 0.75
+    assert result["arms"]["pg"]["faults"] == ["seed 0: not run yet"]
 
 
 def test_a_run_is_a_process_of_its_own_whose_lines_are_shown_and_kept(
@@ -234,23 +270,23 @@ def outcomes(path: Path) -> list[Outcome]:
 
 def test_means_are_over_seeds_and_rows(outcomes: list[Outcome]) -> None:
     result = compared(outcomes, ALL)
-    methods = result["methods"]
+    methods = result["arms"]
     assert methods["opcd"]["accuracy"] == pytest.approx(7 / 8)
     assert methods["opcd"]["ci95"][0] < 7 / 8 < methods["opcd"]["ci95"][1]
     assert methods["opcd"]["gap_closed"] == pytest.approx(7 / 8)
-    assert methods["offpolicy"]["against_opcd"]["change"] == pytest.approx(-0.25)
-    against = methods["sequence"]["against_opcd"]
+    assert methods["offpolicy"]["against_reference"]["change"] == pytest.approx(-0.25)
+    against = methods["sequence"]["against_reference"]
     assert (against["change"], against["seeds"]) == (pytest.approx(-0.5), 1)  # of the one seed that both have
-    assert methods["opcd"]["against_opcd"] is None
+    assert methods["opcd"]["against_reference"] is None
     assert methods["opcd"]["ood"]["other"]["change"] == pytest.approx(-0.25)
     prose = methods["opcd"]["perplexity"]["prose"]
     assert (prose["change"], prose["each"]) == (pytest.approx(0.15), pytest.approx([0.1, 0.2]))
     assert (methods["sequence"]["runs"], methods["sequence"]["planned"]) == (1, 2)
     assert (methods["pg"]["runs"], len(methods["pg"]["faults"])) == (0, 2)
-    assert result["before"]["base"]["accuracy"] == 0.0
-    assert result["before"]["in_context"]["accuracy"] == 1.0
-    assert result["before"]["base"]["seeds"] == 2
-    assert set(compared(outcomes, ["opcd"])["before"]) == {"base"}
+    base, in_context = result["before"]
+    assert (base["set"], base["accuracy"], base["seeds"]) == ("base", 0.0, 2)
+    assert (in_context["set"], in_context["accuracy"]) == ("in_context", 1.0)
+    assert [one["set"] for one in compared(outcomes, ["opcd"])["before"]] == ["base"]
 
 
 def test_the_page_has_a_line_for_every_method_and_says_what_failed(outcomes: list[Outcome]) -> None:
@@ -269,9 +305,39 @@ def test_the_page_has_a_line_for_every_method_and_says_what_failed(outcomes: lis
     assert "`opcd compare run.yaml`" in lines
 
 
+def test_settings_are_rows_compared_with_the_first(path: Path) -> None:
+    runs = plan(path, [], ["opcd"], [0, 1], ["loss.top_k=1,16"])
+    for run, right in zip(runs, ("1000", "1110", "1100", "1111"), strict=True):
+        leave_result(run, right)
+    result = compared([read(run) for run in runs], ALL)
+    first, second = result["arms"].values()
+    assert result["reference"] == "opcd loss.top_k=1"
+    assert (first["accuracy"], second["accuracy"]) == (pytest.approx(3 / 8), pytest.approx(7 / 8))
+    assert first["against_reference"] is None
+    assert second["against_reference"]["change"] == pytest.approx(0.5)
+    assert [one["title"] for one in result["before"]] == ["without context, before", "in context, not trained"]
+    page = markdown(json.loads(json.dumps(result)), "x")
+    assert "| against opcd loss.top_k=1 |" in page
+    assert "| on-policy context distillation, loss.top_k=16 | 2/2 | 0.875 [" in page
+
+
+def test_settings_that_change_what_is_known_before_have_their_own_rows(path: Path) -> None:
+    runs = plan(path, [], ["opcd"], [0], ["context.text=c,d"])
+    for run in runs:
+        leave_result(run, "1000")
+    assert runs[1].config is not None
+    rows = runs[1].config.run.path / "accuracy.json"
+    rows.write_text(rows.read_text().replace('"in_context": {"row0": 1.0', '"in_context": {"row0": 0.0'))
+    before = compared([read(run) for run in runs], ALL)["before"]
+    assert {one["title"]: one["accuracy"] for one in before if one["set"] == "in_context"} == {
+        "in context, not trained, context.text=c": 1.0,
+        "in context, not trained, context.text=d": 0.75,
+    }
+
+
 def test_a_result_of_only_failures_is_a_table_too(path: Path) -> None:
     result = compared([Failed(run, "no") for run in plan(path, [], ALL, [0])], ALL)
-    assert result["before"] == {}
+    assert result["before"] == []
     assert markdown(result, "x").count("| failed |") == 4
 
 
