@@ -11,7 +11,10 @@ from torch import Tensor
 from common.schema import LOGPROB_FLOOR, PAD_ID, ScoreMode
 
 CHUNK_BYTES = 64 * 1024 * 1024
-"""Of f32 logits alive at a time."""
+"""Of f32 logits alive at a time, on a GPU."""
+
+CPU_CHUNK_BYTES = CHUNK_BYTES // 4
+"""The same on CPU, which is no slower with so few rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +45,8 @@ def score_hidden(
     k: int,
 ) -> Values:
     """Scores of n positions from ``hidden [n, H]``; never more than `CHUNK_BYTES` of logits alive."""
-    rows = max(1, CHUNK_BYTES // (4 * vocab_size))
+    chunk = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
+    rows = max(1, chunk // (4 * vocab_size))
     parts = [
         score_logits(
             output_layer(hidden[start : start + rows]).float(),
@@ -70,7 +74,7 @@ def score_logits(
 ) -> Values:
     """The same from ``logits [n, V]`` (f32, overwritten). Ids at or above V get the floor: the teacher lacks them."""
     if temperature != 1.0:
-        logits = logits / temperature
+        logits = logits.div_(temperature)
     picked = logits.topk(min(k, logits.shape[-1]), dim=-1).indices if mode in ("teacher_topk", "union") else None
     if mode == "teacher_topk":
         assert picked is not None
@@ -89,19 +93,16 @@ def score_logits(
         places, sampled = support.clamp(max=width), sampled.clamp(max=width)
     else:
         places = support
-    top = logits.amax(-1, keepdim=True)
-    at_support, at_sampled = logits.gather(-1, places), logits.gather(-1, sampled[:, None])
-    mass = (logits - top).exp_()
-    log_total = mass.sum(-1, keepdim=True).log()
-    normaliser = top + log_total
-    # The mass outside is summed from its own terms: 1 - sum would drown in rounding.
-    rest = mass.scatter_(-1, places, 0.0).sum(-1)
-    tail = rest.log() - log_total[:, 0]
-    drowned = rest < 1e-30
-    if bool(drowned.any()):
-        rows = logits[drowned].scatter(-1, places[drowned], float("-inf"))
-        tail[drowned] = rows.logsumexp(-1) - normaliser[drowned, 0]
-    logprobs, sampled_logprob = at_support - normaliser, (at_sampled - normaliser)[:, 0]
+    # From the row's largest on: logits of some models are in the hundreds, and rounded accordingly.
+    logits = logits.sub_(logits.amax(-1, keepdim=True))
+    at_support, at_sampled = logits.gather(-1, places), logits.gather(-1, sampled[:, None])[:, 0]
+    # The mass outside is summed from its own terms, 1 - sum would drown in rounding, and in the logits' own memory.
+    outside = logits.scatter_(-1, places, float("-inf"))
+    top = outside.amax(-1, keepdim=True).clamp_(min=torch.finfo(outside.dtype).min)  # -inf: nothing is outside
+    log_outside = top[:, 0] + outside.sub_(top).exp_().sum(-1).log()
+    normaliser = torch.logaddexp(_log_inside(at_support, places), log_outside)
+    logprobs, sampled_logprob = at_support - normaliser[:, None], at_sampled - normaliser
+    tail = log_outside - normaliser
     asked = logprobs if mode != "union" else logprobs.masked_fill(support == PAD_ID, 0.0)
     floored = (asked < LOGPROB_FLOOR).sum(-1) + (sampled_logprob < LOGPROB_FLOOR) + (tail < LOGPROB_FLOOR)
     return Values(
@@ -110,9 +111,18 @@ def score_logits(
         tail=tail.clamp_(min=LOGPROB_FLOOR),
         ids=support if mode in ("teacher_topk", "union") else None,
         floored=floored,
-        finite=normaliser[:, 0].isfinite(),
+        finite=normaliser.isfinite(),
         repeated=_repeated(ids) if ids is not None else torch.zeros_like(sampled, dtype=torch.bool),
     )
+
+
+def _log_inside(at_support: Tensor, places: Tensor) -> Tensor:
+    """``[n]``: log of the mass at `places`, each counted once however often it is there (ids that a model lacks share
+    one).
+    """
+    ordered, order = places.sort(dim=-1)
+    again = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (min(1, ordered.shape[1]), 0))
+    return at_support.gather(-1, order).masked_fill(again, float("-inf")).logsumexp(-1)
 
 
 def _repeated(ids: Tensor) -> Tensor:

@@ -116,6 +116,26 @@ def pack(sequences: Sequence[Sequence_]) -> Packed:
     )
 
 
+def passes(sequences: Sequence[Sequence_], tokens: int | None) -> list[list[int]]:
+    """Numbers of the sequences that are packed together: at most `tokens` in a row, None: all in one.
+
+    Neighbours in `pack` stay together, and those that share a prompt always, so that it is computed once.
+    """
+    if tokens is None:
+        return [list(range(len(sequences)))]
+    found: list[list[int]] = []
+    room = 0
+    for under in _group(range(len(sequences)), lambda i: id(sequences[i].prefix)):
+        for same in _group(under, lambda i: sequences[i].prompt.tobytes()):
+            length = int(sequences[same[0]].prompt.size) + sum(int(sequences[i].response.size) for i in same)
+            if not found or length > room:
+                found.append([])
+                room = tokens
+            found[-1] += same
+            room -= length
+    return found
+
+
 def _lay_prompt(
     row: _Row, crosses: list[Cross], members: list[tuple[int, Sequence_]], offset: int
 ) -> list[tuple[int, list[int]]]:

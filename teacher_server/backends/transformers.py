@@ -24,7 +24,7 @@ from teacher_server.backends.attention import (
 )
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.outputs import Values, score_hidden, spans
-from teacher_server.backends.packing import Packed, PrefixState, Sequence_, pack
+from teacher_server.backends.packing import Packed, PrefixState, Sequence_, pack, passes
 from teacher_server.fingerprint import model_fingerprint
 from teacher_server.weights import LiveWeights
 
@@ -32,6 +32,9 @@ SELF_CHECK_NATS = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """How far packed scores may be from the model's own forward pass at load; a wrong architecture is off by nats."""
 
 AttentionInterface.register(NAME, shared_prefix_attention)
+
+CPU_PASS_TOKENS = 1024
+"""Of one forward pass on CPU: more are no faster there, and their activations take memory and leave the caches."""
 
 
 class TransformersBackend:
@@ -124,15 +127,17 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
-        """One packed forward pass for the whole batch, then the output layer at response positions only."""
-        packed = pack([Sequence_(work.prefix, work.item.prompt_ids, work.item.response_ids) for work in batch])
-        hidden = self._hidden(packed)
-        results: list[ItemScore | ItemError | None] = [None] * len(batch)
-        for members in _alike(batch):
-            scored = self._score_alike([batch[i] for i in members], [hidden[packed.rows[i]] for i in members])
-            for i, result in zip(members, scored, strict=True):
-                results[i] = result
-        return [result for result in results if result is not None]
+        """Packed forward passes, then the output layer at response positions only."""
+        sequences = [Sequence_(work.prefix, work.item.prompt_ids, work.item.response_ids) for work in batch]
+        results: dict[int, ItemScore | ItemError] = {}
+        for together in passes(sequences, CPU_PASS_TOKENS if self.device.type == "cpu" else None):
+            packed = pack([sequences[i] for i in together])
+            hidden = self._hidden(packed)
+            works = [batch[i] for i in together]
+            for members in _alike(works):
+                scored = self._score_alike([works[i] for i in members], [hidden[packed.rows[i]] for i in members])
+                results.update(zip((together[i] for i in members), scored, strict=True))
+        return [results[i] for i in range(len(batch))]
 
     def embeds(self, ids: Ids) -> bool:
         """Whether the model has an input embedding for every id."""

@@ -59,9 +59,8 @@ def fixed_id_rows(logits: Tensor, token_ids: Tensor) -> Tensor:
     parts = []
     for rows in _chunks(logits):
         ids = support[rows] if width else None
-        values = score_logits(
-            logits[rows].float(), sampled=token_ids[rows, 0], ids=ids, mode=mode, temperature=1.0, k=k
-        )
+        own = logits[rows].to(torch.float32, copy=True)
+        values = score_logits(own, sampled=token_ids[rows, 0], ids=ids, mode=mode, temperature=1.0, k=k)
         columns = [values.sampled[:, None], values.tail[:, None], values.logprobs[:, :width]]
         if values.ids is not None:
             columns += [values.ids[:, width:].float(), values.logprobs[:, width:]]
@@ -79,9 +78,8 @@ def top_k_rows(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
     ids, rows = [], []
     for chunk in _chunks(logprobs):
         sampled = token_ids[chunk]
-        values = score_logits(
-            logprobs[chunk], sampled=sampled, ids=None, mode="teacher_topk" if k else "sampled", temperature=1.0, k=k
-        )
+        mode: ScoreMode = "teacher_topk" if k else "sampled"
+        values = score_logits(logprobs[chunk].clone(), sampled=sampled, ids=None, mode=mode, temperature=1.0, k=k)
         picked = sampled.new_empty((sampled.shape[0], 0)) if values.ids is None else values.ids
         ids.append(torch.cat([sampled[:, None], picked, torch.zeros_like(sampled)[:, None]], dim=1))
         row = torch.cat([values.sampled[:, None], values.logprobs, values.tail[:, None]], dim=1)

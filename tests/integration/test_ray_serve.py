@@ -1,4 +1,4 @@
-"""Two replicas of the teacher under Ray Serve: the same scores, one replica a context, and a replica killed."""
+"""The teacher under Ray Serve: one replica a context, the same scores from all, whichever come, go or are killed."""
 
 from __future__ import annotations
 
@@ -138,6 +138,55 @@ async def test_a_replica_is_killed_and_the_run_goes_on(url: str, tiny_model: Pat
     assert all(answers)
     assert await replica_of(url, contexts[1]) != lost
     await client.close()
+
+
+async def test_replicas_come_with_the_load_and_go_with_it(url: str, config: str, tiny_model: Path) -> None:
+    """Contexts move to the new replica and back; the clients notice nothing."""
+    few = TeacherArgs(
+        config=config, max_replicas=2, target_requests=2, upscale_delay_s=1, downscale_delay_s=1, cpus=0.5
+    )
+    serve.run(teacher(few), name="scaled", route_prefix="/scaled")
+    oracle = Oracle.load(tiny_model)
+    client = TeacherClient(url + "/scaled", "run", 120)
+    contexts = contexts_of(await client.info())
+    for context in contexts:
+        await client.put_context(context)
+    homes = {await replica_of(client.url, context) for context in contexts}
+    assert len(homes) == 1
+    loaded = asyncio.Event()
+
+    async def score_one(n: int) -> None:
+        context = contexts[n % len(contexts)]
+        item = items(n, 1, response=30, context=context.hash)[0]
+        (result,) = (await client.score([item], "at_ids", 1.0, 8)).results
+        assert isinstance(result, ItemScore), result
+        assert_score(result, oracle.logprobs(context.ids, item.prompt_ids, item.response_ids), item)
+
+    async def ask(n: int) -> int:
+        answers = 0
+        while not loaded.is_set():
+            await score_one(n + answers)
+            answers += 1
+        return answers
+
+    asked = [asyncio.create_task(ask(n)) for n in range(16)]
+    try:
+        async with asyncio.timeout(100):
+            while len(homes) < 2:
+                assert not any(task.done() for task in asked)
+                await asyncio.sleep(1)
+                homes = {await replica_of(client.url, context) for context in contexts}
+    finally:
+        loaded.set()
+    assert all(await asyncio.gather(*asked))
+    async with asyncio.timeout(100):
+        while len(homes) > 1:
+            await asyncio.sleep(1)
+            homes = {await replica_of(client.url, context) for context in contexts}
+    for n in range(len(contexts)):
+        await score_one(n)
+    await client.close()
+    serve.delete("scaled")
 
 
 def test_the_example_is_what_serve_reads(config: str) -> None:

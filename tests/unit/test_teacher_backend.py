@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.schema import Ids, ItemError, ItemScore, ScoreMode, as_ids
+from teacher_server.backends import transformers as transformers_backend
 from teacher_server.backends.attention import _plain_attention, attention_with_lse
 from teacher_server.backends.base import BackendError, Work
-from teacher_server.backends.packing import PrefixState
+from teacher_server.backends.packing import PrefixState, Sequence_, passes
 from teacher_server.backends.transformers import TransformersBackend
 from tests.teacher_oracle import Oracle, assert_score, random_item
 
@@ -115,6 +116,33 @@ def test_several_answers_to_one_prompt(
     batch = [work(rng, prefixes[context], 9, tokens) for tokens in (6, 1, 17, 3)]
     batch = [replace(one, item=replace(one.item, prompt_ids=prompt)) for one in batch]
     check(backend, oracle, [*batch, work(rng, prefixes[context], 9, 5)])
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 200])
+def test_a_batch_in_several_passes_is_scored_the_same(
+    backend: TransformersBackend,
+    oracle: Oracle,
+    prefixes: dict[int, PrefixState | None],
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+) -> None:
+    rng = np.random.default_rng(4)
+    batch = [work(rng, prefixes[length], 1 + n, 3 + 5 * n) for n in range(6) for length in (0, 100)]
+    batch += [replace(one, item=replace(one.item, response_ids=as_ids(one.item.response_ids[::-1]))) for one in batch]
+    batch = [batch[i] for i in rng.permutation(len(batch))]
+    monkeypatch.setattr(transformers_backend, "CPU_PASS_TOKENS", tokens)
+    check(backend, oracle, batch)
+
+
+def test_passes_hold_what_they_may_and_never_part_answers_to_one_prompt() -> None:
+    def sequence(prompt: int, response: int) -> Sequence_:
+        return Sequence_(None, as_ids([prompt] * 10), as_ids(range(response)))
+
+    sequences = [sequence(prompt, 20) for prompt in (0, 1, 0, 2, 1, 0, 3)]
+    assert passes(sequences, None) == [[0, 1, 2, 3, 4, 5, 6]]
+    assert passes(sequences, 100) == [[0, 2, 5], [1, 4, 3], [6]]  # 70, 50 + 30, 30 tokens
+    assert passes(sequences, 1) == [[0, 2, 5], [1, 4], [3], [6]]
+    assert passes([], 5) == []
 
 
 def test_one_token_answers_alone(backend: TransformersBackend, oracle: Oracle) -> None:
