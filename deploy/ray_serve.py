@@ -47,6 +47,10 @@ class TeacherArgs(BaseModel):
     max_replicas: Annotated[int, Field(ge=1)] = 4
     target_requests: Annotated[float, Field(gt=0)] = 8.0
     """Requests per replica, running and queued, that autoscaling aims at."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 30.0
+    """How long there must be more requests than that before replicas are added; contexts move to them."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 600.0
+    """How long there must be fewer before replicas go, and what they hold of contexts with them."""
     cpus: Annotated[float, Field(ge=0)] = 1.0
     """Of a replica; its GPUs are ``teacher.gpus``."""
 
@@ -76,6 +80,8 @@ def teacher(args: TeacherArgs) -> serve.Application:
             initial_replicas=args.min_replicas,
             max_replicas=args.max_replicas,
             target_ongoing_requests=args.target_requests,
+            upscale_delay_s=args.upscale_delay_s,
+            downscale_delay_s=args.downscale_delay_s,
         ),
         request_router_config=RequestRouterConfig(
             request_router_class=ROUTER,
