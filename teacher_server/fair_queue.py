@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,25 +15,37 @@ T = TypeVar("T")
 class _Account(Generic[T]):
     """Of a tenant (then it has `members`, its runs) or of a run (then it has `items`, each with its tokens)."""
 
-    finish: float = 0.0
+    finish: float = -math.inf
     level: float = 0.0
+    ahead_until: float = 0.0
+    turn: int = 0
+    turns: int = 0
     tokens: int = 0
     members: dict[str, _Account[T]] = field(default_factory=dict)
     items: deque[tuple[T, int]] = field(default_factory=deque)
 
-    def member(self, name: str) -> _Account[T]:
-        """The member's account, opened at the level of those who wait: idling saves nothing up."""
+    def member(self, name: str, tokens: int) -> _Account[T]:
+        """The member's account, opened at the level of those who wait: idling saves nothing up.
+
+        One of those who open it, and none again before the level has risen by as much, begins its first item's `tokens`
+        below: it is next, and even with the others then.
+        """
         account = self.members.setdefault(name, _Account())
         if not account.tokens:
-            waiting = (other.finish for other in self.members.values() if other.tokens)
+            waiting = [other.finish for other in self.members.values() if other.tokens]
             self.level = max(self.level, min(waiting, default=0.0))
-            account.finish = max(account.finish, self.level)
+            # Above all who wait the level is only because others came and went.
+            start = min(self.level, max(waiting, default=math.inf))
+            account.turn = self.turns
+            if waiting and self.level >= self.ahead_until and start - tokens > account.finish:
+                start, self.ahead_until, account.turn = start - tokens, self.level + tokens, -1
+            account.finish = max(account.finish, start)
         return account
 
     def next(self) -> tuple[str, _Account[T]]:
-        """Of the members that wait, the one served least."""
+        """Of the members that wait, the one served least; of several, the one that has waited longest for its turn."""
         waiting = ((name, account) for name, account in self.members.items() if account.tokens)
-        return min(waiting, key=lambda entry: entry[1].finish)
+        return min(waiting, key=lambda entry: (entry[1].finish, entry[1].turn))
 
     def serve(self, name: str, account: _Account[T], tokens: int) -> None:
         """Charge a member whose turn it was; forget who is idle and owes nothing, so that names do not pile up."""
@@ -41,9 +54,11 @@ class _Account(Generic[T]):
         # new names cannot keep overtaking those who are there.
         self.level += tokens / waiting
         account.finish += tokens
+        self.turns += 1
+        account.turn = self.turns
         if not self.tokens:  # nobody waits: nobody was kept waiting for another, all accounts are even
             self.members.clear()
-            self.level = 0.0
+            self.level = self.ahead_until = 0.0
         for other in [n for n, a in self.members.items() if not a.tokens and a.finish <= self.level and n != name]:
             del self.members[other]
 
@@ -52,7 +67,7 @@ class FairQueue(Generic[T]):
     """Weighted fair queueing over two levels, all weights equal.
 
     `pop` takes from the tenant that was served the fewest tokens, and of its runs from the one served the fewest. Who
-    was idle starts at the level of those who are not, so a newcomer is next however long the others' queues are.
+    was idle starts at the level of those who are not: a newcomer is next, once, however long the others' queues are.
     """
 
     def __init__(self) -> None:
@@ -72,8 +87,8 @@ class FairQueue(Generic[T]):
     def push(self, tenant: str, run: str, item: T, tokens: int) -> None:
         """Append `item`, which costs `tokens` (at least 1)."""
         tokens = max(1, tokens)
-        owner = self._root.member(tenant)
-        queue = owner.member(run)
+        owner = self._root.member(tenant, tokens)
+        queue = owner.member(run, tokens)
         queue.items.append((item, tokens))
         for account in (self._root, owner, queue):
             account.tokens += tokens

@@ -24,12 +24,25 @@ def test_one_run_is_first_in_first_out() -> None:
 
 
 def test_a_newcomer_is_next_whatever_waits() -> None:
+    for served in (10, 11, 12, 500):
+        queue: FairQueue[str] = FairQueue()
+        for i in range(1000):
+            queue.push("t", f"flood-{i % 3}", "flood", 100)
+        drain(queue, served)
+        queue.push("t", "quiet", "quiet", 100)
+        assert queue.pop() == "quiet"
+
+
+def test_who_comes_back_after_a_while_is_next_again() -> None:
+    """As long as it asks for no more than its share: here an item in every five."""
     queue: FairQueue[str] = FairQueue()
     for i in range(1000):
         queue.push("t", f"flood-{i % 3}", "flood", 100)
-    drain(queue, 500)
-    queue.push("t", "quiet", "quiet", 100)
-    assert "quiet" in drain(queue, 4)
+    drain(queue, 7)
+    for _ in range(20):
+        queue.push("t", "quiet", "quiet", 100)
+        assert queue.pop() == "quiet"
+        assert set(drain(queue, 4)) == {"flood"}
 
 
 def test_tenants_share_by_tokens_not_by_runs_or_items() -> None:
