@@ -16,11 +16,17 @@ class _Account(Generic[T]):
     """Of a tenant (then it has `members`, its runs) or of a run (then it has `items`, each with its tokens)."""
 
     finish: float = -math.inf
-    level: float = 0.0
-    ahead_until: float = 0.0
+    """Tokens it was given, from the level on at which it was opened."""
     turn: int = 0
-    turns: int = 0
+    """Which of its owner's `turns` was its last, or was when it was opened; -1: it was let ahead."""
     tokens: int = 0
+    """That wait."""
+    level: float = 0.0
+    """Of its members that wait: where a newcomer begins."""
+    ahead_until: float = 0.0
+    """Level before which no other newcomer is let ahead."""
+    turns: int = 0
+    """Given to its members."""
     members: dict[str, _Account[T]] = field(default_factory=dict)
     items: deque[tuple[T, int]] = field(default_factory=deque)
 
