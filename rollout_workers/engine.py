@@ -70,6 +70,8 @@ class RolloutEngine:
             tensor_parallel_size=rollout.tensor_parallel_size,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             enforce_eager=rollout.enforce_eager,
+            # A prompt that is cut costs its answer's generator a draw, which vLLM takes back: on CPU it dies in trying.
+            enable_chunked_prefill=None if _on_gpu() else False,
             distributed_executor_backend=_executor(config),
             max_logprobs=max_logprobs,
             logprobs_mode="processed_logprobs",
@@ -283,11 +285,15 @@ def _executor(config: Config) -> Any:
     """On CPU vLLM would put one worker, too, into a process of its own, to give it an OpenMP environment, and wait for
     it on a core of its own. Here the engine's process has that environment already (`_set_environment`).
     """
-    import torch
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    alone = not torch.cuda.is_available() and config.rollout.tensor_parallel_size == 1
-    return UniProcExecutor if alone else None
+    return UniProcExecutor if not _on_gpu() and config.rollout.tensor_parallel_size == 1 else None
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _set_environment(config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,52 @@ from tests.e2e.test_run import metric_lines, started_run
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.mark.parametrize("samples", ["observation"])
-def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path, samples: str) -> None:
+def write_games(folder: Path, options: dict[str, Any]) -> None:
+    """Six games to train on, two to validate, three to be evaluated by."""
+    for name, seeds in (("train", range(6)), ("valid", range(6, 8)), ("eval", range(8, 11))):
+        rows = [{"id": f"lake-{s}", "environment": "FrozenLake", "options": options, "seed": s} for s in seeds]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_whole_conversations_of_older_weights_weighted_by_their_ratio(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What the game said is in the sequences and not in the loss, whose weights are those of prefixes."""
+    config = write_config(
+        context={"text": "P is you, G the goal, H a hole."},
+        rollout={"batch_size": 4, "max_tokens": 8, "stop": [], "max_staleness": 1},
+        environment={"max_turns": 3, "samples": "conversation"},
+        loss={"importance_clip": 1.5},
+        learner={"steps": 4, "micro_batch_tokens": 1024},
+        eval={"every": 0},
+    )
+    write_games(tmp_path, {"history": False})
+    with started_run(config) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    run = tmp_path / "runs/tiny"
+    lines = [line for line in metric_lines(run) if "env/turns" in line]
+    assert [line["weight_version"] for line in lines] == [1, 2, 3, 4]
+    assert {line["staleness/max_age"] for line in lines} == {0, 1}
+    for line in lines:
+        assert 1 < line["env/turns"] <= 3
+        # An episode is a sample, and only its answers, of eight tokens at most, are trained.
+        assert 4 <= line["rollout/tokens"] <= 4 * 8 * line["env/turns"] + 1e-6
+        assert 0 < line["importance/mean"] <= 1.5
+        if line["staleness/max_age"] == 0:
+            assert line["drift/rms"] < 2e-3
+            assert abs(line["importance/mean"] - 1) < 0.01
+        else:
+            assert line["drift/rms"] > 2e-3
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["final"]["n"] == 3
+
+
+def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(
         context={"text": None, "pool": str(tmp_path / "pool.jsonl")},
         rollout={"batch_size": 4, "max_tokens": 8, "stop": []},
-        environment={"max_turns": 3, "samples": samples},
+        environment={"max_turns": 3},
         learner={"steps": 2, "micro_batch_tokens": 1024},
         eval={"every": 0},
     )
@@ -28,10 +69,7 @@ def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path,
     (tmp_path / "pool.jsonl").write_text(
         "".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in pool.items())
     )
-    options = {"history": samples == "observation"}
-    for name, seeds in (("train", range(6)), ("valid", range(6, 8)), ("eval", range(8, 11))):
-        rows = [{"id": f"lake-{s}", "environment": "FrozenLake", "options": options, "seed": s} for s in seeds]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_games(tmp_path, {"history": True})
     with started_run(config) as process:
         _, errors = process.communicate()
     assert process.returncode == 0, errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -183,6 +184,18 @@ async def test_a_seed_gives_the_same_answer_whatever_runs_beside_it(pair: Pair) 
     )
     assert crowd[7].response_ids.tolist() == alone.response_ids.tolist()
     assert len({tuple(answer.response_ids.tolist()) for answer in crowd}) == 8
+
+
+async def test_more_prompts_than_one_pass_takes_get_the_answers_that_each_gets_alone(pair: Pair) -> None:
+    """vLLM cuts the last prompt of a full pass; with a seed that kills its engine on CPU."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(256) for _ in range(200)] for _ in range(48)]
+    together = await asyncio.gather(
+        *(pair.engine.generate(prompt, Sampling(8, 1.0, seed=n), f"many{n}") for n, prompt in enumerate(prompts))
+    )
+    for n in (0, 9, 10, 11, 20, 47):
+        alone = await pair.engine.generate(prompts[n], Sampling(8, 1.0, seed=n), f"one{n}")
+        assert together[n].response_ids.tolist() == alone.response_ids.tolist()
 
 
 async def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers(pair: Pair) -> None:
