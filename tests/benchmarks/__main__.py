@@ -9,6 +9,7 @@ take a quarter of an hour each (`BY_NAME`) run only where they are named.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -127,4 +128,6 @@ def main(only: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Raised here, so that the benchmark that runs is ended too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main(sys.argv[1:]))

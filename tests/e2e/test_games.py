@@ -45,8 +45,8 @@ def test_whole_conversations_of_older_weights_weighted_by_their_ratio(
     assert {line["staleness/max_age"] for line in lines} == {0, 1}
     for line in lines:
         assert 1 < line["env/turns"] <= 3
-        # An episode is a sample, and only its answers, of eight tokens at most, are trained.
-        assert 4 <= line["rollout/tokens"] <= 4 * 8 * line["env/turns"] + 1e-6
+        # Beside the answers, of eight tokens at most, what the game said is in the sequences.
+        assert line["rollout/tokens"] > 4 * 8 * line["env/turns"]
         assert 0 < line["importance/mean"] <= 1.5
         if line["staleness/max_age"] == 0:
             assert line["drift/rms"] < 2e-3
