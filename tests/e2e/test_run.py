@@ -25,6 +25,8 @@ pytestmark = pytest.mark.timeout(300)
 @contextmanager
 def started_run(config: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
     """``python -m learner.train`` as a user starts it, in a process group of its own."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; its children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "learner.train", str(config), *overrides],
         stdout=subprocess.PIPE,
