@@ -139,6 +139,8 @@ async def test_a_cancelled_answer_gives_its_slot_back(pool: WorkerPool) -> None:
 
 async def test_a_member_whose_actor_is_gone_fails_the_health_check(pool: WorkerPool) -> None:
     ray.kill(pool.members[0].handle)
-    await asyncio.wait_for(pool.check_health(), 30)
+    async with asyncio.timeout(30):  # the kill may arrive behind the first question
+        while len(pool.members) == 2:
+            await pool.check_health()
     assert [worker.number for worker in pool.members] == [1]
     assert pool.restarts == 1
