@@ -108,6 +108,10 @@ def _slugs(settings: Settings) -> list[str]:
     return [re.sub(r"[^A-Za-z0-9.]+", "_", f"{key.split('.')[-1]}_{value}") for key, _, value in pairs]
 
 
+def _key(setting: str) -> str:
+    return setting.partition("=")[0]
+
+
 def root_of(config: Config) -> Path:
     """Folder of a comparison: beside the run of the same configuration."""
     return config.run.dir / f"{config.run.name}-compare"
@@ -123,6 +127,9 @@ def _planned(
     try:
         varied = load_config(path, [*overrides, *settings])
         keys = _keys(varied, method, answers)
+        own = {_key(setting) for setting in settings} & {_key(setting) for setting in (*keys, *identity)}
+        if own:  # its value would stand in the table and not be what was run
+            return replace(run, fault=f"--vary: {method} sets {', '.join(sorted(own))} itself")
         return replace(run, config=load_config(path, [*overrides, *settings, *keys, *identity]))
     except ConfigError as error:
         return replace(run, fault=str(error))

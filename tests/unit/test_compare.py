@@ -159,6 +159,23 @@ def test_a_setting_is_there_before_a_method_looks_at_the_configuration(path: Pat
 
 
 @pytest.mark.parametrize(
+    ("method", "varied", "runs"),
+    [
+        ("opcd", "loss.form=tail,raw", True),
+        ("pg", "loss.form=tail,raw", False),
+        ("offpolicy", "loss.direction=reverse,forward", False),
+        ("opcd", "run.seed=4,5", False),
+    ],
+)
+def test_a_row_never_names_a_value_that_the_method_replaces(
+    path: Path, method: str, varied: str, *, runs: bool
+) -> None:
+    found = plan(path, [], [method], [0], [varied])
+    assert [run.config is not None for run in found] == [runs, runs]
+    assert runs or all(f"{method} sets {varied.partition('=')[0]} itself" in (run.fault or "") for run in found)
+
+
+@pytest.mark.parametrize(
     ("varied", "named"),
     [
         (["loss.top_k"], "KEY=VALUE,VALUE"),
