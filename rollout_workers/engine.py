@@ -275,10 +275,9 @@ def _columns(flat: Any, tokens: int, k: int) -> tuple[F32, Ids]:
 
 
 def _dtype(config: Config) -> str:
-    import torch
 
     wanted = config.student.dtype
-    return wanted if wanted != "auto" else ("bfloat16" if torch.cuda.is_available() else "float32")
+    return wanted if wanted != "auto" else ("bfloat16" if _on_gpu() else "float32")
 
 
 def _executor(config: Config) -> Any:
