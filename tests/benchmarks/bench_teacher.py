@@ -46,9 +46,10 @@ def run() -> Figures:
     torch.set_num_threads(THREADS)
     backend = TransformersBackend.load(str(MODEL))
     figures: Figures = {}
-    for part in (cache_speedup, linearity, memory, bytes_per_token, flood):
+    for part in (cache_speedup, linearity, bytes_per_token, flood):
         figures.update(part(backend))
-    figures.update(wire())
+    for alone in (memory, wire):
+        figures.update(alone())
     return figures
 
 
@@ -123,7 +124,7 @@ def linearity(backend: TransformersBackend) -> Figures:
     return {"teacher.context_linearity": figure(ratio, "x", "<= 1.1", ratio <= 1.1, how)}
 
 
-def memory(_: TransformersBackend) -> Figures:
+def memory() -> Figures:
     """Peak of a fresh process while 32 samples are scored under a context, over what the context's state takes.
 
     A process of its own: what others have allocated and freed before would hide, or hold, what this takes.
@@ -334,6 +335,6 @@ def flood(backend: TransformersBackend) -> Figures:
         f"{1000 * p99_beside:.0f} ms beside three runs with four requests of 16 samples waiting each; medians "
         f"{1000 * statistics.median(alone):.0f} and {1000 * statistics.median(beside):.0f} ms, and "
         f"{1000 * statistics.median(hasty):.0f} ms where each follows the one before at once, which asks for the whole "
-        "teacher and gets a quarter; 90 requests each in three rounds, alternating, default settings"
+        "teacher and gets a quarter; 90, 90 and 15 requests in three rounds, alternating, default settings"
     )
     return {"teacher.flood_p99_ratio": figure(ratio, "x", "<= 4", ratio <= 4, how)}

@@ -23,6 +23,14 @@ def write_games(folder: Path, options: dict[str, Any]) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
+def finished(config: Path, run: Path) -> list[dict[str, float]]:
+    """Lines of metrics of the steps, once the run has come to its end."""
+    with started_run(config) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return [line for line in metric_lines(run) if "env/turns" in line]
+
+
 def test_whole_conversations_of_older_weights_weighted_by_their_ratio(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -36,11 +44,8 @@ def test_whole_conversations_of_older_weights_weighted_by_their_ratio(
         eval={"every": 0},
     )
     write_games(tmp_path, {"history": False})
-    with started_run(config) as process:
-        _, errors = process.communicate()
-    assert process.returncode == 0, errors
     run = tmp_path / "runs/tiny"
-    lines = [line for line in metric_lines(run) if "env/turns" in line]
+    lines = finished(config, run)
     assert [line["weight_version"] for line in lines] == [1, 2, 3, 4]
     assert {line["staleness/max_age"] for line in lines} == {0, 1}
     for line in lines:
@@ -70,11 +75,8 @@ def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path)
         "".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in pool.items())
     )
     write_games(tmp_path, {"history": True})
-    with started_run(config) as process:
-        _, errors = process.communicate()
-    assert process.returncode == 0, errors
     run = tmp_path / "runs/tiny"
-    lines = [line for line in metric_lines(run) if "env/turns" in line]
+    lines = finished(config, run)
     assert [line["weight_version"] for line in lines] == [1, 2]
     for line in lines:
         assert 1 <= line["env/turns"] <= 3
