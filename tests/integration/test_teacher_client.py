@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import re
 import signal
 import socket
 import time
@@ -258,6 +259,17 @@ def large(count: int, context: str | None) -> list[ScoreItem]:
     return [items(n, 1, prompt=100, response=800, context=context)[0] for n in range(count)]
 
 
+async def until_it_waits(url: str) -> None:
+    """Until tokens wait in the teacher's queue, behind a batch that it has begun."""
+    async with httpx.AsyncClient() as plain:
+        for _ in range(2000):
+            series = (await plain.get(f"{url}/metrics")).text
+            if re.search(r"^opcd_teacher_queued_tokens [1-9]", series, re.MULTILINE):
+                return
+            await asyncio.sleep(0.005)
+    raise AssertionError("nothing waited within 10 s")
+
+
 def context_of(info: TeacherInfo, ids: Ids) -> Context:
     return Context(context_hash(info.tokenizer_fingerprint, ids), ids)
 
@@ -265,10 +277,10 @@ def context_of(info: TeacherInfo, ids: Ids) -> Context:
 async def test_sigterm_finishes_what_was_begun_and_exits_0(tiny_model: Path) -> None:
     with process(tiny_model) as (server, url):
         client = TeacherClient(url, "run", 60)
-        asked = asyncio.create_task(client.score(large(12, None), "at_ids", 1.0, 8))
-        await asyncio.sleep(0.3)
-        assert not asked.done()
+        asked = asyncio.create_task(client.score(large(24, None), "at_ids", 1.0, 8))
+        await until_it_waits(url)
         server.send_signal(signal.SIGTERM)
+        assert not asked.done()
         response = await asked
         assert all(isinstance(result, ItemScore) for result in response.results)
         assert await asyncio.to_thread(server.wait, 30) == 0
@@ -287,7 +299,7 @@ async def test_killed_in_mid_batch_and_started_again(tiny_model: Path) -> None:
         await scorer.score(trajectory(items(0, 1, context=context.hash)[0]))  # the context is there now
         batch = large(12, context.hash)
         asked = [asyncio.create_task(scorer.score(trajectory(item, f"{n}"))) for n, item in enumerate(batch)]
-        await asyncio.sleep(0.3)
+        await until_it_waits(url)
         assert not any(task.done() for task in asked)
         server.kill()
         server.wait()
