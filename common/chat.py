@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from common.config import StudentConfig
+from common.config import ConfigError, StudentConfig
 from common.data import DataError, Row
 from common.fingerprint import tokenizer_fingerprint
 from common.schema import Context, Prompt, as_ids, context_hash
@@ -27,10 +28,16 @@ _PROBES = ("Alpha", "7", "(z", "\u00e9t\u00e9")
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a Hugging Face folder or hub name."""
+    """The tokenizer of a Hugging Face folder or hub name. Raises ConfigError where there is none."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        raise ConfigError(
+            f"no tokenizer at {model}: no model's folder (seen from {Path.cwd()}), and no hub name that can be fetched "
+            f"here: {str(error).splitlines()[0]}"
+        ) from error
 
 
 @dataclass

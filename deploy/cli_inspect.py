@@ -25,7 +25,7 @@ STYLES = {"context": "yellow", "prompt": "", "response": "cyan"}
 
 
 def inspect(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see deploy/configs/.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides.")] = None,
     row: Annotated[str | None, typer.Option(help="Its id; default: the first row of data.train.")] = None,
     context: Annotated[str | None, typer.Option(help="Of context.pool: an id; default: the pool's first.")] = None,
@@ -38,7 +38,8 @@ def inspect(
     from common.data import DataError
 
     with known_errors(ConfigError, DataError):
-        resolved = load_config(config, overrides or ())
+        kept = Path(config) / "config.yaml"
+        resolved = load_config(str(kept) if kept.is_file() else config, overrides or ())
         seen = _seen(resolved, row, context, response)
     from rich.console import Console
 

@@ -70,10 +70,12 @@ def simple_commands(line: str) -> Iterator[tuple[str, ...]]:
             words.append(token)
 
 
-def inline_commands(page: Path) -> set[str]:
-    """First words behind ``opcd`` in running text, such as "submit" of `opcd submit CONFIG`."""
+def inline_commands(page: Path) -> Iterator[Command]:
+    """Every `opcd …` of the running text; what stands in brackets there is optional, ``…`` is left out."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    return set(re.findall(r"`opcd ([a-z]+)", text))
+    for span in re.findall(r"`(opcd [a-z-][^`]*)`", text):
+        for words in simple_commands(re.sub(r"[\[\]…]", "", span)):
+            yield Command(page.name, words, marked=False)
 
 
 def texts_of_the_code() -> list[str]:

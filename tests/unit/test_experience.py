@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from common.config import Config, ConfigError
 from common.config_file import load_config
 from common.contexts import read_pool
 from common.schema import Prompt, Sampling
 from common.telemetry import Progress, RunFiles
+from deploy.cli import app
 from learner import experience_run
 from learner.experience import EXTRACTED, SOLVED, Extraction, extraction_of, folder, problems_of, without_context
 from learner.experience_pool import POOL, SCORES, SELECTED, Selection, candidates, consolidation_of, write_pool
@@ -323,6 +325,9 @@ def test_each_round_begins_from_the_student_of_the_round_before(
     calls.clear()
     assert experience_run.rounds(config, 2) == 0  # the finished round is left alone
     assert calls == [(name, "round-2", first) for name in stages]
+    calls.clear()
+    assert CliRunner().invoke(app, ["experience", "rounds", str(path), "--rounds", "3"]).exit_code == 0
+    assert [name for _, name, _ in calls] == ["round-3"] * 4
     adapters = load_config(path, ["learner.lora.publish=adapter"])
     with pytest.raises(ConfigError, match="must be `merged`"):
         experience_run.rounds(adapters, 2)

@@ -195,12 +195,22 @@ def test_a_context_of_a_pool_is_chosen(path: Path, tmp_path: Path) -> None:
     assert "did you mean 'b'?" in refused.stderr
 
 
+def test_a_runs_folder_stands_for_its_configuration(path: Path) -> None:
+    run = path.parent / "run"
+    run.mkdir()
+    path.rename(run / "config.yaml")
+    assert opcd(run, "--row", "cup").exit_code == 0
+    (run / "config.yaml").unlink()
+    assert opcd(run).stderr == f"opcd: cannot read {run}: Is a directory\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (("--row", "cats"), "no row 'cats' in train, valid or eval; did you mean 'cat'?"),
         (("--context", "a"), "this run has a single context"),
         (("context.text=null", "context.file=/nowhere"), "cannot read /nowhere"),
+        (("student.model=models/none",), "no tokenizer at models/none: no model's folder (seen from "),
     ],
 )
 def test_refusals_are_one_line(path: Path, arguments: tuple[str, ...], part: str) -> None:
