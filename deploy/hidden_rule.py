@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.prepare import PrepareError
+from deploy.prepare import PrepareError, whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +41,8 @@ class Size:
     hidden: int
     layers: int
     most_steps: int = 6000
+    widening: int = 4
+    """How much wider than `hidden` the layers are inside."""
 
 
 SIZES = {"teacher": Size(hidden=96, layers=2), "student": Size(hidden=32, layers=2)}
@@ -57,9 +56,7 @@ def prepare_hidden_rule(folder: Path, sizes: Mapping[str, Size] = SIZES, *, seed
     """
     if folder.exists():
         return False
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with whole_folder(folder) as beside:
         for name, size in sizes.items():
             model = train(size, seed)
             known = accuracy(model, with_rule=True)
@@ -68,14 +65,8 @@ def prepare_hidden_rule(folder: Path, sizes: Mapping[str, Size] = SIZES, *, seed
                     f"the {name} knows {known:.0%} of the answers under their rules, {LEARNED:.0%} needed"
                 )
             model.save_pretrained(beside / name)
-            make_tokenizer().save_pretrained(beside / name)
+            byte_tokenizer().save_pretrained(beside / name)
         write_rows(beside, seed)
-        for path in beside.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        beside.chmod(0o755)
-        os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return True
 
 
@@ -117,7 +108,7 @@ def _write(path: Path, rows: Iterator[dict[str, str]]) -> None:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """One token a byte; the line end is the end of an answer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -136,7 +127,7 @@ def train(size: Size, seed: int) -> Any:
     import torch
 
     torch.manual_seed(seed)
-    model = _new_model(size)
+    model = new_model(size, byte_tokenizer())
     texts = [_texts(with_rule=with_rule) for with_rule in (True, False)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     for step in range(1, size.most_steps + 1):
@@ -175,17 +166,17 @@ def _texts(*, with_rule: bool, rules: Sequence[str] = tuple(RULES)) -> Tensor:
         for rule in rules
         for x, y in PAIRS
     ]
-    return torch.tensor(make_tokenizer()(texts)["input_ids"])
+    return torch.tensor(byte_tokenizer()(texts)["input_ids"])
 
 
-def _new_model(size: Size) -> Any:
+def new_model(size: Size, tokenizer: Any) -> Any:
+    """A Llama of random weights for the tokenizer's vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden,
-        intermediate_size=4 * size.hidden,
+        intermediate_size=size.widening * size.hidden,
         num_hidden_layers=size.layers,
         num_attention_heads=size.hidden // 32,  # heads of 32, the smallest that vLLM takes on CPU
         num_key_value_heads=size.hidden // 32,

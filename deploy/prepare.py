@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,24 @@ def prepare_smollm2(folder: Path) -> bool:
     if folder.exists():
         raise PrepareError(f"{folder} exists and is not a model folder: remove it, or choose another with --out")
     source = find_packaged_gguf(SMOLLM2_PACKAGE, SMOLLM2_REQUIREMENT)
+    with whole_folder(folder) as beside:
+        convert_gguf(source, beside)
+    return True
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which takes its name at the end; nothing stays of it after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        convert_gguf(source, beside)
+        yield beside
+        for path in beside.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
         beside.chmod(0o755)
         os.rename(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return True
 
 
 def find_packaged_gguf(package: str, requirement: str) -> Path:
@@ -71,8 +82,6 @@ def convert_gguf(source: Path, folder: Path) -> None:
     model.tie_weights()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
     ids = torch.tensor([tokenizer(_PROBE)["input_ids"]])
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if AutoTokenizer.from_pretrained(folder)(_PROBE)["input_ids"] != ids[0].tolist():

@@ -13,7 +13,7 @@ from common.config_file import load_config
 from common.data import read_rows
 from common.fingerprint import tokenizer_fingerprint
 from deploy import hidden_rule
-from deploy.hidden_rule import DISTILLED, PAIRS, RULES, Size, accuracy, context_of, make_tokenizer, train, write_rows
+from deploy.hidden_rule import DISTILLED, PAIRS, RULES, Size, accuracy, byte_tokenizer, context_of, train, write_rows
 from deploy.prepare import PrepareError
 from rollout_workers.stops import resolve_stops
 
@@ -45,7 +45,7 @@ def test_rows_of_the_splits_are_apart_and_answered_under_the_distilled_rule(tmp_
 
 def test_what_a_run_renders_is_what_the_models_were_trained_on(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    make_tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     write_rows(tmp_path, seed=0)
     tokenizer = load_tokenizer(folder)
     config = load_config(ROOT / "deploy/configs/cross_size_small.yaml")
@@ -59,7 +59,7 @@ def test_what_a_run_renders_is_what_the_models_were_trained_on(tmp_path: Path) -
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=True)
     stops = resolve_stops(config.rollout.stop, texts, {"<end>": tokenizer.eos_token_id})
     assert list(stops.token_ids) == tokenizer("\n")["input_ids"]
-    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(make_tokenizer())
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(byte_tokenizer())
 
 
 def test_accuracy_is_that_of_the_answers_digit() -> None:
