@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from common.receiver import open_receiver
 from common.weights import SyncManifest, TensorSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from common.receiver import Receiver
 
 
@@ -90,7 +93,8 @@ class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo
         if self._receiver is None:
             raise SyncError("weights were announced before the weight group was joined")
         try:
-            self.model.load_weights(self._receiver.receive(update_info.manifest()))
+            with a_core_for_the_wire(self.device):
+                self.model.load_weights(self._receiver.receive(update_info.manifest()))
         except BaseException:
             # Otherwise layers that are half loaded would count what they have towards the next update.
             finalize_layerwise_reload(self.model, self.model_config)
@@ -108,6 +112,21 @@ class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
+
+
+@contextmanager
+def a_core_for_the_wire(device: torch.device) -> Iterator[None]:
+    """On a CPU torch computes with one thread less: with all of them, each piece of a layer would wait, spinning, for
+    the one whose core the next bucket arrives on. (vLLM's worker has put a no-op in the place of
+    ``torch.set_num_threads``.)
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch._C.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch._C.set_num_threads(threads)
 
 
 def repack_output_layer(model: torch.nn.Module) -> None:
