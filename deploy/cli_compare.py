@@ -26,7 +26,7 @@ def compare(
         typer.Option(metavar="KEY=VALUE,VALUE", help="A setting that is varied: each method is run with each value."),
     ] = None,
 ) -> None:
-    """Train by every method with every seed and write one table: runs/NAME-compare/compare.md, .json and .html.
+    """Train by every method with every seed and write one table: runs/NAME-compare/compare.md, .json, .svg and .html.
 
     --vary loss.top_k=1,16,256 has one row a value; given twice, one for every combination.
 
@@ -60,7 +60,7 @@ def compare(
 
 def _written(finished: list[Path], root: Path) -> str:
     """Names of the result's files; the page of curves is made of the finished runs, where there are any."""
-    names = ["compare.md", "compare.json"]
+    names = [name for name in ("compare.md", "compare.json", "compare.svg") if (root / name).exists()]
     if finished:
         from common.report.reading import ReportError
         from common.report.writing import write_comparison

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.config_file import dump_config
 from common.telemetry import Progress, write_json
+from deploy.compare_picture import picture
 from deploy.compare_plan import PlannedRun, can_resume, is_finished
 from deploy.compare_table import Failed, Outcome, compared, markdown, read
 
@@ -20,7 +21,9 @@ Train = Callable[[PlannedRun, Path, Callable[[str], None]], None]
 def compare(
     runs: Sequence[PlannedRun], methods: Sequence[str], root: Path, command: str, progress: Progress, train: Train
 ) -> Path:
-    """Run what is not finished, and write ``compare.json`` and ``compare.md`` anew after every run; returns the latter.
+    """Run what is not finished; after every run write ``compare.json``, ``compare.md`` and ``compare.svg`` anew.
+
+    Returns the path of the second; the third is there once there is something to draw.
 
     A run that fails is a line of the result; the others go on. An interrupt ends all, and what is finished stays.
     """
@@ -31,6 +34,8 @@ def compare(
         result = compared([*outcomes, *(Failed(later, "not run yet") for later in runs[place:])], methods)
         write_json(root / "compare.json", result)
         (root / "compare.md").write_text(markdown(result, command), encoding="utf-8")
+        if (drawn := picture(result)) is not None:
+            (root / "compare.svg").write_text(drawn, encoding="utf-8")
     return root / "compare.md"
 
 

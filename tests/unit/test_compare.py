@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from common.config import ConfigError
 from common.config_file import dump_config
 from common.telemetry import Progress
 from deploy.compare import compare, train_apart
+from deploy.compare_picture import picture
 from deploy.compare_plan import PlannedRun, can_resume, is_finished, plan, root_of
 from deploy.compare_table import Failed, Outcome, compared, markdown, read
 
@@ -320,6 +322,33 @@ def test_the_page_has_a_line_for_every_method_and_says_what_failed(outcomes: lis
     assert "- sampled-token policy gradient, seed 1: failed: RunError: no" in lines
     assert sum(line.startswith(("| opcd |", "| offpolicy |", "| sequence |")) for line in table) == 5
     assert "`opcd compare run.yaml`" in lines
+
+
+def test_the_picture_has_the_rows_of_the_table_at_their_places(outcomes: list[Outcome]) -> None:
+    result = compared(outcomes, ALL)
+    drawn = picture(result)
+    assert drawn is not None
+    svg = ElementTree.fromstring(drawn)  # well-formed, style included
+    space = {"": "http://www.w3.org/2000/svg"}
+    rows = svg.findall("g", space)
+    titles = [row.findtext("text", namespaces=space) for row in rows]
+    finished = [one["title"] for one in result["arms"].values() if one["runs"]]
+    assert titles == [*(one["title"] for one in result["before"]), *finished]
+    ticks = {text.text: float(text.get("x", "")) for text in svg.findall("text", space)}
+    opcd = rows[len(result["before"])]
+    dot, whisker = opcd.find("circle", space), opcd.find("line", space)
+    assert dot is not None
+    assert whisker is not None
+
+    def place(share: float) -> float:
+        return ticks["0 %"] + share * (ticks["100 %"] - ticks["0 %"])
+
+    assert float(dot.get("cx", "")) == pytest.approx(place(7 / 8), abs=0.01)
+    assert float(whisker.get("x1", "")) == pytest.approx(place(result["arms"]["opcd"]["ci95"][0]), abs=0.01)
+
+
+def test_a_result_without_figures_has_no_picture(path: Path) -> None:
+    assert picture(compared([Failed(run, "no") for run in plan(path, [], ["opcd"], [0])], ["opcd"])) is None
 
 
 def test_settings_are_rows_compared_with_the_first(path: Path) -> None:
