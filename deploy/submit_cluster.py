@@ -155,9 +155,9 @@ def exit_status(job: JobDetails) -> int:
     """That of the job's command; 130 for a job that was stopped, 1 for one that Ray could not run."""
     if job.status == JobStatus.STOPPED:
         return INTERRUPTED
-    if job.driver_exit_code is not None:
-        return job.driver_exit_code
-    return 0 if job.status == JobStatus.SUCCEEDED else 1
+    if job.status == JobStatus.SUCCEEDED:
+        return 0
+    return job.driver_exit_code or 1
 
 
 def read_token(path: Path) -> str:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 from ray.dashboard.modules.job.cli import submit as ray_job_submit
-from ray.job_submission import JobDetails
 from typer.testing import CliRunner, Result
 
 from common.config import Config, ConfigError
 from deploy import cli_submit, submit_cluster
 from deploy.cli import app
-from deploy.submit import Job, plain_variable, plan, ray_command, secret_variable
-from deploy.submit_cluster import Cluster, exit_status, gpus_of, shipped_files
+from deploy.submit import EXCLUDES, Job, plain_variable, plan, ray_command, secret_variable
+from deploy.submit_cluster import Cluster, shipped_files
 from deploy.submit_files import file_faults, named_files
 from learner.placement import PlacementError
 from tests.unit.test_placement import config_of
@@ -30,7 +29,8 @@ ADDRESS = "http://127.0.0.1:1"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project that can be submitted: its data, a key and a model that are to stay, and a wheel cache of its own."""
     here = tmp_path / "project"
-    for name in ("data/train.jsonl", "models/m/config.json", "runs/old/metrics.jsonl", "team.key", "notes/secret.txt"):
+    stays = ("models/m/config.json", "runs/old/metrics.jsonl", "team.key", "ca.pem", ".env", "notes/secret.txt")
+    for name in ("data/train.jsonl", *stays):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text("{}")
     (here / ".gitignore").write_text("notes/\n")
@@ -66,12 +66,25 @@ def test_a_job_runs_the_learner_on_the_uploaded_file(folder: Path) -> None:
     command = "python -m learner.train run.yaml learner.lr=1e-5 'data.note=a b' --resume --accept-changes"
     assert list(job.entrypoint) == shlex.split(command)
     assert job.runtime_env["py_modules"] == ["/cache/opcd-1-py3-none-any.whl"]
+    assert job.runtime_env["excludes"] == list(EXCLUDES)  # what `shipped_files` asks Ray's packer to leave out
     # Ray's own 3 seconds before SIGKILL are too short for a run that ends in order.
     assert job.runtime_env["env_vars"] == {
         "RAY_JOB_STOP_WAIT_TIME_S": "600",
         "NCCL_DEBUG": "INFO",
         "WANDB_API_KEY": "${WANDB_API_KEY}",
     }
+
+
+@pytest.mark.parametrize(("flag", "word"), [("resume", "--resume"), ("accept_changes", "--accept-changes")])
+def test_each_flag_is_its_own(folder: Path, flag: str, word: str) -> None:
+    (passed,) = [one for one in job_of(folder, **{flag: True}).entrypoint if one.startswith("--")]
+    assert passed == word
+    assert not [one for one in job_of(folder).entrypoint if one.startswith("--")]
+
+
+def test_the_folder_is_named_whatever_the_path_to_it(folder: Path) -> None:
+    """Ray's command would read a relative one from where it is called."""
+    assert job_of(folder, working_dir=Path()).working_dir == folder
 
 
 def test_ray_reads_the_printed_command_as_what_is_sent(folder: Path) -> None:
@@ -94,7 +107,7 @@ def test_secrets_are_names_that_the_nodes_fill_in(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WANDB_API_KEY", "hunter2")
     assert secret_variable("WANDB_API_KEY") == ("WANDB_API_KEY", "${WANDB_API_KEY}")
     assert secret_variable("HF_TOKEN=TEAM_TOKEN") == ("HF_TOKEN", "${TEAM_TOKEN}")
-    for value in ("WANDB_API_KEY=hunter2", "hunter2", "A B", ""):
+    for value in ("WANDB_API_KEY=hunter2", "WANDB_API_KEY=", "hunter2", "A B", ""):
         with pytest.raises(ConfigError) as refused:
             secret_variable(value)
         assert "hunter2" not in str(refused.value)
@@ -111,7 +124,10 @@ def test_ray_fills_secrets_in_from_the_nodes_environment(monkeypatch: pytest.Mon
 
 def test_values_that_look_like_secrets_are_not_sent() -> None:
     assert plain_variable("NCCL_DEBUG=a=b") == ("NCCL_DEBUG", "a=b")
-    for text in ("WANDB_API_KEY=hunter2", "DB_PASSWORD=hunter2", "name=hunter2", "NAME"):
+    for name in ("WANDB_API_KEY", "DB_PASSWORD", "HF_TOKEN", "CLIENT_SECRET", "AWS_CREDENTIALS"):
+        with pytest.raises(ConfigError, match=f"--secret {name}"):
+            plain_variable(f"{name}=hunter2")
+    for text in ("WANDB_API_KEY=hunter2", "name=hunter2", "NAME"):
         with pytest.raises(ConfigError) as refused:
             plain_variable(text)
         assert "hunter2" not in str(refused.value)
@@ -132,7 +148,15 @@ def test_rays_packer_leaves_out_models_runs_keys_and_ignored_files(folder: Path)
 def test_every_path_of_a_configuration_is_sorted_by_its_use() -> None:
     config = config_of(
         run={"name": "r", "dir": "runs"},
-        teacher={"url": "http://t", "key_file": "team.key", "ca_file": "ca.pem"},
+        teacher={
+            "url": "http://t",
+            "key_file": "team.key",
+            "ca_file": "ca.pem",
+            "keys_file": "keys",
+            "tls_key": "tls.key",
+            "tls_certificate": "tls.pem",
+        },
+        sync={"backend": "file", "folder": "weights"},
         teachers={"large": {"model": "models/l"}},
         context={"file": "c.txt"},
         data={"train": "t", "valid": "game:FrozenLake?rows=8", "eval": "e"},
@@ -143,6 +167,10 @@ def test_every_path_of_a_configuration_is_sorted_by_its_use() -> None:
         "student.model": "model",
         "teacher.key_file": "secret",
         "teacher.ca_file": "input",
+        "teacher.keys_file": "secret",
+        "teacher.tls_key": "secret",
+        "teacher.tls_certificate": "input",
+        "sync.folder": "output",
         "teachers.large.model": "model",
         "context.file": "input",
         "data.train": "input",
@@ -175,22 +203,11 @@ def test_what_a_job_would_not_find_is_named_with_the_remedy(folder: Path) -> Non
         assert part in fault
 
 
-def test_gpus_are_counted_on_living_nodes() -> None:
-    nodes: list[dict[str, object]] = [
-        {"node_id": "abcdef99", "node_ip": "10.0.0.1", "state": "ALIVE", "resources_total": {"GPU": 8, "CPU": 1}},
-        {"node_id": "bbbbbb99", "node_ip": "10.0.0.1", "state": "DEAD", "resources_total": {"GPU": 8}},
-        {"node_id": "cccccc99", "node_ip": "10.0.0.2", "state": "ALIVE", "resources_total": {"CPU": 4}},
-    ]
-    assert gpus_of(nodes) == {"10.0.0.1#abcdef": 8.0}
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "expected"),
-    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", None, 1), ("STOPPED", -15, 130), ("SUCCEEDED", None, 0)],
-)
-def test_the_exit_status_is_that_of_the_run(status: str, code: int | None, expected: int) -> None:
-    details = JobDetails(type="SUBMISSION", entrypoint="x", status=status, driver_exit_code=code)
-    assert exit_status(details) == expected
+def test_relative_paths_count_from_the_submitted_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert faults_of(folder) == []
 
 
 def test_print_shows_the_command_without_a_cluster_and_without_secrets(
@@ -214,10 +231,15 @@ def test_refusals_are_lines_of_their_own(folder: Path) -> None:
     assert "did you mean learner.steps?" in submitted("learner.stesp=3").stderr
 
 
-def test_an_address_that_a_variable_overrides_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+def test_an_address_that_a_variable_overrides_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """Ray's client would go where the variable says."""
-    monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:8265")
-    assert "RAY_ADDRESS is http://elsewhere:8265" in submitted().stderr
+    monkeypatch.setenv(name, "http://elsewhere:8265")
+    assert f"{name} is http://elsewhere:8265" in submitted().stderr
+    monkeypatch.setenv(name, ADDRESS)  # the same: no doubt where to go
+    assert "Failed to connect" in submitted().stderr
     with pytest.raises(ConfigError, match="http://HEAD:8265"):
         Cluster("ray://x:10001")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy import submit_wheel
-from deploy.submit_wheel import PACKAGES, write_wheel
+from deploy.submit_wheel import write_wheel
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,9 +22,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_holds_the_running_code(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
-    modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
-    assert modules <= set(archive.namelist())
-    assert all(archive.read(name) == (ROOT / name).read_bytes() for name in modules)
+    patterns = ("*.py", "report/assets/*", "experience/templates/*.txt")
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("common", "rollout_workers", "teacher_server", "learner", "deploy")
+        for pattern in patterns
+        for path in (ROOT / package).rglob(pattern)
+    }
+    assert {Path(name).suffix for name in files} == {".py", ".css", ".js", ".txt"}
+    assert files <= set(archive.namelist())
+    assert all(archive.read(name) == (ROOT / name).read_bytes() for name in files)
     assert not [name for name in archive.namelist() if "__pycache__" in name]
 
 
@@ -67,3 +74,20 @@ def test_equal_code_is_an_equal_wheel_and_other_code_has_another_name(
     assert other.name != wheel.name
     assert zipfile.ZipFile(other).read("common/ahead.py") == b"changed = True\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([again.name, other.name])
+
+
+@pytest.mark.parametrize("change", ["moved", "cut elsewhere", "another entry point"])
+def test_every_change_is_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    files = {"common/a.py": b"one", "common/b.py": b"two"}
+    monkeypatch.setattr(submit_wheel, "read_packages", lambda: files)
+    before = write_wheel(tmp_path).name
+    if change == "moved":
+        files["common/c.py"] = files.pop("common/b.py")
+    elif change == "cut elsewhere":
+        files |= {"common/a.py": b"onet", "common/b.py": b"wo"}
+    else:
+        entries = submit_wheel.entry_points_text
+        monkeypatch.setattr(
+            submit_wheel, "entry_points_text", lambda found: entries(found) + "other = deploy.cli:main\n"
+        )
+    assert write_wheel(tmp_path).name != before
