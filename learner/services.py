@@ -28,7 +28,7 @@ from learner.placement import Placement
 from learner.rank import LearnerRank
 from learner.reports import LearnerInfo, PassReport, StepReport
 from learner.teachers import START_TIMEOUT_S, Teachers
-from rollout_workers.actor import CONTROL, Answer, RolloutSummary, RolloutWorker, ScoreSummary, WorkerInfo
+from rollout_workers.actor import GROUPS, Answer, RolloutSummary, RolloutWorker, ScoreSummary, WorkerInfo
 from rollout_workers.playing import EpisodeSummary, Played
 from rollout_workers.pool import PoolError, Worker, WorkerPool
 
@@ -86,7 +86,7 @@ class Services:
         """Place `count` rollout workers and wait until their engines answer."""
         rollout = self.config.rollout
         config = self.config.model_copy(update={"context": self.config.context.inline()})
-        actor = ray.remote(concurrency_groups={CONTROL: 8})(RolloutWorker)
+        actor = ray.remote(concurrency_groups=GROUPS)(RolloutWorker)
 
         def make(number: int, seat: int) -> Any:
             return actor.options(
@@ -176,19 +176,11 @@ class Services:
 
     async def rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, Any]:
         """(summary, reference to the scored trajectory) of one answer."""
-        return await self.pool.run(
-            sample.prompt.row_id,
-            sample.most_tokens,
-            lambda worker: worker.rollout_scored.remote(sample),
-        )
+        return await self.pool.order(sample.prompt.row_id, sample.most_tokens, sample, scored=True)
 
     async def rollout(self, sample: Sample) -> tuple[RolloutSummary, Any]:
         """(summary, reference to the trajectory) of one answer, unscored."""
-        return await self.pool.run(
-            sample.prompt.row_id,
-            sample.most_tokens,
-            lambda worker: worker.rollout.remote(sample),
-        )
+        return await self.pool.order(sample.prompt.row_id, sample.most_tokens, sample, scored=False)
 
     async def score(self, sample: Sample, trajectory: Any) -> tuple[ScoreSummary, Any]:
         """(summary, reference to the scored trajectory) of an answer that `rollout` gave, or of a stored one itself."""

@@ -23,7 +23,8 @@ from common.schema import F32, FinishReason, Prompt, Sample, Sampling, ScoredTra
 from common.scoring import Scorer, ScorerFactory, ScoringError
 from common.weights import SyncManifest
 from rollout_workers.lost import EngineLost
-from rollout_workers.playing import EpisodeSummary, Played, play_sample, spans_of, trajectories_of
+from rollout_workers.outbox import Order, Outbox
+from rollout_workers.playing import EpisodeSummary, Played, play_sample, spans_of, student_tokens, trajectories_of
 from rollout_workers.stops import cut_text
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ R = TypeVar("R")
 RENDERERS = 32
 """Of contexts of a pool, kept by a worker: each holds a context's tokens."""
 
-CONTROL = "control"
-"""Concurrency group of calls that must not wait behind answers in flight."""
+CONTROL, EXCHANGE = "control", "exchange"
+"""Concurrency groups: of calls that must not wait behind answers in flight, and of those that bring orders."""
+GROUPS = {CONTROL: 8, EXCHANGE: 4}
+"""Calls at a time. Of `EXCHANGE` one waits for answers, others leave at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class RolloutSummary:
     worker: int
     prompt_tokens: int
     response_tokens: int
+    student_tokens: int
+    """Of the response: all but what an environment said in it."""
     finish_reason: FinishReason
     versions: tuple[tuple[int, int], ...]
     started: float
@@ -109,6 +114,7 @@ class RolloutWorker:
         self._renderers: dict[str, Renderer] = {}
         self._starting = asyncio.Lock()
         self._closed = False
+        self._outbox = Outbox(self._ordered)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
 
@@ -118,26 +124,22 @@ class RolloutWorker:
         engine = await self._on_loop(self._running())
         return WorkerInfo(engine.limit_tokens, engine.weight_version)
 
-    @ray.method(num_returns=2)
-    async def rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, Scored | None]:
-        """Answer a prompt (or play an episode) and have the answer scored; the two values are two references.
-
-        A sample that cannot be scored comes back without a trajectory and with `error`; TeacherError propagates.
+    @ray.method(concurrency_group=EXCHANGE)
+    async def exchange(self, orders: Sequence[Order], cancelled: Sequence[int], most: int) -> list[Any]:
+        """Take orders for answers (or episodes) and give what ended, as `Outbox.exchange` says. Of an answer that is
+        to be scored and cannot be, the item is None and the summary has the error; TeacherError is its outcome's.
         """
-        return await self._on_loop(self._rollout_scored(sample))
-
-    @ray.method(num_returns=2)
-    async def rollout(self, sample: Sample) -> tuple[RolloutSummary, Made]:
-        """Answer a prompt, unscored. The two values are two references."""
-        return await self._on_loop(self._rollout(sample))
+        return await self._on_loop(self._outbox.exchange(orders, cancelled, most))
 
     @ray.method(num_returns=2)
     async def score(self, trajectory: Made) -> tuple[ScoreSummary, Scored | None]:
-        """Have an answer scored that `rollout` made; errors as in `rollout_scored`."""
+        """Have an answer scored that was ordered unscored; the two values are two references."""
         return await self._on_loop(self._score(trajectory))
 
-    async def _rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, Scored | None]:
-        summary, trajectory = await self._rollout(sample)
+    async def _ordered(self, order: Order) -> tuple[RolloutSummary, Made | Scored | None]:
+        summary, trajectory = await self._rollout(order.sample)
+        if not order.scored:
+            return summary, trajectory
         score, scored = await self._score(trajectory)
         return replace(summary, score=score), scored
 
@@ -162,6 +164,7 @@ class RolloutWorker:
             worker=self._number,
             prompt_tokens=len(sample.prompt.student_ids),
             response_tokens=len(answer.response_ids),
+            student_tokens=len(answer.response_ids),
             finish_reason=answer.finish_reason,
             versions=answer.versions,
             started=started,
@@ -180,6 +183,7 @@ class RolloutWorker:
             worker=self._number,
             prompt_tokens=sum(len(one.prompt.student_ids) for one in made),
             response_tokens=sum(len(one.response_ids) for one in made),
+            student_tokens=student_tokens(made),
             finish_reason=made[-1].finish_reason,
             versions=spans_of(made),
             started=started,

@@ -90,6 +90,11 @@ def trajectories_of(episode: Episode, sample: Sample) -> list[Trajectory]:
     ]
 
 
+def student_tokens(trajectories: Sequence[Trajectory]) -> int:
+    """Response tokens that the student made; what an environment said between them is not counted."""
+    return sum(len(t.response_ids) if t.loss_mask is None else int(t.loss_mask.sum()) for t in trajectories)
+
+
 def spans_of(trajectories: Sequence[Trajectory]) -> tuple[tuple[int, int], ...]:
     """Version spans over all responses, one behind the other: (first position, weight version)."""
     spans: list[tuple[int, int]] = []

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
 from common.futures import value_of
 from rollout_workers.dispatch import Dispatch
+from rollout_workers.line import Answer, Line
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ class Worker:
     number: int
     seat: int
     handle: Any
+    line: Line = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "line", Line(self.handle))
 
 
 class WorkerPool:
@@ -103,7 +108,7 @@ class WorkerPool:
             return
         self._dispatch.leave(worker.number)
         self._waiting.pop(worker.number, None)
-        ray.kill(worker.handle)
+        ray.kill(worker.handle)  # which fails its calls: who waits for their answers goes to another worker
         log.warning("rollout worker %d is lost: %s", worker.number, why)
         if self.restarts >= self._max_restarts:
             self._failure = PoolError(
@@ -154,8 +159,9 @@ class WorkerPool:
         """Start no more replacements and forget everybody; the caller stops the actors."""
         for task in list(self._starting):
             task.cancel()
-        for number in list(self._workers):
+        for number, worker in self._workers.items():
             self._dispatch.leave(number)
+            worker.line.close()
         self._workers.clear()
         self._waiting.clear()
 
@@ -184,23 +190,40 @@ class WorkerPool:
 
     # --- work -------------------------------------------------------------------------------------------------------
 
+    async def order(self, key: str, tokens: int, sample: Any, *, scored: bool) -> Answer:
+        """Have a worker answer `sample`: (summary, reference to the item). Orders share calls (`rollout_workers.line`).
+
+        `key` names the prompt (its prefix may be cached), `tokens` is the most it may cost. A worker that is lost
+        meanwhile costs another attempt, by another worker.
+        """
+        return await self._attempt(key, tokens, lambda worker: worker.line.order(sample, scored=scored))
+
     async def run(self, key: str, tokens: int, call: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
         """Have a worker do `call`, which gets its handle and returns (reference to wait for, reference to pass on).
 
-        Returns (value of the first, the second). `key` names the prompt (its prefix may be cached), `tokens` is the
-        most it may cost. A worker that is lost meanwhile costs another attempt, by another worker.
+        Returns (value of the first, the second); the rest as for `order`.
         """
-        for _ in range(ATTEMPTS):
-            worker = await self._take(key, tokens)
+
+        async def called(worker: Worker) -> tuple[Any, Any]:
             awaited, passed = call(worker.handle)
             try:
                 return await value_of(awaited), passed
-            except ray.exceptions.RayActorError as error:
-                self.lose(worker, _short(error))
-                self.reissued += 1
             except asyncio.CancelledError:
                 ray.cancel(awaited)
                 raise
+
+        return await self._attempt(key, tokens, called)
+
+    async def _attempt(
+        self, key: str, tokens: int, work: Callable[[Worker], Awaitable[tuple[Any, Any]]]
+    ) -> tuple[Any, Any]:
+        for _ in range(ATTEMPTS):
+            worker = await self._take(key, tokens)
+            try:
+                return await work(worker)
+            except ray.exceptions.RayActorError as error:
+                self.lose(worker, _short(error))
+                self.reissued += 1
             finally:
                 self._dispatch.end(worker.number, tokens)
                 self._give_turns()
@@ -212,7 +235,13 @@ class WorkerPool:
         if number is None:
             turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             self._queue.append((key, tokens, turn))
-            number = await turn
+            try:
+                number = await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled() and turn.exception() is None:  # his turn had come
+                    self._dispatch.end(turn.result(), tokens)
+                    self._give_turns()
+                raise
         return self._workers.get(number) or await self._take(key, tokens)  # it may have been lost meanwhile
 
     def _give_turns(self) -> None:

@@ -15,7 +15,8 @@ import ray
 
 from common.schema import ItemScore, Prompt, Sample, Sampling, ScoredTrajectory, Trajectory, as_ids
 from common.scoring import ScoringError, TeacherError
-from rollout_workers.actor import CONTROL, RolloutWorker
+from rollout_workers.actor import GROUPS, RolloutWorker
+from rollout_workers.outbox import Order
 from tests.integration.test_rollout_engine import PROMPT, K, run_config
 from tests.processes import alive, command_of, descendants
 
@@ -48,7 +49,7 @@ class StubFactory:
 def worker(tiny_model: Path) -> Iterator[Any]:
     ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     root = os.getpid()
-    actor = ray.remote(concurrency_groups={CONTROL: 4})(RolloutWorker)
+    actor = ray.remote(concurrency_groups=GROUPS)(RolloutWorker)
     handle = actor.options(num_cpus=0, max_concurrency=64).remote(
         str(tiny_model), run_config(tiny_model), StubFactory(), max_logprobs=K
     )
@@ -66,15 +67,20 @@ def worker(tiny_model: Path) -> Iterator[Any]:
     assert not left
 
 
-def rollout(worker: Any, row: str, max_tokens: int = 12) -> tuple[Any, Any]:
+def order(row: str, *, ticket: int = 0, max_tokens: int = 12, scored: bool = True) -> Order:
     prompt = Prompt(row_id=row, student_ids=as_ids(PROMPT), teacher_ids=as_ids(PROMPT), context=None)
-    sample = Sample(0, 0, f"0/{row}", prompt, Sampling(max_tokens, top_k=K, seed=1))
-    summary, scored = worker.rollout_scored.remote(sample)
-    return summary, scored
+    return Order(ticket, Sample(0, 0, f"0/{row}", prompt, Sampling(max_tokens, top_k=K, seed=1)), scored)
+
+
+def one(worker: Any, given: Order) -> tuple[Any, Any]:
+    """(outcome, reference to the item) of an order."""
+    outcomes, item = worker.exchange.options(num_returns=2).remote([given], [], 1)
+    return ray.get(outcomes)[0], item
 
 
 def test_an_answer_comes_back_scored_and_its_summary_apart(worker: Any) -> None:
-    summary, scored = ray.get(list(rollout(worker, "row")))
+    outcome, item = one(worker, order("row"))
+    summary, scored = outcome.summary, ray.get(item)
     assert summary.score.error is None
     assert summary.response_tokens == len(scored.trajectory.response_ids) == 12
     assert summary.prompt_tokens == len(PROMPT)
@@ -84,32 +90,38 @@ def test_an_answer_comes_back_scored_and_its_summary_apart(worker: Any) -> None:
 
 
 def test_a_sample_that_cannot_be_scored_has_an_error_and_no_trajectory(worker: Any) -> None:
-    summary, scored = ray.get(list(rollout(worker, "refused")))
-    assert summary.score.error == "refused by the teacher"
-    assert scored is None
+    outcome, item = one(worker, order("refused"))
+    assert outcome.error is None
+    assert outcome.summary.score.error == "refused by the teacher"
+    assert ray.get(item) is None
 
 
 def test_an_answer_can_be_made_first_and_scored_later(worker: Any) -> None:
-    prompt = Prompt(row_id="row", student_ids=as_ids(PROMPT), teacher_ids=as_ids(PROMPT), context=None)
-    made, answer = worker.rollout.remote(Sample(0, 0, "0/row", prompt, Sampling(12, top_k=K, seed=1)))
+    made, answer = one(worker, order("row", scored=False))
     score, scored = worker.score.remote(answer)
-    assert ray.get(made).score is None
+    assert made.summary.score is None
     assert ray.get(score).error is None
     assert np.array_equal(ray.get(scored).trajectory.response_ids, ray.get(answer).response_ids)
 
 
 def test_a_lost_teacher_is_raised_to_the_caller(worker: Any) -> None:
-    summary, _ = rollout(worker, "lost")
+    outcome, _ = one(worker, order("lost"))
     with pytest.raises(TeacherError, match="the teacher is gone"):
-        ray.get(summary)
+        raise outcome.error.as_instanceof_cause()
 
 
 def test_control_calls_do_not_wait_for_answers_in_flight(worker: Any) -> None:
-    running = [rollout(worker, f"row{i}", max_tokens=200)[0] for i in range(64)]  # as many as the worker takes
+    orders = [order(f"row{i}", ticket=i, max_tokens=200) for i in range(64)]
+    ray.get(worker.exchange.remote(orders, [], 0))
+    generating = [worker.generate.remote([(PROMPT, Sampling(200))]) for _ in range(64)]  # as many as the worker takes
     ray.get(worker.ready.remote(), timeout=10)
-    _, unfinished = ray.wait(running, num_returns=len(running), timeout=0)
+    _, unfinished = ray.wait(generating, num_returns=len(generating), timeout=0)
     assert unfinished
-    assert len(ray.get(running)) == 64
+    ended = 0
+    while ended < 64:  # orders and their answers do not wait either
+        outcomes, *_ = worker.exchange.options(num_returns=65).remote([], [], 64)
+        ended += len(ray.get(outcomes, timeout=60))
+    assert len(ray.get(generating)) == 64
 
 
 def test_generated_text_ends_before_the_stop(worker: Any) -> None:

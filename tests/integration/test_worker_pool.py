@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from common.futures import value_of
+from rollout_workers.actor import GROUPS
+from rollout_workers.outbox import Order, Outbox
 from rollout_workers.pool import PoolError, WorkerPool
 
 pytestmark = pytest.mark.timeout(120)
@@ -24,11 +29,45 @@ def die_once(trap: Path) -> None:
         os._exit(1)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """An order to `Echo`: how long it takes, and what happens at its end."""
+
+    seconds: float = 0.0
+    trap: str | None = None
+    error: str | None = None
+
+
 class Echo:
-    """Stands in for a worker: answers with its number, dies when it is told to."""
+    """Stands in for a worker: answers with its number, dies when it is told to. Its outbox is the real one."""
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.outbox = Outbox(self._ordered)
+        self.seen = {"calls": 0, "begun": 0, "cancelled": 0}
+
+    @ray.method(concurrency_group="exchange")
+    async def exchange(self, orders: Sequence[Order], cancelled: Sequence[int], most: int) -> list[Any]:
+        self.seen["calls"] += 1
+        return await self.outbox.exchange(orders, cancelled, most)
+
+    @ray.method(concurrency_group="control")
+    async def tell(self) -> dict[str, int]:
+        return self.seen
+
+    async def _ordered(self, order: Order) -> tuple[int, bytes]:
+        asked: Asked = order.sample
+        self.seen["begun"] += 1
+        try:
+            await asyncio.sleep(asked.seconds)
+        except asyncio.CancelledError:
+            self.seen["cancelled"] += 1
+            raise
+        if asked.trap is not None:
+            die_once(Path(asked.trap))
+        if asked.error is not None:
+            raise LookupError(asked.error)
+        return self.number, b"item of %d" % self.number * 50_000  # too much for the reply itself
 
     async def ready(self) -> str:
         return f"worker {self.number}"
@@ -61,7 +100,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture
 async def pool(cluster: None) -> AsyncIterator[WorkerPool]:
     pool = WorkerPool(slots=4, max_restarts=2)
-    actor = ray.remote(Echo)
+    actor = ray.remote(concurrency_groups=GROUPS)(Echo)
     first = await pool.start(lambda number, seat: actor.options(num_cpus=0, max_concurrency=8).remote(number), 2)
     assert first == "worker 0"
     yield pool
@@ -144,3 +183,133 @@ async def test_a_member_whose_actor_is_gone_fails_the_health_check(pool: WorkerP
             await pool.check_health()
     assert [worker.number for worker in pool.members] == [1]
     assert pool.restarts == 1
+
+
+# --- orders ----------------------------------------------------------------------------------------------------------
+
+
+async def told(pool: WorkerPool) -> dict[str, int]:
+    """What the workers count, all together."""
+    counts = await asyncio.gather(*(value_of(worker.handle.tell.remote()) for worker in pool.members))
+    return {name: sum(one[name] for one in counts) for name in counts[0]}
+
+
+def order(pool: WorkerPool, row: str, **asked: Any) -> asyncio.Task[Any]:
+    return asyncio.create_task(pool.order(row, 10, Asked(**asked), scored=True))
+
+
+async def test_orders_are_taken_up_again_after_a_rest(pool: WorkerPool) -> None:
+    """In any turn of the loop after the last answer, in which nobody collects any more."""
+    for turns in range(8):
+        await asyncio.wait_for(order(pool, "row"), 10)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+
+async def test_orders_share_calls(pool: WorkerPool) -> None:
+    done = await asyncio.gather(*(order(pool, f"row{i}") for i in range(200)))
+    assert len(done) == 200
+    seen = await told(pool)
+    assert seen["begun"] == 200
+    assert seen["calls"] <= 200 / 2  # four at a time to each
+
+
+async def test_an_ordered_answer_does_not_wait_for_others_and_its_item_is_its_own(pool: WorkerPool) -> None:
+    slow = [order(pool, "same", seconds=60.0) for _ in range(2)]
+    number, item = await asyncio.wait_for(order(pool, "same"), 10)
+    assert await value_of(item) == b"item of %d" % number * 50_000
+    assert not any(one.done() for one in slow)
+    for one in slow:
+        one.cancel()
+
+
+async def test_orders_wait_for_a_slot(pool: WorkerPool) -> None:
+    waiting = [order(pool, f"row{i}", seconds=60.0) for i in range(8)]
+    more = order(pool, "more")
+    await asyncio.sleep(0.5)
+    assert (await told(pool))["begun"] == 8
+    assert not more.done()
+    waiting[0].cancel()
+    await asyncio.wait_for(more, 10)
+    for one in waiting:
+        one.cancel()
+
+
+async def test_what_a_dead_worker_was_ordered_is_made_once_more_and_what_it_made_is_kept(
+    pool: WorkerPool, tmp_path: Any
+) -> None:
+    kept = await asyncio.gather(*(order(pool, f"kept{i}") for i in range(4)))
+    trap = tmp_path / "trap"
+    trap.touch()
+    orders = [order(pool, f"row{i}", seconds=0.2, trap=str(trap)) for i in range(20)]
+    done = await asyncio.wait_for(asyncio.gather(*orders), 60)
+    assert len(done) == 20
+    assert pool.restarts == 1
+    assert 1 <= pool.reissued <= 4  # no more than it had in flight
+    for number, item in kept:
+        assert await value_of(item) == b"item of %d" % number * 50_000
+
+
+async def test_orders_to_a_worker_that_is_given_up_go_to_another(pool: WorkerPool) -> None:
+    orders = [order(pool, f"row{i}", seconds=0.5) for i in range(8)]
+    await asyncio.sleep(0.1)
+    lost = pool.members[0]
+    pool.lose(lost, "killed by the test")
+    done = await asyncio.wait_for(asyncio.gather(*orders), 30)
+    assert {number for number, _ in done} == {pool.members[0].number}
+    assert pool.reissued == 4
+
+
+async def test_a_cancelled_order_is_stopped_at_the_worker_and_gives_its_slot_back(pool: WorkerPool) -> None:
+    running = [order(pool, f"row{i}", seconds=60.0) for i in range(8)]
+    await asyncio.sleep(0.5)
+    at_once = order(pool, "waits for a slot", seconds=60.0)
+    await asyncio.sleep(0)
+    for task in (*running, at_once):
+        task.cancel()
+    await asyncio.gather(*running, at_once, return_exceptions=True)
+    done = await asyncio.wait_for(asyncio.gather(*(order(pool, f"row{i}") for i in range(8))), 10)
+    assert len(done) == 8
+    seen = await told(pool)
+    assert (seen["begun"], seen["cancelled"]) == (16, 8)
+
+
+async def test_who_is_cancelled_just_as_his_turn_comes_leaves_the_slot(pool: WorkerPool) -> None:
+    """Whenever it is: between the end of one answer and the start of the next lie a few turns of the loop."""
+    for turns in range(8):
+        running = [order(pool, f"row{i}", seconds=60.0) for i in range(8)]
+        await asyncio.sleep(0.1)
+        waiting = order(pool, "waits")
+        await asyncio.sleep(0)
+        running[0].cancel()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in (*running, waiting):
+            task.cancel()
+        await asyncio.gather(*running, waiting, return_exceptions=True)
+    before = (await told(pool))["begun"]
+    running = [order(pool, f"row{i}", seconds=60.0) for i in range(8)]
+    async with asyncio.timeout(10):
+        while (await told(pool))["begun"] < before + 8:
+            await asyncio.sleep(0.1)
+    for task in running:
+        task.cancel()
+
+
+async def test_what_an_order_raises_comes_to_who_gave_it_and_the_worker_lives(pool: WorkerPool) -> None:
+    orders = [order(pool, f"row{i}", error="no such row" if i == 3 else None) for i in range(8)]
+    done = await asyncio.gather(*orders, return_exceptions=True)
+    assert isinstance(done[3], LookupError)
+    assert "no such row" in str(done[3])
+    assert sum(isinstance(one, tuple) for one in done) == 7
+    assert pool.restarts == 0
+
+
+async def test_an_order_that_cannot_travel_is_an_error_and_not_a_wait(pool: WorkerPool) -> None:
+    with pytest.raises(TypeError):
+        await asyncio.wait_for(pool.order("row", 10, threading.Lock(), scored=True), 10)
+    running = order(pool, "row", seconds=1.0)
+    await asyncio.sleep(0.3)
+    with pytest.raises(TypeError):  # beside a call that waits at the worker
+        await asyncio.wait_for(pool.order("row", 10, threading.Lock(), scored=True), 10)
+    await asyncio.wait_for(running, 10)
