@@ -61,6 +61,9 @@ class _Trained:
     """What a step was trained on."""
 
     tokens: int = 0
+    """Of all responses: what the ranks count."""
+    student_tokens: int = 0
+    """Of these, what the student made: an environment speaks in the response, too, where it is a conversation."""
     sequences: int = 0
     """What the ranks count: an answer is one, an episode may be several."""
     by_length: int = 0
@@ -75,6 +78,7 @@ class _Trained:
     def add(self, answered: Answered) -> None:
         """One more answer."""
         self.tokens += answered.summary.response_tokens
+        self.student_tokens += answered.summary.student_tokens
         self.sequences += answered.sequences
         self.sample_ids.append(answered.sample.sample_id)
         if answered.sample.prompt.context_id is not None:
@@ -95,8 +99,8 @@ class _Trained:
         """Means over the answers, or over the episodes."""
         played = self.episodes
         return {
-            "rollout/tokens": self.tokens,
-            "rollout/mean_tokens": self.tokens / max(self.answers, 1),
+            "rollout/tokens": self.student_tokens,
+            "rollout/mean_tokens": self.student_tokens / max(self.answers, 1),
             "rollout/stopped_by_length": self.by_length / max(self.answers, 1),
             "teacher/failed": len(self.failures),
             **{
@@ -196,7 +200,7 @@ class Controller:
                 **staleness,
                 "rollout/restarts": pool.restarts,
                 "rollout/reissued": pool.reissued,
-                "tokens_per_s": trained.tokens / (ended - started),
+                "tokens_per_s": trained.student_tokens / (ended - started),
                 "weight_version": step + 1,
                 **{f"parity/{name}": value for name, value in asdict(parity).items()},
                 **{f"time/{stage}_s": value for stage, value in times.stage_s.items()},
@@ -218,10 +222,11 @@ class Controller:
             trained.add(answered)
             for group in filler.add(answered.tokens, answered.item):
                 running += self._services.accumulate(group)
-            self._status(f"step {step + 1}: {trained.answers}/{self._source.per_step} answers, {trained.tokens} tokens")
+            so_far = f"{trained.answers}/{self._source.per_step} answers, {trained.student_tokens} tokens"
+            self._status(f"step {step + 1}: {so_far}")
         for group in filler.flush():
             running += self._services.accumulate(group)
-        self._status(f"step {step + 1}: {trained.tokens} tokens, learning")
+        self._status(f"step {step + 1}: {trained.student_tokens} tokens, learning")
         reports: list[AccumulateReport] = await all_of(running)
         ranks = config.learner.ranks
         for index, report in enumerate(reports):

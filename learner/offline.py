@@ -233,6 +233,7 @@ class Replayed:
 
     prompt_tokens: int
     response_tokens: int
+    student_tokens: int
     finish_reason: FinishReason
     versions: tuple[tuple[int, int], ...]
     episode: None = None
@@ -242,6 +243,7 @@ class Replayed:
         """Its sizes."""
         return cls(
             len(trajectory.prompt.student_ids),
+            len(trajectory.response_ids),
             len(trajectory.response_ids),
             trajectory.finish_reason,
             trajectory.versions,

@@ -22,7 +22,7 @@ COLOURS = 8
 CURVES: tuple[tuple[str, str, str], ...] = (
     ("kl/full_bound", "KL", "nats a token"),
     ("loss", "Loss", "a token"),
-    ("tokens_per_s", "Speed", "response tokens trained a second"),
+    ("tokens_per_s", "Speed", "the student's tokens trained a second"),
     ("rollout/mean_tokens", "Length of answers", "tokens"),
     ("entropy", "Entropy of the student", "nats a token"),
     ("staleness/mean_age", "Staleness", "mean age of trained tokens, steps"),

@@ -37,7 +37,7 @@ WELL = (
     Curve("grad_norm", "Gradient norm", "before clipping"),
     Curve("rollout/mean_tokens", "Length of answers", "tokens"),
     Curve("rollout/stopped_by_length", "Answers cut by length", "share"),
-    Curve("tokens_per_s", "Speed", "response tokens trained a second"),
+    Curve("tokens_per_s", "Speed", "the student's tokens trained a second"),
     Curve("staleness/mean_age", "Staleness", "mean age of trained tokens, steps"),
     Curve("support_coverage", "Coverage of the support", "student’s mass on the stored ids"),
     Curve("drift/rms", "Engine against learner", "rms of the log-prob, nats"),

@@ -46,12 +46,17 @@ def test_whole_conversations_of_older_weights_weighted_by_their_ratio(
     write_games(tmp_path, {"history": False})
     run = tmp_path / "runs/tiny"
     lines = finished(config, run)
+    trace = json.loads((run / "trace.json").read_text())
+    rollouts = [event["args"] for event in trace if event["name"] == "rollout" and event["ph"] == "X"]
+    in_sequences = sum(one["response_tokens"] for one in rollouts)
+    assert in_sequences > 1.5 * sum(line["rollout/tokens"] for line in lines)
     assert [line["weight_version"] for line in lines] == [1, 2, 3, 4]
     assert {line["staleness/max_age"] for line in lines} == {0, 1}
     for line in lines:
         assert 1 < line["env/turns"] <= 3
-        # Beside the answers, of eight tokens at most, what the game said is in the sequences.
-        assert line["rollout/tokens"] > 4 * 8 * line["env/turns"]
+        # Four games of answers of eight tokens at most: what the game said is in the sequences and not counted.
+        assert 0 < line["rollout/tokens"] <= 4 * 8 * line["env/turns"]
+        assert line["rollout/mean_tokens"] == line["rollout/tokens"] / 4
         assert 0 < line["importance/mean"] <= 1.5
         if line["staleness/max_age"] == 0:
             assert line["drift/rms"] < 2e-3

@@ -11,11 +11,12 @@ import pytest
 from common.chat import Renderer, teacher_sequence
 from common.config import StudentConfig
 from common.data import DataError
-from common.schema import Ids, as_ids
+from common.schema import Ids, Sample, Sampling, as_ids
 from rollout_workers.engine import Generation
 from rollout_workers.environments.base import Step
 from rollout_workers.environments.registry import make_environment
 from rollout_workers.episodes import Episode, SampleMode, join, play_episode
+from rollout_workers.playing import student_tokens, trajectories_of
 from tests.tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -157,6 +158,18 @@ async def test_a_conversation_keeps_what_the_engine_knew_of_each_token() -> None
     actual = [spans[max(start for start in spans if start <= position)] for position in range(len(mask))]
     assert actual == expected.tolist()
     assert [version for _, version in generation.versions] == [0, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("mode", ["observation", "chat", "conversation"])
+async def test_tokens_are_counted_that_the_student_made(mode: SampleMode) -> None:
+    """The worker's summary and the run's tokens a second."""
+    student = Student(["3", "22", "1"])
+    episode = await episode_of(mode, student)
+    prompt = episode.samples[0].prompt
+    made = trajectories_of(episode, Sample(0, 0, "e7", prompt, Sampling(8)))
+    assert student_tokens(made) == sum(len(one.response_ids) for one in student.made)
+    in_sequences = sum(len(one.response_ids) for one in made)
+    assert (in_sequences > student_tokens(made)) == (mode == "conversation")
 
 
 def test_one_answer_joins_to_itself() -> None:

@@ -50,6 +50,7 @@ class StubServices:
             worker=0,
             prompt_tokens=2,
             response_tokens=3,
+            student_tokens=3,
             finish_reason="stop",
             versions=((0, version),),
             started=0.0,
