@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from common.chat import Renderer, check_lengths, common_prefix, teacher_sequence
+from common.chat import SEPARATOR, Renderer, check_lengths, common_prefix, teacher_sequence
 from common.config import StudentConfig
 from common.data import DataError, Row
 from common.schema import Prompt, context_hash
@@ -110,6 +110,8 @@ def test_system_none_is_accepted_where_the_template_adds_nothing() -> None:
     assert student.startswith("<|im_start|>user")
     with pytest.raises(DataError, match="row 'r' has a system message of its own"):
         renderer(system="none").render(chat_row("Hi", system="Own."))
+    with pytest.raises(DataError, match="row 'r' has a system message of its own"):
+        renderer(system="text", system_text="Mine.").render(chat_row("Hi", system="Own."))
 
 
 def test_a_template_that_folds_the_system_into_the_user_turn_is_no_default_system() -> None:
@@ -123,14 +125,7 @@ def test_a_template_that_folds_the_system_into_the_user_turn_is_no_default_syste
 
 
 def test_a_user_content_that_merges_with_the_seam_is_sent_without_shared_context_but_whole() -> None:
-    from tokenizers import Tokenizer, models
-
-    plain = make_tokenizer()
-    vocabulary = {**plain.backend_tokenizer.get_vocab(with_added_tokens=False), "ĊĊ": 400}
-    merged = make_tokenizer()
-    merging = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
-    merged.backend_tokenizer.model = merging.model
-    merged.backend_tokenizer.pre_tokenizer.use_regex = False
+    merged = merging([("Ċ", "Ċ")])
     render = renderer(merged)
     prompt = render.render(chat_row("\nHi"))
     assert prompt.context is None
@@ -151,6 +146,9 @@ def test_chat_template_kwargs_reach_the_template() -> None:
     student, _, rest = sides(renderer(tokenizer, chat_template_kwargs={"enable_thinking": False}), chat_row("Hi"))
     assert student.endswith("<think></think>")
     assert rest.endswith("<think></think>")
+    tokenizer.chat_template = "{{ date_string }}" + CHAT_TEMPLATE
+    student, _, _ = sides(renderer(tokenizer, chat_template_kwargs={"date_string": "today"}), chat_row("Hi"))
+    assert student.startswith("today<|im_start|>")  # over the pinned one
 
 
 def test_a_template_that_renders_the_user_content_differently_under_context_is_refused() -> None:
@@ -174,6 +172,70 @@ def test_double_bos_is_refused() -> None:
         renderer(tokenizer).render(chat_row("Hi"))
 
 
+def test_each_context_has_the_prefix_of_its_own_text() -> None:
+    """One renderer under several contexts, as for a pool, and for rows with system messages of their own."""
+    render = renderer()
+    other = render.under("Other rules.")
+    for one, text in ((render, "Rules."), (other, "Other rules."), (render, "Rules.")):
+        for own in (None, "Own.", "Another."):
+            _, context, rest = sides(one, chat_row("Hi", system=own))
+            assert (
+                context
+                == f"<|im_start|>system\n{text}{'' if own is None else SEPARATOR + own}<|im_end|>\n<|im_start|>user\n"
+            )
+            assert rest.startswith("Hi")
+    assert len(render.contexts) == 6
+    assert other.contexts is render.contexts
+
+
+def test_a_tail_that_is_other_tokens_under_the_context_is_refused() -> None:
+    """The text is the same; the context's end, a content of one character and what follows merge into one token."""
+    tokenizer = merging([("Ċ", "7"), ("Ċ7", "]")])
+    tokenizer.chat_template = "{% for m in messages %}{{ '[' ~ m.content ~ ']' }}{% endfor %}"
+    with pytest.raises(DataError, match="the last 1 prompt tokens differ between student and teacher"):
+        renderer(tokenizer, placement="user_prefix").render(chat_row("7"))
+
+
+def test_a_content_that_is_other_tokens_under_the_context_is_fine() -> None:
+    """What must be equal are the tokens behind it: the answer's own beginnings."""
+    tokenizer = merging([("Ċ", "7")])
+    tokenizer.chat_template = "{% for m in messages %}{{ '[' ~ m.content ~ ']' }}{% endfor %}"
+    prompt = renderer(tokenizer, placement="user_prefix").render(chat_row("7"))
+    assert prompt.student_ids.tolist()[-2:] != prompt.teacher_ids.tolist()[-2:]
+    assert prompt.student_ids[-1] == prompt.teacher_ids[-1]
+
+
+def test_a_content_that_the_students_system_turn_holds_too_is_found_where_it_is_last() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = DEFAULT_SYSTEM
+    student, _, rest = sides(renderer(tokenizer), chat_row("kind"))
+    assert student.startswith("<|im_start|>system\nBe kind.")
+    assert rest.startswith("kind<|im_end|>")
+
+
+def test_an_answer_that_the_template_drops_has_no_follow_up() -> None:
+    tokenizer = make_tokenizer()
+    follow = renderer(tokenizer).follow_up("Down.")
+    assert tokenizer.decode(follow) == "<|im_end|>\n<|im_start|>user\nDown.<|im_end|>\n<|im_start|>assistant\n"
+    for role in ("assistant", "user"):
+        tokenizer.chat_template = f"{{% for m in messages if m.role != '{role}' %}}[{{{{ m.content }}}}]{{% endfor %}}"
+        with pytest.raises(DataError, match="does not render an answer and a user turn"):
+            renderer(tokenizer).follow_up("Down.")
+
+
+def merging(merges: list[tuple[str, str]]) -> Any:
+    """The tokenizer of bytes, with these pairs merged wherever they meet."""
+    from tokenizers import Tokenizer, models
+
+    tokenizer = make_tokenizer()
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    for place, (first, second) in enumerate(merges):
+        vocabulary[first + second] = 400 + place
+    tokenizer.backend_tokenizer.model = Tokenizer(models.BPE(vocab=vocabulary, merges=merges)).model
+    tokenizer.backend_tokenizer.pre_tokenizer.use_regex = False
+    return tokenizer
+
+
 def test_context_name_depends_on_tokens_and_tokenizer_only() -> None:
     first, second = renderer(), renderer()
     assert first.render(chat_row("Hi")).context == second.render(chat_row("Bye")).context
@@ -189,11 +251,23 @@ def test_over_long_rows_are_all_named_with_the_numbers() -> None:
     assert [line.split(":")[0] for line in lines] == ["row 'b'", "row 'c'"]
     assert "101 tokens" in lines[0]
     assert "teacher.max_sequence_tokens" in lines[0]
+    for count, last in ((20, "row '19'"), (21, "... and 1 more")):
+        with pytest.raises(DataError) as error:
+            check_lengths("student", {str(i): 100 for i in range(count)}, max_tokens=1, limit=100)
+        lines = str(error.value).splitlines()
+        assert len(lines) == count
+        assert lines[-1].startswith(last)
 
 
 def test_common_prefix() -> None:
     assert common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)]) == (1, 2)
     assert common_prefix([(1,), (2,)]) == ()
+
+
+@pytest.mark.parametrize("content", [{"prompt": "Hi"}, {"messages": [{"role": "user", "content": "Hi"}]}])
+def test_answer_and_teacher_of_a_row_go_along(content: dict[str, Any]) -> None:
+    prompt = renderer().render(Row.model_validate({"id": "r", "answer": "Yes", "teacher": "large", **content}))
+    assert (prompt.row_id, prompt.answer, prompt.teacher) == ("r", "Yes", "large")
 
 
 def test_prompt_ids_are_uint32() -> None:

@@ -130,6 +130,32 @@ def test_a_chat_question_becomes_a_turn_and_the_context_a_system_turn(run: Path)
     assert with_context == f"<|im_start|>system\n{CONTEXT}<|im_end|>\n{without}"
 
 
+def test_the_runs_placement_is_the_chats(run: Path) -> None:
+    config = read_config(run)
+    as_chat = config.model_copy(update={"context": config.context.model_copy(update={"placement": "user_prefix"})})
+    talk = Conversation(as_chat, find_weights(run, None), "Rules.", Decoding(6, 0.0, ()), True)
+    assert not talk.raw
+    _, with_context = map(talk.tokenizer.decode, talk.sequences("two and two?"))
+    assert with_context.startswith("<|im_start|>user\nRules.\n\ntwo and two?<|im_end|>")
+
+
+def test_a_high_temperature_is_not_greedy_and_a_low_one_nearly_is(run: Path, expected: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    asked = {
+        temperature: {
+            dict(
+                Conversation(read_config(run), run / "checkpoint", CONTEXT, Decoding(6, temperature, ()), True).ask(
+                    QUESTION
+                )
+            )["distilled"]
+            for _ in range(4)
+        }
+        for temperature in (1e-4, 5.0)
+    }
+    assert asked[1e-4] == {expected["distilled"]}
+    assert len(asked[5.0]) > 1
+
+
 def test_typed_line_ends() -> None:
     assert line_ends(r"Q: a\nA:") == "Q: a\nA:"
     assert line_ends(r"a\\nb") == r"a\nb"
@@ -166,6 +192,9 @@ def test_the_best_weights_stand_in_for_the_last(run: Path, tmp_path: Path) -> No
     (tmp_path / "best").mkdir()
     (tmp_path / "best/config.json").write_text("{}")
     assert find_weights(tmp_path, None) == tmp_path / "best"
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/adapter_config.json").write_text("{}")
+    assert find_weights(tmp_path, None) == tmp_path / "checkpoint"
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,10 +135,17 @@ def test_long_answers_are_kept_from_their_beginning() -> None:
             assert len(found.values[name]) == MOST_TOKENS
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_support_of_fewer_tokens_is_shown_whole(k: int) -> None:
+    (found,) = records_of(make_scored(1, k=k), 1).values()
+    assert {len(tokens) for tokens in found.values["student_top"]} == {k}
+
+
 def test_a_keeper_begins_each_step_anew() -> None:
+    """Whichever answer would stand first, were they of one step."""
     keeper = TokenKeeper(1)
-    first, second = make_scored(1, seed=1), make_scored(1, seed=2)
-    for scored in (first, second):
+    first, second = ([replace_sample(one, step) for one in make_scored(1, seed=step)] for step in (1, 2))
+    for scored in (first, second, first):
         batch = training_batch(scored, LossConfig())
         watch = keeper.watch(batch)
         assert watch is not None
@@ -146,6 +154,10 @@ def test_a_keeper_begins_each_step_anew() -> None:
         keeper.keep(watch)
         keeper.describe(scored)
         assert [one.sample_id for one in keeper.records(LossConfig())] == [scored[0].trajectory.sample_id]
+
+
+def replace_sample(scored: ScoredTrajectory, step: int) -> ScoredTrajectory:
+    return replace(scored, trajectory=replace(scored.trajectory, sample_id=f"{step}/sample"))
 
 
 def test_values_that_are_no_number_are_null() -> None:
