@@ -30,6 +30,10 @@ class Wire(Protocol):
     device: torch.device
     """Where a tensor must lie to be sent or received."""
 
+    def allocate(self, nbytes: int) -> Tensor:
+        """Memory, ``[nbytes]`` of bytes, from which the sender can send; kept until `close`."""
+        ...
+
     def broadcast(self, data: Tensor, what: str) -> None:
         """One blocking broadcast of a byte tensor from the sender; `what` names it in the SyncError."""
         ...
@@ -133,7 +137,7 @@ def open_group(
         if sync.backend == "nccl":
             return WeightGroup(control, wires.NcclWire(control, world_size, torch.device(device), sync.timeout_s))
         if sync.backend == "ipc":
-            return WeightGroup(control, wires.IpcWire(control, torch.device(device)))
+            return WeightGroup(control, wires.open_ipc(control, torch.device(device)))
         return WeightGroup(control, wires.GlooWire(control))
     except BaseException:
         control.close()

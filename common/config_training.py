@@ -155,8 +155,8 @@ class SyncConfig(Section):
     """How new weights reach the engines, and the proof that they did."""
 
     backend: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
-    """`gloo`: through host memory, any device. `nccl`: between GPUs. `ipc`: learner and engine share a GPU. `file`:
-    safetensors in `folder`, for whatever else can read it."""
+    """`gloo`: through host memory, any device. `nccl`: between GPUs. `ipc`: learner and engines share a GPU or,
+    without one, a host. `file`: safetensors in `folder`, for whatever else can read it."""
     folder: Path | None = None
     """Of `file`: a folder that learner and engines share, default: ``weights/`` of the run."""
     delta: bool = False

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def host_buffer(nbytes: int) -> Tensor:
+    """``[nbytes]`` of host memory for weights to be copied into; pinned where they may come from a GPU."""
+    import torch
+
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+
 class Memory:
     """Lends byte tensors. In host memory the space of one is lent again when no tensor looks at it any more; on a GPU
     torch's own allocator does the same.

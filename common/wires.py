@@ -1,4 +1,4 @@
-"""The wires of a weight group: gloo between hosts' memories, nccl between GPUs, ipc within one GPU."""
+"""The wires of a weight group: gloo between hosts' memories, nccl between GPUs, ipc within one GPU or one host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
 
-from common.collective import SENDER, Control, SyncError
+from common.collective import SENDER, Control, SyncError, Wire
+from common.host_ipc import HostIpcWire
+from common.memory import host_buffer
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,10 @@ class GlooWire:
 
         self._control = control
         self.device = torch.device("cpu")
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """See `Wire`."""
+        return host_buffer(nbytes)
 
     def broadcast(self, data: Tensor, what: str) -> None:
         """See `Wire`."""
@@ -55,6 +61,10 @@ class NcclWire:
         self._timeout_s = timeout_s
         self._group = dist.ProcessGroupNCCL(store, control.rank, world_size, options)
 
+    def allocate(self, nbytes: int) -> Tensor:
+        """See `Wire`."""
+        return _on_gpu(nbytes, self.device)
+
     def broadcast(self, data: Tensor, what: str) -> None:
         """See `Wire`; `data` is complete on its device when this returns."""
         import torch
@@ -78,11 +88,13 @@ class IpcWire:
     def __init__(self, control: Control, device: torch.device) -> None:
         import torch
 
-        if device.type != "cuda":
-            raise SyncError(f"sync.backend: `ipc` needs a GPU that learner and engine share, not {device}; use `gloo`")
         self.device = device
         self._control = control
         self._uuid = str(torch.cuda.get_device_properties(device).uuid)
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """See `Wire`."""
+        return _on_gpu(nbytes, self.device)
 
     def broadcast(self, data: Tensor, what: str) -> None:
         """See `Wire`. The lent memory may be used again when this returns: all have copied."""
@@ -121,6 +133,27 @@ class IpcWire:
     def _hear(self, what: str) -> bytes:
         length = int.from_bytes(self._control.tell(bytes(LENGTH_BYTES), what), "little")
         return self._control.tell(bytes(length), what)
+
+
+def open_ipc(control: Control, device: torch.device) -> Wire:
+    """The wire between processes that share a GPU, or, where none of them has one, a host's memory.
+
+    Raises SyncError where some have a GPU and some do not.
+    """
+    on_gpu = device.type == "cuda"
+    everywhere, nowhere = control.agree(int(on_gpu), "the ipc wire"), control.agree(int(not on_gpu), "the ipc wire")
+    if not everywhere and not nowhere:
+        raise SyncError(
+            f"sync.backend `ipc`: this member's weights lie on {device}, another's do not, so no memory is shared; use "
+            "`gloo`"
+        )
+    return IpcWire(control, device) if on_gpu else HostIpcWire(control)
+
+
+def _on_gpu(nbytes: int, device: torch.device) -> Tensor:
+    import torch
+
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def wait_watched(work: Any, timeout_s: float, what: str) -> None:

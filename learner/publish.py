@@ -57,10 +57,11 @@ def open_sender(sync: SyncConfig, host: str, port: int, world_size: int, device:
 
 
 class Packer:
-    """Two buckets of memory on `device`, kept from sync to sync: the next bucket is packed while one is sent."""
+    """Two buckets of memory, kept from sync to sync: the next bucket is packed while one is sent."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, allocate: Callable[[int], Tensor]) -> None:
+        """`allocate`: a flat tensor of so many bytes, where the weights are sent from."""
+        self._allocate = allocate
         self._memory: list[Tensor] = []
 
     def each_bucket(
@@ -93,10 +94,7 @@ class Packer:
     def _reserve(self, nbytes: int) -> None:
         if not self._memory or self._memory[0].numel() < nbytes:
             self._memory = []
-            pinned = self._device.type == "cpu" and torch.cuda.is_available()  # the weights come from a GPU
-            self._memory = [
-                torch.empty(nbytes, dtype=torch.uint8, device=self._device, pin_memory=pinned) for _ in range(2)
-            ]
+            self._memory = [self._allocate(nbytes) for _ in range(2)]
 
 
 def pack_bucket(bucket: tuple[TensorSpec, ...], stream: Iterator[tuple[str, Tensor]], memory: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from common.collective import SyncError
 from common.config import SyncConfig
+from common.memory import host_buffer
 from common.shards import VersionWriter, session_of
 from common.weights import SyncManifest, TensorSpec
 from learner.publish import Packer, SendReport
@@ -23,7 +23,7 @@ class FileSender:
             raise SyncError("sync.folder: a sender over `file` needs it; `Config.sync_in_run` fills it in")
         self._folder = sync.folder
         self._session = session_of(host, port)
-        self._packer = Packer(torch.device("cpu"))
+        self._packer = Packer(host_buffer)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -28,7 +28,7 @@ class GroupSender:
         self, sync: SyncConfig, host: str, port: int, world_size: int, device: torch.device | str = "cpu"
     ) -> None:
         self._group = open_group(sync, host, port, SENDER, world_size, device)
-        self._packer = Packer(self._group.wire.device)
+        self._packer = Packer(self._group.wire.allocate)
         self._keep = sync.delta
         self._held: list[Tensor] = []
         self._held_digest = ""

@@ -285,9 +285,14 @@ async def follows(pair: Pair) -> None:
     assert max(np.abs(a - b).max() for a, b in zip(before, model, strict=True)) > 0.005
 
 
-@pytest.mark.parametrize("wire", ["gloo", "file", "delta"])
+@pytest.mark.parametrize("wire", ["gloo", "ipc", "file", "delta"])
 async def test_an_engine_joins_again_and_follows_over_every_wire(pair: Pair, wire: str, tmp_path: Path) -> None:
-    settings = {"gloo": {}, "file": {"backend": "file", "folder": tmp_path}, "delta": {"delta": True}}[wire]
+    settings = {
+        "gloo": {},
+        "ipc": {"backend": "ipc"},
+        "file": {"backend": "file", "folder": tmp_path},
+        "delta": {"delta": True},
+    }[wire]
     await join_anew(pair, SyncConfig(timeout_s=60, **settings))
     for _ in range(2):
         await follows(pair)

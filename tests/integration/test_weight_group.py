@@ -27,20 +27,27 @@ TENSORS = {
 SHORT = SyncConfig(timeout_s=2.0)
 PATIENT = SyncConfig(timeout_s=60.0)
 """For tests in which an error must come long before the time is over."""
+SHARED = SyncConfig(timeout_s=60.0, backend="ipc")
 
 
-def exchange(sent: SyncManifest, *expected: SyncManifest, tensors: Iterator[tuple[str, Tensor]] | None = None) -> list:
+def exchange(
+    sent: SyncManifest,
+    *expected: SyncManifest,
+    tensors: Iterator[tuple[str, Tensor]] | None = None,
+    sync: SyncConfig = PATIENT,
+) -> list:
     """One sync in a new group, with a receiver for each manifest in `expected`."""
-    sender, receivers = open_all(PATIENT, len(expected))
+    sender, receivers = open_all(sync, len(expected))
     results = sync_once(sender, receivers, sent, tensors or iter(TENSORS.items()), expected)
     for end in (sender, *receivers):
         end.close()
     return results
 
 
-def test_every_receiver_gets_every_tensor_bit_for_bit() -> None:
+@pytest.mark.parametrize("sync", [PATIENT, SHARED], ids=["gloo", "ipc"])
+def test_every_receiver_gets_every_tensor_bit_for_bit(sync: SyncConfig) -> None:
     plan = manifest_of(TENSORS)
-    report, first, second = exchange(plan, plan, plan)
+    report, first, second = exchange(plan, plan, plan, sync=sync)
     assert report.bytes == report.weight_bytes == 10 * 4 + 3 * 2 + 4 + 400
     assert same(first, TENSORS)
     assert same(second, TENSORS)
@@ -62,9 +69,10 @@ def test_another_version_is_refused() -> None:
     assert isinstance(sent, SyncError)
 
 
-def test_bytes_that_change_on_the_way_are_found_by_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sync", [PATIENT, SHARED], ids=["gloo", "ipc"])
+def test_bytes_that_change_on_the_way_are_found_by_both_ends(sync: SyncConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learner.publish_group, "checksum", lambda data: checksum(data ^ 1))
-    sent, received = exchange(manifest_of(TENSORS), manifest_of(TENSORS))
+    sent, received = exchange(manifest_of(TENSORS), manifest_of(TENSORS), sync=sync)
     for end in (sent, received):
         assert isinstance(end, SyncError)
         assert "bucket 0 (a) arrived with other bytes" in str(end)

@@ -80,13 +80,16 @@ def test_the_nccl_wire_aborts_its_communicator_when_a_broadcast_hangs(
     assert wire._group.aborted == aborts
 
 
-@pytest.mark.parametrize(("backend", "why"), [("nccl", "no nccl"), ("ipc", "needs a GPU")])
-def test_a_wire_that_this_machine_lacks_is_named_at_both_ends(backend: Any, why: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "devices", "why"),
+    [("nccl", ("cpu", "cpu"), "no nccl"), ("ipc", ("cpu", "cuda"), "no memory is shared")],
+)
+def test_a_wire_that_this_machine_lacks_is_named_at_both_ends(backend: Any, devices: Any, why: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("has it")
     port = free_port()
     sync = SyncConfig(backend=backend, timeout_s=20)
-    errors = together(*(lambda rank=rank: open_group(sync, HOST, port, rank, 2, "cpu") for rank in range(2)))
+    errors = together(*(lambda rank=rank: open_group(sync, HOST, port, rank, 2, devices[rank]) for rank in range(2)))
     for error in errors:
         assert isinstance(error, SyncError)
         assert why in str(error)
