@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from common.chat import load_tokenizer
-from deploy import chat
+from deploy import chat, cli_chat
 from deploy.chat import ChatError, Conversation, Decoding, asks_raw, find_weights, read_config
 from deploy.cli import app
 from deploy.cli_chat import line_ends
@@ -86,9 +86,33 @@ def test_one_at_a_time_holds_one_model(run: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_answer_ends_before_a_stop_string(run: Path, expected: dict[str, str]) -> None:
-    whole = expected["distilled"]
-    stop = whole[2:4]
-    assert dict(talk_to(run, stop=(stop,)).ask(QUESTION))["distilled"] == whole[: whole.index(stop)]
+    whole = expected["base + context"]
+    first, second = whole[:2]
+    assert second not in whole[:1]
+    for stop, left in (((second,), first), ((second, first + second), ""), (("never",), whole)):
+        assert dict(talk_to(run, stop=stop).ask(QUESTION))["base + context"] == left
+
+
+def test_both_models_stay_where_that_leaves_half_of_the_free_memory(
+    run: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = chat.weight_bytes(tiny_model) + chat.weight_bytes(run / "checkpoint")
+    assert size > 10_000
+    for free, fits in ((2 * size, True), (2 * size - 1, False)):
+        monkeypatch.setattr("deploy.machine.available_memory_bytes", lambda free=free: free)
+        assert cli_chat._conversation(run, None, None, None, 0.0, False).keep_both is fits
+        assert not cli_chat._conversation(run, None, None, None, 0.0, True).keep_both
+
+
+def test_answers_are_as_long_as_asked_else_as_the_run_evaluates(run: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["eval"] = {"max_tokens": 4}
+    settings["rollout"]["stop"] = [";"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "checkpoint").symlink_to(run / "checkpoint")
+    for folder, asked, length in ((run, None, 6), (tmp_path, None, 4), (tmp_path, 2, 2)):
+        assert cli_chat._conversation(folder, None, None, asked, 0.5, False).decoding.max_tokens == length
+    assert cli_chat._conversation(tmp_path, None, None, None, 0.5, False).decoding == Decoding(4, 0.5, (";",))
 
 
 def test_an_adapter_answers_on_its_base(run: Path, tiny_model: Path, tmp_path: Path) -> None:

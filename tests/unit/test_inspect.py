@@ -77,7 +77,8 @@ def test_a_system_turn_of_the_students_own_is_seen_apart() -> None:
     prompt = renderer.render(CHAT)
     seen = inspect_row(TOKENIZER, prompt, renderer.contexts, [])
     assert {token.role for token in seen.student_alone} == {"prompt"}
-    assert "".join(token.piece for token in seen.student_alone).strip().startswith("<|im_start|>system")
+    assert "".join(token.piece for token in seen.student_alone) == "<|im_start|>system"
+    assert "".join(token.piece for token in seen.teacher_alone) == f"<|im_start|>system\n{CONTEXT}\n"
 
 
 class WithBos:
@@ -124,6 +125,8 @@ def test_long_runs_are_shortened_each_by_itself() -> None:
         *[("prompt", 0), ("prompt", 1), ("prompt", 2)],
     ]
     assert list(shortened(tokens, 10)) == tokens
+    apart = [SeenToken(i, None, "prompt", i, "x", False) for i in range(3)]
+    assert list(shortened([*apart, *tokens[10:]], 4)) == [*apart, *tokens[10:]]  # those of one side, those of both
     assert list(shortened([], 4)) == []
 
 
@@ -175,6 +178,8 @@ def test_the_command_finds_held_out_rows_and_takes_a_response(path: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "cup" in result.stdout
     assert "'Z'" in result.stdout
+    empty = opcd(path, "--row", "cup", "--response", "").stdout
+    assert [line.split()[5] for line in empty.splitlines() if " response " in line] == ["'<|im_end|>'"]
 
 
 def test_long_contexts_are_shown_in_part(path: Path) -> None:
