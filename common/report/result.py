@@ -102,17 +102,15 @@ def result_section(run: RunData) -> Html:
     """Headline, the accuracies with their intervals, the run's facts."""
     rows = measured(run.summary)
     summary = run.summary
+    outcome, _, reason = run.outcome.partition(": ")
     best = summary.get("best_on_valid")
     chosen = (
         f"step {best.get('step')}, accuracy {fixed(best.get('accuracy'), 3)}" if isinstance(best, dict) else MISSING
     )
     pairs: list[tuple[str, Child]] = [
-        ("Outcome", run.outcome),
+        ("Outcome", outcome),
         ("Steps", _steps(run)),
-        (
-            "KL, first to last step",
-            f"{fixed(summary.get('kl_first'), 3)} to {fixed(summary.get('kl_last'), 3)} nats a token",
-        ),
+        ("KL, first to last step", _kl(summary)),
         ("Best on valid", chosen),
         ("Duration", duration(_seconds(summary))),
         ("Largest engine–learner difference", _nats(summary.get("parity_max_nats"))),
@@ -131,7 +129,8 @@ def result_section(run: RunData) -> Html:
         else None
     )
     top = tag("div", tag("div", headline(run), facts(pairs)), chart, class_="split")
-    return section("result", "Result", top, forgetting_table(summary))
+    why = tag("p", reason, class_="reason") if reason else None  # may be long: it has the page's whole width
+    return section("result", "Result", why, top, forgetting_table(summary))
 
 
 def forgetting_table(summary: Record) -> Html | None:
@@ -164,6 +163,13 @@ def accuracy_table(rows: list[Measured]) -> Html:
         [one.label, fixed(one.accuracy, 3), f"{fixed(one.low, 3)} to {fixed(one.high, 3)}", one.n] for one in rows
     ]
     return table("Held-out accuracy", columns, cells, hide_caption=True)
+
+
+def _kl(summary: Record) -> str:
+    ends = [summary.get(name) for name in ("kl_first", "kl_last")]
+    if not all(map(_is_number, ends)):
+        return MISSING
+    return f"{fixed(ends[0], 3)} to {fixed(ends[1], 3)} nats a token"
 
 
 def _steps(run: RunData) -> str:

@@ -61,7 +61,7 @@ def _stacks(lines: Sequence[tuple[int, dict[str, float]]], seen: Sequence[str]) 
     kept = [lines[index] for index in spaced(len(lines), MOST_BARS)]
     bars = [
         Bar(
-            str(step),
+            f"{step:,}",
             [(stage_class(part), parts.get(part, 0.0)) for part in seen],
             f"step {step}: "
             + ", ".join(

@@ -172,6 +172,7 @@ def test_an_unfinished_run_has_a_page(tmp_path: Path) -> None:
     assert "metrics.jsonl: 1 damaged line left out" in text
     assert "summary.json is missing" in text
     assert "There is no final evaluation." in text
+    assert "KL, first to last step – Best" in text
 
 
 @pytest.mark.parametrize("outcome", ["failed: TeacherError: no answer", "interrupted"])
@@ -180,8 +181,9 @@ def test_a_run_that_ended_early_says_so(run: Path, outcome: str) -> None:
     summary |= {"outcome": outcome, "final": None, "gap_closed": None, "gap_closed_ci95": None}
     (run / "summary.json").write_text(json.dumps(summary))
     text = words(run_page(read_run(run)))
-    assert outcome in text
-    assert "not measured: student after, without context" in text
+    state, _, reason = outcome.partition(": ")
+    assert f"Outcome {state} Steps" in text
+    assert text.index(reason) < text.index("not measured: student after, without context")
 
 
 def test_a_step_that_was_done_again_counts_once(run: Path) -> None:
