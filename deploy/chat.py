@@ -53,7 +53,9 @@ def find_weights(run: Path, name: str | None) -> Path:
     for one in tried:
         if any((run / one / mark).is_file() for mark in ("config.json", ADAPTER)):
             return run / one
-    raise ChatError(f"{run} holds no student yet (looked for {', '.join(f'{one}/' for one in tried)})")
+    there = sorted(path.relative_to(run).as_posix() for path in run.glob("exports/*") if path.is_dir())
+    remedy = f"--weights {there[-1]}" if there else "a run writes one at its end (checkpoint.export_every: before)"
+    raise ChatError(f"{run} holds no student yet (looked for {', '.join(f'{one}/' for one in tried)}): {remedy}")
 
 
 def asks_raw(config: Config, tokenizer: Any) -> bool:

@@ -209,7 +209,11 @@ def test_a_run_without_a_student_is_refused(run: Path, tmp_path: Path, weights: 
         find_weights(tmp_path, weights)
     result = opcd(tmp_path, *(() if weights is None else ("--weights", weights)))
     assert result.exit_code == 2
-    assert result.stderr == f"opcd: {tmp_path} holds no student yet (looked for {named})\n"
+    assert result.stderr.startswith(f"opcd: {tmp_path} holds no student yet (looked for {named}): a run writes one at ")
+    for step in ("step-000005", "step-000010"):
+        (tmp_path / "exports" / step).mkdir(parents=True)
+    with pytest.raises(ChatError, match=r": --weights exports/step-000010$"):
+        find_weights(tmp_path, weights)
 
 
 def test_the_best_weights_stand_in_for_the_last(run: Path, tmp_path: Path) -> None:
