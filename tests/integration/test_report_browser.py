@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,13 +31,21 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A finished run with hostile text in it, an unfinished one, and both compared."""
+    """A finished run with hostile text in it, an unfinished one, both compared; a very long run, and one that failed at
+    once for a reason without a blank.
+    """
     folder = tmp_path_factory.mktemp("pages")
     done, going = write_run(folder / "plurals"), write_run(folder / "going", finished=False, steps=5)
     for name in ("samples.jsonl", "tokens.jsonl", "texts.jsonl"):
         text = (done / name).read_text().replace("leaf", "<script>window.attacked = 1</script><img src=x>")
         (done / name).write_text(text)
+    failed = folder / "failed"
+    failed.mkdir()
+    (failed / "config.yaml").write_text((done / "config.yaml").read_text())
+    (failed / "summary.json").write_text(json.dumps({"outcome": "failed: OSError: /" + "x" * 600, "steps": 0}))
     return {
+        "long": write_report(write_run(folder / "long", steps=20_000)),
+        "failed": write_report(failed),
         "run": write_report(done),
         "unfinished": write_report(going),
         "comparison": write_comparison([done, going], folder / "comparison.html"),
@@ -48,7 +57,7 @@ def picture(tab: Tab, folder: Path, name: str) -> Path:
     return tab.picture((Path(kept) if kept else folder) / f"{name}.png", whole=True)
 
 
-@pytest.mark.parametrize("name", ["run", "unfinished", "comparison"])
+@pytest.mark.parametrize("name", ["run", "unfinished", "comparison", "long", "failed"])
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_page_loads_in_silence_and_fits_the_window(
@@ -66,6 +75,10 @@ def test_a_page_loads_in_silence_and_fits_the_window(
     assert (background == "rgb(19, 21, 25)") is dark
     shot = picture(tab, tmp_path, f"{name}-{width}-{'dark' if dark else 'light'}")
     assert shot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_twenty_thousand_steps_are_a_page_like_another(pages: dict[str, Path]) -> None:
+    assert pages["long"].stat().st_size < 500_000
 
 
 def test_nothing_overflows_when_everything_is_open(tab: Tab, pages: dict[str, Path]) -> None:
