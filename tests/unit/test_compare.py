@@ -406,3 +406,18 @@ def test_the_command_refuses_what_it_cannot_read_as_seeds(path: Path) -> None:
     result = CliRunner().invoke(app, ["compare", str(path), "--seeds", "0,x"])
     assert result.exit_code == 2
     assert "--seeds '0,x': whole numbers" in result.stderr
+
+
+def test_the_command_compares_what_it_is_asked_to(path: Path) -> None:
+    """Every run of the comparison is finished, so none is started: methods, seeds and settings found their way."""
+    from typer.testing import CliRunner
+
+    from deploy.cli import app
+
+    for run in plan(path, [], ["opcd", "pg"], [4], ["loss.top_k=1,16"]):
+        leave_result(run, "1110")
+    asked = ["--methods", "opcd,pg", "--seeds", "4", "--vary", "loss.top_k=1,16"]
+    result = CliRunner().invoke(app, ["compare", str(path), *asked])
+    assert result.exit_code == 0, result.output
+    for setting in ("loss.top_k=1 ", "loss.top_k=16 "):
+        assert setting in result.output
