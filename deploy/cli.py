@@ -36,10 +36,12 @@ TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Model(StrEnum):
-    """Models that `opcd prepare` knows."""
+    """Models and rows that `opcd prepare` knows."""
 
     SMOLLM2 = "smollm2"
     HIDDEN_RULE = "hidden-rule"
+    HIDDEN_MOVES = "hidden-moves"
+    FEW_SHOT = "few-shot"
 
 
 @app.command()
@@ -154,23 +156,39 @@ def simulate(
 
 @app.command()
 def prepare(
-    model: Annotated[Model, typer.Argument(help="Which model.")],
+    model: Annotated[Model, typer.Argument(help="Which.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: models/MODEL.")] = None,
 ) -> None:
-    """Write models into a folder, once: smollm2 from packaged weights, or hidden-rule, a larger and a smaller model of
-    a toy task with its rows, trained here in minutes. Installs and downloads nothing.
+    """Write models or rows into a folder, once: smollm2, from packaged weights; few-shot, rows of three tasks for it;
+    hidden-rule, a larger and a smaller model of a toy task with its rows, and hidden-moves, a model that can play a
+    small game, both trained here in minutes. Installs and downloads nothing.
     """
-    from deploy.prepare import PrepareError, prepare_smollm2
+    from deploy.prepare import PrepareError
 
     folder = out or Path("models") / model.value
     with known_errors(PrepareError):
-        if model is Model.SMOLLM2:
-            written = prepare_smollm2(folder)
-        else:
+        written = _prepare(model, folder)
+    typer.echo(f"{folder}: {'written' if written else 'there already'}")
+
+
+def _prepare(model: Model, folder: Path) -> bool:
+    match model:
+        case Model.SMOLLM2:
+            from deploy.prepare import prepare_smollm2
+
+            return prepare_smollm2(folder)
+        case Model.HIDDEN_RULE:
             from deploy.hidden_rule import prepare_hidden_rule
 
-            written = prepare_hidden_rule(folder)
-    typer.echo(f"{folder}: {'written' if written else 'there already'}")
+            return prepare_hidden_rule(folder)
+        case Model.HIDDEN_MOVES:
+            from deploy.hidden_moves_model import prepare_hidden_moves
+
+            return prepare_hidden_moves(folder)
+        case Model.FEW_SHOT:
+            from deploy.few_shot import prepare_few_shot
+
+            return prepare_few_shot(folder)
 
 
 @app.command()

@@ -43,6 +43,8 @@ class Size:
     most_steps: int = 6000
     widening: int = 4
     """How much wider than `hidden` the layers are inside."""
+    initial: float = 0.02
+    """Standard deviation of the first weights."""
 
 
 SIZES = {"teacher": Size(hidden=96, layers=2), "student": Size(hidden=32, layers=2)}
@@ -177,6 +179,7 @@ def new_model(size: Size, tokenizer: Any) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=size.hidden,
         intermediate_size=size.widening * size.hidden,
+        initializer_range=size.initial,
         num_hidden_layers=size.layers,
         num_attention_heads=size.hidden // 32,  # heads of 32, the smallest that vLLM takes on CPU
         num_key_value_heads=size.hidden // 32,
