@@ -236,7 +236,7 @@ def test_knowledge_is_the_share_of_texts_without_a_fault(monkeypatch: pytest.Mon
 
 def test_a_model_that_did_not_learn_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(
-        PrepareError, match=r"in \d+% of texts, and looks back at \d+% of games without a fault; 95% and 40% needed"
+        PrepareError, match=r"in \d+% of texts, and looks back at \d+% of games without a fault; 95% and 90% needed"
     ):
         hidden_moves_model.prepare_hidden_moves(tmp_path / "moves", TINY)
     assert list(tmp_path.iterdir()) == []
