@@ -40,7 +40,6 @@ class Model(StrEnum):
 
     SMOLLM2 = "smollm2"
     HIDDEN_RULE = "hidden-rule"
-    HIDDEN_MOVES = "hidden-moves"
     FEW_SHOT = "few-shot"
 
 
@@ -160,8 +159,8 @@ def prepare(
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: models/MODEL.")] = None,
 ) -> None:
     """Write models or rows into a folder, once: smollm2, from packaged weights; few-shot, rows of three tasks for it;
-    hidden-rule, a larger and a smaller model of a toy task with its rows, and hidden-moves, a model that can play a
-    small game, both trained here in minutes. Installs and downloads nothing.
+    hidden-rule, a larger and a smaller model of a toy task with its rows, trained here in minutes. Installs and
+    downloads nothing.
     """
     from deploy.prepare import PrepareError
 
@@ -181,10 +180,6 @@ def _prepare(model: Model, folder: Path) -> bool:
             from deploy.hidden_rule import prepare_hidden_rule
 
             return prepare_hidden_rule(folder)
-        case Model.HIDDEN_MOVES:
-            from deploy.hidden_moves_model import prepare_hidden_moves
-
-            return prepare_hidden_moves(folder)
         case Model.FEW_SHOT:
             from deploy.few_shot import prepare_few_shot
 

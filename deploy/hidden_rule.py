@@ -41,10 +41,6 @@ class Size:
     hidden: int
     layers: int
     most_steps: int = 6000
-    widening: int = 4
-    """How much wider than `hidden` the layers are inside."""
-    initial: float = 0.02
-    """Standard deviation of the first weights."""
 
 
 SIZES = {"teacher": Size(hidden=96, layers=2), "student": Size(hidden=32, layers=2)}
@@ -129,7 +125,7 @@ def train(size: Size, seed: int) -> Any:
     import torch
 
     torch.manual_seed(seed)
-    model = new_model(size, byte_tokenizer())
+    model = _new_model(size)
     texts = [_texts(with_rule=with_rule) for with_rule in (True, False)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     for step in range(1, size.most_steps + 1):
@@ -171,15 +167,14 @@ def _texts(*, with_rule: bool, rules: Sequence[str] = tuple(RULES)) -> Tensor:
     return torch.tensor(byte_tokenizer()(texts)["input_ids"])
 
 
-def new_model(size: Size, tokenizer: Any) -> Any:
-    """A Llama of random weights for the tokenizer's vocabulary."""
+def _new_model(size: Size) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden,
-        intermediate_size=size.widening * size.hidden,
-        initializer_range=size.initial,
+        intermediate_size=4 * size.hidden,
         num_hidden_layers=size.layers,
         num_attention_heads=size.hidden // 32,  # heads of 32, the smallest that vLLM takes on CPU
         num_key_value_heads=size.hidden // 32,
