@@ -130,5 +130,6 @@ class GroupReceiver:
 
     def _matches(self, data: Tensor, what: str) -> bool:
         """Compare checksums with the sender; True where all receivers' fit."""
+        found = checksum(data)
         meant = self._group.control.tell(bytes(CHECKSUM_BYTES), f"the checksum of {what}")
-        return bool(self._group.control.agree(int(meant == checksum(data)), f"the checksum of {what}"))
+        return bool(self._group.control.agree(int(meant == found), f"the checksum of {what}"))

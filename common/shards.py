@@ -96,11 +96,11 @@ class VersionWriter:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
 
-    def add(self, index: int, data: Tensor) -> None:
-        """Write a bucket's bytes (in host memory) as its shard."""
+    def add(self, index: int, data: Tensor, digest: bytes) -> None:
+        """Write a bucket's bytes (in host memory), with their checksum, as its shard."""
         name = self._names[index]
         _write(self._partial / name, shard_header(self._buckets[index]), data.numpy().data)
-        self._sums[name] = checksum(data).hex()
+        self._sums[name] = digest.hex()
 
     def commit(self) -> Path:
         """Index, manifest, the final name; then versions that nobody needs any more go."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +18,8 @@ from learner.lora import Adapter, adapters_of, checkpoint_name
 
 
 class WeightView:
-    """Names, shapes and (gathered) values of a model's parameters; a tied output layer appears once, and adapters are
-    merged into the weights beside which they stand.
+    """Names, shapes and (gathered) values of a model's parameters, the largest (embeddings) last; a tied output layer
+    appears once, and adapters are merged into the weights beside which they stand.
 
     `full_shape` knows partitioned parameters: under ZeRO-3 a parameter's own shape is empty.
     """
@@ -31,6 +32,9 @@ class WeightView:
             for own_name, parameter in model.named_parameters()
             if (name := checkpoint_name(own_name)) is not None
         ]
+        # An engine takes in a layer while the next ones travel: what would be waited for longest comes last.
+        sizes = {name: math.prod(full_shape(parameter)) for name, parameter, _ in self._named}
+        self._named.sort(key=lambda named: sizes[named[0]] == max(sizes.values()))
         _check_names(model, {name: parameter for name, parameter, _ in self._named})
         self.specs = tuple(
             TensorSpec(name, str(parameter.dtype).removeprefix("torch."), full_shape(parameter))

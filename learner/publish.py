@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.checksum import checksum
 from common.collective import SyncError
 from common.config import SyncConfig
 from common.weights import SyncManifest, TensorSpec
@@ -68,9 +69,10 @@ class Packer:
         self,
         tensors: Iterable[tuple[str, Tensor]],
         manifest: SyncManifest,
-        send: Callable[[int, tuple[TensorSpec, ...], Tensor], int],
+        send: Callable[[int, tuple[TensorSpec, ...], Tensor, bytes], int],
     ) -> int:
-        """Call `send` (number, bucket, its bytes) for every bucket in order, one at a time, on another thread.
+        """Call `send` (number, bucket, its bytes, their checksum) for every bucket in order, one at a time, on another
+        thread.
 
         Tensors are only asked for by the calling thread, since that may be a collective. Returns the sum of what
         `send` returns; raises SyncError where the tensors are not those of `manifest`.
@@ -83,9 +85,10 @@ class Packer:
         with ThreadPoolExecutor(1, thread_name_prefix="publish") as pool:
             for index, bucket in enumerate(buckets):
                 data = pack_bucket(bucket, stream, self._memory[index % 2])
+                digest = checksum(data)
                 if under_way is not None:
                     total += under_way.result()
-                under_way = pool.submit(send, index, bucket, data)
+                under_way = pool.submit(send, index, bucket, data, digest)
             if under_way is not None:
                 total += under_way.result()
         _expect_end(stream)

@@ -35,8 +35,8 @@ class FileSender:
         try:
             writer = VersionWriter(self._folder, manifest, self._session)
 
-            def write(index: int, bucket: tuple[TensorSpec, ...], data: Tensor) -> int:
-                writer.add(index, data)
+            def write(index: int, bucket: tuple[TensorSpec, ...], data: Tensor, digest: bytes) -> int:
+                writer.add(index, data, digest)
                 return data.numel()
 
             total = self._packer.each_bucket(tensors, manifest, write)

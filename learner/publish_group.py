@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from common import delta
-from common.checksum import checksum
 from common.collective import SENDER, SyncError, open_group
 from common.config import SyncConfig
 from common.opening import DELTA, LENGTH_BYTES, REFUSED, Opening, bucket_name
@@ -41,8 +40,8 @@ class GroupSender:
         try:
             deltas = self._open(manifest)
 
-            def send(index: int, bucket: tuple[TensorSpec, ...], data: Tensor) -> int:
-                sent = self._delta(index, bucket, data) if deltas else self._whole(index, bucket, data)
+            def send(index: int, bucket: tuple[TensorSpec, ...], data: Tensor, digest: bytes) -> int:
+                sent = (self._delta if deltas else self._whole)(index, bucket, data, digest)
                 if self._keep:
                     self._hold(index, data)
                 return sent
@@ -73,27 +72,27 @@ class GroupSender:
         self._held_digest = digest
         return bool(self._held)
 
-    def _whole(self, index: int, bucket: tuple[TensorSpec, ...], data: Tensor) -> int:
+    def _whole(self, index: int, bucket: tuple[TensorSpec, ...], data: Tensor, digest: bytes) -> int:
         what = bucket_name(index, bucket)
         self._group.wire.broadcast(data, what)
-        if not self._confirmed(data, what):
+        if not self._confirmed(digest, what):
             raise SyncError(f"{what} arrived with other bytes than were sent")
         return data.numel()
 
-    def _delta(self, index: int, bucket: tuple[TensorSpec, ...], data: Tensor) -> int:
+    def _delta(self, index: int, bucket: tuple[TensorSpec, ...], data: Tensor, digest: bytes) -> int:
         what = bucket_name(index, bucket)
         patch = delta.encode(self._held[index].numpy(), data.numpy(), ITEM_BYTES[bucket[0].dtype])
         length = 0 if patch is None else len(patch)
         self._group.control.tell(length.to_bytes(LENGTH_BYTES, "little"), f"the length of {what}")
         if patch is None:
-            return self._whole(index, bucket, data)
+            return self._whole(index, bucket, data, digest)
         self._group.wire.broadcast(torch.from_numpy(patch), f"the delta of {what}")
-        if self._confirmed(data, what):
+        if self._confirmed(digest, what):
             return length
-        return length + self._whole(index, bucket, data)
+        return length + self._whole(index, bucket, data, digest)
 
-    def _confirmed(self, data: Tensor, what: str) -> bool:
-        self._group.control.tell(checksum(data), f"the checksum of {what}")
+    def _confirmed(self, digest: bytes, what: str) -> bool:
+        self._group.control.tell(digest, f"the checksum of {what}")
         return bool(self._group.control.agree(1, f"the checksum of {what}"))
 
     def _hold(self, index: int, data: Tensor) -> None:

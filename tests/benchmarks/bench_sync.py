@@ -176,11 +176,12 @@ def delta_bytes(model: Path) -> dict[str, dict[str, Any]]:
 
 
 def load(model: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Parameters by name, the tied output layer once."""
+    """Parameters by name, as the learner publishes them."""
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    return {name: parameter.detach() for name, parameter in loaded.named_parameters()}
+    from learner.export import WeightView
+
+    return dict(WeightView(AutoModelForCausalLM.from_pretrained(model, dtype=dtype)).gathered(0))
 
 
 def rounded(master: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
