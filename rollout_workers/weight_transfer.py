@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from common.collective import SyncError
 from common.config import SyncConfig
 from common.receiver import open_receiver
 from common.weights import SyncManifest, TensorSpec
+from rollout_workers.repacking import Repacking, repack_output_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +56,9 @@ class SyncUpdateInfo(WeightTransferUpdateInfo):
 
 
 class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo]):
-    """Takes checkpoint-named tensors from a `Receiver` and loads them layer by layer."""
+    """Takes checkpoint-named tensors from a `Receiver` and loads them layer by layer: on a CPU, where the model allows
+    it, with `Repacking`, otherwise with vLLM's layerwise reload.
+    """
 
     init_info_cls = SyncInitInfo
     update_info_cls = SyncUpdateInfo
@@ -72,11 +76,21 @@ class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo
             sync, init_info.master_address, init_info.master_port, rank, init_info.world_size, device
         )
 
+    @cached_property
+    def _repacking(self) -> Repacking | None:
+        """Found out at the first update, for all of them: layerwise reload leaves layers in another state."""
+        on_cpu = self.device.type == "cpu"
+        fits = on_cpu and Repacking.fits(self.model, self.parallel_config.world_size)
+        return Repacking(self.model) if fits else None
+
     def start_weight_update(self) -> None:
         """Put the model into the state in which checkpoint weights can be loaded again."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        initialize_layerwise_reload(self.model)
+        if self._repacking is not None:
+            self._repacking.begin()
+        else:
+            initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load. The base class synchronises an accelerator afterwards; a CPU has none."""
@@ -95,17 +109,24 @@ class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo
         try:
             with a_core_for_the_wire(self.device):
                 self.model.load_weights(self._receiver.receive(update_info.manifest()))
+                if self._repacking is not None:
+                    self._repacking.finish()
         except BaseException:
             # Otherwise layers that are half loaded would count what they have towards the next update.
-            finalize_layerwise_reload(self.model, self.model_config)
+            if self._repacking is not None:
+                self._repacking.give_up()
+            else:
+                finalize_layerwise_reload(self.model, self.model_config)
             raise
 
     def finish_weight_update(self) -> None:
-        """Process the loaded layers, the tied output layer included."""
+        """Process the loaded layers, the output layer included."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        finalize_layerwise_reload(self.model, self.model_config)
-        repack_output_layer(self.model)
+        if self._repacking is None:
+            finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            repack_output_layer(self.model)
 
     def shutdown(self) -> None:
         """Leave the group."""
@@ -127,21 +148,3 @@ def a_core_for_the_wire(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch._C.set_num_threads(threads)
-
-
-def repack_output_layer(model: torch.nn.Module) -> None:
-    """Pack a tied output layer again.
-
-    On CPU linear weights are packed when they are loaded. Layerwise reload does that anew for what it loads, but a
-    tied output layer is loaded as the embedding: its packed copy would go on answering with the old weights. vLLM packs
-    the embedding, too; the output layer shares that copy, which nothing else uses.
-    """
-    head: Any = getattr(model, "lm_head", None)
-    weight = getattr(head, "weight", None)
-    if weight is None or not hasattr(head, "quant_method"):
-        return
-    for layer in model.modules():
-        if layer is not head and getattr(layer, "weight", None) is weight and hasattr(layer, "cpu_linear"):
-            head.cpu_linear = layer.cpu_linear
-            return
-    head.quant_method.process_weights_after_loading(head)
