@@ -1,14 +1,22 @@
-"""A run's numbers for Prometheus: each value of ``metrics.jsonl`` as a gauge at ``http://host:port/metrics``."""
+"""A run's numbers for Prometheus: each value of ``metrics.jsonl`` as a gauge at ``http://host:port/metrics``, and what
+the run's own teachers say of themselves.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from common.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 PREFIX = "opcd_run_"
 
@@ -42,6 +50,10 @@ class PrometheusSink:
         for name, value in {**values, "step": step, "updated_timestamp_seconds": time.time()}.items():
             self._gauge(name).labels(self._run).set(value)
 
+    def relay(self, teacher: str, page: Callable[[], str]) -> None:
+        """Show what `page` returns (Prometheus' text) at each scrape, too, with the label ``teacher``."""
+        self._registry.register(_Relayed(teacher, page))
+
     def close(self) -> None:
         """Stop serving and give the port back."""
         self._server.shutdown()
@@ -53,3 +65,28 @@ class PrometheusSink:
         if known not in self._gauges:
             self._gauges[known] = Gauge(known, f"{name} of the newest step.", ["run"], registry=self._registry)
         return self._gauges[known]
+
+
+class _Relayed(Collector):
+    """Series of another page. One that does not answer is in the log, and missing from the scrape."""
+
+    def __init__(self, teacher: str, page: Callable[[], str]) -> None:
+        self._teacher = teacher
+        self._page = page
+
+    def describe(self) -> list[Metric]:
+        """Nothing is known before it is asked: names of several teachers may be the same."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Its series of now."""
+        try:
+            text = self._page()
+        except OSError as error:
+            log.warning("the metrics of teacher %r could not be read: %s", self._teacher, error)
+            return
+        for family in text_string_to_metric_families(text):
+            family.samples = [
+                sample._replace(labels={**sample.labels, "teacher": self._teacher}) for sample in family.samples
+            ]
+            yield family

@@ -15,6 +15,9 @@ COMPUTE = ("topk", "accumulate", "step")
 QUEUE = "queue"
 """Nobody works on what lies in a queue: its time is no stage's work."""
 
+DEPTHS = (QUEUE, "rollout", "score")
+"""Where answers pile up: before a worker has room for them, in the engines, at the teacher."""
+
 UPSTREAM_FIRST = ("rollout", "score", QUEUE, "sync", "parity")
 """Which of several stages at work an idle learner waits for: the earliest, since the later ones wait for it too."""
 
@@ -26,13 +29,14 @@ OTHER = "other"
 class StepTimes:
     """Seconds of one step, or of several added up (`+`).
 
-    ``stage_s``: covered by a stage, overlapping spans once. ``wait_s``: part of the step in which no rank computed, by
-    the stage that was waited for; it sums to ``bubble_s``.
+    ``stage_s``: covered by a stage, overlapping spans once. ``span_s``: of all its spans, added up. ``wait_s``: part of
+    the step in which no rank computed, by the stage that was waited for; it sums to ``bubble_s``.
     """
 
     total_s: float = 0.0
     bubble_s: float = 0.0
     stage_s: Mapping[str, float] = field(default_factory=dict)
+    span_s: Mapping[str, float] = field(default_factory=dict)
     wait_s: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -50,16 +54,25 @@ class StepTimes:
         """Stages' working times over the step's: 1 where they took turns, their number where all overlapped."""
         return self._share(sum(seconds for stage, seconds in self.stage_s.items() if stage != QUEUE))
 
+    @property
+    def depths(self) -> dict[str, float]:
+        """Answers that were at each of `DEPTHS` at a time, in the mean over the step."""
+        return {stage: self._share(self.span_s.get(stage, 0.0)) for stage in DEPTHS}
+
     def metrics(self) -> dict[str, float]:
-        """``loop/bubble_ratio``, ``loop/overlap_ratio`` and ``loop/wait/STAGE``, all shares of the step."""
+        """``loop/bubble_ratio``, ``loop/overlap_ratio`` and ``loop/wait/STAGE``, all shares of the step, and
+        ``loop/depth/STAGE`` in answers.
+        """
         waits = {f"loop/wait/{stage}": share for stage, share in self.wait_shares.items()}
-        return {"loop/bubble_ratio": self.bubble_ratio, "loop/overlap_ratio": self.overlap_ratio, **waits}
+        depths = {f"loop/depth/{stage}": depth for stage, depth in self.depths.items()}
+        return {"loop/bubble_ratio": self.bubble_ratio, "loop/overlap_ratio": self.overlap_ratio, **waits, **depths}
 
     def __add__(self, other: StepTimes) -> StepTimes:
         return StepTimes(
             total_s=self.total_s + other.total_s,
             bubble_s=self.bubble_s + other.bubble_s,
             stage_s=_added(self.stage_s, other.stage_s),
+            span_s=_added(self.span_s, other.span_s),
             wait_s=_added(self.wait_s, other.wait_s),
         )
 
@@ -74,8 +87,11 @@ def step_times(spans: Iterable[TraceSpan], window: Span) -> StepTimes:
     What lies outside the window is cut off.
     """
     by_stage: dict[str, list[Span]] = {}
+    span_s: dict[str, float] = {}
     for span in spans:
-        by_stage.setdefault(span.stage, []).extend(intersection([span.interval], [window]))
+        inside = intersection([span.interval], [window])
+        by_stage.setdefault(span.stage, []).extend(inside)
+        span_s[span.stage] = span_s.get(span.stage, 0.0) + covered_s(inside)
     computing = [interval for stage in COMPUTE for interval in by_stage.get(stage, [])]
     idle = difference([window], computing)
     bubble_s = covered_s(idle)
@@ -87,6 +103,7 @@ def step_times(spans: Iterable[TraceSpan], window: Span) -> StepTimes:
         total_s=max(0.0, window[1] - window[0]),
         bubble_s=bubble_s,
         stage_s={stage: covered_s(intervals) for stage, intervals in by_stage.items()},
+        span_s=span_s,
         wait_s={**wait_s, OTHER: covered_s(idle)},
     )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from common.prometheus import PrometheusSink
 from common.sinks import Sink, TensorBoardSink
 
 Span = tuple[float, float]
@@ -72,6 +73,12 @@ class RunFiles:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for sink in self._sinks:
             sink.write(step, numbers)
+
+    def relay_metrics(self, teacher: str, page: Callable[[], str]) -> None:
+        """Show a teacher's own page of metrics in that of the run, where there is one (`PrometheusSink.relay`)."""
+        for sink in self._sinks:
+            if isinstance(sink, PrometheusSink):
+                sink.relay(teacher, page)
 
     def sample(self, values: Mapping[str, Any]) -> None:
         """One line of ``samples.jsonl``."""

@@ -201,6 +201,7 @@ class Controller:
                 "rollout/restarts": pool.restarts,
                 "rollout/reissued": pool.reissued,
                 "tokens_per_s": trained.student_tokens / (ended - started),
+                **speeds(trained.student_tokens, times.stage_s),
                 "weight_version": step + 1,
                 **{f"parity/{name}": value for name, value in asdict(parity).items()},
                 **{f"time/{stage}_s": value for stage, value in times.stage_s.items()},
@@ -290,6 +291,12 @@ class Controller:
                 f"{', '.join(samples) or 'none by itself'} (see skipped/); lower learner.lr, or set "
                 "loss.clip_per_token"
             )
+
+
+def speeds(tokens: int, stage_s: Mapping[str, float]) -> dict[str, float]:
+    """``tokens_per_s/STAGE`` while the stage was at work, for those that go through every token."""
+    seconds = {stage: stage_s.get(stage, 0.0) for stage in ("rollout", "score", "accumulate")}
+    return {f"tokens_per_s/{stage}": tokens / value for stage, value in seconds.items() if value}
 
 
 @asynccontextmanager

@@ -62,11 +62,18 @@ def bundles_of(config: Config, *, workers_only: bool = False) -> list[Bundle]:
 def shortfall(bundles: Sequence[Bundle], free: Mapping[str, float]) -> str | None:
     """Why `bundles` do not fit on nodes with `free` GPUs each (by node name); None where they do.
 
-    First fit, largest first. Fractions of GPUs are packed as if a node's GPUs were one: an optimistic answer.
+    First fit, largest first. A part of a GPU lies on one GPU, as Ray places it, and more than one are whole ones. What
+    is free of a node's GPUs is taken to be whole GPUs and one rest: Ray does not say which GPU has how much left.
     """
-    left = dict(free)
+    odd = next((bundle for bundle in bundles if bundle.gpus > 1 and bundle.gpus % 1), None)
+    if odd is not None:
+        return (
+            f"{odd.name} asks for {odd.gpus:g} GPUs: Ray gives out parts of one GPU, or whole ones. Change "
+            "rollout.gpus_per_worker, rollout.tensor_parallel_size, learner.gpus_per_rank or the teacher's gpus"
+        )
+    left = {name: [1.0] * int(gpus) + ([gpus % 1] if gpus % 1 else []) for name, gpus in free.items()}
     for bundle in bundles:
-        node = next((name for name, gpus in left.items() if gpus >= bundle.gpus), None)
+        node = next((name for name, gpus in left.items() if _taken(gpus, bundle.gpus) is not None), None)
         if node is None:
             asked = sum(one.gpus for one in bundles)
             there = ", ".join(f"{name}: {gpus:g}" for name, gpus in free.items()) or "none"
@@ -75,8 +82,22 @@ def shortfall(bundles: Sequence[Bundle], free: Mapping[str, float]) -> str | Non
                 f"{sum(free.values()):g} ({there}). Lower rollout.workers, rollout.tensor_parallel_size, learner.ranks "
                 "or their gpus, or name a running teacher with teacher.url"
             )
-        left[node] -= bundle.gpus
+        left[node] = _taken(left[node], bundle.gpus) or []
     return None
+
+
+def _taken(gpus: Sequence[float], asked: float) -> list[float] | None:
+    """What is left of a node's GPUs (of each, how much) after `asked`; None where it does not fit."""
+    whole = [gpu for gpu in gpus if gpu == 1]
+    if asked >= 1:
+        rest = [gpu for gpu in gpus if gpu < 1]
+        return rest + whole[int(asked) :] if len(whole) >= asked else None
+    fitting = min((gpu for gpu in gpus if gpu >= asked - 1e-9), default=None)
+    if fitting is None:
+        return None
+    left = [*gpus]
+    left.remove(fitting)
+    return [*left, fitting - asked]
 
 
 class Placement:

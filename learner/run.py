@@ -136,6 +136,8 @@ class Run:
             tokenizer_fingerprint=self._inputs.tokenizer_fingerprint,
             longest_tokens=max(self._inputs.teacher_tokens().values()) + config.rollout.max_tokens,
         )
+        for name, page in services.teachers.metrics_pages().items():
+            self._files.relay_metrics(name, page)
         self._check_teacher_lengths()
         if self._resumed is not None:
             self._refuse_changes(self._resumed, services.teachers.fingerprints())
@@ -217,7 +219,8 @@ class Run:
         self._files.audit(outcome.version, outcome.trained, outcome.failed, outcome.contexts)
         self._shown.tokens(outcome.version, outcome.tokens)
         self._trace.write(outcome.spans)
-        self._progress.line(step_line(outcome.version, self._config.learner.steps, outcome.metrics))
+        left_s = (tally.planned_steps - tally.steps) * tally.times.total_s / tally.steps
+        self._progress.line(step_line(outcome.version, tally.planned_steps, outcome.metrics, left_s))
         for warning in (
             self._drift.check(outcome.version, outcome.metrics),
             self._alarm.observe(outcome.metrics["kl/full_bound"]),

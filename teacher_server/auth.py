@@ -38,9 +38,12 @@ class NotAuthorised(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Authenticator:
-    """Maps an ``Authorization`` header to a tenant. Without keys everybody is `ANONYMOUS`."""
+    """Maps an ``Authorization`` header to a tenant. Without keys everybody is `ANONYMOUS`. The tenant `reader` may read
+    ``/metrics``.
+    """
 
     digests: tuple[tuple[str, bytes], ...] = ()
+    reader: str = OPERATOR
 
     def tenant(self, header: str | None) -> str:
         """The tenant of a request; raises NotAuthorised. Takes the same time whichever key matches, or none."""
@@ -57,8 +60,8 @@ class Authenticator:
         return found
 
     def may_read_metrics(self, tenant: str) -> bool:
-        """Metrics name every tenant's runs: only the operator sees them where there are tenants."""
-        return tenant == (OPERATOR if self.digests else ANONYMOUS)
+        """Metrics name every tenant's runs: only one sees them where there are tenants."""
+        return tenant == (self.reader if self.digests else ANONYMOUS)
 
 
 def new_key() -> tuple[str, str]:
@@ -82,8 +85,8 @@ def read_keys(path: Path) -> Authenticator:
 
 
 def single_key(key: str, tenant: str = "run") -> Authenticator:
-    """One key for one tenant: a teacher that belongs to a run."""
-    return Authenticator(((tenant, bytes.fromhex(key_digest(key))),))
+    """One key for one tenant, who may read the metrics too: a teacher that belongs to a run."""
+    return Authenticator(((tenant, bytes.fromhex(key_digest(key))),), reader=tenant)
 
 
 def authenticator(

@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.dashboard import asked_of, exported_by, missing
+from tests import prometheus_server
+from tests.dashboard import asked_of, exported_by, missing, queries
 from tests.processes import alive, command_of, descendants
 from tests.teacher_running import free_port
 
@@ -80,7 +81,9 @@ def test_kl_falls_over_a_whole_run(write_config: Callable[..., Path], tmp_path: 
     lines = metric_lines(run)
     assert [line["weight_version"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert summary["kl_last"] < 0.7 * summary["kl_first"]
-    assert missing(asked_of("opcd_run_"), exported_by(page)) == []  # of the Grafana dashboard
+    exported = exported_by(page)
+    assert missing(asked_of("opcd_run_"), exported) == []  # of the Grafana dashboard
+    assert exported["opcd_teacher_tokens_scored_total"] == {"run", "teacher"}  # the run's own
     assert summary["outcome"] == "finished"
     assert summary["base"]["n"] == summary["in_context"]["n"] == summary["final"]["n"] == 4
     assert 0 < summary["parity_max_nats"] <= 2e-4
@@ -102,6 +105,33 @@ def test_kl_falls_over_a_whole_run(write_config: Callable[..., Path], tmp_path: 
     report = (run / "report.html").read_text()
     assert f"Step 6, row {tokens[-1]['row']}" in report
     assert "could not be read" not in report
+
+
+NEEDS_MORE = ("rejected", "accuracy")
+"""Series of what does not happen in the run below: nothing is refused, nothing is asked."""
+
+
+@pytest.mark.skipif(prometheus_server.PROGRAM is None, reason="no prometheus on PATH")
+def test_the_dashboards_queries_find_a_run_in_a_real_prometheus(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    port = free_port()
+    config = write_config(learner={"steps": 1000}, eval={"every": 0}, data={"eval": None, "valid": None})
+    with (
+        prometheus_server.scraping(f"127.0.0.1:{port}", tmp_path, free_port()) as url,
+        started_run(config, f"run.metrics_port={port}") as process,
+    ):
+        wait_for_step(tmp_path / "runs/tiny", process, 2)
+        prometheus_server.wait_until_found(url, "rate(opcd_teacher_tokens_scored_total[20s]) > 0", 60)
+        found = {}
+        for query in queries():
+            asked = query.replace("$__rate_interval", "20s").replace("$run", ".*")
+            found[query] = prometheus_server.answers(url, asked)  # every query is one that Prometheus takes
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    ours = {query: series for query, series in found.items() if "opcd_" in query}
+    assert [query for query, series in ours.items() if not series and not any(n in query for n in NEEDS_MORE)] == []
+    assert {series["metric"]["run"] for series in ours['opcd_run_step{run=~"$run"}']} == {"tiny"}
 
 
 def test_ctrl_c_keeps_what_was_done_and_leaves_no_process(write_config: Callable[..., Path], tmp_path: Path) -> None:

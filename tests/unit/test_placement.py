@@ -64,3 +64,25 @@ def test_what_does_not_fit_is_named_with_the_numbers() -> None:
     assert "asks for 5 GPUs, 4 of them on one node for worker 0; free are 6 (a: 3, b: 3)" in why
     assert "teacher.url" in why
     assert "free are 0 (none)" in str(shortfall(bundles, {}))
+
+
+def parts(*gpus: float) -> list[Bundle]:
+    return [Bundle(((f"worker {seat}", part),)) for seat, part in enumerate(gpus)]
+
+
+def test_a_part_of_a_gpu_lies_on_one() -> None:
+    assert shortfall(parts(0.6, 0.6), {"a": 2}) is None
+    why = shortfall(parts(0.6, 0.6, 0.6), {"a": 2})  # 1.8 of 2, and no GPU has 0.6 left
+    assert why is not None
+    assert "0.6 of them on one node for worker 2; free are 2" in why
+    assert shortfall(parts(1, 0.5, 0.5), {"a": 2}) is None
+    assert shortfall(parts(1, 0.5), {"a": 0.5, "b": 1}) is None
+    assert shortfall(parts(2), {"a": 1.5}) is not None
+    assert shortfall(parts(0.3, 0.3, 0.3), {"a": 0.9}) is None
+
+
+def test_one_gpu_and_a_half_are_refused_by_name() -> None:
+    why = shortfall(parts(1.5), {"a": 8})
+    assert why is not None
+    assert why.startswith("worker 0 asks for 1.5 GPUs")
+    assert "rollout.gpus_per_worker" in why

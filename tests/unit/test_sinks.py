@@ -84,6 +84,33 @@ def test_gauges_show_the_newest_value_of_each_number() -> None:
     }
 
 
+def test_pages_of_a_runs_teachers_are_shown_with_its_own() -> None:
+    page = """# TYPE opcd_teacher_requests_total counter
+opcd_teacher_requests_total{run="run/r",status="200"} 3.0
+# TYPE opcd_teacher_queued_tokens gauge
+opcd_teacher_queued_tokens 7.0
+"""
+
+    def silent() -> str:
+        raise OSError("nobody answers")
+
+    sink = PrometheusSink("r", "127.0.0.1", 0)
+    try:
+        sink.write(1, {"kl": 0.5})
+        for teacher, read in (("first", lambda: page), ("gone", silent), ("second", lambda: page)):
+            sink.relay(teacher, read)
+        text = httpx.get(sink.url, trust_env=False).raise_for_status().text
+    finally:
+        sink.close()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    found = {(s.name, s.labels.get("teacher")): (s.value, s.labels.get("run")) for s in samples}
+    assert found[("opcd_run_kl", None)] == (0.5, "r")
+    for teacher in ("first", "second"):
+        assert found[("opcd_teacher_requests_total", teacher)] == (3.0, "run/r")
+        assert found[("opcd_teacher_queued_tokens", teacher)] == (7.0, None)
+    assert not any(teacher == "gone" for _, teacher in found)
+
+
 def test_the_port_is_free_again_after_a_run() -> None:
     sink = PrometheusSink("r", "127.0.0.1", 0)
     port = int(httpx.URL(sink.url).port or 0)

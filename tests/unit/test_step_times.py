@@ -57,6 +57,20 @@ def test_an_idle_moment_is_one_in_which_no_rank_computes() -> None:
     assert times.stage_s == {"accumulate": 8}
 
 
+def test_depth_is_how_many_answers_were_at_a_stage_in_the_mean() -> None:
+    spans = [
+        span("rollout", 0, 4),
+        span("rollout", 2, 6),
+        span("queue", -1, 2),
+        span("queue", 0, 3),
+        span("score", 9, 12),
+    ]
+    times = step_times(spans, (0, 10))
+    assert times.depths == pytest.approx({"queue": 0.5, "rollout": 0.8, "score": 0.1})
+    assert times.metrics()["loop/depth/rollout"] == pytest.approx(0.8)
+    assert (times + StepTimes(total_s=10)).depths["rollout"] == pytest.approx(0.4)
+
+
 def test_perfect_overlap_counts_the_stages() -> None:
     times = step_times([span("rollout", 0, 2), span("score", 0, 2), span("accumulate", 0, 2)], (0, 2))
     assert times.overlap_ratio == pytest.approx(3)
