@@ -19,10 +19,10 @@ STAMP := $(VENV)/.setup-done
 LOCKS := deploy/requirements/cpu.txt deploy/requirements/cpu-nodeps.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-faults check format bench docs clean lock
+.PHONY: help setup demo test test-faults soak check format bench docs clean lock
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install everything, pinned (done once)
 
@@ -66,10 +66,9 @@ $(STAMP): $(LOCKS) pyproject.toml
 models/smollm2/config.json: | $(STAMP)
 	$(BIN)/opcd prepare smollm2 --out models/smollm2
 
-format: setup
+format: setup ## mend what ruff can of formatting and lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Rewrites the lock from the environment as it is: change .venv with pip, run the tests, then this.
-lock:
+lock: ## rewrite the lock from the environment as it is: change .venv with pip, run the tests, then this
 	bash deploy/requirements/lock.sh

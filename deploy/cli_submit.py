@@ -82,6 +82,11 @@ def submit(
         faults = file_faults(resolved, working_dir, lambda path: is_shipped(path, shipped))
         if Path(config).resolve() not in shipped:
             faults.append(f"{config} is not uploaded with {working_dir.resolve()}: --working-dir names the folder")
+        if token_file is not None and token_file.resolve() in shipped:
+            faults.append(
+                f"--token-file {token_file} would be uploaded with {working_dir.resolve()}, for whoever may read the "
+                "job: keep it elsewhere, for example in ~/.ray/auth_token"
+            )
         if faults:
             raise ConfigError("\n".join(faults))
         job = plan(

@@ -52,7 +52,9 @@ def run(config: Config, *, resume: bool = False, accept_changes: bool = False, q
     resumed = _find_checkpoint(config, resume=resume, accept_changes=accept_changes)
     progress.status("reading data")
     inputs = read_inputs(config)
-    with reported(config.run.path, progress.line), interruptible(), cluster():
+    with reported(config.run.path, progress.line), interruptible(), cluster() as dashboard:
+        if dashboard is not None:
+            progress.line(f"Ray's dashboard: {dashboard}")
         for restart in itertools.count(1):
             try:
                 tally = _run_once(config, inputs, progress, resumed)
@@ -134,18 +136,25 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
 
 
 @contextmanager
-def cluster() -> Iterator[None]:
-    """Ray: the cluster this process belongs to (``RAY_ADDRESS``, a submitted job), else one of its own."""
+def cluster() -> Iterator[str | None]:
+    """Ray: the cluster this process belongs to (``RAY_ADDRESS``, a submitted job), else one of its own. Yields the
+    address of Ray's dashboard, where it has one.
+    """
     if ray.is_initialized():
-        yield
+        yield _dashboard()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = "RAY_ADDRESS" not in os.environ
     ray.init(log_to_driver=False, logging_level="WARNING", include_dashboard=False if own else None)
     try:
-        yield
+        yield _dashboard()
     finally:
         ray.shutdown()
+
+
+def _dashboard() -> str | None:
+    address = ray._private.worker.get_dashboard_url()
+    return f"http://{address}" if address else None
 
 
 @contextmanager

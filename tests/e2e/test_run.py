@@ -106,6 +106,13 @@ def test_kl_falls_over_a_whole_run(write_config: Callable[..., Path], tmp_path: 
     assert f"Step 6, row {tokens[-1]['row']}" in report
     assert "could not be read" not in report
 
+    again = [sys.executable, "-m", "deploy.cli", "evaluate", str(tmp_path / "run.yaml")]
+    told = subprocess.run([*again, "--checkpoint", str(run / "checkpoint")], capture_output=True, text=True, check=True)
+    answers = [json.loads(line) for line in (run / "evaluate/samples.jsonl").read_text().splitlines()]
+    final = {sample["id"]: sample["answer"] for sample in samples if sample["set"] == "final"}
+    assert {s["id"]: s["answer"] for s in answers if s["set"] == "without context"} == final
+    assert "with context" in told.stdout
+
 
 NEEDS_MORE = ("rejected", "accuracy")
 """Series of what does not happen in the run below: nothing is refused, nothing is asked."""

@@ -18,6 +18,7 @@ from deploy.submit_cluster import Cluster, ClusterError
 from deploy.submit_wheel import write_wheel
 from learner.placement import PlacementError
 from tests.bare_cluster import BareCluster, bare_cluster
+from tests.e2e.conftest import write_run
 from tests.unit.test_placement import config_of
 
 pytestmark = pytest.mark.timeout(240)
@@ -135,6 +136,26 @@ def test_runs_on_nodes_that_have_not_installed_opcd(
     listed = opcd(cluster, "jobs", "list").stdout
     for words in (("run", "mine", "FAILED"), ("probe", "mine", "SUCCEEDED"), ("stopped", "mine", "STOPPED")):
         assert any(all(word in line for word in words) for line in listed.splitlines()), listed
+
+
+@pytest.mark.timeout(500)
+def test_a_run_that_is_submitted_trains_to_its_end(
+    cluster: BareCluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    project = tmp_path / "project"
+    project.mkdir()
+    write_run(project, tiny_model, learner={"steps": 2}, eval={"every": 0}, data={"valid": None})
+    monkeypatch.chdir(project)
+    run = opcd(cluster, "submit", "run.yaml", f"run.dir={tmp_path / 'runs'}", "--id", "whole", "--follow")
+    assert run.exit_code == 0, run.output
+    assert "step 2/2  kl " in run.stdout
+    assert "gap closed" in run.stdout
+    assert f"Ray's dashboard: {cluster.address}" in run.stdout
+    assert (tmp_path / "runs/tiny/checkpoint/model.safetensors").exists()
+    assert (tmp_path / "runs/tiny/report.html").exists()
 
 
 def test_what_the_cluster_lacks_is_known_before_a_run_is_sent(cluster: BareCluster, project: Path) -> None:

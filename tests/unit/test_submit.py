@@ -214,8 +214,10 @@ def test_print_shows_the_command_without_a_cluster_and_without_secrets(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hunter2")
-    (folder / "token").write_text("hunter2")
-    result = submitted("--print", "--id", "j", "--secret", "WANDB_API_KEY", "--token-file", "token", "learner.lr=1e-5")
+    token = folder.parent / "token"
+    token.write_text("hunter2")
+    named = ["--secret", "WANDB_API_KEY", "--token-file", str(token)]
+    result = submitted("--print", "--id", "j", *named, "learner.lr=1e-5")
     assert result.exit_code == 0, result.output
     assert "hunter2" not in result.output
     words = shlex.split(result.stdout)
@@ -275,7 +277,17 @@ def test_a_run_that_the_cluster_cannot_hold_is_not_sent(folder: Path, monkeypatc
 
 @pytest.mark.parametrize("text", ["", "two words", "\u00e9"])
 def test_a_token_file_without_a_token_is_refused(folder: Path, text: str) -> None:
-    (folder / "token").write_text(text)
+    token = folder.parent / "token"
+    token.write_text(text)
+    result = submitted("--token-file", str(token))
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"opcd: --token-file {token}: ")
+
+
+def test_a_token_that_would_be_uploaded_is_refused(folder: Path) -> None:
+    (folder / "token").write_text("hunter2")
     result = submitted("--token-file", "token")
     assert result.exit_code == 2
-    assert result.stderr.startswith("opcd: --token-file token: ")
+    assert "--token-file token would be uploaded" in result.stderr
+    (folder / ".gitignore").write_text("token\n")
+    assert "would be uploaded" not in submitted("--token-file", "token", "--print").output
