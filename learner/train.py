@@ -145,7 +145,9 @@ def cluster() -> Iterator[str | None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = "RAY_ADDRESS" not in os.environ
-    ray.init(log_to_driver=False, logging_level="WARNING", include_dashboard=False if own else None)
+    # Without an address Ray would join whatever cluster was started on this machine, whoever's it is.
+    address, dashboard = ("local", False) if own else (None, None)
+    ray.init(address, log_to_driver=False, logging_level="WARNING", include_dashboard=dashboard)
     try:
         yield _dashboard()
     finally:

@@ -60,7 +60,7 @@ class Ranks:
 def cluster() -> Iterator[None]:
     mine = not ray.is_initialized()
     if mine:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=bool(os.environ.get("OPCD_TEST_LOGS")))
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=bool(os.environ.get("OPCD_TEST_LOGS")))
     yield
     if mine:
         ray.shutdown()

@@ -68,7 +68,7 @@ def steps(config: Any, latencies: Latencies, count: int) -> list[float]:
 def timed_steps(config: Any, latencies: Latencies, count: int) -> list[tuple[float, float]]:
     """(wall seconds, CPU seconds of this thread) of each step."""
     install(latencies)
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    ray.init("local", num_cpus=2, log_to_driver=False, include_dashboard=False)
     try:
         return asyncio.run(_timed_steps(config, count))
     finally:

@@ -81,7 +81,9 @@ def test_published_weights_are_the_merged_ones_and_compute_what_the_learner_comp
     assert max(float(np.abs(a - b).max()) for a, b in zip(expected, start, strict=True)) > 0.05  # it did learn
     for result in results:
         assert result["weights"].keys() == before.keys()  # an engine sees the model it knows
-        assert [spec.name for spec in result["specs"]] == list(before)
+        names = [spec.name for spec in result["specs"]]
+        assert sorted(names) == sorted(before)
+        assert names[-1] == "model.embed_tokens.weight"  # the largest is taken in while nothing else is waited for
         for name, tensor in merged.state_dict().items():
             if name in result["weights"]:
                 torch.testing.assert_close(result["weights"][name], tensor, rtol=0, atol=0)

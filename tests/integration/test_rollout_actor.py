@@ -47,7 +47,7 @@ class StubFactory:
 
 @pytest.fixture(scope="module")
 def worker(tiny_model: Path) -> Iterator[Any]:
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    ray.init("local", num_cpus=2, log_to_driver=False, include_dashboard=False)
     root = os.getpid()
     actor = ray.remote(concurrency_groups=GROUPS)(RolloutWorker)
     handle = actor.options(num_cpus=0, max_concurrency=64).remote(

@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 from typer.testing import CliRunner, Result
 
+import learner.train
 from common.config_file import load_config
 from deploy.cli import app
 from deploy.submit import Job, plan
@@ -156,6 +158,14 @@ def test_a_run_that_is_submitted_trains_to_its_end(
     assert f"Ray's dashboard: {cluster.address}" in run.stdout
     assert (tmp_path / "runs/tiny/checkpoint/model.safetensors").exists()
     assert (tmp_path / "runs/tiny/report.html").exists()
+
+
+def test_a_run_that_is_no_job_has_a_ray_of_its_own(cluster: BareCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    with learner.train.cluster() as dashboard:
+        assert dashboard is None
+        assert len(ray.nodes()) == 1  # the other one has two
 
 
 def test_what_the_cluster_lacks_is_known_before_a_run_is_sent(cluster: BareCluster, project: Path) -> None:

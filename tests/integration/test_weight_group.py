@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import learner.publish_group
+import learner.publish
 from common import delta
 from common.checksum import checksum
 from common.collective import SyncError
@@ -71,7 +71,7 @@ def test_another_version_is_refused() -> None:
 
 @pytest.mark.parametrize("sync", [PATIENT, SHARED], ids=["gloo", "ipc"])
 def test_bytes_that_change_on_the_way_are_found_by_both_ends(sync: SyncConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner.publish_group, "checksum", lambda data: checksum(data ^ 1))
+    monkeypatch.setattr(learner.publish, "checksum", lambda data: checksum(data ^ 1))
     sent, received = exchange(manifest_of(TENSORS), manifest_of(TENSORS), sync=sync)
     for end in (sent, received):
         assert isinstance(end, SyncError)
