@@ -29,6 +29,8 @@ class RolloutConfig(Section):
     stop: tuple[str, ...] = ()
     """Strings that end an answer; the token that completes one is the answer's last."""
     topk_from: Literal["engine", "learner"] = "engine"
+    """Whose k most likely ids are the student's support: those of the engine that samples, or those of the learner, one
+    more forward pass over every answer (in bfloat16 the two differ a little: `topk_agreement`)."""
     workers: Positive = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     tensor_parallel_size: Positive = 1
@@ -133,7 +135,11 @@ class LearnerConfig(Section):
     """The same bits every time: deterministic algorithms, answers in a fixed order, one sequence at a time in the
     engines and in the run's own teacher. Slow: for tests and for debugging."""
     max_skipped_steps: NonNegative = 3
-    """Steps in a row that a NaN or infinite gradient may cost before the run stops."""
+    """Steps in a row that a NaN or infinite gradient may cost before the run stops; as many may count no token, every
+    answer being shorter than `loss.skip_first_tokens`."""
+    collective_timeout_s: PositiveFloat = 1800.0
+    """How long ranks wait for one another, among other things while one writes an export or a checkpoint; after that
+    they are lost. Longer than `sync.timeout_s`: the others wait while rank 0 waits for an engine."""
     kl_alarm_ratio: PositiveFloat = 10.0
     """A step whose divergence is more than this many times the median of the 20 before it is reported."""
 
@@ -166,6 +172,7 @@ class SyncConfig(Section):
     """Weights that travel together, or make one file: both ends hold two or three buckets in memory. A tensor that is
     larger makes one of its own."""
     timeout_s: PositiveFloat = 300.0
+    """How long learner and engines wait for one another, to join and at every bucket, before the sync is broken."""
     probe_prompts: Positive = 8
     probe_tokens: Positive = 32
     """Response tokens of each probe sequence."""

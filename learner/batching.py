@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.config import LossConfig
@@ -131,13 +132,22 @@ def counted_tokens(trajectory: Trajectory, loss: LossConfig) -> Mask:
 
     Raises ValueError, naming the sample, for a mask that does not fit its response.
     """
+    return _places_in_answers(trajectory) > loss.skip_first_tokens
+
+
+def longest_answer(trajectory: Trajectory) -> int:
+    """Tokens that the student made in a row, at most: of a conversation, its longest answer."""
+    return int(_places_in_answers(trajectory).max(initial=0))
+
+
+def _places_in_answers(trajectory: Trajectory) -> NDArray[np.int64]:
+    """Of each response token, ``[T]``, its place in the answer it belongs to, from 1; 0 where an environment spoke."""
     positions, mask = np.arange(len(trajectory.response_ids)), trajectory.loss_mask
     if mask is None:
-        return positions >= loss.skip_first_tokens
+        return positions + 1
     if mask.shape != positions.shape:
         raise ValueError(f"sample {trajectory.sample_id}: loss mask is {mask.shape}, expected {positions.shape}")
-    last_foreign = np.maximum.accumulate(np.where(mask, -1, positions))
-    return positions - last_foreign > loss.skip_first_tokens
+    return positions - np.maximum.accumulate(np.where(mask, -1, positions))
 
 
 def own_tokens(trajectory: Trajectory) -> Mask:

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.config import Config
+from common.config import Config, TeacherConfig
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -44,6 +44,9 @@ class Identity(BaseModel):
     tokenizer: str
     teachers: dict[str, str]
     """Teacher's name -> its model fingerprint."""
+    teaching: dict[str, dict[str, Any]] = {}
+    """Teacher's name -> what becomes of its weights. One model that stays, follows the student or averages it begins
+    with one fingerprint."""
     contexts: tuple[str, ...]
     """Hashes of the contexts; of a pool one hash of them all."""
     pool: str | None = None
@@ -99,6 +102,7 @@ def identity_of(
         student=config.student.model,
         tokenizer=tokenizer,
         teachers=teachers,
+        teaching={name: _teaching(section) for name, section in config.named_teachers().items()},
         contexts=tuple(sorted(contexts)) if pool is None else (_joint(contexts),),
         pool=pool,
         data=data,
@@ -111,6 +115,10 @@ def identity_of(
             "lora": None if lora is None else lora.model_dump(mode="json"),
         },
     )
+
+
+def _teaching(section: TeacherConfig) -> dict[str, Any]:
+    return {"kind": section.kind, "ema_decay": section.ema_decay if section.kind == "ema" else None}
 
 
 def _joint(names: tuple[str, ...]) -> str:

@@ -14,6 +14,7 @@ fills. The optimiser step is the only barrier. This process holds ids and object
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -35,6 +36,8 @@ from learner.samples import Draw, SampleSource
 from learner.services import EpisodeSummary, Services
 from learner.stream import Answered, Stream
 from learner.token_records import TokenRecord, first_records
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +129,9 @@ class Controller:
         draw: Draw | None = None,
         offline: Offline | None = None,
     ) -> None:
-        """`status` hears what goes on; `skipped` of each skipped step, and what broke it (`learner.records`). `draw`
-        gives a sample its context, where each has one of its own; `offline` its answer, where those of the teacher are
-        trained on.
+        """`status` hears what goes on; `skipped` of each step that a NaN cost, and what broke it (`learner.records`).
+        `draw` gives a sample its context, where each has one of its own; `offline` its answer, where those of the
+        teacher are trained on.
         """
         self._config = config
         self._services = services
@@ -181,7 +184,7 @@ class Controller:
         if self._config.rollout.colocated:
             await self._services.wake()
         trained.spans.append(TraceSpan("step", "rank 0", closing, time.time(), {"version": step + 1}))
-        self._check(step, reports)
+        self._check(step, reports, trained.sample_ids)
         parity = await self._publisher.publish(step + 1)
         staleness = self._running.tracker.metrics()
         self._running.advance()
@@ -276,21 +279,41 @@ class Controller:
                 f"allows ({share}); the last one: {': '.join(list(failures.items())[-1])}"
             )
 
-    def _check(self, step: int, reports: Sequence[StepReport]) -> None:
-        """The learner is where the loop is; and a gradient that was NaN or infinite too often in a row ends the run."""
+    def _check(self, step: int, reports: Sequence[StepReport], trained: Sequence[str]) -> None:
+        """The learner is where the loop is; a gradient that was NaN or infinite too often in a row ends the run, and so
+        do steps in a row that had nothing to learn from.
+        """
         report, allowed = reports[0], self._config.learner.max_skipped_steps
         if report.weight_version != step + 1:
             raise RunError(f"the learner holds version {report.weight_version}, the loop expected {step + 1}")
-        if report.skipped_in_a_row:
-            self._skipped(step + 1, [record for one in reports for record in one.records])
-        if report.skipped_in_a_row > allowed:
+        if report.uncounted:
+            log.warning("step %d was skipped, %s", step + 1, report.uncounted)
+            if report.uncounted_in_a_row > allowed:
+                raise RunError(
+                    f"step {step}: {report.uncounted}, and so it was for {report.uncounted_in_a_row} steps in a row "
+                    f"(learner.max_skipped_steps is {allowed}); lower loss.skip_first_tokens, or have the student "
+                    "answer at greater length"
+                )
+        elif report.skipped_in_a_row:
+            self._check_skipped(step, reports, trained)
+
+    def _check_skipped(self, step: int, reports: Sequence[StepReport], trained: Sequence[str]) -> None:
+        row, allowed = reports[0].skipped_in_a_row, self._config.learner.max_skipped_steps
+        self._skipped(step + 1, [record for one in reports for record in one.records] or _suspects(trained))
+        if row > allowed:
             samples = sorted({sample for one in reports for sample in one.nonfinite})
             raise RunError(
-                f"step {step}: gradient or loss was NaN or infinite for {report.skipped_in_a_row} steps in a row "
+                f"step {step}: gradient or loss was NaN or infinite for {row} steps in a row "
                 f"(learner.max_skipped_steps is {allowed}); samples of the last one: "
                 f"{', '.join(samples) or 'none by itself'} (see skipped/); lower learner.lr, or set "
                 "loss.clip_per_token"
             )
+
+
+def _suspects(samples: Sequence[str]) -> list[dict[str, Any]]:
+    """In place of what broke a step, where every loss was finite and the gradient was not: any of its `samples` may."""
+    why = "the gradient of the step was NaN or infinite, the loss of no sample was"
+    return [{"sample_id": sample, "why": why} for sample in samples]
 
 
 def speeds(tokens: int, stage_s: Mapping[str, float]) -> dict[str, float]:

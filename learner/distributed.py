@@ -45,6 +45,21 @@ def join_ranks(rank: int, world_size: int, host: str, port: int, device: torch.d
     deepspeed.init_distributed(dist_backend=backend)
 
 
+def raise_on_all(error: Exception | None, what: str) -> None:
+    """A collective: where one rank or more have an `error`, every rank raises OSError, which says whose, after `what`.
+
+    What a rank does by itself, such as writing, may fail on it alone; raised there and then it would leave the others
+    in the next collective until the group's time is over.
+    """
+    import torch.distributed as dist
+
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}")
+    said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None)
+    if said:
+        raise OSError(f"{what}: {said}") from error
+
+
 def leave_ranks() -> None:
     """Take the group down; harmless where there is none."""
     import torch.distributed as dist

@@ -12,12 +12,14 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from common.config import Config
 from common.schema import ScoredTrajectory
 from common.weights import TensorSpec
-from learner.batching import TrainingBatch, empty_batch, loss_tokens, sequence_of, training_batch
+from learner.batching import TrainingBatch, empty_batch, longest_answer, loss_tokens, sequence_of, training_batch
+from learner.distributed import raise_on_all
 from learner.export import WeightView, full_shape, replace_folder
 from learner.host_memory import give_back_freed
 from learner.layout import PADDED
@@ -80,11 +82,13 @@ class LearnerEngine:
         self._version = 0
         self._updates = 0
         self._skipped_in_a_row = 0
+        self._uncounted_in_a_row = 0
         self._tokens = TokenKeeper(config.run.token_samples)
         self._begin_step()
 
     def _begin_step(self) -> None:
         self._passes = 0
+        self._longest_answer = 0
         self._counts: Counter[str] = Counter()
         self._sums: Counter[str] = Counter()
         self._nonfinite: list[str] = []
@@ -124,6 +128,7 @@ class LearnerEngine:
         loss = self._config.loss
         responses = [len(item.trajectory.response_ids) for item in batch]
         counted = [loss_tokens(item.trajectory, loss) for item in batch]
+        longest = max((longest_answer(item.trajectory) for item in batch), default=0)
         batches: list[TrainingBatch] = []
         sums: dict[str, float] = {}
         nonfinite: tuple[str, ...] = ()
@@ -134,6 +139,7 @@ class LearnerEngine:
             sums, nonfinite = self._backward_all(batches)
             self._keep_bad(batch, nonfinite)
             self._tokens.describe(batch)
+        self._longest_answer = max(self._longest_answer, longest)
         self._counts.update(
             sequences=len(batch),
             response_tokens=sum(responses),
@@ -211,7 +217,10 @@ class LearnerEngine:
         lr = learning_rate(self._updates, self._config.learner.lr, self._config.learner.warmup_steps)
         by_token = self._config.loss.normalize == "token"
         applied = self._update(totals["loss_tokens" if by_token else "loss_sequences"], lr)
-        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        uncounted = "" if totals["loss_tokens"] else self._why_uncounted(sequences)
+        self._uncounted_in_a_row = self._uncounted_in_a_row + 1 if uncounted else 0
+        if not uncounted:
+            self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self._updates += applied
         self._version += 1
         count = max(totals["loss_tokens"], 1)
@@ -227,7 +236,7 @@ class LearnerEngine:
             skipped_in_a_row=self._skipped_in_a_row,
             metrics={
                 **means,
-                "grad_norm": self._grad_norm(),
+                "grad_norm": 0.0 if uncounted else self._grad_norm(),  # it would be that of the step before
                 "update_norm": self._update_norm() if applied else 0.0,
                 "lr": lr,
                 "skipped": float(not applied),
@@ -235,6 +244,8 @@ class LearnerEngine:
             nonfinite=tuple(self._nonfinite),
             records=tuple(record(item) for item in self._bad),
             tokens=self._tokens.records(self._config.loss),
+            uncounted=uncounted,
+            uncounted_in_a_row=self._uncounted_in_a_row,
         )
         self._begin_step()
         if self._device.type == "cpu":
@@ -254,13 +265,25 @@ class LearnerEngine:
         optimizer.loss_scale = 1.0  # it would multiply the next step's losses
         return bool(self._deepspeed.was_step_applied())
 
+    def _why_uncounted(self, sequences: int) -> str:
+        """Of a step without a loss token. A collective."""
+        longest = torch.tensor(self._longest_answer, device=self._device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        if not int(longest):
+            return f"no token was counted: the step has {sequences} answers, none with a token"
+        return (
+            f"no token was counted: loss.skip_first_tokens is {self._config.loss.skip_first_tokens}, the longest "
+            f"answer has {int(longest)}"
+        )
+
     def _unknown_metrics(self) -> Iterator[str]:
         """What this configuration cannot tell."""
         sampler = self._config.rollout
         foreign = sampler.source == "teacher"
         if self._config.loss.support == "student" or (foreign and sampler.topk_from == "engine"):
             yield "overlap"
-        if foreign and sampler.topk_from == "engine":
+        # Under `teacher` only those of the student's ids are looked at that the teacher picked, too.
+        if self._config.loss.support == "teacher" or (foreign and sampler.topk_from == "engine"):
             yield "support_coverage"
         if self._config.loss.importance_clip is None:
             yield from ("importance/mean", "importance/effective_share")
@@ -310,33 +333,43 @@ class LearnerEngine:
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder with the tokenizer, or an adapter alone (``learner.lora.publish``); complete or absent.
-        Rank 0 writes.
+        Rank 0 writes; raises OSError, on every rank, where the disk did not take it.
         """
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self._config.student.model) if self._rank == 0 else None
         lora, model = self._config.learner.lora, self._config.student.model
-        if lora is not None and lora.publish == "adapter":
-            factors = self._weights.adapter_factors()
-            if self._rank == 0:
-                replace_folder(folder, lambda partial: save_adapter(partial, factors, lora, model))
-        else:
-            group_bytes = self._config.sync.bucket_bytes
-            self._weights.save(folder, tokenizer, write=self._rank == 0, group_bytes=group_bytes)
-        dist.barrier()
+        failed: Exception | None = None
+        try:
+            if lora is not None and lora.publish == "adapter":
+                factors = self._weights.adapter_factors()
+                if self._rank == 0:
+                    replace_folder(folder, lambda partial: save_adapter(partial, factors, lora, model))
+            else:
+                group_bytes = self._config.sync.bucket_bytes
+                self._weights.save(folder, tokenizer, write=self._rank == 0, group_bytes=group_bytes)
+        except (OSError, SafetensorError) as error:
+            failed = error
+        raise_on_all(failed, f"{folder} was not written")
 
     def save_state(self, folder: Path) -> None:
         """Everything a bit-equal continuation needs: DeepSpeed's state, counters, random number generators.
 
         Call it between steps (raises RuntimeError within one). Every rank writes its part; whoever keeps checkpoints
-        makes the folder count only when all have returned.
+        makes the folder count only when all have returned. Raises OSError, on every rank, where the disk did not take
+        the part of one; the next step is as if nothing had been.
         """
         if self._passes or self._held or self._counts["sequences"]:
             raise RuntimeError("save_state was called in the middle of a step: its gradients would be lost")
         save_state(
             self._deepspeed,
             folder,
-            {"version": self._version, "updates": self._updates, "skipped": self._skipped_in_a_row},
+            {
+                "version": self._version,
+                "updates": self._updates,
+                "skipped": self._skipped_in_a_row,
+                "uncounted": self._uncounted_in_a_row,
+            },
         )
 
     def load_state(self, folder: Path) -> None:
@@ -344,4 +377,5 @@ class LearnerEngine:
         counters = load_state(self._deepspeed, folder)
         self._version, self._updates = counters["version"], counters["updates"]
         self._skipped_in_a_row = counters["skipped"]
+        self._uncounted_in_a_row = counters["uncounted"]
         self._begin_step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from learner.distributed import free_port, join_ranks, leave_ranks
 from learner.reports import AccumulateReport, LearnerInfo, PassReport, StepReport
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from learner.engine import LearnerEngine
     from learner.publish import Sender, SendReport
 
@@ -54,7 +56,7 @@ class LearnerRank:
         from learner.engine import LearnerEngine
         from learner.policy import device_of
 
-        timeout_s = self._config.sync.timeout_s
+        timeout_s = self._config.learner.collective_timeout_s
         join_ranks(self._rank, self._world_size, host, port, device_of(self._config), timeout_s)
         self._engine = LearnerEngine(self._config)
         return self._engine.info()
@@ -117,15 +119,22 @@ class LearnerRank:
             self._sender = open_sender(self._config.sync_in_run, host, port, world_size, device)
 
     def publish(self) -> SendReport | None:
-        """Send the weights as they are to every engine; None on the ranks that only help to gather them."""
-        engine = self._running
-        weights = engine.named_weights()
-        if self._rank != 0:
+        """Send the weights as they are to every engine; None on the ranks that only help to gather them.
+
+        Raises SyncError on rank 0 where the sync broke; the ranks can go on after it.
+        """
+        weights = self._running.named_weights()
+        try:
+            return self._send(weights) if self._rank == 0 else None
+        finally:
+            # Gathering is a collective: a rank that stopped half-way would leave the others in it.
             for _ in weights:
                 pass
-            return None
+
+    def _send(self, weights: Iterator[tuple[str, Tensor]]) -> SendReport:
         if self._sender is None:
             raise RuntimeError("publish was called before open_sync")
+        engine = self._running
         manifest = SyncManifest(engine.weight_specs(), self._config.sync.bucket_bytes, engine.weight_version)
         return self._sender.send(weights, manifest)
 

@@ -48,6 +48,9 @@ class StepReport:
     """One optimiser step, equal on every rank but for what is said to be of "this rank".
 
     ``weight_version`` counts finished steps, skipped ones too (their weights equal the version before).
+    ``skipped_in_a_row`` counts those that a NaN or infinite gradient cost. ``uncounted`` says why the loss counted no
+    token of the step (empty: it did), ``uncounted_in_a_row`` how often that was so; such steps are skipped, too, and
+    neither add to ``skipped_in_a_row`` nor end it.
     ``metrics`` are global means over the step's loss tokens, and `loss grad_norm update_norm lr`; ``nonfinite`` names
     this rank's samples with a NaN or infinite loss, ``records`` are some of them as plain values; ``tokens`` are a few
     of this rank's answers token by token.
@@ -60,6 +63,8 @@ class StepReport:
     nonfinite: tuple[str, ...] = ()
     records: tuple[dict[str, Any], ...] = ()
     tokens: tuple[TokenRecord, ...] = ()
+    uncounted: str = ""
+    uncounted_in_a_row: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,79 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from learner.distributed import raise_on_all
+
 _TAG = "state"
 
 
 def save_state(deepspeed_engine: Any, folder: Path, counters: dict[str, int]) -> None:
-    """Write this rank's part under `folder`; returns when all ranks have."""
-    deepspeed_engine.save_checkpoint(
-        str(folder),
-        tag=_TAG,
-        client_state={"counters": counters},
-        save_latest=False,
-        exclude_frozen_parameters=True,  # under LoRA they are those of the student's initial model
-    )
-    torch.save(_generators(), folder / _TAG / f"generators_{dist.get_rank()}.pt")
-    shape = torch.tensor([dist.get_world_size(), deepspeed_engine.zero_optimization_stage()])
+    """Write this rank's part under `folder`; returns when all ranks have.
+
+    Raises OSError, on every rank, where the disk did not take the part of one. The ranks can go on after it.
+    """
+    writing = _Writing(deepspeed_engine.checkpoint_engine)
+    with writing.instead_of_own(deepspeed_engine):
+        deepspeed_engine.save_checkpoint(
+            str(folder),
+            tag=_TAG,
+            client_state={"counters": counters},
+            save_latest=False,
+            exclude_frozen_parameters=True,  # under LoRA they are those of the student's initial model
+        )
+    with writing.held():
+        torch.save(_generators(), folder / _TAG / f"generators_{dist.get_rank()}.pt")
     if dist.get_rank() == 0:
-        torch.save(shape, folder / _TAG / "shape.pt")
-    dist.barrier()
+        shape = torch.tensor([dist.get_world_size(), deepspeed_engine.zero_optimization_stage()])
+        with writing.held():
+            torch.save(shape, folder / _TAG / "shape.pt")
+    raise_on_all(writing.error, "the learner's state")
+
+
+class _Writing:
+    """DeepSpeed's writer of files, whose errors wait: raised between two of DeepSpeed's collectives, one would leave
+    the other ranks in the second.
+    """
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+        self.error: Exception | None = None
+        """The first one."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep what the disk does not take."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
+            self.error = self.error or error
+
+    @contextmanager
+    def instead_of_own(self, deepspeed_engine: Any) -> Iterator[None]:
+        """Let `deepspeed_engine` write through this one."""
+        copy_script = deepspeed_engine._copy_recovery_script
+
+        def copy(folder: str) -> None:
+            with self.held():
+                copy_script(folder)
+
+        deepspeed_engine.checkpoint_engine = self
+        deepspeed_engine._copy_recovery_script = copy
+        try:
+            yield
+        finally:
+            deepspeed_engine.checkpoint_engine = self._own
+            del deepspeed_engine._copy_recovery_script
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        with self.held():
+            self._own.makedirs(path, exist_ok=exist_ok)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        with self.held():
+            self._own.save(state_dict, path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
 
 
 def load_state(deepspeed_engine: Any, folder: Path) -> dict[str, int]:

@@ -151,7 +151,8 @@ def test_a_support_the_teacher_picked_reaches_the_gradient(one: Ranks, tiny_mode
         assert metrics["overlap"] == pytest.approx(1 / k)
         assert 0 < metrics["support_coverage"] < metrics["mass/student_topk"]
     else:
-        assert metrics["overlap"] == metrics["support_coverage"] == 0
+        assert metrics["overlap"] == 0
+        assert "support_coverage" not in metrics  # of the student's ids only the teacher's are known
 
 
 def test_the_policy_gradient_baseline_reaches_the_gradient(one: Ranks, tiny_model: Path) -> None:
@@ -175,12 +176,15 @@ def test_the_policy_gradient_baseline_reaches_the_gradient(one: Ranks, tiny_mode
     assert relative_difference(change, expected_change(config, gradients)) < 1e-5
 
 
-def test_an_output_layer_of_its_own_is_trained(one: Ranks, tiny_untied_model: Path) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_output_layer_of_its_own_is_trained(one: Ranks, two: Ranks, tiny_untied_model: Path, stage: int) -> None:
     scored = make_scored(4)
-    config = smooth_config(tiny_untied_model)
-    ((change, _, _),) = one.call(step, config, [[scored]])
-    assert "lm_head.weight" in change
-    assert relative_difference(change, expected_change(config, expected_gradients(config, scored))) < 1e-5
+    config = smooth_config(tiny_untied_model, stage)
+    expected = expected_change(config, expected_gradients(config, scored))
+    alone = one.call(step, config, [[scored]])
+    for change, _, _ in [*alone, *two.call(step, config, [[scored[:3]], [scored[3:]]])]:
+        assert "lm_head.weight" in change
+        assert relative_difference(change, expected) < 1e-5
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -365,6 +369,38 @@ def test_a_step_without_any_answer_is_skipped(two: Ranks, tiny_model: Path) -> N
         for change, report, _ in two.call(step, config, [[[]], [[]]]):
             assert not report.applied
             assert max(tensor.abs().max().item() for tensor in change.values()) == 0
+
+
+def uncounted(rank: int, config: Config, steps: list[Cut]) -> tuple[list[StepReport], dict[str, Tensor]]:
+    """One engine through `steps`, each a cut of its own."""
+    from learner.engine import LearnerEngine
+
+    engine, reports = LearnerEngine(config), []
+    for cut in steps:
+        engine.accumulate(cut[rank])
+        reports.append(engine.finish_step(*totals([item for part in cut for item in part])))
+    return reports, weights_now(engine)
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_counts_no_token_says_why(two: Ranks, tiny_model: Path, stage: int, normalize: str) -> None:
+    """Its answers are shorter than what is skipped. It is no NaN, nothing moves, and nothing of it stays."""
+    short, long = make_scored(4, response_tokens=(2, 6)), make_scored(4, seed=1, response_tokens=(9, 12))
+    poor, good = [short[:3], short[3:]], [long[:2], long[2:]]
+    config = smooth_config(tiny_model, stage, loss={"skip_first_tokens": 6, "normalize": normalize})
+    longest = max(len(item.trajectory.response_ids) for item in short)
+    results = two.call(uncounted, config, [good, poor, poor, [[], []], good])
+    clean = two.call(uncounted, config, [good, good])
+    for (reports, weights), (_, expected) in zip(results, clean, strict=True):
+        assert [report.applied for report in reports] == [True, False, False, False, True]
+        assert [report.skipped_in_a_row for report in reports] == [0] * 5
+        assert [report.uncounted_in_a_row for report in reports] == [0, 1, 2, 3, 0]
+        why = f"no token was counted: loss.skip_first_tokens is 6, the longest answer has {longest}"
+        assert [report.uncounted for report in reports[:3]] == ["", why, why]
+        assert "0 answers" in reports[3].uncounted
+        assert reports[1].metrics["grad_norm"] == 0
+        assert relative_difference(weights, expected) < 1e-6
 
 
 def test_metrics_are_global_means(two: Ranks, one: Ranks, tiny_model: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,10 @@ from learner.checkpoints import (
     Checkpoints,
     Identity,
     Manifest,
+    identity_of,
     refuse_other_run,
 )
+from tests.scored import learner_config
 
 IDENTITY = Identity(
     student="a",
@@ -105,3 +108,57 @@ def test_another_run_is_refused_with_every_difference_named() -> None:
     assert "contexts: " in text
     assert "--accept-changes" in text
     refuse_other_run(manifest(3), Path("runs/x"), IDENTITY)
+
+
+EMA = {"kind": "ema", "ema_decay": 0.99}
+PARTS: dict[str, Any] = {"tokenizer": "t", "teachers": {"default": "f"}, "contexts": ("c",), "data": "d"}
+
+
+def identity(parts: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Identity:
+    return identity_of(learner_config(Path("student"), **sections), **{**PARTS, **(parts or {})})
+
+
+@pytest.mark.parametrize(
+    ("before", "here", "said"),
+    [
+        (identity(), identity(teacher={"kind": "self"}), "kind: the checkpoint has frozen, this run has self"),
+        (identity(), identity(teacher=EMA), "ema_decay: the checkpoint has None, this run has 0.99"),
+        (
+            identity(teacher=EMA),
+            identity(teacher={**EMA, "ema_decay": 0.9}),
+            "teaching.default.ema_decay: the checkpoint has 0.99, this run has 0.9",
+        ),
+        (
+            identity(teachers={"big": {"kind": "frozen"}}),
+            identity(teachers={"big": {"kind": "self"}}),
+            "teaching.big.kind: the checkpoint has frozen, this run has self",
+        ),
+        (identity(), identity({"tokenizer": "u"}), "tokenizer: the checkpoint has t, this run has u"),
+        (identity(), identity({"teachers": {"default": "g"}}), "teachers.default: the checkpoint has f"),
+        (identity(), identity({"contexts": ("e",)}), "contexts: the checkpoint has ['c'], this run has ['e']"),
+        (identity(), identity({"data": "e"}), "data: the checkpoint has d, this run has e"),
+        (identity(), identity(loss={"top_k": 7}), "loss.top_k: the checkpoint has 256, this run has 7"),
+        (identity(), identity(rollout={"temperature": 0.5}), "rollout.temperature: the checkpoint has 1.0"),
+        (identity(), identity(learner={"ranks": 2}), "learner.ranks: the checkpoint has 1, this run has 2"),
+    ],
+)
+def test_what_decides_the_result_is_in_the_identity(
+    tmp_path: Path, before: Identity, here: Identity, said: str
+) -> None:
+    """As it comes back from the disk."""
+    kept = Checkpoints(tmp_path, keep=1)
+    with kept.writing(Manifest(step=1, identity=before, loop={})):
+        pass
+    found = kept.newest()
+    assert found is not None
+    path, written = found
+    refuse_other_run(written, path, before)
+    with pytest.raises(CheckpointError) as caught:
+        refuse_other_run(written, path, here)
+    assert said in str(caught.value)
+
+
+def test_what_does_not_decide_the_result_may_change() -> None:
+    before = Manifest(step=1, identity=identity(), loop={})
+    refuse_other_run(before, Path("runs/x"), identity(teacher={"ema_decay": 0.5, "batch_tokens": 7}))
+    refuse_other_run(before, Path("runs/x"), identity(learner={"steps": 99, "micro_batch_tokens": 7}))
