@@ -239,6 +239,8 @@ class TeacherInfo(BaseModel):
     max_k: int
     max_sequence_tokens: int
     max_items: int
+    max_request_tokens: int
+    """Prompt and response tokens of one request; a request of a single item may have more."""
     max_body_bytes: int
     modes: dict[ScoreMode, tuple[float, ...] | None]
     """Mode -> temperatures it can do; None: any positive one. A mode that is absent cannot be done."""

@@ -8,7 +8,7 @@ contexts move: the new replica answers ``unknown_context`` and the client puts t
 
 # No `from __future__ import annotations` here: Serve looks for the class of `args` in the annotation itself.
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -16,6 +16,9 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from common.config import TeacherServerConfig
 from common.config_file import load_teacher_config
+
+if TYPE_CHECKING:
+    from teacher_server.service import TeacherService
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -60,12 +63,20 @@ class Teacher:
 
     def __init__(self, config: TeacherServerConfig) -> None:
         self._config = config
+        self._service: TeacherService | None = None
 
     def __serve_build_asgi_app__(self) -> Asgi:
         """What Serve calls for the application."""
         from teacher_server.serve import build_app
 
-        return signed(build_app(self._config), serve.get_replica_context().replica_id.unique_id)
+        app = build_app(self._config)
+        self._service = app.state.service
+        return signed(app, serve.get_replica_context().replica_id.unique_id)
+
+    def check_health(self) -> None:
+        """What Serve calls every few seconds; it replaces a replica where this raises: RuntimeError says why."""
+        if self._service is not None and self._service.failure is not None:
+            raise RuntimeError(f"this replica of the teacher must be replaced: {self._service.failure}")
 
 
 def teacher(args: TeacherArgs) -> serve.Application:

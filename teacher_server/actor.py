@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,21 @@ if TYPE_CHECKING:
     from teacher_server.service import TeacherService
 
 
+log = logging.getLogger(__name__)
+
+
+def end_process(why: str) -> None:
+    """End this process at once, from whichever thread: an exception would end the thread only."""
+    log.critical("the teacher's process ends: %s", why)
+    logging.shutdown()
+    os._exit(1)
+
+
 class TeacherActor:
-    """Serves from a thread of the actor's process, so that it lives and dies with the run."""
+    """Serves from a thread of the actor's process, so that it lives and dies with the run.
+
+    The process ends when nothing is computed any more: whoever watches the actor then starts another.
+    """
 
     def __init__(self, config: TeacherServerConfig, api_key: str | None = None, sync: SyncConfig | None = None) -> None:
         """Serves who has `api_key`; without one, anybody who reaches ``teacher.host``, then a loopback address."""
@@ -36,7 +51,7 @@ class TeacherActor:
 
             host, key = self._config.host, self._api_key
             auth = authenticator(host, None, allow_anonymous=True, environ={}) if key is None else single_key(key)
-            self._service = build_service(self._config)
+            self._service = build_service(self._config, on_failure=end_process)
             self._server = start_in_thread(self._service, self._config, auth)
         return self._server.url
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import xxhash
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse
 
 from common.codec import MEDIA_TYPE, CodecError, decode_context, decode_request, encode_response
@@ -18,7 +18,8 @@ from common.schema import ItemError, ItemScore, ScoreRequest, TeacherInfo
 from teacher_server.auth import Authenticator, NotAuthorised
 from teacher_server.bodies import BodyBudget
 from teacher_server.checks import RequestRefused
-from teacher_server.documented import REFUSALS, Stored, binary_body, binary_reply, refusals, text_reply
+from teacher_server.documented import KEY, REFUSALS, Stored, binary_body, binary_reply, refusals, text_reply
+from teacher_server.headers import DEADLINE_HEADER, ROUTE_HEADER
 from teacher_server.replies import Conflict, Replies
 from teacher_server.service import TeacherService
 from teacher_server.wire_size import reply_bytes
@@ -35,9 +36,6 @@ REPLY_CACHE_BYTES = 64 * 1024 * 1024
 """Replies kept for requests that are sent again."""
 
 LONGEST_DEADLINE_S = 3600.0
-
-DEADLINE_HEADER = "X-Deadline-S"
-"""Seconds that the client will wait; without it, an hour."""
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -58,6 +56,7 @@ class _Face:
         try:
             return self.auth.tenant(request.headers.get("authorization"))
         except NotAuthorised as error:
+            self.service.metrics.unauthorised.inc()
             raise RequestRefused(401, "unauthorised", str(error)) from None
 
     async def put_context(self, name: str, request: Request) -> Response:
@@ -66,6 +65,7 @@ class _Face:
         if not _HASH.fullmatch(name):
             raise RequestRefused(422, "hash", "a context's name is 64 lowercase hex digits")
         async with self.budget.read(request, tenant, self.limit) as body:
+            self.service.metrics.context_bytes_in.labels(tenant).inc(len(body))
             parent, ids = await _off_loop(decode_context, body, len(body))
             context = self.service.put_context(tenant, name, ids, parent)
         return JSONResponse({"hash": context.hash, "tokens": int(context.ids.size)})
@@ -74,12 +74,16 @@ class _Face:
         """Decode, compute once per request id, give up when the client is gone."""
         tenant = self.tenant(request)
         metrics = self.service.metrics
-        label = metrics.run(tenant, "")
+        label = metrics.known(tenant, "")
         try:
             async with self.budget.read(request, tenant, self.limit) as body:
-                decoded = await _off_loop(decode_request, body, len(body))
-                label = metrics.run(tenant, decoded.run)
-                metrics.bytes_in.labels(label).inc(len(body))
+                try:
+                    decoded = await _off_loop(decode_request, body, len(body))
+                    label = metrics.known(tenant, decoded.run)
+                    self.service.check(decoded)
+                    label = metrics.run(tenant, decoded.run)
+                finally:
+                    metrics.bytes_in.labels(label).inc(len(body))
                 digest = await _off_loop(_digest, body, len(body))
                 deadline = _deadline(request)
                 del body  # its arrays are copies
@@ -104,8 +108,7 @@ class _Face:
 
     async def _compute(self, tenant: str, request: ScoreRequest, deadline_s: float) -> tuple[bytes, bool]:
         expected = sum(reply_bytes(item, request.mode, request.k) for item in request.items)
-        # What is out of bounds (above the limit, or of a negative k) is refused by the service, at once.
-        async with self.reply_budget.room(tenant, max(0, min(expected, self.limit))):
+        async with self.reply_budget.room(tenant, expected):
             response = await self.service.score(tenant, request, deadline_s=deadline_s)
             size = sum(result.logprobs.nbytes for result in response.results if isinstance(result, ItemScore))
             # What may be otherwise next time is not kept: the same request can be sent again.
@@ -143,6 +146,8 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
 
     face = _Face(service, auth or Authenticator())
     app = FastAPI(title="opcd teacher", version="1", lifespan=lifespan)
+    app.state.service = service
+    keyed = [Security(KEY)]
     app.add_exception_handler(RequestRefused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(CodecError, _undecodable)  # type: ignore[arg-type]
 
@@ -156,12 +161,17 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
         """Whether requests are taken: 200, or 503 while starting and draining."""
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
-    @app.get("/metrics", response_class=Response, responses={**text_reply("metrics"), **refusals(401, 403)})
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={**text_reply("metrics"), **refusals(401, 403)},
+        dependencies=keyed,
+    )
     async def metrics(request: Request) -> Response:
         """Prometheus text; a key of the tenant `operator` where there are tenants."""
         return face.metrics(request)
 
-    @app.get("/v1/info", responses=refusals(401))
+    @app.get("/v1/info", responses=refusals(401), dependencies=keyed)
     async def info(request: Request) -> TeacherInfo:
         """Who this teacher is and what it can do."""
         face.tenant(request)
@@ -170,8 +180,9 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
     @app.put(
         "/v1/contexts/{name}",
         response_model=Stored,
-        openapi_extra=binary_body("a context"),
-        responses=refusals(400, 401, 404, 408, 413, 422, 429),
+        openapi_extra=binary_body("a context", ROUTE_HEADER),
+        dependencies=keyed,
+        responses=refusals(400, 401, 404, 408, 413, 422, 429, 503),
     )
     async def put_context(name: str, request: Request) -> Response:
         """Store a context under its hash. Putting it again changes nothing."""
@@ -180,7 +191,8 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
     @app.post(
         "/v1/score",
         response_class=Response,
-        openapi_extra=binary_body("a score request"),
+        openapi_extra=binary_body("a score request", DEADLINE_HEADER, ROUTE_HEADER),
+        dependencies=keyed,
         responses={**binary_reply("a score response"), **refusals(400, 401, 408, 409, 413, 429, 503, 504)},
     )
     async def score(request: Request) -> Response:

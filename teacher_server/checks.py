@@ -6,7 +6,7 @@ import math
 
 from common.schema import Context, ItemError, ScoreItem, ScoreRequest, TeacherInfo
 from teacher_server.backends.base import Backend
-from teacher_server.wire_size import reply_bytes
+from teacher_server.wire_size import own_tokens, reply_bytes
 
 MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 1e-3
@@ -21,7 +21,7 @@ class RequestRefused(ValueError):
 
 
 def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
-    """Mode, temperature, k, number of items and size of the reply against what this teacher offers.
+    """Mode, temperature, k, number of items, their tokens and the size of the reply against what this teacher offers.
 
     Raises RequestRefused.
     """
@@ -43,6 +43,14 @@ def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
         )
     if len(request.items) > info.max_items:
         raise RequestRefused(413, "items", f"{len(request.items)} items, at most {info.max_items} in one request")
+    tokens = sum(map(own_tokens, request.items))
+    if len(request.items) > 1 and tokens > info.max_request_tokens:
+        raise RequestRefused(
+            413,
+            "tokens",
+            f"{len(request.items)} items have {tokens} prompt and response tokens, at most {info.max_request_tokens} "
+            "in one request of several items: send fewer items at a time",
+        )
     reply = sum(reply_bytes(item, request.mode, request.k) for item in request.items)
     if reply > info.max_body_bytes:
         raise RequestRefused(

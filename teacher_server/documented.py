@@ -1,13 +1,17 @@
-"""What the OpenAPI page says of bodies and refusals; the bytes inside are laid out in docs/teacher-api.md."""
+"""What the OpenAPI page says of keys, headers, bodies and refusals; the bytes inside are laid out in
+docs/teacher-api.md.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
 from common.codec import MEDIA_TYPE
+from teacher_server.headers import DEADLINE_HEADER, ROUTE_HEADER
 
 REFUSALS: Mapping[int, str] = {
     400: "The request is wrong: `error` says in which part.",
@@ -57,14 +61,33 @@ def text_reply(what: str) -> Documented:
     return {200: {"description": what, "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
-def binary_body(what: str) -> dict[str, Any]:
-    """``openapi_extra=`` of a route that takes a message."""
+KEY = HTTPBearer(scheme_name="key", description="A key of this teacher, where it has keys.", auto_error=False)
+"""Declares the scheme only: `Authenticator` checks it."""
+
+_HEADERS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    DEADLINE_HEADER: (
+        "Seconds that the client will wait, by default an hour: what is not scored by then is refused with 504.",
+        {"type": "number", "exclusiveMinimum": 0},
+    ),
+    ROUTE_HEADER: (
+        "The hash of the context that the request is about: a server of several replicas routes by it.",
+        {"type": "string"},
+    ),
+}
+
+
+def binary_body(what: str, *headers: str) -> dict[str, Any]:
+    """``openapi_extra=`` of a route that takes a message, and `headers` beside it."""
     return {
+        "parameters": [
+            {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
+            for name, (text, schema) in ((name, _HEADERS[name]) for name in headers)
+        ],
         "requestBody": {
             "required": True,
             "description": f"msgpack: {what}, laid out as docs/teacher-api.md says",
             "content": _message(),
-        }
+        },
     }
 
 

@@ -1,4 +1,6 @@
-"""Limits below the application: headers that come too slowly, or never end, end the connection."""
+"""Limits below the application: headers that come too slowly, or never end, and replies that are not read, end the
+connection.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +15,49 @@ HEADERS_TIMEOUT_S = 10.0
 LINGER_S = 5.0
 """How long the rest of a refused body is read and thrown away."""
 
+UNREAD_S = 30.0
+"""What of a reply the kernel does not take at once, n bytes, may take this and n over `SLOWEST_BYTES_PER_S` to be read;
+its memory is held until then. The kernel takes megabytes, which are read first: they are what this time is for.
+"""
+
+SLOWEST_BYTES_PER_S = 256 * 1024
+
 MAX_HEADER_BYTES = 32 * 1024
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which itself limits neither the time nor the size of headers."""
+    """uvicorn's protocol, which itself limits neither the time nor the size of headers, nor the time of a reply."""
 
     headers_timeout_s = HEADERS_TIMEOUT_S
+    unread_s = UNREAD_S
     _timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock: a connection must say something."""
         super().connection_made(transport)
+        # `pause_writing` comes with the first byte that the peer does not take, `resume_writing` when it took the last.
+        transport.set_write_buffer_limits(high=1, low=0)  # of 0, TLS makes a pause of every empty buffer
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._stop_timer()
+        self._stop_unread_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Start the clock of what was just written: the next is written only after it was read."""
+        super().pause_writing()
+        self._stop_unread_timer()
+        seconds = self.unread_s + self.transport.get_write_buffer_size() / SLOWEST_BYTES_PER_S
+        self._unread_timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """All of it was read."""
+        self._stop_unread_timer()
+        super().resume_writing()
 
     def on_message_begin(self) -> None:
         """Start the clock of this request's headers."""
@@ -77,6 +103,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _stop_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def _cut(self) -> None:
         self._timer = None

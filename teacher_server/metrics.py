@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-MAX_RUNS = 500
-"""Runs with series of their own; those that come later share the name ``other``."""
+MAX_RUNS = 200
+"""Runs of a tenant with series of their own; those that come later share the tenant's ``other``."""
+
+OTHER = "other"
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _TOKENS = (16, 64, 256, 1024, 4096, 16_384, 65_536)
@@ -16,7 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._runs: set[str] = set()
+        self._runs: dict[str, set[str]] = {}
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"opcd_teacher_{name}", text, labels, registry=self.registry)
@@ -36,7 +38,9 @@ class Metrics:
             "context_tokens_saved", "Context tokens that scoring without a cache would have run again.", "run"
         )
         self.floored = counter("values_floored", "Log-probabilities clamped to the floor.", "run")
-        self.bytes_in = counter("bytes_in", "Bytes of request bodies.", "run")
+        self.unauthorised = counter("unauthorised", "Requests without a key of this teacher.")
+        self.bytes_in = counter("bytes_in", "Bytes of score requests' bodies.", "run")
+        self.context_bytes_in = counter("context_bytes_in", "Bytes of contexts' bodies.", "tenant")
         self.bytes_out = counter("bytes_out", "Bytes of replies.", "run")
         self.repeated = counter("requests_repeated", "Requests answered from an earlier or running computation.", "run")
         self.queue_s = histogram("queue_seconds", "From arrival of an item to the start of its batch.", _SECONDS)
@@ -52,13 +56,18 @@ class Metrics:
         self.reply_bytes = gauge("reply_bytes", "Memory of replies kept for requests that are sent again.")
 
     def run(self, tenant: str, run: str) -> str:
-        """The label of a run; names that clients make up cannot grow the registry without bound."""
-        label = f"{tenant}/{run}"
-        if label not in self._runs:
-            if len(self._runs) >= MAX_RUNS:
-                return "other"
-            self._runs.add(label)
-        return label
+        """The label of a run that asked for what can be answered: of its own, while its tenant has few enough.
+
+        Names that a tenant makes up can neither grow the registry without bound nor take other tenants' labels.
+        """
+        runs = self._runs.setdefault(tenant, set())
+        if len(runs) < MAX_RUNS:
+            runs.add(run)
+        return self.known(tenant, run)
+
+    def known(self, tenant: str, run: str) -> str:
+        """The label of a run that may be made up: ``TENANT/other`` where `run` has no label of its own."""
+        return f"{tenant}/{run if run in self._runs.get(tenant, ()) else OTHER}"
 
     def render(self) -> bytes:
         """Prometheus text format."""

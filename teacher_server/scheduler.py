@@ -96,7 +96,9 @@ class Scheduler:
         batch_s: float = BATCH_S,
         thread_setup: Callable[[], None] | None = None,
         on_batch: Callable[[BatchReport], None] = lambda _: None,
+        on_failure: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`on_failure` is called once, on the event loop, where no batches are made any more: with `failure`."""
         self._backend = backend
         self._batch_tokens = batch_tokens
         self._batch_items = batch_items
@@ -114,6 +116,7 @@ class Scheduler:
         self.failure: str | None = None
         """Why no batches are made any more."""
         self._on_batch = on_batch
+        self._on_failure = on_failure
 
     # --- on the event loop ------------------------------------------------------------------------------------------
 
@@ -155,7 +158,8 @@ class Scheduler:
             or (own and own + tokens > RUN_SHARE * self._max_queued)
             or (team and team + tokens > TENANT_SHARE * self._max_queued)
         )
-        # A request larger than the whole queue could never be admitted otherwise.
+        # An item larger than the whole queue could never be admitted otherwise. (Of several items, a request has at
+        # most a run's share: the service refuses others.)
         if full and self.queue:
             raise QueueFull(retry_after_s=min(60.0, max(0.1, self.queue.tokens / self._tokens_per_s / 2)))
 
@@ -189,6 +193,7 @@ class Scheduler:
         for job in [*self._running, *waiting]:
             if not job.future.done():
                 job.future.set_exception(SchedulerStopped(self.failure))
+        self._on_failure(self.failure)
 
     async def _wait_for_work(self) -> bool:
         """Until something waits, then a short window for more, unless a full batch is there already; False: stop."""

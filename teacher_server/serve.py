@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import signal
 import socket
 import threading
@@ -20,7 +22,7 @@ from common.config import TeacherConfig, TeacherServerConfig
 from common.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
 from common.scoring import TeacherError
 from teacher_server.app import create_app
-from teacher_server.auth import Authenticator, authenticator
+from teacher_server.auth import KEYS_VARIABLE, Authenticator, authenticator
 from teacher_server.backends.base import Backend, BackendError
 from teacher_server.backends.transformers import TransformersBackend
 from teacher_server.http_limits import LimitedHttpProtocol
@@ -29,11 +31,17 @@ from teacher_server.service import TeacherService, TokenizerIdentity
 log = logging.getLogger(__name__)
 
 DRAIN_S = 600
-"""Longest wait for requests in progress after SIGTERM."""
+"""Longest wait for requests in progress after SIGTERM; those that are left then are dropped."""
+
+AFTER_DROPPING_S = 30
+"""For what served the dropped ones to end."""
 
 
-def build_service(config: TeacherConfig) -> TeacherService:
-    """Load the model and its tokenizer; raises TeacherError where the model cannot be a teacher."""
+def build_service(config: TeacherConfig, *, on_failure: Callable[[str], None] = lambda _: None) -> TeacherService:
+    """Load the model and its tokenizer; raises TeacherError where the model cannot be a teacher.
+
+    `on_failure` is called with the reason when the service computes nothing any more.
+    """
     if config.model is None:
         raise TeacherError("teacher.model is missing: name the folder or hub name of the model that scores")
     set_threads = _thread_setup(config.threads)
@@ -44,7 +52,7 @@ def build_service(config: TeacherConfig) -> TeacherService:
     except (BackendError, OSError, ValueError) as error:
         raise TeacherError(f"teacher.model {config.model} cannot be loaded: {error}") from error
     identity = TokenizerIdentity(tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer))
-    return TeacherService(backend, config, identity, thread_setup=set_threads, on_stop=on_stop)
+    return TeacherService(backend, config, identity, thread_setup=set_threads, on_stop=on_stop, on_failure=on_failure)
 
 
 def _backend(config: TeacherConfig, model: str) -> tuple[Backend, Callable[[], None] | None]:
@@ -69,9 +77,18 @@ def _backend(config: TeacherConfig, model: str) -> tuple[Backend, Callable[[], N
 
 
 def build_app(config: TeacherServerConfig) -> FastAPI:
-    """The application around a loaded model, for HTTP servers that are not ours (Ray Serve); raises TeacherError."""
+    """The application around a loaded model, for Ray Serve; its ``state.service`` is the service.
+
+    Raises TeacherError, also where there are no keys: Serve's proxy listens, on an address that nothing tells here.
+    """
     section = config.teacher
-    auth = authenticator(section.host, section.keys_file, allow_anonymous=section.allow_anonymous)
+    if section.allow_anonymous and section.keys_file is None and KEYS_VARIABLE not in os.environ:
+        raise TeacherError(
+            "teacher.allow_anonymous is refused under Ray Serve: its proxy listens on the address of Serve's "
+            f"http_options, not on teacher.host={section.host}; set teacher.keys_file or {KEYS_VARIABLE} "
+            "(`opcd key TENANT` makes a key)"
+        )
+    auth = authenticator(section.host, section.keys_file, allow_anonymous=False)
     return create_app(build_service(section), auth)
 
 
@@ -80,12 +97,12 @@ class RunningServer:
     """A uvicorn server in a thread of its own, for callers that have a thread of control already."""
 
     url: str
-    _server: uvicorn.Server
+    _server: _Server
     _thread: threading.Thread
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """Drain, then stop."""
-        self._server.should_exit = True
+        self._server.leave()
         self._thread.join(timeout_s)
 
 
@@ -103,7 +120,10 @@ def start_in_thread(service: TeacherService, config: TeacherConfig, auth: Authen
 
 
 def serve(config: TeacherServerConfig, *, announce: Callable[[str], None] = print) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what was begun and return. Port 0 takes a free one."""
+    """Serve until SIGTERM or SIGINT, then finish what was begun and return. Port 0 takes a free one.
+
+    Raises TeacherError, also where what was begun was not finished in `DRAIN_S`.
+    """
     section = config.teacher
     auth = authenticator(section.host, section.keys_file, allow_anonymous=section.allow_anonymous)
     service = build_service(section)
@@ -113,15 +133,47 @@ def serve(config: TeacherServerConfig, *, announce: Callable[[str], None] = prin
     announce(f"teacher {info.model} ({info.backend}, {info.dtype}) at {_url(section, listener)}")
 
     def leave(_: int, __: FrameType | None) -> None:
-        server.should_exit = True
+        server.leave()
 
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, leave)
     server.run(sockets=[listener])
+    if server.dropped:
+        raise TeacherError(
+            f"{server.dropped} requests were dropped: they were not answered within {DRAIN_S} s of the signal to stop; "
+            "their clients send them again, to whoever serves next"
+        )
 
 
 class _Server(uvicorn.Server):
     """Leaves signals alone: uvicorn would raise them again after draining, and the exit code would not be 0."""
+
+    def __init__(self, config: uvicorn.Config, service: TeacherService) -> None:
+        super().__init__(config)
+        self._service = service
+        self.dropped = 0
+        """Requests that were not answered while draining."""
+
+    def leave(self) -> None:
+        """Take nothing more, from here on; finish what was begun, then end."""
+        self._service.drain()
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the listener and the idle connections, wait for the others."""
+        limit = asyncio.get_running_loop().call_later(DRAIN_S, self._drop)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            limit.cancel()
+
+    def _drop(self) -> None:
+        """Only connections with a request, or with a reply that is not read, are left; each of them ends its own."""
+        connections = list(self.server_state.connections)
+        self.dropped = len(connections)
+        log.error("%d requests were not answered in %g s and are dropped", self.dropped, DRAIN_S)
+        for connection in connections:
+            connection.transport.abort()
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -129,7 +181,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(service: TeacherService, config: TeacherConfig, auth: Authenticator) -> uvicorn.Server:
+def _server(service: TeacherService, config: TeacherConfig, auth: Authenticator) -> _Server:
     return _Server(
         uvicorn.Config(
             create_app(service, auth),
@@ -142,9 +194,10 @@ def _server(service: TeacherService, config: TeacherConfig, auth: Authenticator)
             port=config.port,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=DRAIN_S,
+            timeout_graceful_shutdown=DRAIN_S + AFTER_DROPPING_S,
             timeout_keep_alive=75,
-        )
+        ),
+        service,
     )
 
 

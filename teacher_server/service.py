@@ -25,7 +25,7 @@ from teacher_server.backends.base import Backend, LiveBackend, Work
 from teacher_server.checks import RequestRefused, check_item, check_request
 from teacher_server.contexts import ContextRefused, ContextStore, Located
 from teacher_server.metrics import Metrics
-from teacher_server.scheduler import BatchReport, QueueFull, Scheduler, SchedulerStopped
+from teacher_server.scheduler import RUN_SHARE, BatchReport, QueueFull, Scheduler, SchedulerStopped
 
 CONTEXT_IDS_BYTES = 256 * 1024 * 1024
 """Bound on the tokens of stored contexts (their states have a bound of their own)."""
@@ -50,14 +50,18 @@ class TeacherService:
         *,
         thread_setup: Callable[[], None] | None = None,
         on_stop: Callable[[], None] | None = None,
+        on_failure: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`thread_setup` runs in the thread that computes, `on_stop` after it has ended."""
+        """`thread_setup` runs in the thread that computes, `on_stop` after it has ended; `on_failure` is called with
+        the reason when nothing is computed any more.
+        """
         self._backend = backend
         self._config = config
         self._identity = identity
         self._longest = min(config.max_sequence_tokens or backend.max_sequence_tokens, backend.max_sequence_tokens)
         self._thread_setup = thread_setup
         self._on_stop = on_stop
+        self._on_failure = on_failure
         self._scheduler: Scheduler | None = None
         self._draining = False
         self._broken: str | None = None
@@ -75,6 +79,7 @@ class TeacherService:
             context_cache_bytes=self._config.context_cache_bytes,
             thread_setup=self._thread_setup,
             on_batch=self._observe,
+            on_failure=self._on_failure,
         )
         self._scheduler.start()
 
@@ -87,7 +92,7 @@ class TeacherService:
             await asyncio.to_thread(self._on_stop)
 
     def drain(self) -> None:
-        """Refuse new requests from here on."""
+        """Refuse new requests from here on; from any thread."""
         self._draining = True
 
     @property
@@ -98,7 +103,12 @@ class TeacherService:
     @property
     def alive(self) -> bool:
         """False where only another process can help."""
-        return self._scheduler is None or self._scheduler.failure is None
+        return self.failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is computed any more; None: it is."""
+        return None if self._scheduler is None else self._scheduler.failure
 
     def load_weights(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
         """Replace the weights between two batches; from any thread but the event loop's, blocks until it is done.
@@ -156,6 +166,7 @@ class TeacherService:
             max_sequence_tokens=self._longest,
             max_items=config.max_items,
             max_body_bytes=config.max_body_bytes,
+            max_request_tokens=max(1, int(RUN_SHARE * config.max_queued_tokens)),
             modes=dict(backend.modes),
             kind=config.kind,
             weight_version=backend.weight_version,
@@ -163,11 +174,19 @@ class TeacherService:
 
     def put_context(self, tenant: str, name: str, ids: Ids, parent: str | None) -> Context:
         """Store a context; raises RequestRefused."""
+        if self._draining:
+            raise _shutting_down()
         try:
             return self.contexts.put(tenant, name, ids, parent)
         except ContextRefused as error:
             status = 404 if error.code == "unknown_parent" else 422
             raise RequestRefused(status, error.code, str(error)) from error
+
+    def check(self, request: ScoreRequest) -> TeacherInfo:
+        """Whether a request can be answered here, by the bounds of this handshake; raises RequestRefused."""
+        info = self.info()
+        check_request(request, info)
+        return info
 
     async def score(self, tenant: str, request: ScoreRequest, *, deadline_s: float | None = None) -> ScoreResponse:
         """Score the items that can be scored, say of the others why not; raises RequestRefused for the whole.
@@ -177,9 +196,8 @@ class TeacherService:
         scheduler = self._scheduler
         self._refuse_if_broken()
         if scheduler is None or self._draining:
-            raise RequestRefused(503, "draining", "this teacher is shutting down", retry_after_s=1.0)
-        info = self.info()
-        check_request(request, info)
+            raise _shutting_down()
+        info = self.check(request)
         faults, works = self._prepare(tenant, request, info, scheduler)
         try:
             async with asyncio.timeout(deadline_s):
@@ -266,6 +284,10 @@ class TeacherService:
             else:
                 self.metrics.tokens_scored.labels(label).inc(result.sampled_logprob.size)
                 self.metrics.floored.labels(label).inc(result.floored)
+
+
+def _shutting_down() -> RequestRefused:
+    return RequestRefused(503, "draining", "this teacher is shutting down: connect again", retry_after_s=1.0)
 
 
 async def _of_one_version(

@@ -1,4 +1,4 @@
-"""How many bytes an item takes on the wire, before it is there: what both sides cut and refuse requests by. Pure."""
+"""How large an item is, in tokens and in bytes before it is there: what both sides cut and refuse requests by. Pure."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ FIELDS_BYTES = 256
 """Names, shapes and the context's hash of one item, at most."""
 
 
+def own_tokens(item: ScoreItem) -> int:
+    """Tokens of an item that a forward pass pays for: prompt and response, the context not."""
+    return int(item.prompt_ids.size + item.response_ids.size)
+
+
 def request_bytes(item: ScoreItem) -> int:
     """Bytes of an item in a request, at most."""
     support = 0 if item.topk_ids is None else int(item.topk_ids.size)
-    return FIELDS_BYTES + 3 * (int(item.prompt_ids.size + item.response_ids.size) + support)
+    return FIELDS_BYTES + 3 * (own_tokens(item) + support)
 
 
 def reply_bytes(item: ScoreItem, mode: ScoreMode, k: int) -> int:

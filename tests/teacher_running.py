@@ -116,12 +116,17 @@ def running(model: Path, *, keys: bool = True, **settings: Any) -> Iterator[Runn
 
 
 @contextmanager
-def process(model: Path, port: int = 0, **settings: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A teacher in a process of its own: (process, address). One anonymous tenant unless `settings` say otherwise."""
+def process(
+    model: Path, port: int = 0, *, before: str = "", **settings: Any
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A teacher in a process of its own: (process, address). One anonymous tenant unless `settings` say otherwise.
+    `before` are lines of Python that it runs first.
+    """
     section = {"model": str(model), "port": port, "threads": 1, "allow_anonymous": True, **settings}
     code = (
         "from common.config import TeacherConfig, TeacherServerConfig\n"
         "from teacher_server.serve import serve\n"
+        f"{before}\n"
         f"config = TeacherConfig.model_validate({section!r})\n"
         "serve(TeacherServerConfig(teacher=config), announce=lambda line: print(line, flush=True))\n"
     )

@@ -12,7 +12,7 @@ read where they lie, by all sequences at once, and the cost stays linear in the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -95,6 +95,18 @@ def refuse_unusual_attention(config: Any) -> None:
             f"model type {config.model_type}: the transformers backend scores full causal attention only, "
             f"and this model has {', '.join(sorted(kinds))}"
         )
+    if "longrope" in _rope_types(getattr(config, "rope_parameters", None) or {}):
+        raise BackendError(
+            f"model type {config.model_type}: rope_type longrope turns the positions of a whole forward pass by its "
+            "longest sequence, so a context's keys would depend on what they are used for; "
+            "teacher.backend=vllm may take this model"
+        )
+
+
+def _rope_types(parameters: Mapping[str, Any]) -> set[str]:
+    """Of one set of parameters, or of one a layer type."""
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return {str(each.get("rope_type", "default")) for each in (nested or [parameters])}
 
 
 def shared_prefix_attention(

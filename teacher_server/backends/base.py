@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode
+from teacher_server.wire_size import own_tokens
 
 
 class BackendError(RuntimeError):
@@ -45,7 +46,7 @@ class Work:
     @property
     def own_tokens(self) -> int:
         """Tokens that a forward pass pays for: prompt and response, the context not."""
-        return self.item.prompt_ids.size + self.item.response_ids.size
+        return own_tokens(self.item)
 
 
 class Backend(Protocol):

@@ -18,7 +18,7 @@ from common.schema import (
 )
 from common.scoring import ScoringError, TeacherError
 from teacher_server.client.fits import misfit
-from teacher_server.client.split import REQUEST_BYTES, requests
+from teacher_server.client.split import Bounds, requests
 from teacher_server.client.teacher import LOST_AFTER_S, TeacherClient
 
 COALESCE_S = 0.005
@@ -113,15 +113,8 @@ class TeacherScorer:
     async def _send_soon(self) -> None:
         await asyncio.sleep(COALESCE_S)
         waiting, self._waiting = self._waiting, []
-        info = self._factory.expected_info
-        for group in requests(
-            waiting,
-            lambda entry: entry.item,
-            self._factory.mode,
-            self._factory.k,
-            most_bytes=min(REQUEST_BYTES, info.max_body_bytes),
-            most_items=info.max_items,
-        ):
+        factory, bounds = self._factory, Bounds.of(self._factory.expected_info)
+        for group in requests(waiting, lambda entry: entry.item, factory.mode, factory.k, bounds):
             task = asyncio.create_task(self._send(group))
             self._requests.add(task)
             task.add_done_callback(self._requests.discard)

@@ -23,7 +23,7 @@ from common.schema import (
     TeacherInfo,
 )
 from common.scoring import TeacherError
-from teacher_server.client.split import REQUEST_BYTES, requests
+from teacher_server.client.split import Bounds, requests
 from teacher_server.client.transport import Transport
 
 T = TypeVar("T")
@@ -62,8 +62,8 @@ class TeacherClient:
         )
         self.url = self._transport.url
         self._contexts: dict[str, Context] = {}
-        self._most_bytes = REQUEST_BYTES
-        self._most_items: int | None = None
+        self.bounds = Bounds()
+        """Of one request to this server, as far as it is known."""
 
     async def info(self) -> TeacherInfo:
         """The handshake; from here on requests keep to this server's limits."""
@@ -75,7 +75,7 @@ class TeacherClient:
             raise TeacherError(
                 f"{self.url} does not answer as a teacher of protocol {PROTOCOL_VERSION}: {_first_line(error)}"
             ) from error
-        self._most_bytes, self._most_items = min(REQUEST_BYTES, info.max_body_bytes), info.max_items
+        self.bounds = Bounds.of(info)
         return info
 
     async def put_context(self, context: Context) -> None:
@@ -111,15 +111,7 @@ class TeacherClient:
     async def _score(self, mode: ScoreMode, temperature: float, k: int, items: Sequence[ScoreItem]) -> ScoreResponse:
         """All items by one teacher: in several requests where they are large or of several contexts."""
         # A request of no items still says who answers.
-        cut = requests(
-            range(len(items)),
-            items.__getitem__,
-            mode,
-            k,
-            most_bytes=self._most_bytes,
-            most_items=self._most_items,
-        )
-        parts = list(cut) or [[]]
+        parts = list(requests(range(len(items)), items.__getitem__, mode, k, self.bounds)) or [[]]
         slots = asyncio.Semaphore(IN_FLIGHT)
 
         async def part(numbers: list[int]) -> ScoreResponse:

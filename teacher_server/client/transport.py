@@ -12,6 +12,7 @@ import httpx
 
 from common.codec import MEDIA_TYPE
 from common.scoring import TeacherError
+from teacher_server.headers import DEADLINE_HEADER, ROUTE_HEADER
 
 RETRIED_STATUS = frozenset({408, 429, 502, 503, 504})
 FAULTS_RETRIED = 3
@@ -19,15 +20,17 @@ FAULTS_RETRIED = 3
 
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 5.0
-CONNECT_TIMEOUT_S = 10.0
+LATEST = 1.5
+"""Times the pause that was asked for, never less than it: jitter, so that clients do not come back all at once."""
 
-ROUTE_HEADER = "X-Session-Id"
-"""Holds the hash of the context that a request is about: Ray Serve routes by it, a single server ignores it."""
+CONNECT_TIMEOUT_S = 10.0
 
 
 @dataclass
 class Breaker:
-    """After `threshold` failures in a row one caller at a time tries, the others wait for what it finds out."""
+    """After `threshold` failures in a row one caller at a time tries, the others wait for what it finds out: once it
+    got through, they all go on together.
+    """
 
     threshold: int = 3
     failures: int = 0
@@ -96,7 +99,7 @@ class Transport:
             if reply is not None and reply.status_code not in RETRIED_STATUS and not 0 < faults <= FAULTS_RETRIED:
                 return reply
             asked = 0.0 if reply is None else _retry_after(reply)
-            wait = max(asked, backoff) * random.uniform(0.75, 1.25)
+            wait = max(asked, backoff) * random.uniform(1.0, LATEST)
             if self._breaker.down_s > self._lost_after_s:
                 raise TeacherError(
                     f"the teacher at {self.url} is out of reach since {self._breaker.down_s:.0f} s ({why}): "
@@ -118,9 +121,18 @@ class Transport:
         self, method: str, path: str, body: bytes | None, headers: dict[str, str], deadline: float
     ) -> tuple[httpx.Response | None, str]:
         """One attempt: (answer or None, why it is not the last one)."""
+        probe = self._breaker.probe
         if self._breaker.open:
-            async with self._breaker.probe:
-                return await self._attempt(method, path, body, headers, deadline)
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await probe.acquire()
+            except TimeoutError:
+                return None, "no time left while another request tried whether the server is back"
+            try:
+                if self._breaker.open:  # it may have closed while this one waited
+                    return await self._attempt(method, path, body, headers, deadline)
+            finally:
+                probe.release()
         return await self._attempt(method, path, body, headers, deadline)
 
     async def _attempt(
@@ -129,7 +141,7 @@ class Transport:
         left = deadline - time.monotonic()
         if left <= 0:
             return None, "no time left"
-        headers = {**headers, "X-Deadline-S": f"{left:.3f}"}
+        headers = {**headers, DEADLINE_HEADER: f"{left:.3f}"}
         timeout = httpx.Timeout(left, connect=min(CONNECT_TIMEOUT_S, left))
         try:
             reply = await self._http.request(method, path, content=body, headers=headers, timeout=timeout)

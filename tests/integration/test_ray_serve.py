@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -17,20 +18,28 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from common.codec import encode_context
+from common.config import TeacherConfig, TeacherServerConfig
+from common.config_file import load_teacher_config
 from common.schema import Context, ItemScore, TeacherInfo, as_ids, context_hash
-from deploy.ray_serve import REPLICA_HEADER, TeacherArgs, teacher
+from common.scoring import TeacherError
+from deploy.ray_serve import REPLICA_HEADER, Teacher, TeacherArgs, teacher
+from teacher_server.auth import KEYS_VARIABLE, key_digest
+from teacher_server.checks import RequestRefused
 from teacher_server.client import TeacherClient
-from teacher_server.client.transport import ROUTE_HEADER
+from teacher_server.headers import ROUTE_HEADER
+from teacher_server.serve import build_app
 from tests.teacher_oracle import Oracle, assert_score
-from tests.teacher_running import free_port, items, tokens
+from tests.teacher_running import KEYS, free_port, items, request_of, tokens
 
 pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
 def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("serve") / "teacher.yaml"
-    path.write_text(f"teacher: {{model: {tiny_model}, threads: 1, allow_anonymous: true}}\n")
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "keys").write_text("".join(f"{tenant} {key_digest(key)}\n" for tenant, key in KEYS.items()))
+    path = folder / "teacher.yaml"
+    path.write_text(f"teacher: {{model: {tiny_model}, threads: 1, keys_file: {folder / 'keys'}}}\n")
     return str(path)
 
 
@@ -41,7 +50,7 @@ def url(config: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for check in ("READY_CHECK", "HEALTH_CHECK"):  # Serve gives up a proxy that is slow on a busy machine
             patch.setenv(f"RAY_SERVE_PROXY_{check}_TIMEOUT_S", "90")
-        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+        ray.init("local", num_cpus=2, log_to_driver=False, include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(teacher(TeacherArgs(config=config, min_replicas=2, max_replicas=2, cpus=0.5)), name="teacher")
     yield f"http://127.0.0.1:{port}"
@@ -60,12 +69,17 @@ def contexts_of(info: TeacherInfo) -> list[Context]:
     ]
 
 
+def headers(tenant: str, context: Context) -> dict[str, str]:
+    """Of a request about a context."""
+    return {ROUTE_HEADER: context.hash, "Authorization": f"Bearer {KEYS[tenant]}"}
+
+
 async def replica_of(url: str, context: Context) -> str:
     """Which replica answers for a context."""
     async with httpx.AsyncClient(trust_env=False) as http:
         body = encode_context(Context(context.hash, context.ids))
         reply = await http.put(
-            f"{url}/v1/contexts/{context.hash}", content=body, headers={ROUTE_HEADER: context.hash}, timeout=30
+            f"{url}/v1/contexts/{context.hash}", content=body, headers=headers("red", context), timeout=30
         )
     assert reply.status_code == 200
     return reply.headers[REPLICA_HEADER]
@@ -74,14 +88,14 @@ async def replica_of(url: str, context: Context) -> str:
 async def computed(url: str, context: Context) -> float:
     """Context tokens that the replica of a context has computed so far."""
     async with httpx.AsyncClient(trust_env=False) as http:
-        reply = await http.get(url + "/metrics", headers={ROUTE_HEADER: context.hash}, timeout=30)
+        reply = await http.get(url + "/metrics", headers=headers("operator", context), timeout=30)
     name = "opcd_teacher_context_tokens_computed_total{"
     counts = [line.rsplit(" ", 1)[1] for line in reply.text.splitlines() if line.startswith(name)]
     return sum(map(float, counts))
 
 
 async def test_each_context_is_computed_by_one_replica_and_scored_right(url: str, tiny_model: Path) -> None:
-    client = TeacherClient(url, "run", 60)
+    client = TeacherClient(url, "run", 60, KEYS["red"])
     contexts = contexts_of(await client.info())
     for context in contexts:
         await client.put_context(context)
@@ -112,7 +126,7 @@ async def test_each_context_is_computed_by_one_replica_and_scored_right(url: str
 async def test_a_replica_is_killed_and_the_run_goes_on(url: str, tiny_model: Path) -> None:
     """Whoever asked it is answered by the other, which computes the context anew; a fresh replica takes its place."""
     oracle = Oracle.load(tiny_model)
-    client = TeacherClient(url, "run", 120)
+    client = TeacherClient(url, "run", 120, KEYS["red"])
     contexts = contexts_of(await client.info())
     for context in contexts:
         await client.put_context(context)
@@ -147,7 +161,7 @@ async def test_replicas_come_with_the_load_and_go_with_it(url: str, config: str,
     )
     serve.run(teacher(few), name="scaled", route_prefix="/scaled")
     oracle = Oracle.load(tiny_model)
-    client = TeacherClient(url + "/scaled", "run", 120)
+    client = TeacherClient(url + "/scaled", "run", 120, KEYS["red"])
     contexts = contexts_of(await client.info())
     for context in contexts:
         await client.put_context(context)
@@ -187,6 +201,41 @@ async def test_replicas_come_with_the_load_and_go_with_it(url: str, config: str,
         await score_one(n)
     await client.close()
     serve.delete("scaled")
+
+
+async def test_a_replica_that_computes_nothing_any_more_fails_its_health_check(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve replaces it then; it would answer 503 for ever."""
+    name = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: name)
+    replica = Teacher(load_teacher_config(config, ()))
+    replica.check_health()
+    replica.__serve_build_asgi_app__()
+    service = replica._service
+    assert service is not None
+    service.start()
+    replica.check_health()
+
+    def faulty(_: object) -> None:
+        raise KeyError("a series that is not there")
+
+    assert service._scheduler is not None
+    service._scheduler._on_batch = faulty
+    with pytest.raises(RequestRefused, match="a series that is not there"):
+        await service.score("red", request_of(items(1, 1)))
+    with pytest.raises(RuntimeError, match=r"must be replaced: no batches .*a series that is not there"):
+        replica.check_health()
+    await service.stop()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_nobody_is_anonymous_behind_serves_proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It listens where its own options say, whatever teacher.host is."""
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    section = TeacherConfig(model="is not loaded", host=host, allow_anonymous=True)
+    with pytest.raises(TeacherError, match=r"allow_anonymous is refused under Ray Serve.*set teacher.keys_file"):
+        build_app(TeacherServerConfig(teacher=section))
 
 
 def test_the_example_is_what_serve_reads(config: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 import re
 import signal
@@ -15,7 +16,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import ray
 
+from common.codec import encode_request
 from common.config import TeacherConfig, TeacherServerConfig
 from common.schema import (
     Context,
@@ -33,7 +36,7 @@ from common.scoring import ScoringError, TeacherError
 from teacher_server.actor import TeacherActor
 from teacher_server.client import TeacherClient, TeacherScorerFactory, handshake
 from tests.teacher_oracle import Oracle, assert_score
-from tests.teacher_running import KEYS, Running, free_port, items, process, running, tokens
+from tests.teacher_running import KEYS, Running, free_port, items, post, process, request_of, running, tokens
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,30 @@ async def test_scorer_gives_the_teachers_scores_in_few_requests(teacher: Running
     async with teacher.http("operator") as http:
         text = (await http.get("/metrics")).text
     assert 'opcd_teacher_requests_total{run="red/run",status="200"} 2.0' in text  # 20 answers, 16 items a request
+
+
+async def test_a_large_request_shuts_nobody_out_and_the_projects_own_clients_send_none(tiny_model: Path) -> None:
+    """Items of 14 tokens and a queue of 400: seven travel together, where many are asked for or end at one time."""
+    with running(tiny_model, max_queued_tokens=400, batch_window_ms=0) as small:
+        assert small.info.max_request_tokens == 100
+        async with small.http() as http:
+            refused = await post(http, request_of(items(1, 8)))
+            assert (refused.status_code, refused.json()["error"]) == (413, "tokens")
+            assert "8 items have 112 prompt and response tokens, at most 100" in refused.json()["message"]
+            assert (await post(http, request_of(items(1, 1, response=600)))).status_code == 200
+        client = TeacherClient(small.url, "client", 60, KEYS["red"])
+        await client.info()
+        response = await client.score(items(2, 20), "at_ids", 1.0, 8)
+        assert [isinstance(result, ItemScore) for result in response.results] == 20 * [True]
+        await client.close()
+        scorer = factory_for(small, run="scorer")()
+        await asyncio.gather(*(scorer.score(trajectory(item)) for item in items(3, 20)))
+        await scorer.close()
+        async with small.http("operator") as http:
+            page = (await http.get("/metrics")).text
+    for run in ("client", "scorer"):
+        assert f'requests_total{{run="red/{run}",status="200"}} 3.0' in page
+        assert f'requests_total{{run="red/{run}",status="413"}}' not in page
 
 
 async def test_a_bad_sample_is_a_scoring_error_of_its_own(teacher: Running) -> None:
@@ -287,6 +314,47 @@ async def test_sigterm_finishes_what_was_begun_and_exits_0(tiny_model: Path) -> 
         await client.close()
 
 
+async def test_intake_ends_with_the_signal_while_what_was_begun_is_finished(tiny_model: Path) -> None:
+    """Half a request on the way gets 503 `draining`, an idle connection is closed, a new one is refused."""
+    body = encode_request(request_of(items(1, 1)))
+    head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with process(tiny_model) as (server, url):
+        client = TeacherClient(url, "run", 60)
+        asked = asyncio.create_task(client.score(large(24, None), "at_ids", 1.0, 8))
+        await until_it_waits(url)
+        port = int(url.rpartition(":")[2])
+        half, idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        half[1].write(head + body[:10])
+        idle[1].write(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await idle[0].readline()).startswith(b"HTTP/1.1 200")
+        server.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(idle[0].read(), 10)
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+        half[1].write(body[10:])
+        answer = await asyncio.wait_for(half[0].read(), 10)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b'"error":"draining"' in answer
+        assert not asked.done()
+        assert all(isinstance(result, ItemScore) for result in (await asked).results)
+        assert await asyncio.to_thread(server.wait, 30) == 0
+        for _, writer in (half, idle):
+            writer.close()
+        await client.close()
+
+
+async def test_a_drain_that_drops_work_does_not_exit_0(tiny_model: Path) -> None:
+    with process(tiny_model, before="import teacher_server.serve as serving; serving.DRAIN_S = 0.5") as (server, url):
+        client = TeacherClient(url, "run", 60, lost_after_s=0.1)
+        asked = asyncio.create_task(client.score(large(60, None), "at_ids", 1.0, 8))
+        await until_it_waits(url)
+        server.send_signal(signal.SIGTERM)
+        with pytest.raises(TeacherError, match="out of reach"):
+            await asked
+        assert await asyncio.to_thread(server.wait, 60) == 1
+        await client.close()
+
+
 async def test_killed_in_mid_batch_and_started_again(tiny_model: Path) -> None:
     """The run goes on: the scorer connects again, puts its context again, and every answer gets the right score."""
     port = free_port()
@@ -331,6 +399,44 @@ async def test_actor_starts_and_stops(tiny_model: Path) -> None:
     await asyncio.to_thread(actor.stop)
     with pytest.raises(httpx.TransportError):
         await asyncio.to_thread(httpx.get, url + "/healthz", trust_env=False)
+
+
+class Breakable(TeacherActor):
+    """An actor whose scheduler can be made to fail, as by an engine that dies."""
+
+    def break_it(self) -> None:
+        assert self._service is not None
+        assert self._service._scheduler is not None
+
+        def faulty(_: object) -> None:
+            raise KeyError("a series that is not there")
+
+        self._service._scheduler._on_batch = faulty
+
+
+def test_an_actor_that_computes_nothing_any_more_dies(tiny_model: Path) -> None:
+    """What `Teachers.watch` of a run waits for, to start it again: a `RayActorError` of `node_id`."""
+    ray.init("local", num_cpus=1, log_to_driver=False, include_dashboard=False)
+    try:
+        config = TeacherServerConfig(teacher=TeacherConfig(model=str(tiny_model), threads=1))
+        actor = ray.remote(Breakable).remote(config, KEYS["red"])
+        url = ray.get(actor.start.remote())
+        assert ray.get(actor.node_id.remote())
+        ray.get(actor.break_it.remote())
+        body, key = encode_request(request_of(items(1, 1))), {"Authorization": f"Bearer {KEYS['red']}"}
+        with contextlib.suppress(httpx.TransportError):
+            reply = httpx.post(f"{url}/v1/score", content=body, headers=key, trust_env=False, timeout=30)
+            assert reply.status_code == 503
+
+        def ask_for_a_while() -> None:
+            for _ in range(300):
+                ray.get(actor.node_id.remote(), timeout=30)
+                time.sleep(0.1)
+
+        with pytest.raises(ray.exceptions.RayActorError):
+            ask_for_a_while()
+    finally:
+        ray.shutdown()
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

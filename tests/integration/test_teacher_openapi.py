@@ -36,6 +36,25 @@ ROUTES = [
 ]
 
 
+def test_keys_and_headers_are_declared_where_they_are_taken(page: schemathesis.BaseSchema) -> None:
+    spec = page.raw_schema
+    (scheme,) = spec["components"]["securitySchemes"]
+    assert spec["components"]["securitySchemes"][scheme]["scheme"] == "bearer"
+    taken = {}
+    for method, path in ROUTES:
+        operation = spec["paths"][path][method.lower()]
+        headers = {one["name"] for one in operation.get("parameters", ()) if one["in"] == "header"}
+        taken[path] = (operation.get("security"), headers)
+    assert taken == {
+        "/healthz": (None, set()),
+        "/readyz": (None, set()),
+        "/metrics": ([{scheme: []}], set()),
+        "/v1/info": ([{scheme: []}], set()),
+        "/v1/contexts/{name}": ([{scheme: []}], {"X-Session-Id"}),
+        "/v1/score": ([{scheme: []}], {"X-Deadline-S", "X-Session-Id"}),
+    }
+
+
 def test_every_route_is_tried(page: schemathesis.BaseSchema) -> None:
     found = {(result.ok().method.upper(), result.ok().path) for result in page.get_all_operations()}
     assert found == set(ROUTES)

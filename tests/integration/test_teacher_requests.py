@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -135,6 +136,45 @@ async def test_a_slow_body_is_cut_off(teacher: Running, monkeypatch: pytest.Monk
     head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['red']}\r\nContent-Length: 1000\r\n\r\n"
     answer = await raw(teacher, head.encode() + b"\x80", hold_s=5)
     assert answer.startswith(b"HTTP/1.1 408")
+
+
+def read_after_a_while(teacher: Running) -> tuple[int, int]:
+    """Ask for a reply of nearly the largest size, read the rest of it 1.5 s after its beginning: bytes of its body that
+    came, and that were announced.
+    """
+    body = encode_request(
+        request_of([replace(item, topk_ids=None) for item in items(0, 40, response=40)], mode="teacher_topk", k=512)
+    )
+    lines = ["POST /v1/score HTTP/1.1", "Host: x", "Connection: close", f"Authorization: Bearer {KEYS['red']}"]
+    host, port = teacher.url.removeprefix("http://").split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        client.sendall("\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+        client.settimeout(30)
+        came = client.recv(512)
+        time.sleep(1.5)
+        while piece := client.recv(1 << 20):
+            came += piece
+        head, _, body = came.partition(b"\r\n\r\n")
+        (length,) = (int(line[15:]) for line in head.splitlines() if line.lower().startswith(b"content-length:"))
+        return len(body), length
+
+
+async def test_a_reply_that_nobody_reads_is_thrown_away(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_server.http_limits.LimitedHttpProtocol.unread_s", 0.2)
+    monkeypatch.setattr("teacher_server.http_limits.SLOWEST_BYTES_PER_S", 1 << 30)
+
+    read, length = await asyncio.to_thread(read_after_a_while, teacher)
+    assert read < length
+
+
+async def test_a_reply_that_is_read_slowly_arrives_whole(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time it may take grows with its size."""
+    monkeypatch.setattr("teacher_server.http_limits.LimitedHttpProtocol.unread_s", 0.2)
+    monkeypatch.setattr("teacher_server.http_limits.SLOWEST_BYTES_PER_S", 32 * 1024)
+    read, length = await asyncio.to_thread(read_after_a_while, teacher)
+    assert read == length > 3 << 20
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from common.codec import encode_request
+from common.codec import encode_context, encode_request
 from common.schema import ItemError, ItemScore, ScoreRequest, as_ids
 from teacher_server.client import TeacherClient
 from tests.teacher_oracle import Oracle, assert_score
@@ -263,6 +263,38 @@ async def test_metrics_are_the_operators(teacher: Running) -> None:
     assert float(series['opcd_teacher_requests_total{run="red/counted",status="200"}']) == 1
     assert float(series["opcd_teacher_batch_items_count"]) >= 1
     assert not any(key in line for key in KEYS.values() for line in lines)
+
+
+async def test_a_run_is_known_by_its_first_request_that_can_be_answered(teacher: Running) -> None:
+    """Refused requests leave no series of made-up names behind."""
+    async with teacher.http("blue") as blue, teacher.http("operator") as operator:
+        for run in ("made-up-1", "made-up-2"):
+            assert (await post(blue, request_of(items(1, 1), run=run, mode="teacher_topk", k=0))).status_code == 400
+        before = (await operator.get("/metrics")).text
+        await scored(blue, items(1, 1), run="real")
+        assert (await post(blue, request_of(items(1, 1), run="real", mode="teacher_topk", k=0))).status_code == 400
+        after = (await operator.get("/metrics")).text
+    assert "made-up" not in after
+    assert 'opcd_teacher_rejected_total{reason="k",run="blue/other"} 2.0' in before
+    assert 'opcd_teacher_requests_total{run="blue/real",status="400"} 1.0' in after
+
+
+async def test_refused_keys_and_the_bytes_of_contexts_are_counted(teacher: Running) -> None:
+    async def counted() -> dict[str, float]:
+        async with teacher.http("operator") as operator:
+            lines = (await operator.get("/metrics")).text.splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    before = await counted()
+    context = teacher.context(tokens(8, 40))
+    async with teacher.http(None) as stranger, teacher.http("blue") as blue:
+        assert (await put(stranger, context)).status_code == 401
+        assert (await stranger.get("/metrics")).status_code == 401
+        assert (await put(blue, context)).status_code == 200
+    after = await counted()
+    strangers, bodies = "opcd_teacher_unauthorised_total", 'opcd_teacher_context_bytes_in_total{tenant="blue"}'
+    assert after[strangers] - before[strangers] == 2
+    assert after[bodies] - before.get(bodies, 0) == len(encode_context(context))
 
 
 async def test_what_the_cache_saves_is_counted(teacher: Running) -> None:

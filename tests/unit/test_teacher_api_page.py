@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+from prometheus_client.metrics import MetricWrapperBase
 
 from common.codec import (
     MEDIA_TYPE,
@@ -32,8 +33,9 @@ from common.schema import (
     TeacherInfo,
     as_ids,
 )
-from teacher_server.app import DEADLINE_HEADER
 from teacher_server.client.transport import RETRIED_STATUS
+from teacher_server.headers import DEADLINE_HEADER, ROUTE_HEADER
+from teacher_server.metrics import MAX_RUNS, Metrics
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/teacher-api.md").read_text(encoding="utf-8")
 
@@ -84,6 +86,18 @@ def test_handshake_example_is_one() -> None:
     assert TeacherInfo.model_validate_json(match[1]).protocol == PROTOCOL_VERSION
 
 
+def test_metrics_are_all_listed_with_their_labels() -> None:
+    """Each series with the labels that it has, and none that is not there."""
+    listed: dict[str, set[str]] = {}
+    table = PAGE.partition("## Metrics")[2].partition("\n## ")[0]
+    for row in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE):
+        listed |= {name: set(re.findall(r"`(\w+)`", row[1])) for name in re.findall(r"`(\w+)`", row[0])}
+    metrics = Metrics()
+    own = [series for series in vars(metrics).values() if isinstance(series, MetricWrapperBase)]
+    assert listed == {series._name.removeprefix("opcd_teacher_"): set(series._labelnames) for series in own}
+    assert f"the first {MAX_RUNS} do" in PAGE
+
+
 def test_names_and_numbers() -> None:
     for mode in get_args(ScoreMode):
         assert f"\n| `{mode}` |" in PAGE
@@ -91,6 +105,7 @@ def test_names_and_numbers() -> None:
         assert f"`{code}`" in PAGE
     assert MEDIA_TYPE in PAGE
     assert f"`{DEADLINE_HEADER}`" in PAGE
+    assert f"`{ROUTE_HEADER}`" in PAGE
     assert f"id {PAD_ID:,}" in PAGE
     assert f"−{-LOGPROB_FLOOR:,.0f}" in PAGE
     retried = ", ".join(str(status) for status in sorted(RETRIED_STATUS))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from common.schema import Ids, ItemError, ItemScore, ScoreMode, as_ids
 from teacher_server.backends import transformers as transformers_backend
-from teacher_server.backends.attention import _plain_attention, attention_with_lse
+from teacher_server.backends.attention import _plain_attention, attention_with_lse, refuse_unusual_attention
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.packing import PrefixState, Sequence_, passes
 from teacher_server.backends.transformers import TransformersBackend
@@ -351,6 +351,34 @@ def test_sliding_windows_are_refused_by_name() -> None:
     )
     with pytest.raises(BackendError, match="sliding window of 32"):
         TransformersBackend(MistralForCausalLM(config), model_name="m")
+
+
+def test_frequencies_that_depend_on_the_longest_sequence_are_refused_by_name() -> None:
+    """Below `original_max_position_embeddings` the check against a plain forward pass at load sees nothing of it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 1024,
+    }
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        rope_parameters=longrope,
+    )
+    with pytest.raises(BackendError, match="rope_type longrope"):
+        TransformersBackend(LlamaForCausalLM(config), model_name="m")
+    config.rope_parameters = {"full_attention": longrope}
+    with pytest.raises(BackendError, match="rope_type longrope"):
+        refuse_unusual_attention(config)
 
 
 def test_unlike_architectures_are_refused_at_load() -> None:

@@ -27,6 +27,7 @@ INFO = TeacherInfo(
     max_sequence_tokens=100,
     max_items=4,
     max_body_bytes=50_000,
+    max_request_tokens=60,
     modes={"at_ids": None, "teacher_topk": (1.0,), "sampled": None, "union": None},
     kind="frozen",
     weight_version=0,
@@ -65,6 +66,8 @@ def refusal(info: TeacherInfo = INFO, **fields: object) -> str | None:
         ({"mode": "union", "k": 64}, {"mode": "union", "k": 65}, "k"),
         ({"k": 0}, {"k": -1}, "k"),
         ({"items": (item(),) * 4}, {"items": (item(),) * 5}, "items"),
+        ({"items": (item(response=27),) * 2}, {"items": (item(response=27), item(response=28))}, "tokens"),
+        ({"items": (item(response=90),)}, {"items": (item(response=90), item(0, 1))}, "tokens"),
         ({"run": "r" * 128}, {"run": "r" * 129}, "run"),
         ({}, {"run": ""}, "run"),
         ({}, {"temperature": float("inf")}, "temperature"),
@@ -146,4 +149,6 @@ def test_made_up_runs_share_one_name_in_the_metrics() -> None:
     names = {metrics.run("t", f"run-{n}") for n in range(MAX_RUNS + 50)}
     assert len(names) == MAX_RUNS + 1
     assert metrics.run("t", "run-0") == "t/run-0"
-    assert metrics.run("t", f"run-{MAX_RUNS}") == "other"
+    assert metrics.run("t", f"run-{MAX_RUNS}") == "t/other"
+    assert metrics.known("u", "mine") == "u/other"
+    assert metrics.run("u", "mine") == metrics.known("u", "mine") == "u/mine"  # the other tenant's are its own

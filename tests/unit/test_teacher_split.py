@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from common.codec import encode_request, encode_response
 from common.schema import ItemScore, ScoreItem, ScoreMode, ScoreRequest, ScoreResponse, as_ids
-from teacher_server.client.split import requests
-from teacher_server.wire_size import reply_bytes, request_bytes
+from teacher_server.client.split import Bounds, requests
+from teacher_server.wire_size import own_tokens, reply_bytes, request_bytes
 from tests.teacher_oracle import random_item
 from tests.teacher_running import items
 
@@ -35,18 +35,22 @@ def both_ways(item: ScoreItem, mode: ScoreMode, k: int) -> int:
     return max(request_bytes(item), reply_bytes(item, mode, k))
 
 
-@given(some_items, modes, st.integers(1, 300), st.integers(1, 4000), st.none() | st.integers(1, 5))
+some_bounds = st.builds(Bounds, st.integers(1, 4000), st.none() | st.integers(1, 5), st.none() | st.integers(1, 100))
+
+
+@given(some_items, modes, st.integers(1, 300), some_bounds)
 def test_every_item_once_in_order_within_the_bounds(
-    entries: list[ScoreItem], mode: ScoreMode, k: int, most_bytes: int, most_items: int | None
+    entries: list[ScoreItem], mode: ScoreMode, k: int, bounds: Bounds
 ) -> None:
-    groups = list(requests(entries, lambda item: item, mode, k, most_bytes=most_bytes, most_items=most_items))
+    groups = list(requests(entries, lambda item: item, mode, k, bounds))
     for context in CONTEXTS:
         expected = [id(item) for item in entries if item.context == context]
         assert [id(item) for group in groups for item in group if item.context == context] == expected
     for group in groups:
         assert len({item.context for item in group}) == 1
-        assert len(group) == 1 or sum(both_ways(item, mode, k) for item in group) <= most_bytes
-        assert most_items is None or len(group) <= most_items
+        assert len(group) == 1 or sum(both_ways(item, mode, k) for item in group) <= bounds.most_bytes
+        assert bounds.most_items is None or len(group) <= bounds.most_items
+        assert len(group) == 1 or bounds.most_tokens is None or sum(map(own_tokens, group)) <= bounds.most_tokens
 
 
 def test_groups_are_as_few_as_the_bounds_allow() -> None:
@@ -54,10 +58,11 @@ def test_groups_are_as_few_as_the_bounds_allow() -> None:
     size = request_bytes(entries[0])
 
     def sizes(mode: ScoreMode, k: int, **bounds: int) -> list[int]:
-        return [len(group) for group in requests(entries, lambda i: i, mode, k, **bounds)]
+        return [len(group) for group in requests(entries, lambda i: i, mode, k, Bounds(**bounds))]
 
     assert sizes("at_ids", 8, most_bytes=4 * size) == [4, 4, 2]
     assert sizes("at_ids", 8, most_bytes=100 * size, most_items=9) == [9, 1]
+    assert sizes("at_ids", 8, most_tokens=3 * own_tokens(entries[0])) == [3, 3, 3, 1]
     assert sizes("teacher_topk", 1000, most_bytes=100 * size) == [1] * 10  # replies of 40,000 bytes
 
 
