@@ -17,6 +17,9 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     dir: Path = Path("runs")
     seed: NonNegative = 0
+    patience_s: Annotated[float, Field(ge=0)] = 0
+    """How long a run waits for its GPUs to be there, as with an autoscaler. 0: it is refused at once where the cluster
+    has no room. One that goes on from a checkpoint waits for 10 minutes at least."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Show each step's numbers to Prometheus there (0: any free port); None: not at all."""
     metrics_host: str = "127.0.0.1"

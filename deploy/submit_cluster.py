@@ -24,7 +24,7 @@ from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
 
 from common.config import Config, ConfigError
 from deploy.submit import EXCLUDES, Job
-from learner.placement import PlacementError, bundles_of, shortfall
+from learner.placement import PlacementError, bundles_of, impossible, shortfall
 
 
 class ClusterError(RuntimeError):
@@ -69,9 +69,13 @@ class Cluster:
         return gpus_of(nodes)
 
     def check(self, config: Config) -> None:
-        """Whether the run fits on the cluster with nothing else on it. Raises PlacementError with what is missing."""
+        """Whether the run fits on the cluster with nothing else on it. Raises PlacementError with what is missing. Of a
+        run that waits for nodes to come (``run.patience_s``) only what no cluster can hold is refused.
+        """
         bundles = bundles_of(config)
-        why = shortfall(bundles, self.gpus()) if bundles else None
+        why = impossible(bundles)
+        if why is None and bundles and not config.run.patience_s:
+            why = shortfall(bundles, self.gpus())
         if why is not None:
             raise PlacementError(f"the cluster at {self.address}, if it were free: {why}")
 

@@ -28,14 +28,26 @@ KNOWN_ERRORS = (
     PlacementError,
 )
 """Errors whose text is all a user needs; anything else shows its trace."""
+_LOST_WITH_A_NODE = (ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError)
+"""Answers of more than 100 KB lie in the object store of the node that made them. The first has a subclass for every
+way to find that out."""
 
 
 def plain_error(error: Exception) -> Exception:
-    """The error a user should see: what an actor raised instead of Ray's wrapping of it, or which actor died."""
-    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, KNOWN_ERRORS):
-        return error.cause
-    if isinstance(error, ray.exceptions.RayActorError):
+    """The error a user should see: what an actor raised instead of Ray's wrapping of it, which actor died, or that a
+    node took answers with it.
+    """
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    if isinstance(cause, KNOWN_ERRORS):
+        return cause
+    if isinstance(cause, ray.exceptions.RayActorError):
         node = ray._private.worker.global_worker.node
         logs = f"; its log is under {node.get_logs_dir_path()}" if node else ""
-        return ServiceLost(f"an actor of the run died: {' '.join(str(error).split())}{logs}")
+        return ServiceLost(f"an actor of the run died: {_line(cause)}{logs}")
+    if isinstance(cause, _LOST_WITH_A_NODE):
+        return ServiceLost(f"a node is gone, and with it answers that were to be trained on: {_line(cause)}")
     return error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

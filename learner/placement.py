@@ -5,7 +5,6 @@ Actors of the CPU need no place; without GPUs there is no group.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,12 +64,8 @@ def shortfall(bundles: Sequence[Bundle], free: Mapping[str, float]) -> str | Non
     First fit, largest first. A part of a GPU lies on one GPU, as Ray places it, and more than one are whole ones. What
     is free of a node's GPUs is taken to be whole GPUs and one rest: Ray does not say which GPU has how much left.
     """
-    odd = next((bundle for bundle in bundles if bundle.gpus > 1 and bundle.gpus % 1), None)
-    if odd is not None:
-        return (
-            f"{odd.name} asks for {odd.gpus:g} GPUs: Ray gives out parts of one GPU, or whole ones. Change "
-            "rollout.gpus_per_worker, rollout.tensor_parallel_size, learner.gpus_per_rank or the teacher's gpus"
-        )
+    if (why := impossible(bundles)) is not None:
+        return why
     left = {name: [1.0] * int(gpus) + ([gpus % 1] if gpus % 1 else []) for name, gpus in free.items()}
     for bundle in bundles:
         node = next((name for name, gpus in left.items() if _taken(gpus, bundle.gpus) is not None), None)
@@ -84,6 +79,17 @@ def shortfall(bundles: Sequence[Bundle], free: Mapping[str, float]) -> str | Non
             )
         left[node] = _taken(left[node], bundle.gpus) or []
     return None
+
+
+def impossible(bundles: Sequence[Bundle]) -> str | None:
+    """Why no cluster can ever hold `bundles`; None where one can."""
+    odd = next((bundle for bundle in bundles if bundle.gpus > 1 and bundle.gpus % 1), None)
+    if odd is None:
+        return None
+    return (
+        f"{odd.name} asks for {odd.gpus:g} GPUs: Ray gives out parts of one GPU, or whole ones. Change "
+        "rollout.gpus_per_worker, rollout.tensor_parallel_size, learner.gpus_per_rank or the teacher's gpus"
+    )
 
 
 def _taken(gpus: Sequence[float], asked: float) -> list[float] | None:
@@ -115,21 +121,22 @@ class Placement:
     def reserve(cls, config: Config, *, workers_only: bool = False, patience_s: float = 0.0) -> Placement:
         """Reserve what the run, or its workers alone, ask for and wait until it is there.
 
-        Raises PlacementError where it cannot be: at once, or, where it was there before (a node is being replaced, dead
-        actors still hold their GPUs), after `patience_s`.
+        Raises PlacementError where it cannot be: at once, or after `patience_s`, where nodes may come (an autoscaler's,
+        one that is being replaced) or GPUs be given back. The placement group is there meanwhile: it is what an
+        autoscaler sees.
         """
         bundles = bundles_of(config, workers_only=workers_only)
-        deadline = time.monotonic() + patience_s
-        while (why := shortfall(bundles, free_gpus())) is not None:
-            if time.monotonic() >= deadline:
-                raise PlacementError(why)
-            time.sleep(1)
+        why = impossible(bundles) if patience_s else shortfall(bundles, free_gpus())
+        if why is not None:
+            raise PlacementError(why)
         placement = cls(bundles)
-        if placement._group is not None and not placement._group.wait(START_TIMEOUT_S):
+        limit_s = patience_s or START_TIMEOUT_S
+        if placement._group is not None and not placement._group.wait(limit_s):
+            why = shortfall(bundles, free_gpus())  # a group that waits holds nothing
             placement.release()
-            raise PlacementError(
-                f"{sum(bundle.gpus for bundle in bundles):g} GPUs were not free together within {START_TIMEOUT_S:.0f} s"
-            )
+            asked = sum(bundle.gpus for bundle in bundles)
+            what = f"{asked:g} GPUs were not free together within {limit_s:.0f} s (run.patience_s)"
+            raise PlacementError(what if why is None else f"{what}: {why}")
         return placement
 
     def options(self, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from common.chat import check_lengths, teacher_sequence
+from common.collective import SyncError
 from common.config import Config
 from common.telemetry import Progress, RunFiles, write_json
 from common.trace import TraceFile
@@ -20,6 +21,7 @@ from learner.alarm import KlAlarm
 from learner.checkpoints import LEARNER, CheckpointError, Checkpoints, Identity, Manifest, identity_of, refuse_other_run
 from learner.controller import Controller, StepOutcome, beside
 from learner.drift import DriftGate, drift_bounds
+from learner.errors import ServiceLost
 from learner.held_out import HeldOut
 from learner.inputs import Inputs
 from learner.known_errors import KNOWN_ERRORS, plain_error
@@ -101,7 +103,7 @@ class Run:
             await self._keep_interrupted()
             raise
         except (*KNOWN_ERRORS, ray.exceptions.RayError) as error:
-            plain = plain_error(error)
+            plain = await explained(error, self._services)
             self.tally.outcome = f"failed: {type(plain).__name__}: {plain}".splitlines()[0]
             raise plain from (None if isinstance(plain, KNOWN_ERRORS) else error)
         finally:
@@ -266,6 +268,7 @@ class Run:
             with self._checkpoints.writing(manifest) as folder:
                 await self._services.save_state(str(folder.absolute()))
         except CheckpointError as error:
+            await self._services.check_ranks()  # what the others say of one that died reads like a disk's error
             # Hours of training are not thrown away for a full disk: the last checkpoint is still there.
             self.tally.failed_checkpoints += 1
             self._progress.line(f"WARNING: {error}; going on without it")
@@ -304,3 +307,15 @@ class Run:
         if self._controller is None:
             return self._services.admit_replacements()
         return self._controller.keep_workers(version)
+
+
+async def explained(error: Exception, services: Services) -> Exception:
+    """The error a user should see. Where a rank of the learner is dead it is that, whatever another rank said of it."""
+    plain = plain_error(error)
+    if isinstance(plain, ServiceLost) or not isinstance(error, SyncError | ray.exceptions.RayError):
+        return plain
+    try:
+        await services.check_ranks()
+    except ServiceLost as lost:
+        return lost
+    return plain

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 STOP_TIMEOUT_S = 30.0
+RANK_ANSWERS_S = 30.0
+"""A rank that is dead is known to be within this; one that says nothing for so long is busy."""
 SYNC_GRACE_S = 30.0
 """Beyond the weight group's own limit, so that its error, which says more, comes first."""
 Arrays = list[NDArray[np.float32]]
@@ -72,14 +74,17 @@ class Services:
         rollout = self.config.rollout
         self.placement = Placement([])
         self.teachers = Teachers(self.config)
-        self.pool = WorkerPool(slots=rollout.concurrency, max_restarts=rollout.max_restarts)
+        self.pool = WorkerPool(
+            slots=rollout.concurrency, max_restarts=rollout.max_restarts, start_timeout_s=START_TIMEOUT_S
+        )
 
     # --- start and stop ---------------------------------------------------------------------------------------------
 
     def reserve(self, *, workers_only: bool = False, patience_s: float = 0.0) -> None:
         """Reserve the places of all actors, or of the workers, before any is started. Raises PlacementError, where they
-        are not free at once or within `patience_s`.
+        are not free at once, or within `patience_s` or ``run.patience_s``, whichever is longer.
         """
+        patience_s = max(patience_s, self.config.run.patience_s)
         self.placement = Placement.reserve(self.config, workers_only=workers_only, patience_s=patience_s)
 
     async def start_workers(self, model: str, scorer: ScorerFactory | None, count: int) -> None:
@@ -111,6 +116,22 @@ class Services:
         """Wait until DeepSpeed is up on all ranks and the learner holds its weights."""
         self.learner_info = (await within(START_TIMEOUT_S, all_of(started)))[0]
         self.manifest = SyncManifest(tensors=self.learner_info.tensors, bucket_bytes=self.config.sync.bucket_bytes)
+
+    async def check_ranks(self) -> None:
+        """Raises ServiceLost where a rank of the learner is dead, as soon as one is known to be. Ask after a failure:
+        ranks compute together, and the first to notice that one died is another, whose error says nothing of it.
+        """
+
+        async def look(index: int, rank: Any) -> None:
+            try:
+                await within(RANK_ANSWERS_S, rank.address.remote())
+            except ray.exceptions.RayActorError as error:
+                why = " ".join(str(error).split())
+                raise ServiceLost(f"rank {index} of {len(self.ranks)} of the learner died: {why}") from error
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                log.debug("rank %d lives, it is busy or failed by itself: %s", index, error)
+
+        await asyncio.gather(*(look(index, rank) for index, rank in enumerate(self.ranks)))
 
     async def give_contexts(self, contexts: Mapping[str, Context]) -> None:
         """Hand the contexts to the learner, where it scores itself (``teacher.kind: base``)."""

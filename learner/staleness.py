@@ -83,13 +83,14 @@ class StalenessTracker:
     A step has ``samples_per_step`` places, filled by trained and failed samples; the first answers to finish are
     trained first, older ones ahead. While a step has room, `over_issue` samples beyond the places may be on their way;
     whoever issues them discards as many stragglers. A resumed run starts at its `version`, with the places of the steps
-    before it filled.
+    before it filled. A run of `steps` (None: of any number) has no places beyond them, and nothing is issued for such.
     """
 
     max_staleness: int
     samples_per_step: int
     over_issue: int = 0
     version: int = 0
+    steps: int | None = None
     filled: int = field(init=False)
     """Places filled since step 0."""
     counts: Counter[str] = field(default_factory=Counter, init=False)
@@ -179,7 +180,7 @@ class StalenessTracker:
 
     def room(self) -> int:
         """Places of step `version` that are still to be filled; the step is complete at 0."""
-        return max(0, (self.version + 1) * self.samples_per_step - self.filled)
+        return max(0, self._places_to(self.version + 1) - self.filled)
 
     def advance(self) -> list[str]:
         """Version + 1 is in the learner *and* in every engine. Returns ready samples that are too old from here on.
@@ -200,9 +201,11 @@ class StalenessTracker:
     # --- what is where ----------------------------------------------------------------------------------------------
 
     def stragglers(self) -> list[str]:
-        """Samples in excess of every place within reach, once the step is full: those issued last, in flight first."""
+        """Samples in excess of every place within reach, once the step is full: those in flight for longest, since a
+        later step's have only just begun; then ready ones, issued last first.
+        """
         excess = 0 if self.room() else max(0, -self._unspoken())
-        order = [*reversed(_by_place(self._in_flight)), *reversed(_by_place(self._ready))]
+        order = [*_by_place(self._in_flight), *reversed(_by_place(self._ready))]
         return order[:excess]
 
     def overdue(self) -> list[str]:
@@ -248,8 +251,12 @@ class StalenessTracker:
 
     def _unspoken(self) -> int:
         """Places within reach less those filled and those a sample is on its way to; negative when over-issued."""
-        places = (self.version + self.max_staleness + 1) * self.samples_per_step
+        places = self._places_to(self.version + self.max_staleness + 1)
         return places - self.filled - len(self._in_flight) - len(self._ready)
+
+    def _places_to(self, step: int) -> int:
+        """Places of all steps before `step`."""
+        return (step if self.steps is None else min(step, self.steps)) * self.samples_per_step
 
     def _next_step(self) -> int:
         """The first step that can still train a sample: one that is full trains nothing more."""

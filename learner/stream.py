@@ -87,6 +87,7 @@ class Stream:
             samples_per_step=per_step,
             over_issue=round(config.rollout.over_issue * per_step),
             version=version,
+            steps=config.learner.steps,
         )
         self._next = next_number
         self._again = list(again)
@@ -117,10 +118,13 @@ class Stream:
         self._discard_excess()
 
     def advance(self) -> None:
-        """The next version is in the learner and in every engine: what is too old now is answered again."""
+        """The next version is in the learner and in every engine: what is too old now is to be answered again.
+
+        Nothing is issued before the next `step`: an evaluation or a checkpoint may come first, and answers made beside
+        it would belong to no step's time.
+        """
         for sample_id in self.tracker.advance():
             self._evicted[sample_id] = self._ready.pop(sample_id).sample
-        self._fill()
 
     def position(self) -> dict[str, Any]:
         """Where a resumed run begins: the next new number, and what is under way."""

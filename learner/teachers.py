@@ -1,7 +1,8 @@
 """The teachers of one run: its own as actors, others by address; which one scores what, and who gets weights.
 
 A teacher of the run's own that dies is started again at the same address: scorers wait for it and hand their contexts
-over again. One that takes weights (`self`, `ema`) cannot: what it had is gone.
+over again. One that takes weights (`self`, `ema`) cannot: what it had is gone. Neither can one whose node is gone: the
+address was the node's.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class Teachers:
     async def watch(self) -> None:
         """Start the run's own frozen teachers again when they die.
 
-        Raises TeacherError where that does not help, ServiceLost for one whose weights are gone with it.
+        Raises TeacherError where that does not help, ServiceLost for one whose weights or node are gone with it.
         """
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
@@ -190,7 +191,18 @@ class Teachers:
         port = int(teacher.url.rpartition(":")[2])
         teacher.section = teacher.section.model_copy(update={"port": port})
         self._place(teacher)
-        await within(START_TIMEOUT_S, teacher.started)
+        try:
+            url = await within(START_TIMEOUT_S, teacher.started)
+        except (ray.exceptions.ActorUnschedulableError, ray.exceptions.RayActorError, TimeoutError) as error:
+            why = " ".join(str(error).split())[:300] or f"it was not up within {START_TIMEOUT_S:.0f} s"
+            raise ServiceLost(
+                f"the run's own teacher {teacher.name!r} died and cannot be started again where it was: {why}"
+            ) from error
+        if url != teacher.url:
+            raise ServiceLost(
+                f"the run's own teacher {teacher.name!r} died and came up at {url}, where no scorer asks for it; "
+                f"it was at {teacher.url}"
+            )
 
     def _place(self, teacher: Teacher) -> None:
         options = self._placement.options(f"teacher {teacher.name}")

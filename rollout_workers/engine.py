@@ -192,8 +192,14 @@ class RolloutEngine:
         await self._answered(self._engine.wake_up())
 
     async def check_health(self) -> None:
-        """Raises EngineLost where the engine's processes are gone."""
-        await self._answered(self._engine.check_health())
+        """Returns once the engine has answered, between two forward passes: never where it hangs, so the caller sets
+        the limit. Raises EngineLost where the engine's processes are gone.
+        """
+        await self._answered(self._answers())
+
+    async def _answers(self) -> None:
+        await self._engine.check_health()  # looks at what this process knows, and asks nobody
+        await self._engine.is_sleeping()  # goes to the engine's own process and back
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""

@@ -25,8 +25,11 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 4
 """Workers that one answer may cost before the run stops: it is the answer then that kills them."""
 HEALTH_EVERY_S = 10.0
-HEALTH_TIMEOUT_S = 120.0
-"""An engine answers a health check between two forward passes."""
+HEALTH_TIMEOUT_S = 300.0
+"""An engine answers a health check between two forward passes, and behind what it may have to compile for one: minutes
+at most. One that says nothing for so long hangs, and is lost."""
+START_TIMEOUT_S = 900.0
+"""For a place to be free and a model to be loaded."""
 
 
 class PoolError(RuntimeError):
@@ -51,12 +54,14 @@ class Worker:
 class WorkerPool:
     """Keeps workers alive and gives them answers to make, at most `slots` at a time to each.
 
-    Used on one event loop. `max_restarts` bounds replacements over the pool's life.
+    Used on one event loop. `max_restarts` bounds replacements over the pool's life; one whose engine is not up after
+    `start_timeout_s` is lost as well.
     """
 
-    def __init__(self, *, slots: int, max_restarts: int) -> None:
+    def __init__(self, *, slots: int, max_restarts: int, start_timeout_s: float = START_TIMEOUT_S) -> None:
         self._make: Callable[[int, int], Any] | None = None
         self._max_restarts = max_restarts
+        self._start_timeout_s = start_timeout_s
         self._dispatch = Dispatch(slots)
         self._workers: dict[int, Worker] = {}
         self._waiting: dict[int, Worker] = {}
@@ -110,12 +115,12 @@ class WorkerPool:
         self._waiting.pop(worker.number, None)
         ray.kill(worker.handle)  # which fails its calls: who waits for their answers goes to another worker
         log.warning("rollout worker %d is lost: %s", worker.number, why)
+        self._changed.set()  # it may have been the last that answered
         if self.restarts >= self._max_restarts:
             self._failure = PoolError(
                 f"rollout worker {worker.number} is lost ({why}), and {self.restarts} were replaced already, as many "
                 "as rollout.max_restarts allows"
             )
-            self._changed.set()
             self._give_turns()
             return
         self.restarts += 1
@@ -140,7 +145,9 @@ class WorkerPool:
         async def check(worker: Worker) -> None:
             try:
                 await asyncio.wait_for(value_of(worker.handle.check_health.remote()), HEALTH_TIMEOUT_S)
-            except (ray.exceptions.RayError, TimeoutError) as error:
+            except TimeoutError:
+                self.lose(worker, f"its engine hangs: no answer to a health check within {HEALTH_TIMEOUT_S:g} s")
+            except ray.exceptions.RayError as error:
                 self.lose(worker, _short(error))
 
         await asyncio.gather(*(check(worker) for worker in (*self.members, *self.ready)))
@@ -174,11 +181,18 @@ class WorkerPool:
 
     def _start_replacement(self, seat: int) -> None:
         worker = self._place(seat)
+        log.warning("rollout worker %d is started in its place", worker.number)
 
         async def start() -> None:
             try:
-                await value_of(worker.handle.ready.remote())
+                await asyncio.wait_for(value_of(worker.handle.ready.remote()), self._start_timeout_s)
                 self._waiting[worker.number] = worker
+            except TimeoutError:
+                self.lose(
+                    worker,
+                    f"its engine was not up within {self._start_timeout_s:g} s: no node has a place for it, or the "
+                    "model takes longer to load",
+                )
             except ray.exceptions.RayError as error:
                 self.lose(worker, _short(error))
             finally:

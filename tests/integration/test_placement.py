@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from learner.placement import Placement, PlacementError, free_gpus
+from learner.services import Services
 from tests.unit.test_placement import config_of
 
 pytestmark = pytest.mark.timeout(120)
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, num_gpus=3, log_to_driver=False, include_dashboard=False)
+    ray.init("local", num_cpus=2, num_gpus=3, log_to_driver=False, include_dashboard=False)
     yield
     ray.shutdown()
 
@@ -50,6 +51,29 @@ def test_a_run_that_goes_on_waits_until_those_that_died_let_go(cluster: None) ->
     with pytest.raises(PlacementError):
         Placement.reserve(config)
     Placement.reserve(config, patience_s=30).release()
+
+
+def test_a_run_that_has_patience_shows_its_demand_while_it_waits(cluster: None) -> None:
+    """What an autoscaler goes by: a placement group that is pending."""
+    seen: list[str] = []
+
+    def look() -> None:
+        groups = ray.util.placement_group_table().values()
+        seen.extend(group["state"] for group in groups if {"GPU": 4.0} in group["bundles"].values())
+
+    threading.Timer(1.5, look).start()
+    config = config_of(rollout={"gpus_per_worker": 4})
+    with pytest.raises(PlacementError, match=r"4 GPUs were not .* within 3 s \(run.patience_s\): .* free are 3 \("):
+        Placement.reserve(config, patience_s=3)
+    assert seen == ["PENDING"]
+    services = Services(config_of(run={"name": "r", "patience_s": 1}, rollout={"gpus_per_worker": 4}))
+    with pytest.raises(PlacementError, match="within 1 s"):
+        services.reserve()
+
+
+def test_what_no_cluster_can_hold_is_not_waited_for(cluster: None) -> None:
+    with pytest.raises(PlacementError, match=r"worker 0 asks for 1.5 GPUs"):
+        Placement.reserve(config_of(rollout={"gpus_per_worker": 1.5}), patience_s=3600)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(cluster: None) -> None:

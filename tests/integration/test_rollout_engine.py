@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from learner.parity import ParityError, ParityGate
 from learner.publish import Sender, open_sender
 from rollout_workers.engine import RolloutEngine, RolloutError
 from rollout_workers.lost import EngineLost
+from tests.processes import command_of, descendants
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -352,6 +355,20 @@ async def test_vllms_own_reload_follows_too(pair: Pair) -> None:
     assert await pair.engine._engine.collective_rpc(never_repack) == ["Repacking"]
     for _ in range(2):
         await follows(pair)
+
+
+async def test_an_engine_that_hangs_does_not_pass_for_healthy(pair: Pair) -> None:
+    await asyncio.wait_for(pair.engine.check_health(), 60)
+    core = {pid for pid in descendants(os.getpid()) if command_of(pid).startswith("VLLM::EngineCore")}
+    (process,) = core
+    os.kill(process, signal.SIGSTOP)
+    try:
+        call = asyncio.create_task(pair.engine.check_health())
+        done, _ = await asyncio.wait({call}, timeout=3)
+        assert not done
+    finally:
+        os.kill(process, signal.SIGCONT)
+    await asyncio.wait_for(call, 60)
 
 
 class Silent:

@@ -47,6 +47,7 @@ class Echo:
         self.number = number
         self.outbox = Outbox(self._ordered)
         self.seen = {"calls": 0, "begun": 0, "cancelled": 0, "running": 0}
+        self.hangs = False
 
     @ray.method(concurrency_group="exchange")
     async def exchange(self, orders: Sequence[Order], cancelled: Sequence[int], most: int) -> list[Any]:
@@ -78,7 +79,11 @@ class Echo:
         return f"worker {self.number}"
 
     async def check_health(self) -> None:
-        return None
+        if self.hangs:
+            await asyncio.sleep(3600)
+
+    async def hang(self) -> None:
+        self.hangs = True
 
     async def work(self, seconds: float, dies: str | None = None) -> tuple[int, str]:
         """Returns its number; `dies` is the path of a file: the first that finds it takes it away and dies."""
@@ -91,13 +96,20 @@ class Echo:
         os._exit(1)
 
 
+class NeverUp:
+    """A replacement that finds no place, or loads for ever."""
+
+    async def ready(self) -> None:
+        await asyncio.sleep(3600)
+
+
 def call(*arguments: Any) -> Any:
     return lambda handle: tuple(handle.work.options(num_returns=2).remote(*arguments))
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    ray.init("local", num_cpus=2, log_to_driver=False, include_dashboard=False)
     yield
     ray.shutdown()
 
@@ -145,6 +157,38 @@ async def test_where_nobody_is_left_answers_wait_for_the_replacement(pool: Worke
     assert not waiting.done()
     pool.admit(pool.ready[0])
     assert (await asyncio.wait_for(waiting, 10))[0] in (2, 3)
+
+
+async def test_the_last_to_answer_may_die_after_its_replacement_is_up(pool: WorkerPool) -> None:
+    first, second = pool.members
+    pool.lose(first, "killed by the test")
+    await pool.next_ready()
+    waiting = asyncio.create_task(pool.only_replacements())
+    await asyncio.sleep(0.2)
+    assert not waiting.done()  # the second still answers
+    pool._make = lambda number, seat: ray.remote(NeverUp).options(num_cpus=0).remote()
+    pool.lose(second, "killed by the test")
+    await asyncio.wait_for(waiting, 10)  # the next replacement, which would wake it too, never comes
+
+
+async def test_a_replacement_that_does_not_come_up_in_time_is_lost_too(pool: WorkerPool) -> None:
+    pool._start_timeout_s = 1.0
+    pool._make = lambda number, seat: ray.remote(NeverUp).options(num_cpus=0).remote()
+    for worker in pool.members:
+        pool.lose(worker, "killed by the test")
+    with pytest.raises(PoolError, match=r"worker [23] is lost \(its engine was not up within 1 s: no node has a place"):
+        await asyncio.wait_for(pool.run("row", 10, call(0.0)), 30)
+
+
+async def test_a_worker_whose_engine_hangs_fails_the_health_check(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rollout_workers.pool.HEALTH_TIMEOUT_S", 1.0)
+    hangs = pool.members[1]
+    await value_of(hangs.handle.hang.remote())
+    await asyncio.wait_for(pool.check_health(), 30)
+    assert [worker.number for worker in pool.members] == [0]
+    assert "worker 1 is lost: its engine hangs: no answer to a health check within 1 s" in caplog.text
 
 
 async def test_workers_that_die_faster_than_they_may_be_replaced_end_the_run(pool: WorkerPool) -> None:

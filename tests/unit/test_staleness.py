@@ -155,6 +155,35 @@ def test_over_issued_samples_make_up_for_stragglers_and_failures() -> None:
     assert tracker.counts == {"issued": 4, "failed": 1, "trained": 2, "discarded": 1}
 
 
+def test_with_rollouts_ahead_the_late_ones_of_the_step_are_cut_off_and_not_the_next_steps() -> None:
+    tracker = StalenessTracker(max_staleness=1, samples_per_step=2, over_issue=2)
+    filled_with(tracker, "abcdef")  # two steps' and two more
+    for name in "be":
+        tracker.finish(name, [(0, 0)], 1)
+    assert tracker.take() == ["b", "e"]
+    assert tracker.stragglers() == ["a", "c"]  # of d and f, which are the next step's, none has had its time
+    for name in "df":
+        tracker.finish(name, [(0, 0)], 1)
+    assert tracker.stragglers() == ["a", "c"]
+
+
+def test_nothing_is_issued_beyond_the_last_step() -> None:
+    tracker = StalenessTracker(max_staleness=2, samples_per_step=2, over_issue=1, version=1, steps=3)
+    assert tracker.may_issue() == 5  # of steps 1 and 2, and one more
+    filled_with(tracker, "abcde")
+    for name in "abc":
+        tracker.finish(name, [(0, 1)], 1)
+    assert tracker.take() == ["a", "b"]
+    assert tracker.stragglers() == ["d"]
+    tracker.discard("d")
+    tracker.advance()
+    assert tracker.may_issue() == 1  # in the place of one that may be late
+    tracker.finish("e", [(0, 1)], 1)
+    assert tracker.take() == ["c", "e"]
+    tracker.advance()
+    assert (tracker.room(), tracker.may_issue(), tracker.outstanding()) == (0, 0, [])
+
+
 def test_a_resumed_run_counts_the_steps_before_it() -> None:
     tracker = StalenessTracker(max_staleness=1, samples_per_step=3, version=7)
     assert tracker.may_issue() == 6

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.step_times import step_times
+from common.trace import TraceSpan
 from learner.controller import speeds
-from learner.summary import step_line
+from learner.summary import Tally, final_table, step_line
 
 METRICS = {
     "kl/full_bound": 0.912,
@@ -36,3 +38,15 @@ def test_the_quickstarts_line_is_what_a_run_prints() -> None:
 
 def test_a_stage_that_did_nothing_has_no_speed() -> None:
     assert speeds(80, {"rollout": 2.0, "score": 0.0}) == {"tokens_per_s/rollout": 40.0}
+
+
+def test_the_last_table_names_the_bubble_and_what_it_waited_for_the_largest_first() -> None:
+    spans = [
+        TraceSpan("rollout", "worker 0", 0.0, 2.0, {}),
+        TraceSpan("score", "teacher", 2.0, 7.0, {}),
+        TraceSpan("accumulate", "rank 0", 7.0, 10.0, {}),
+    ]
+    tally = Tally(planned_steps=1)
+    tally.add_times(step_times(spans, (0.0, 10.0)))
+    *_, last = final_table(tally).splitlines()
+    assert last == "the learner waited for 70% of the steps' time: score 50%, rollout 20%"

@@ -175,6 +175,67 @@ async def test_stragglers_beyond_the_batch_are_cut_off_and_counted() -> None:
     await stream.close()
 
 
+async def test_what_is_longest_is_asked_for_first() -> None:
+    class Lengths(StubServices):
+        def _summary(self, sample: Sample, version: int) -> Any:
+            summary = super()._summary(sample, version)
+            summary.response_tokens = {"row1": 7, "row2": 2, "row3": 5}.get(sample.prompt.row_id, 3)
+            return summary
+
+    config = config_of(max_tokens=8)
+    services = Lengths()
+    stream = Stream(config, cast(Services, services), SampleSource(config, ROWS[:6]), 0, 0, [])
+    known: dict[str, int] = {}
+    for version in range(4):
+        services.version = version
+        services.asked.clear()
+        answers = {answered.sample.sample_id: answered for answered in await take(stream)}
+        asked = [answers[sample_id].sample.prompt.row_id for sample_id in services.asked]
+        expected = [known.get(row, 8) for row in asked]  # of a row that was never seen: the longest there may be
+        assert expected == sorted(expected, reverse=True)
+        known |= {one.sample.prompt.row_id: one.summary.response_tokens for one in answers.values()}
+        stream.advance()
+    assert len(known) == 6
+
+
+async def test_with_rollouts_ahead_the_cut_is_of_the_late_ones() -> None:
+    config = config_of(over_issue=0.5, max_staleness=1)
+    source = SampleSource(config, ROWS)
+    late = {source[1].sample_id, source[2].sample_id}
+    services = StubServices(slow={*late, *(source[number].sample_id for number in (6, 7, 8, 9))})
+    stream = stream_of(config, services)
+    assert len(await take(stream)) == 4
+    assert late.isdisjoint(stream.tracker.outstanding())
+    assert stream.tracker.outstanding() == [source[number].sample_id for number in (6, 7, 8, 9)]
+    await stream.close()
+
+
+async def test_nothing_is_issued_for_steps_that_the_run_does_not_have() -> None:
+    config = config_of(max_staleness=2)
+    config = config.model_copy(update={"learner": config.learner.model_copy(update={"steps": 3})})
+    services = StubServices()
+    stream = stream_of(config, services)
+    for version in range(3):
+        services.version = version
+        assert len(await take(stream)) == 4
+        stream.advance()
+    await asyncio.sleep(0)
+    assert len(services.asked) == 12
+    await stream.close()
+
+
+async def test_between_steps_nothing_is_issued() -> None:
+    """An evaluation or a checkpoint comes there: what is made beside it is in no step's time."""
+    services = StubServices()
+    stream = stream_of(config_of(max_staleness=1), services)
+    await take(stream)
+    asked = len(services.asked)
+    stream.advance()
+    await asyncio.sleep(0.01)
+    assert len(services.asked) == asked
+    await stream.close()
+
+
 async def test_a_sample_without_a_score_leaves_its_place_empty() -> None:
     config = config_of()
     services = StubServices(unscored={SampleSource(config, ROWS)[2].sample_id})

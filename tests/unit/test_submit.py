@@ -270,7 +270,9 @@ def test_a_run_that_the_cluster_cannot_hold_is_not_sent(folder: Path, monkeypatc
     assert sent == []
     assert submitted("learner.gpus_per_rank=1", "--id", "fits").stdout == "fits\n"
     assert submitted("learner.gpus_per_rank=2", "--no-check-gpus", "--id", "forced").stdout == "forced\n"
-    assert [job.submission_id for job in sent] == ["fits", "forced"]
+    waits = ("learner.gpus_per_rank=2", "run.patience_s=60")  # for nodes that an autoscaler has yet to start
+    assert submitted(*waits, "--id", "waits").stdout == "waits\n"
+    assert [job.submission_id for job in sent] == ["fits", "forced", "waits"]
     with pytest.raises(PlacementError):
         connect(ADDRESS, None).check(config_of(learner={"gpus_per_rank": 2}))
 
