@@ -15,8 +15,8 @@ def fault(config: Config) -> str | None:
 
 def _loss(config: Config) -> Iterator[str]:
     loss, rollout = config.loss, config.rollout
-    if loss.form == "exact":
-        yield "loss.form: `exact` needs full teacher log-probs, which no teacher server sends; use `tail`"
+    if loss.form == "exact" and loss.support != "student":
+        yield f"loss.form: `exact` is over the whole vocabulary, so loss.support is `student`, not `{loss.support}`"
     if rollout.topk_from == "learner" and loss.support == "teacher":
         yield "rollout.topk_from: `learner` picks ids that loss.support `teacher` does not use"
     if loss.form == "policy_gradient" and loss.temperature != rollout.temperature:

@@ -70,9 +70,9 @@ class LossConfig(Section):
     """The per-token divergence and how it is averaged."""
 
     form: Literal["tail", "raw", "renorm", "generalized", "exact", "policy_gradient", "nll"] = "tail"
-    """What becomes of the mass outside the support. Two are baselines: `policy_gradient`, the sampled token's log-ratio
-    as a reward, with an importance ratio; `nll`, the negative log-likelihood of the teacher's answers
-    (`rollout.source: teacher`)."""
+    """What becomes of the mass outside the support. `exact` has none: `loss.top_k` is the whole vocabulary. Two are
+    baselines: `policy_gradient`, the sampled token's log-ratio as a reward, with an importance ratio; `nll`, the
+    negative log-likelihood of the teacher's answers (`rollout.source: teacher`)."""
     direction: Literal["reverse", "forward", "jsd"] = "reverse"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of `jsd`."""
@@ -155,6 +155,8 @@ class CheckpointConfig(Section):
     """How often a run that lost a rank of the learner (or a node) goes on from its last checkpoint by itself."""
     export_every: NonNegative = 0
     """Steps between exports in Hugging Face format (all stay); 0: only the last step's, in ``checkpoint/``."""
+    export_at: tuple[Positive, ...] = ()
+    """Further steps after which to export."""
 
 
 class SyncConfig(Section):

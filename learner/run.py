@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import ray
 
 from common.chat import check_lengths, teacher_sequence
 from common.collective import SyncError
-from common.config import Config
+from common.config import Config, ConfigError, LossConfig
 from common.telemetry import Progress, RunFiles, write_json
 from common.trace import TraceFile
 from learner.alarm import KlAlarm
@@ -149,6 +149,7 @@ class Run:
         if config.teacher.kind == "base":
             await services.give_contexts(self._inputs.contexts)
         assert services.learner_info is not None
+        check_exact(config.loss, services.learner_info.vocab_size, services.teachers.vocab_sizes())
         bounds = drift_bounds(
             config.sync, dtype=services.learner_info.dtype, max_staleness=config.rollout.max_staleness
         )
@@ -252,7 +253,7 @@ class Run:
     async def _keep(self, version: int) -> None:
         """The exports and the checkpoint that are due after step `version`."""
         settings, last = self._config.checkpoint, version == self._config.learner.steps
-        if settings.export_every and version % settings.export_every == 0:
+        if version in settings.export_at or (settings.export_every and version % settings.export_every == 0):
             await self._services.save(str((self._config.run.path / "exports" / f"step-{version:06d}").absolute()))
         if not settings.every or (version % settings.every and not last):
             return
@@ -307,6 +308,25 @@ class Run:
         if self._controller is None:
             return self._services.admit_replacements()
         return self._controller.keep_workers(version)
+
+
+def check_exact(loss: LossConfig, vocab_size: int, teachers: Mapping[str, int]) -> None:
+    """Raises ConfigError where ``loss.form`` is `exact` and ``loss.top_k`` is not the whole vocabulary: `vocab_size` of
+    the student, and that of `teachers` by name.
+    """
+    if loss.form != "exact":
+        return
+    if loss.top_k != vocab_size:
+        raise ConfigError(
+            f"loss.form: `exact` is over the whole vocabulary of {vocab_size}, loss.top_k is {loss.top_k}; set "
+            f"loss.top_k={vocab_size} (for small vocabularies), or loss.form=tail"
+        )
+    for name, size in teachers.items():
+        if size != vocab_size:
+            raise ConfigError(
+                f"loss.form: `exact` needs one vocabulary: the student has {vocab_size} outputs, teacher {name!r} "
+                f"{size}; set loss.form=tail"
+            )
 
 
 async def explained(error: Exception, services: Services) -> Exception:

@@ -145,6 +145,10 @@ class Teachers:
         """Name of each connected teacher -> fingerprint of its model."""
         return {name: one.info.model_fingerprint for name, one in self.all.items() if one.info is not None}
 
+    def vocab_sizes(self) -> dict[str, int]:
+        """Name of each connected teacher -> outputs of its model."""
+        return {name: one.info.vocab_size for name, one in self.all.items() if one.info is not None}
+
     def handles(self) -> list[Any]:
         """The run's own, to be stopped with it."""
         return [teacher.handle for teacher in self.all.values() if teacher.handle is not None]

@@ -26,8 +26,8 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"opcd_teacher_{name}", text, registry=self.registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"opcd_teacher_{name}", text, registry=self.registry, buckets=buckets)
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"opcd_teacher_{name}", text, labels, registry=self.registry, buckets=buckets)
 
         self.requests = counter("requests", "Score requests, by HTTP status.", "run", "status")
         self.rejected = counter("rejected", "Requests and items not scored, by reason.", "run", "reason")
@@ -43,7 +43,7 @@ class Metrics:
         self.context_bytes_in = counter("context_bytes_in", "Bytes of contexts' bodies.", "tenant")
         self.bytes_out = counter("bytes_out", "Bytes of replies.", "run")
         self.repeated = counter("requests_repeated", "Requests answered from an earlier or running computation.", "run")
-        self.queue_s = histogram("queue_seconds", "From arrival of an item to the start of its batch.", _SECONDS)
+        self.queue_s = histogram("queue_seconds", "From arrival of an item to the start of its batch.", _SECONDS, "run")
         self.batch_s = histogram("batch_seconds", "Duration of a batch.", _SECONDS)
         self.batch_items = histogram("batch_items", "Items of a batch.", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
         self.batch_tokens = histogram("batch_tokens", "Prompt and response tokens of a batch.", _TOKENS)

@@ -267,7 +267,7 @@ class TeacherService:
         metrics.batch_s.observe(report.seconds)
         for job in report.jobs:
             label = metrics.run(job.tenant, job.run)
-            metrics.queue_s.observe(report.began - job.queued_at)
+            metrics.queue_s.labels(label).observe(report.began - job.queued_at)
             metrics.tokens_computed.labels(label).inc(job.work.own_tokens)
             if job.located is not None:
                 needed[label] = needed.get(label, 0) + int(job.located.context.ids.size)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(600)
 
 SECTIONS = {
     "learner": {"steps": 4, "deterministic": True},
-    "checkpoint": {"every": 1, "keep": 2, "export_every": 2},
+    "checkpoint": {"every": 1, "keep": 2, "export_every": 2, "export_at": [1]},
     "eval": {"every": 2},
 }
 
@@ -51,7 +51,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(write_config: Callable[.
     for name in ("base", "in_context", "final", "best_on_valid", "kl_first", "kl_last", "steps"):
         assert resumed[name] == through[name], name
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
-    assert sorted(path.name for path in (whole / "exports").iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(path.name for path in (whole / "exports").iterdir()) == ["step-000001", "step-000002", "step-000004"]
     best = json.loads((whole / "best/best.json").read_text())
     assert best == through["best_on_valid"]
     assert (whole / "best/model.safetensors").exists()

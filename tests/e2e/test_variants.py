@@ -63,11 +63,12 @@ def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_a
 def test_adapters_learn_from_the_base_model_inside_the_learner_over_a_shared_folder(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """LoRA, no teacher server, weights as files, the learner's own top-k; cut off and resumed."""
+    """LoRA, no teacher server, weights as files, the learner's own top-k, which is all; cut off and resumed."""
     config = write_config(
         learner={"steps": 4, "lora": {"rank": 8, "publish": "adapter"}},
         teacher={"kind": "base"},
         rollout={"topk_from": "learner"},
+        loss={"form": "exact", "top_k": 512},
         sync={"backend": "file"},
         checkpoint={"every": 2},
         eval={"every": 0},
@@ -83,6 +84,10 @@ def test_adapters_learn_from_the_base_model_inside_the_learner_over_a_shared_fol
     lines = metric_lines(run)
     assert [line["weight_version"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["kl/full_bound"] < lines[0]["kl/full_bound"]
+    for line in lines:
+        assert line["mass/student_topk"] == pytest.approx(1, abs=1e-5)
+        assert line["kl/tail"] == pytest.approx(0, abs=1e-9)
+        assert line["loss"] == pytest.approx(line["kl/support"], rel=1e-5)
     assert max(line["parity/max_nats"] for line in lines) <= 2e-4
     assert (run / "checkpoint/adapter_model.safetensors").exists()
     stages = {key for line in lines for key in line if key.startswith("time/")}

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, LossConfig
 from common.config_file import dump_config, load_config, load_teacher_config
+from learner.run import check_exact
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = """
@@ -91,12 +92,22 @@ def test_a_bad_value_names_key_value_and_what_is_valid(path: Path, override: str
         ("context.file=c.txt", "exactly one of context.text, context.file and context.pool"),
         ("loss.top_k=2048", "loss.top_k 2048 is larger than teacher.max_k 1024"),
         ("student.system=text", "student.system_text is set exactly when"),
-        ("loss.form=exact", "use `tail`"),
         ("learner.cpu_offload=true", "needs learner.zero_stage 1, 2 or 3"),
     ],
 )
 def test_keys_that_do_not_go_together(path: Path, override: str, part: str) -> None:
     assert part in mistake(path, override)
+
+
+def test_exact_is_over_the_whole_vocabulary(path: Path) -> None:
+    assert "so loss.support is `student`, not `union`" in mistake(path, "loss.form=exact", "loss.support=union")
+    exact, tail = LossConfig(form="exact", top_k=512), LossConfig(top_k=512)
+    check_exact(exact, 512, {"default": 512})
+    check_exact(tail, 640, {"default": 1024})
+    with pytest.raises(ConfigError, match=r"vocabulary of 640, loss.top_k is 512; set loss.top_k=640"):
+        check_exact(exact, 640, {})
+    with pytest.raises(ConfigError, match=r"the student has 512 outputs, teacher 'big' 1024"):
+        check_exact(exact, 512, {"default": 512, "big": 1024})
 
 
 def test_every_mistake_has_a_line_of_its_own(path: Path) -> None:

@@ -18,6 +18,7 @@ from learner.errors import RunError
 from learner.parity import ParityReport
 from learner.reports import StepReport
 from learner.run import Run
+from learner.samples import SampleSource
 from learner.services import Services
 from tests.unit.test_colocated import TakesTurns
 from tests.unit.test_stream import ROWS, config_of
@@ -153,3 +154,30 @@ async def test_steps_that_count_no_token_end_the_run_by_their_own_name(
     assert said == []
     assert not (config.run.path / "skipped").exists()
     assert [record.getMessage() for record in caplog.records] == [f"step {n} was skipped, {why}" for n in (1, 2, 3)]
+
+
+# --- answers without a score ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("unscored", "ends"), [(1, False), (2, True)])
+async def test_more_answers_without_a_score_than_allowed_end_the_run_with_the_reason(unscored: int, ends: bool) -> None:
+    plain = config_of()
+    config = plain.model_copy(update={"teacher": plain.teacher.model_copy(update={"max_failed_fraction": 0.25})})
+    services = TakesTurns()
+    source = SampleSource(config, ROWS)
+    services.unscored = {source[number].sample_id for number in range(unscored)}
+    controller = Controller(config, cast(Services, services), ROWS, lambda _: None)
+
+    async def publish(version: int) -> ParityReport:
+        return ParityReport(0.0, 0.0, 0.0, 0.0)
+
+    controller._publisher.publish = publish
+    await controller.begin(0)
+    if ends:
+        with pytest.raises(RunError, match=r"2 of 4 answers could not be scored, more than .* allows \(0.25\).*: no"):
+            await controller.step(0)
+    else:
+        outcome = await controller.step(0)
+        assert (len(outcome.trained), len(outcome.failed)) == (3, 1)
+        assert outcome.metrics["teacher/failed"] == 1
+    await controller.close()
