@@ -33,7 +33,7 @@ SELF_CHECK_NATS = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 AttentionInterface.register(NAME, shared_prefix_attention)
 
-CPU_PASS_TOKENS = 1024
+CPU_PASS_TOKENS = 512
 """Of one forward pass on CPU: more are no faster there, and their activations take memory and leave the caches."""
 
 
