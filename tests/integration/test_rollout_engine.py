@@ -266,14 +266,14 @@ async def test_the_gate_fails_when_the_output_layer_is_left_stale(pair: Pair, lr
 
 async def test_a_layer_that_got_half_of_its_weight_is_named_and_the_next_sync_mends_it(pair: Pair) -> None:
     whole = pair.named
-    pair.named = lambda: ((name, tensor) for name, tensor in whole() if "layers.0.self_attn.k_proj" not in name)  # type: ignore[method-assign]
+    pair.named = lambda: ((name, tensor) for name, tensor in whole() if "layers.0.self_attn.k_proj" not in name)
     try:
         with pytest.raises(
             Exception, match=r"without all of their weight: model.layers.0.self_attn.qkv_proj \([\d,]+ of"
         ):
             await pair.sync()
     finally:
-        pair.named = whole  # type: ignore[method-assign]
+        pair.named = whole
     await pair.sync()  # until then nothing is answered
     await follows(pair)
 
