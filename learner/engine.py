@@ -74,6 +74,7 @@ class LearnerEngine:
             # It would copy all gradients into a buffer to average them over one rank.
             self._deepspeed.enable_backward_allreduce = False
         self._policy = self._deepspeed.module
+        self._policy.head.adds_gradient = self._stage == 0
         self._policy.check()
         self._layout = PADDED if config.learner.packing == "off" else pack(self._policy.model)
         self.reader = Reader(self._policy, self._layout, config, self._device)

@@ -73,6 +73,10 @@ class OutputLayer(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    adds_gradient: bool = False
+    """The backward pass adds the weight's gradient to ``weight.grad`` itself, at once. Autograd would keep that of a
+    tied weight, a tensor of [vocabulary, d], until the embedding's own is there, which is the last of the whole pass.
+    Only for weights whose gradients nobody waits for: ZeRO's hooks see what autograd adds."""
 
     def __init__(self, linear: Any, transform: LogitTransform, chunk_tokens: int) -> None:
         super().__init__()
@@ -138,6 +142,7 @@ class _ChunkedLoss(torch.autograd.Function):
             value, dlogits = _chunk_gradient(logits, ids[rows], sampled[rows], rows, loss, layer.transform, temperature)
             total += value
             grads.add(rows, dlogits.to(weight.dtype), hidden[rows], weight)
+        ctx.layer = layer
         ctx.grads = (
             grads.hidden,
             None if grads.weight is None else grads.weight.to(weight.dtype),
@@ -150,8 +155,12 @@ class _ChunkedLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the chunked output layer was back-propagated twice; its gradients are handed out once")
         grads, ctx.grads = ctx.grads, None
-        scaled = tuple(None if grad is None else grad.mul_(upstream[0].to(grad.dtype)) for grad in grads)
-        return (*scaled, None, None, None, None, None)
+        hidden, weight, bias = (None if grad is None else grad.mul_(upstream[0].to(grad.dtype)) for grad in grads)
+        if weight is not None and ctx.layer.adds_gradient:
+            parameter = ctx.layer.weight
+            parameter.grad = weight if parameter.grad is None else parameter.grad.add_(weight)
+            weight = None
+        return hidden, weight, bias, None, None, None, None, None
 
 
 @dataclass

@@ -184,6 +184,22 @@ def test_reading_gives_every_logit_once_and_no_gradient() -> None:
     assert not got.requires_grad
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_a_tied_weight_s_gradient_may_be_added_without_autograd(scale: float) -> None:
+    """It is what autograd adds up: that of the head, that of the embedding, and what was there before."""
+    gradients = []
+    for adds in (False, True):
+        case = Case()
+        case.layer.adds_gradient = adds
+        for ids in (torch.arange(T), torch.arange(T).flip(0)):
+            hidden = nn.functional.embedding(ids, case.layer.weight)
+            loss = case.layer(hidden, case.ids, case.sampled, loss=case.loss)
+            (scale * loss).backward()
+        gradients.append(case.layer.weight.grad)
+    assert gradients[0].abs().max() > 0.1
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-7)
+
+
 def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do() -> None:
     case = Case()
     case.layer.weight.requires_grad_(False)
