@@ -24,6 +24,7 @@ import numpy as np
 from common.step_times import QUEUE, StepTimes, step_times, total_times
 from common.telemetry import Span
 from common.trace import TraceSpan
+from deploy.simulation_clock import StageClock, WorkerClock
 from deploy.simulation_config import SimulationConfig, Spread
 from learner.filling import MicroBatchFiller
 from learner.staleness import StalenessTracker, Verdict
@@ -144,52 +145,6 @@ class _Sample:
         self.at = end
 
 
-class _Worker:
-    """Answers in flight, each ahead by the same share of its own speed: ``1 / (1 + contention · (n - 1))`` of n."""
-
-    def __init__(self, contention: float) -> None:
-        self._contention = contention
-        self._done_at: list[tuple[float, int, _Sample]] = []
-        self._worked = 0.0
-        """Seconds of its own that an answer in flight all the time would have behind it."""
-        self._now = 0.0
-        self._stopped = False
-        self._order = 0
-
-    def add(self, now: float, sample: _Sample) -> None:
-        self._go_on(now)
-        self._order += 1
-        heapq.heappush(self._done_at, (self._worked + sample.alone_s, self._order, sample))
-
-    def stop(self, now: float) -> None:
-        self._go_on(now)
-        self._stopped = True
-
-    def resume(self, now: float) -> None:
-        self._go_on(now)
-        self._stopped = False
-
-    def next_end(self) -> float:
-        """When the next answer ends if nothing changes."""
-        if self._stopped or not self._done_at:
-            return math.inf
-        return self._now + max(0.0, self._done_at[0][0] - self._worked) * self._slowness()
-
-    def pop(self, now: float) -> _Sample:
-        self._go_on(now)
-        worked, _, sample = heapq.heappop(self._done_at)
-        self._worked = worked  # rounding must not leave a rest
-        return sample
-
-    def _go_on(self, now: float) -> None:
-        if self._done_at and not self._stopped:
-            self._worked += (now - self._now) / self._slowness()
-        self._now = now
-
-    def _slowness(self) -> float:
-        return 1 + self._contention * (len(self._done_at) - 1)
-
-
 class _Run:
     """The state of a run between two events."""
 
@@ -204,9 +159,15 @@ class _Run:
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
+        self._clocks = {name: StageClock() for name in QUEUES}
+        self._at_work = dict.fromkeys(QUEUES, 0)
+        """Answers in flight, replicas and ranks that compute."""
+        self._in_sync = False
         self._ready: dict[str, _Sample] = {}
         self._dispatch = Dispatch(config.rollout.concurrency)
-        self._workers = [_Worker(config.rollout.contention) for _ in range(config.rollout.workers)]
+        self._workers: list[WorkerClock[_Sample]] = [
+            WorkerClock(config.rollout.contention) for _ in range(config.rollout.workers)
+        ]
         self._wakes = [0] * config.rollout.workers
         for index in range(config.rollout.workers):
             self._dispatch.join(index)
@@ -227,12 +188,37 @@ class _Run:
         """Every step of the run."""
         self._fill()
         while len(self.windows) < self.config.steps:
-            self._now, _, happen = heapq.heappop(self._events)
-            happen()
+            slowness = self._slowness()
+            first = min(QUEUES, key=lambda name: self._clocks[name].next(slowness[name]))
+            when, order = self._events[0][:2] if self._events else (math.inf, 0)
+            if self._clocks[first].next(slowness[first]) < (when - self._now, order):
+                self._go_to(self._now + self._clocks[first].next(slowness[first])[0], slowness)
+                self._clocks[first].pop()()
+            else:
+                self._go_to(when, slowness)
+                heapq.heappop(self._events)[2]()
+
+    def _slowness(self) -> dict[str, float]:
+        """Of each stage: the others that are at work on the same cores."""
+        busy = {name: self._at_work[name] > 0 for name in QUEUES}
+        busy["rollout"] = busy["rollout"] and not self._in_sync
+        share, total = self.config.interference, sum(busy.values())
+        return {name: 1 + share * (total - busy[name]) for name in QUEUES}
+
+    def _go_to(self, when: float, slowness: dict[str, float]) -> None:
+        for name, clock in self._clocks.items():
+            clock.go_on(when - self._now, slowness[name])
+        self._now = when
 
     def _at(self, when: float, happen: Callable[[], None]) -> None:
+        """At a time that nothing slows down."""
         self._count += 1
         heapq.heappush(self._events, (when, self._count, happen))
+
+    def _worked(self, stage: str, when: float, happen: Callable[[], None]) -> None:
+        """When the clock of `stage` is at `when`."""
+        self._count += 1
+        self._clocks[stage].at(when, self._count, happen)
 
     # --- rollout ----------------------------------------------------------------------------------------------------
 
@@ -262,7 +248,8 @@ class _Run:
             sample = self._waiting.popleft()
             self._wait_over("rollout", sample, self._now)
             sample.worker, sample.version = worker, self._engine_version
-            self._workers[worker].add(self._now, sample)
+            self._at_work["rollout"] += 1
+            self._workers[worker].add(self._clocks["rollout"].now, sample.alone_s, sample)
             self._wake(worker)
 
     def _wake(self, worker: int) -> None:
@@ -270,10 +257,11 @@ class _Run:
         self._wakes[worker] += 1
         plan, when = self._wakes[worker], self._workers[worker].next_end()
         if when < math.inf:
-            self._at(when, lambda: self._ended(worker) if plan == self._wakes[worker] else None)
+            self._worked("rollout", when, lambda: self._ended(worker) if plan == self._wakes[worker] else None)
 
     def _ended(self, worker: int) -> None:
-        sample = self._workers[worker].pop(self._now)
+        sample = self._workers[worker].pop(self._clocks["rollout"].now)
+        self._at_work["rollout"] -= 1
         self._dispatch.end(worker, 1)
         self.busy["rollout"].append((sample.at, self._now))
         sizes = {"prompt_tokens": self.config.prompt_tokens, "response_tokens": sample.tokens}
@@ -307,12 +295,18 @@ class _Run:
         if self._replica_context[replica] != version:
             self._replica_context[replica] = version
             tokens += teacher.context_tokens
-        end = self._now + tokens / teacher.tokens_per_s
-        self.busy["teacher"].append((self._now, end))
         for sample in batch:
             self._wait_over("teacher", sample, self._now)
-            self._at(end + teacher.request_s, partial(self._scored, sample, replica))
-        self._at(end, lambda: self._serve(replica))
+        self._at_work["teacher"] += 1
+        end = self._clocks["teacher"].now + tokens / teacher.tokens_per_s
+        self._worked("teacher", end, partial(self._served, batch, replica, self._now))
+
+    def _served(self, batch: list[_Sample], replica: int, started: float) -> None:
+        self._at_work["teacher"] -= 1
+        self.busy["teacher"].append((started, self._now))
+        for sample in batch:
+            self._at(self._now + self.config.teacher.request_s, partial(self._scored, sample, replica))
+        self._at(self._now, lambda: self._serve(replica))
 
     def _scored(self, sample: _Sample, replica: int) -> None:
         sample.span("score", f"teacher {replica}", self._now)
@@ -334,40 +328,58 @@ class _Run:
         if taken and not self.tracker.room():
             for group in self._filler.flush():
                 self._accumulate(group)
-            closing = max(self._now, *self._rank_free)
-            self._work("step", closing, closing + self.config.learner.step_s)
-            self.busy["learner"] += [(closing, closing + self.config.learner.step_s)] * self.config.learner.ranks
-            self._at(closing + self.config.learner.step_s, self._sync)
+            self._worked("learner", max(self._clocks["learner"].now, *self._rank_free), self._step)
 
     def _accumulate(self, group: list[list[_Sample]]) -> None:
         for rank, batch in enumerate(group):
             if not batch:
                 continue
             padded = len(batch) * max(self.config.prompt_tokens + sample.tokens for sample in batch)
-            start = max(self._now, self._rank_free[rank])
+            start = max(self._clocks["learner"].now, self._rank_free[rank])
             end = self._rank_free[rank] = start + self._micro_batch_s(padded)
-            self.busy["learner"].append((start, end))
-            for sample in batch:
-                self._wait_over("learner", sample, start)
-                self.spans[self.tracker.version] += sample.spans
-            args = {"version": self.tracker.version, "padded_tokens": padded}
-            self.spans[self.tracker.version].append(TraceSpan("accumulate", f"rank {rank}", start, end, args))
+            self._worked("learner", start, partial(self._begin_batch, rank, batch, padded, end))
+
+    def _begin_batch(self, rank: int, batch: list[_Sample], padded_tokens: int, end: float) -> None:
+        self._at_work["learner"] += 1
+        for sample in batch:
+            self._wait_over("learner", sample, self._now)
+            self.spans[self.tracker.version] += sample.spans
+        self._worked("learner", end, partial(self._end_batch, rank, padded_tokens, self._now))
+
+    def _end_batch(self, rank: int, padded_tokens: int, started: float) -> None:
+        self._at_work["learner"] -= 1
+        self.busy["learner"].append((started, self._now))
+        args = {"version": self.tracker.version, "padded_tokens": padded_tokens}
+        self.spans[self.tracker.version].append(TraceSpan("accumulate", f"rank {rank}", started, self._now, args))
+
+    def _step(self) -> None:
+        self._at_work["learner"] += 1
+        end = self._clocks["learner"].now + self.config.learner.step_s
+        self._worked("learner", end, partial(self._stepped, self._now))
+
+    def _stepped(self, started: float) -> None:
+        self._at_work["learner"] -= 1
+        self._work("step", started, self._now)
+        self.busy["learner"] += [(started, self._now)] * self.config.learner.ranks
+        self._sync()
 
     def _micro_batch_s(self, padded_tokens: int) -> float:
         return self.config.learner.micro_batch_s + padded_tokens / self.config.learner.tokens_per_s
 
     def _sync(self) -> None:
         sync = self.config.sync
+        self._in_sync = True
         for index, worker in enumerate(self._workers):
-            worker.stop(self._now)
+            worker.stop(self._clocks["rollout"].now)
             self._wake(index)
         self._work("sync", self._now, self._now + sync.seconds)
         self._at(self._now + sync.seconds, self._synced)
 
     def _synced(self) -> None:
         self._engine_version += 1
+        self._in_sync = False
         for index, worker in enumerate(self._workers):
-            worker.resume(self._now)
+            worker.resume(self._clocks["rollout"].now)
             self._wake(index)
         end = self._now + self.config.sync.parity_s
         self._work("parity", self._now, end)

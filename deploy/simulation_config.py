@@ -97,6 +97,9 @@ class SimulationConfig(Section):
     """Steps that rollouts may run ahead of training."""
     loop_s: Seconds = 0.0
     """Of each step: the loop itself, no stage being at work."""
+    interference: Fraction = 0.0
+    """Share by which each other kind of stage at work (rollouts, teachers, learner) slows one down: 0 where each has
+    devices of its own, 1 where they take turns on the same ones."""
     seed: NonNegative = 0
     rollout: SimulatedRollout = SimulatedRollout()
     teacher: SimulatedTeacher = SimulatedTeacher()

@@ -12,7 +12,8 @@ from typing import Any
 from common.config import Config, ConfigError
 from common.config_file import load_config, read_tree, validate
 from deploy.simulation_config import SimulationConfig
-from deploy.simulation_fit import Fit, Measured, fitted, measured, sizes, spread_of
+from deploy.simulation_fit import Fit, fitted, sizes, spread_of
+from deploy.simulation_run import Measured, measured
 
 SECTION = "simulation"
 

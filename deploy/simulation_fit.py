@@ -1,23 +1,18 @@
-"""How fast the parts of a run were, from what it left behind: ``trace.json``, ``metrics.jsonl``, ``config.yaml``.
+"""How fast the parts of a run were, from what it left behind.
 
-Each part is fitted with the simulator's own model of it, so a simulated run gives back what it was made of. The first
-step is start-up (caches, compiled kernels, the context) and is left out where there are others.
+Each part is fitted with the simulator's own model of it, so a simulated run gives back what it was made of.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from common.config import Config, ConfigError
-from common.config_file import load_config
+from common.config import Config
 from common.telemetry import Span
-from common.trace import Event, read_trace
 from deploy.simulation_config import (
     SimulatedLearner,
     SimulatedRollout,
@@ -26,8 +21,7 @@ from deploy.simulation_config import (
     SimulationConfig,
     Spread,
 )
-
-F64 = NDArray[np.float64]
+from deploy.simulation_run import F64, Measured, by_own_clocks, measured
 
 SHAPE_POINTS = 64
 """Values that an observed distribution is kept as, at most."""
@@ -35,35 +29,8 @@ SHAPE_POINTS = 64
 FLAT = 0.02
 """Relative difference in how well two contentions explain the answers below which they explain them equally well."""
 
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer of a run, times in seconds since the epoch."""
-
-    step: int
-    worker: str
-    rollout: Span
-    scored: float
-    prompt_tokens: int
-    response_tokens: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one run measured. ``micro_batches``: (padded tokens, seconds). ``loop_s``: of each step, nobody at work."""
-
-    config: Config
-    everyone: tuple[Answer, ...]
-    """All answers: who was beside whom, ahead of whom."""
-    answers: tuple[Answer, ...]
-    """Those to fit: not of the first step, nor beside others that the run ended without."""
-    micro_batches: tuple[tuple[int, float], ...]
-    step_s: tuple[float, ...]
-    syncs: tuple[Span, ...]
-    """All of them: the engines stood still."""
-    sync_s: tuple[float, ...]
-    parity_s: tuple[float, ...]
-    loop_s: tuple[float, ...]
+CONTENTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
+"""That are tried for each interference."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +49,8 @@ def fit(folder: Path) -> Fit:
 def fitted(run: Measured) -> Fit:
     """The simulation of a measured run."""
     config, notes = run.config, []
+    interference = _interference(run)
+    run = by_own_clocks(run, interference)
     token_s, contention, answer_s, varied = _rollout(run)
     if not varied:
         notes.append(
@@ -90,11 +59,12 @@ def fitted(run: Measured) -> Fit:
         )
     tokens = np.array([answer.response_tokens for answer in run.answers], np.float64)
     rate, request_s = _teacher(run)
-    micro_batch_s, second_per_token = _line(*np.array(run.micro_batches, np.float64).T)
+    micro_batch_s, second_per_token = _line(*_micro_batches(run))
     simulation = SimulationConfig(
         **sizes(config),
         prompt_tokens=round(float(np.mean([answer.prompt_tokens for answer in run.answers]))),
         loop_s=float(np.mean(run.loop_s)),
+        interference=interference,
         rollout=SimulatedRollout(
             workers=config.rollout.workers,
             concurrency=min(config.rollout.concurrency, config.rollout.max_num_seqs),
@@ -114,7 +84,7 @@ def fitted(run: Measured) -> Fit:
             tokens_per_s=1 / second_per_token,
             micro_batch_tokens=config.learner.micro_batch_tokens,
             micro_batch_s=micro_batch_s,
-            step_s=float(np.mean(run.step_s)),
+            step_s=float(np.mean([end - start for start, end in run.steps])),
         ),
         sync=SimulatedSync(seconds=float(np.mean(run.sync_s)), parity_s=float(np.mean(run.parity_s))),
     )
@@ -130,71 +100,26 @@ def sizes(config: Config) -> dict[str, int]:
     }
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-def measured(folder: Path) -> Measured:
-    """Read a run's files. Raises ConfigError for what is missing."""
-    for name in ("config.yaml", "trace.json", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: not a run that can be measured, there is no {name}")
-    config = load_config(folder / "config.yaml")
-    events = read_trace(folder / "trace.json")
-    tracks = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
-    spans = [event for event in events if event["ph"] == "X"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if "time/total_s" in line]
-    answers = _answers(spans, tracks)
-    if not answers or not steps:
-        raise ConfigError(
-            f"{folder}: no finished step whose timeline says how many tokens its answers had (response_tokens)"
-        )
-    first = min(line["step"] for line in steps)
-    # Beside the answers of the last steps were others that never ended, of which the timeline knows nothing.
-    known = max(answer.step for answer in answers) - config.rollout.max_staleness
-    later = [line for line in steps if line["step"] > first] or steps
-
-    def warm(stage: str, key: Callable[[Event], int]) -> list[Event]:
-        of_stage = [event for event in spans if event["name"] == stage and "version" in event["args"]]
-        return [event for event in of_stage if key(event) > first] or of_stage
-
-    accumulated = warm("accumulate", lambda event: event["args"]["version"] + 1)
-    batches = [event for event in accumulated if event["args"].get("padded_tokens")]
-    closing = {stage: warm(stage, lambda event: event["args"]["version"]) for stage in ("step", "sync", "parity")}
-    return Measured(
-        config=config,
-        answers=tuple(answer for answer in answers if first <= answer.step <= known) or tuple(answers),
-        everyone=tuple(answers),
-        micro_batches=tuple((event["args"]["padded_tokens"], event["dur"] / 1e6) for event in batches),
-        step_s=tuple(event["dur"] / 1e6 for event in closing["step"]),
-        syncs=tuple(_span(event) for event in spans if event["name"] == "sync"),
-        sync_s=tuple(event["dur"] / 1e6 for event in closing["sync"]),
-        parity_s=tuple(event["dur"] / 1e6 for event in closing["parity"]),
-        loop_s=tuple(line["time/total_s"] * line.get("loop/wait/other", 0.0) for line in later),
-    )
-
-
-def _answers(spans: Sequence[Event], tracks: dict[int, str]) -> list[Answer]:
-    scored = {event["args"]["sample"]: _span(event)[1] for event in spans if event["name"] == "score"}
-    return [
-        Answer(
-            step=int(event["args"]["sample"].split("/")[0]),
-            worker=tracks[event["pid"]],
-            rollout=_span(event),
-            scored=scored[event["args"]["sample"]],
-            prompt_tokens=event["args"]["prompt_tokens"],
-            response_tokens=event["args"]["response_tokens"],
-        )
-        for event in spans
-        if event["name"] == "rollout" and "response_tokens" in event["args"] and event["args"]["sample"] in scored
-    ]
-
-
-def _span(event: Event) -> Span:
-    return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
-
-
 # --- fitting --------------------------------------------------------------------------------------------------------
+
+
+def _interference(run: Measured) -> float:
+    """What explains best how long answers and micro-batches took, of those that others were beside and of the rest;
+    0 where it makes no difference.
+    """
+
+    def misfit(interference: float) -> float:
+        own = by_own_clocks(run, interference)
+        tokens, seconds = _micro_batches(own)
+        batch_s, token_s = _line(tokens, seconds)
+        learner = float(np.sqrt(np.mean((seconds - batch_s - token_s * tokens) ** 2)) / np.mean(seconds))
+        crowded = _Crowds(own)
+        return learner + min(crowded.misfit(float(contention)) for contention in CONTENTIONS)
+
+    grid = np.linspace(0.0, 1.0, 21)
+    values = np.array([misfit(float(point)) for point in grid])
+    best = int(np.argmin(values))
+    return float(grid[best]) if values[0] - values[best] > FLAT else 0.0
 
 
 def _rollout(run: Measured) -> tuple[Spread, float, float, bool]:
@@ -203,26 +128,35 @@ def _rollout(run: Measured) -> tuple[Spread, float, float, bool]:
     For a given contention, the time each answer had the worker to itself follows from who was beside it when, and is
     answer_s + tokens · token_s. The contention is the one at which that fits best.
     """
-    tokens = np.array([answer.response_tokens for answer in run.answers], np.float64)
-    workers = {answer.worker for answer in run.everyone}
-    crowds = {w: _Crowd([a.rollout for a in run.everyone if a.worker == w], run.syncs) for w in workers}
-
-    def alone(contention: float) -> F64:
-        clocks = {worker: crowd.clock(contention) for worker, crowd in crowds.items()}
-        return np.array([np.diff(clocks[answer.worker](answer.rollout))[0] for answer in run.answers])
-
-    def misfit(contention: float) -> float:
-        own = alone(contention)
-        answer_s, token_s = _line(tokens, own)
-        return float(np.sqrt(np.mean((own - answer_s - token_s * tokens) ** 2)) / np.mean(own))
-
-    contention, varied = _lowest(misfit, 0.0, 1.0)
+    crowds = _Crowds(run)
+    contention, varied = _lowest(crowds.misfit, 0.0, 1.0)
     if not varied:
         contention = 0.0
-    own = alone(contention)
-    answer_s, token_s = _line(tokens, own)
-    ratios = own / (answer_s + tokens * token_s)
+    own = crowds.alone(contention)
+    answer_s, token_s = _line(crowds.tokens, own)
+    ratios = own / (answer_s + crowds.tokens * token_s)
     return spread_of(ratios, token_s), contention, answer_s, varied
+
+
+class _Crowds:
+    """The answers to fit and who was beside each in its worker."""
+
+    def __init__(self, run: Measured) -> None:
+        workers = {answer.worker for answer in run.everyone}
+        self._answers = run.answers
+        self._of = {w: _Crowd([a.rollout for a in run.everyone if a.worker == w], run.syncs) for w in workers}
+        self.tokens = np.array([answer.response_tokens for answer in run.answers], np.float64)
+
+    def alone(self, contention: float) -> F64:
+        """Seconds that each answer had its worker to itself."""
+        clocks = {worker: crowd.clock(contention) for worker, crowd in self._of.items()}
+        return np.array([np.diff(clocks[answer.worker](answer.rollout))[0] for answer in self._answers])
+
+    def misfit(self, contention: float) -> float:
+        """How far the answers are from answer_s + tokens · token_s, over what they took."""
+        own = self.alone(contention)
+        answer_s, token_s = _line(self.tokens, own)
+        return float(np.sqrt(np.mean((own - answer_s - token_s * self.tokens) ** 2)) / np.mean(own))
 
 
 class _Crowd:
@@ -249,10 +183,10 @@ class _Crowd:
 
 def _teacher(run: Measured) -> tuple[float, float]:
     """(tokens a second, seconds a request): arrivals served batch by batch at that rate end when these did."""
-    answers = sorted(run.everyone, key=lambda answer: answer.rollout[1])
+    answers = sorted(run.everyone, key=lambda answer: answer.arrived)
     fitted_ones = set(run.answers)
     chosen = np.array([answer in fitted_ones for answer in answers])
-    arrivals = np.array([answer.rollout[1] for answer in answers])
+    arrivals = np.array([answer.arrived for answer in answers])
     tokens = np.array([answer.prompt_tokens + answer.response_tokens for answer in answers], np.float64)
     ends = np.array([answer.scored for answer in answers])
     settings = run.config.teacher
@@ -283,6 +217,12 @@ def served(arrivals: F64, tokens: F64, rate: float, batch_tokens: int, window_s:
         free = start + total / rate
         ends[first:i] = free
     return ends
+
+
+def _micro_batches(run: Measured) -> tuple[F64, F64]:
+    """(padded tokens, seconds) of each."""
+    tokens, spans = zip(*run.micro_batches, strict=True)
+    return np.array(tokens, np.float64), np.diff(np.array(spans, np.float64)).ravel()
 
 
 def _line(x: F64, y: F64) -> tuple[float, float]:

@@ -85,6 +85,21 @@ def test_answers_in_flight_slow_each_other_down() -> None:
     assert run(samples=4, **sections).step_s == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize(("interference", "expected"), [(0.0, 3.0), (0.5, 3.5), (1.0, 4.0)])
+def test_stages_that_share_cores_slow_each_other_down(interference: float, expected: float) -> None:
+    """The second answer is made while the first is trained on; what is before and after has the cores to itself."""
+    simulation = run(samples=2, interference=interference, **stages(1.0, 1e-9, 1.0))
+    assert simulation.step_s == pytest.approx(expected)
+    rollouts = sorted((span.start, span.end) for span in simulation.spans if span.stage == "rollout")
+    assert rollouts == [pytest.approx((0, 1)), pytest.approx((1, expected - 1))]
+
+
+def test_of_three_stages_on_the_same_cores_each_gets_a_third() -> None:
+    simulation = run(samples=3, interference=1.0, **stages(1.0, 1.0, 1.0))
+    # One alone, two at a time, three at a time, two, one: work of nine seconds, never more than the machine can.
+    assert simulation.step_s == pytest.approx(9)
+
+
 def test_the_rest_of_an_answer_is_faster_alone() -> None:
     sections = stages(1.0, 1e-9, 1e-9, slots=2)
     sections["rollout"] |= {"contention": 1.0, "token_s": {"kind": "uniform", "mean": 0.1, "spread": 1}}

@@ -82,6 +82,7 @@ def test_a_fit_gives_back_what_the_run_was_made_of(tmp_path: Path, max_staleness
     found = fit(tmp_path)
     simulation = found.simulation
     assert not found.notes
+    assert simulation.interference == 0
     assert (simulation.steps, simulation.samples_per_step, simulation.max_staleness) == (6, 24, max_staleness)
     assert simulation.prompt_tokens == 20
     assert (simulation.rollout.workers, simulation.rollout.concurrency) == (2, slots)
@@ -113,6 +114,24 @@ def test_a_fit_predicts_runs_that_it_was_not_made_of(tmp_path: Path, change: dic
     fitted = fit(tmp_path).simulation.model_dump()
     predicted = simulate(SimulationConfig.model_validate(merged(fitted, change)))
     assert predicted.step_s == pytest.approx(other.step_s, rel=0.1)
+
+
+@pytest.mark.parametrize("interference", [0.3, 0.6, 1.0])
+def test_what_stages_on_the_same_cores_cost_each_other_is_told(tmp_path: Path, interference: float) -> None:
+    shared = merged(TRUTH, {"interference": interference})
+    left_behind(tmp_path, shared)
+    found = fit(tmp_path).simulation
+    assert found.interference == pytest.approx(interference, abs=0.15)
+    assert found.learner.tokens_per_s == pytest.approx(900, rel=0.1)
+    assert found.teacher.tokens_per_s == pytest.approx(700, rel=0.15)
+    for change in (
+        {"rollout": {"answer_tokens": {"mean": 20}}, "learner": {"micro_batch_tokens": 2048}},  # hardly any overlap
+        {"samples_per_step": 48},
+        {"interference": 0.0},  # a machine for each
+    ):
+        other = simulate(SimulationConfig.model_validate(merged(shared, change)))
+        predicted = simulate(SimulationConfig.model_validate(merged(found.model_dump(), change)))
+        assert predicted.step_s == pytest.approx(other.step_s, rel=0.1)
 
 
 def merged(tree: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
