@@ -20,6 +20,10 @@ class MicroBatchFiller(Generic[T]):
         self._waiting: list[tuple[int, T]] = []
         self._longest = 0
 
+    def __len__(self) -> int:
+        """Answers that wait for a group to be full."""
+        return len(self._waiting)
+
     def add(self, tokens: int, item: T) -> list[list[list[T]]]:
         """Take an answer of `tokens` tokens (prompt + response); groups that are full now, usually none."""
         self._waiting.append((tokens, item))

@@ -22,6 +22,10 @@ class LearnerPasses:
             config.learner.ranks, config.learner.micro_batch_tokens
         )
 
+    def __len__(self) -> int:
+        """Answers that wait for a group to be full."""
+        return len(self._filler)
+
     def add(self, tokens: int, item: Any) -> asyncio.Future[Place]:
         """Take the reference to an unscored answer of `tokens` tokens (prompt + response); resolves when the group is
         full, or after `flush`.
@@ -32,7 +36,7 @@ class LearnerPasses:
         return future
 
     def flush(self) -> None:
-        """Nobody else comes: do what waits."""
+        """Do what waits: nobody else comes, or nobody else is needed."""
         for group in self._filler.flush():
             self._start(group)
 

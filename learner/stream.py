@@ -208,14 +208,21 @@ class Stream:
             passed = self._passes.add(summary.prompt_tokens + summary.response_tokens, item)
         finally:
             self._unpassed.discard(sample.sample_id)
-            if not self._unpassed:
-                self._passes.flush()  # nobody else comes to fill the group
+            self._flush_passes()
         group, place = await passed
         prepared = (await asyncio.shield(group))[place]
         if config.teacher.kind == "base":
             return _answered(sample, issued, summary, None, prepared.item, prepared)
         score, item = await self._services.score(sample, prepared.item)
         return _answered(sample, issued, summary, score, item, prepared)
+
+    def _flush_passes(self) -> None:
+        """A group that is not full does not wait where nobody else comes to fill it, or where the step has all other
+        answers that it takes: those that would come run ahead.
+        """
+        rolled_out = len(self._in_flight) - len(self._unpassed) + len(self._ready)
+        if not self._unpassed or rolled_out - len(self._passes) < self.tracker.room() <= rolled_out:
+            self._passes.flush()
 
     async def _rollout(self, sample: Sample) -> tuple[Any, Any]:
         """(summary, answer or a reference to it), unscored."""

@@ -263,6 +263,17 @@ async def test_the_learner_picks_the_ids_of_all_answers_in_full_groups_and_a_las
     assert {len(group) for group in services.groups} == {1}
 
 
+async def test_a_step_does_not_wait_for_those_ahead_of_it_to_fill_a_group() -> None:
+    config = config_of(topk_from="learner", max_staleness=1)
+    source = SampleSource(config, ROWS)
+    services = StubServices(slow={source[number].sample_id for number in range(4, 8)})
+    stream = stream_of(config, services)
+    first = await asyncio.wait_for(take(stream), 5)
+    assert sorted(ids(first)) == sorted(source[number].sample_id for number in range(4))
+    assert [sum(map(len, group)) for group in services.groups] == [4]
+    await stream.close()
+
+
 async def test_where_the_learner_is_the_teacher_nobody_else_is_asked() -> None:
     class NoTeacher(StubServices):
         async def score(self, sample: Sample, item: Any) -> tuple[Any, Any]:
