@@ -9,7 +9,7 @@ from common.config import Config
 
 def fault(config: Config) -> str | None:
     """The first rule that `config` breaks, in words that name the keys and the remedy; None where it breaks none."""
-    rules = (_loss, _source, _importance, _learner, _sync, _evaluation, _teachers, _base_teacher, _colocated)
+    rules = (_loss, _source, _importance, _learner, _sync, _evaluation, _teachers, _base_teacher, _workers, _colocated)
     return next((found for rule in rules for found in rule(config)), None)
 
 
@@ -120,6 +120,19 @@ def _base_teacher(config: Config) -> Iterator[str]:
         yield "teacher.kind `base` is computed by the learner for every row: `teachers` must be empty"
     if config.loss.support != "student":
         yield "teacher.kind `base` scores at the student's ids: loss.support must be `student`"
+
+
+def _workers(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.max_workers is None:
+        return
+    if rollout.max_workers < rollout.workers:
+        yield (
+            f"rollout.max_workers ({rollout.max_workers}) is less than rollout.workers ({rollout.workers}), which the "
+            "run begins with"
+        )
+    if rollout.colocated:
+        yield "rollout.max_workers: a worker that joins has no rank to share its GPU with (rollout.colocated)"
 
 
 def _colocated(config: Config) -> Iterator[str]:

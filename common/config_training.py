@@ -32,6 +32,10 @@ class RolloutConfig(Section):
     """Whose k most likely ids are the student's support: those of the engine that samples, or those of the learner, one
     more forward pass over every answer (in bfloat16 the two differ a little: `topk_agreement`)."""
     workers: Positive = 1
+    max_workers: Positive | None = None
+    """Workers above `workers`, which the run begins with, join whenever the cluster has room for them: it asks for them
+    (an autoscaler sees it), they take part from the next step on, and leave with their nodes. They hold their GPUs to
+    the end of the run. Default: none."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     tensor_parallel_size: Positive = 1
     gpu_memory_utilization: Fraction = 0.9
@@ -44,7 +48,7 @@ class RolloutConfig(Section):
     concurrency: Positive = 512
     """Answers in flight in one worker."""
     max_restarts: NonNegative = 8
-    """Workers that may be lost and replaced before the run stops."""
+    """Workers, not counting those beyond `workers`, that may be lost and replaced before the run stops."""
     colocated: bool = False
     """Worker i shares the GPU of rank i: engines sleep (weights in host memory, no key-value cache) while the learner
     trains. Less hardware, no overlap. On GPUs only."""

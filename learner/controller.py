@@ -177,6 +177,7 @@ class Controller:
         """Make the weights of version `step` + 1."""
         started = time.time()
         pool = self._services.pool
+        workers = len(pool.members)
         async with beside(pool.watch(), self._services.teachers.watch(), self.keep_workers(step)):
             trained = await self._train(step)
         closing = time.time()
@@ -185,6 +186,7 @@ class Controller:
             await self._services.wake()
         trained.spans.append(TraceSpan("step", "rank 0", closing, time.time(), {"version": step + 1}))
         self._check(step, reports, trained.sample_ids)
+        self._services.leave_nodes_that_go()
         parity = await self._publisher.publish(step + 1)
         staleness = self._running.tracker.metrics()
         self._running.advance()
@@ -201,6 +203,7 @@ class Controller:
                 **trained.metrics(),
                 **reports[0].metrics,
                 **staleness,
+                "rollout/workers": workers,
                 "rollout/restarts": pool.restarts,
                 "rollout/reissued": pool.reissued,
                 "tokens_per_s": trained.student_tokens / (ended - started),

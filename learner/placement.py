@@ -13,7 +13,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from common.config import Config
+from common.config import Config, RolloutConfig
 
 START_TIMEOUT_S = 900.0
 
@@ -163,3 +163,14 @@ def free_gpus() -> dict[str, float]:
         for node, resources in per_node.items()
         if node in names and resources.get("GPU", 0.0)
     }
+
+
+def elsewhere(rollout: RolloutConfig) -> dict[str, Any]:
+    """Options for a rollout worker outside of the group: wherever the cluster has room, now or later."""
+    gpus = rollout.gpus_per_worker * rollout.tensor_parallel_size
+    return {"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
+
+
+def draining_nodes() -> set[str]:
+    """Ray's names of the nodes that are going to be taken away: idle ones of an autoscaler, preempted ones."""
+    return set(ray._private.state.state.get_draining_nodes())

@@ -20,7 +20,7 @@ ATTEMPTS = 3
 
 
 class Publisher:
-    """Publishes versions to the pool's workers; replacements that wait take part and are admitted."""
+    """Publishes versions to the pool's workers; those that wait for the current weights take part and are admitted."""
 
     def __init__(self, config: Config, services: Services, status: Callable[[str], None]) -> None:
         self._config = config
@@ -53,17 +53,17 @@ class Publisher:
     async def publish(self, version: int) -> ParityReport:
         """The learner's weights into every engine as `version`, then parity; the worst report.
 
-        Where workers are lost on the way it is tried again with the others, and with replacements that are ready.
+        Where workers are lost on the way it is tried again with the others, and with those that got ready.
         Raises ParityError, or SyncError where nobody was lost: trying again would change nothing.
         """
         async with self._lock:
             for _ in range(ATTEMPTS - 1):
-                lost = self._services.pool.restarts
+                lost = self._services.pool.losses
                 try:
                     return await self._publish(version)
                 except (SyncError, ray.exceptions.RayError) as error:
                     await self._services.pool.check_health()
-                    if self._services.pool.restarts == lost:
+                    if self._services.pool.losses == lost:
                         raise
                     self._status(f"weight sync of version {version} again: {error}")
             return await self._publish(version)

@@ -170,6 +170,7 @@ class Run:
         self._progress.line(
             f"started in {time.time() - started:.0f} s; engine and learner agree to {parity.max_nats:.1e} nats"
         )
+        services.invite_workers()
         if self._resumed is not None:
             await services.load_state(str((self._resumed.path / LEARNER).absolute()))
             await self._controller.begin(self.tally.steps, self._resumed.manifest.loop["position"])

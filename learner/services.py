@@ -24,7 +24,7 @@ from common.scoring import ScorerFactory
 from common.trace import TraceSpan
 from common.weights import SyncManifest
 from learner.errors import ServiceLost
-from learner.placement import Placement
+from learner.placement import Placement, draining_nodes, elsewhere
 from learner.rank import LearnerRank
 from learner.reports import LearnerInfo, PassReport, StepReport
 from learner.teachers import START_TIMEOUT_S, Teachers
@@ -95,11 +95,25 @@ class Services:
 
         def make(number: int, seat: int) -> Any:
             return actor.options(
-                **self.placement.options(f"worker {seat}"),
+                **(self.placement.options(f"worker {seat}") if seat < rollout.workers else elsewhere(rollout)),
                 max_concurrency=rollout.concurrency + 1,  # one for what is being cancelled
             ).remote(model, config, scorer, number=number, max_logprobs=self.config.loss.top_k)
 
         self.worker_info = await within(START_TIMEOUT_S, self.pool.start(make, count))
+
+    def invite_workers(self) -> None:
+        """Ask for workers beyond ``rollout.workers``, up to ``rollout.max_workers``: they come when there is room."""
+        rollout = self.config.rollout
+        self.pool.invite(range(rollout.workers, rollout.max_workers or rollout.workers))
+
+    def leave_nodes_that_go(self) -> None:
+        """Give up the extra workers on nodes that Ray is going to take away; call it between steps."""
+        if not self.pool.nodes:
+            return
+        going = draining_nodes()
+        for worker in (*self.pool.members, *self.pool.ready):
+            if worker.extra and self.pool.nodes[worker.number] in going:
+                self.pool.lose(worker, "its node is being drained")
 
     def begin_ranks(self) -> list[Any]:
         """Place the learner's ranks; `wait_ranks` waits for them."""
@@ -279,12 +293,13 @@ class Services:
         return results
 
     async def sleep(self) -> None:
-        """Engines give their GPU memory to the learner (``rollout.colocated``)."""
-        await all_of([worker.handle.sleep.remote() for worker in self.pool.members])
+        """Engines give their GPU memory to the learner (``rollout.colocated``), once replacements have taken theirs."""
+        await self.pool.settled()
+        await all_of([worker.handle.sleep.remote() for worker in (*self.pool.members, *self.pool.ready)])
 
     async def wake(self) -> None:
         """Engines take it again."""
-        await all_of([worker.handle.wake.remote() for worker in self.pool.members])
+        await all_of([worker.handle.wake.remote() for worker in (*self.pool.members, *self.pool.ready)])
 
     # --- the learner ------------------------------------------------------------------------------------------------
 

@@ -124,6 +124,11 @@ class RolloutWorker:
         engine = await self._on_loop(self._running())
         return WorkerInfo(engine.limit_tokens, engine.weight_version)
 
+    @ray.method(concurrency_group=CONTROL)
+    async def node(self) -> str:
+        """Ray's name of the node that it was placed on."""
+        return str(ray.get_runtime_context().get_node_id())
+
     @ray.method(concurrency_group=EXCHANGE)
     async def exchange(self, orders: Sequence[Order], cancelled: Sequence[int], most: int) -> list[Any]:
         """Take orders for answers (or episodes) and give what ended, as `Outbox.exchange` says. Of an answer that is

@@ -1,8 +1,10 @@
-"""The rollout workers of a run: who is alive, who answers, and what happens when one is lost.
+"""The rollout workers of a run: who is alive, who answers, who comes, and what happens when one is lost.
 
 A worker that dies, or whose engine does, is replaced; what it was answering is answered again by another (same seed,
 same weights). Its replacement starts with the initial weights, so it takes part only when the loop has published the
 current ones to it: at the next step boundary, or at once where nobody else is left.
+
+So do workers beyond those that the run began with, which come whenever the cluster has room for them and may go again.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +47,8 @@ class Worker:
     number: int
     seat: int
     handle: Any
+    extra: bool = False
+    """Beyond those that the run began with."""
     line: Line = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,7 +59,7 @@ class WorkerPool:
     """Keeps workers alive and gives them answers to make, at most `slots` at a time to each.
 
     Used on one event loop. `max_restarts` bounds replacements over the pool's life; one whose engine is not up after
-    `start_timeout_s` is lost as well.
+    `start_timeout_s` is lost as well. Extra workers (`invite`) cost none.
     """
 
     def __init__(self, *, slots: int, max_restarts: int, start_timeout_s: float = START_TIMEOUT_S) -> None:
@@ -70,6 +74,10 @@ class WorkerPool:
         self._changed = asyncio.Event()
         self._failure: PoolError | None = None
         self._starting: set[asyncio.Task[None]] = set()
+        self._unplaced: set[int] = set()
+        self.nodes: dict[int, str] = {}
+        """Of the extra workers whose engines are up: where they are."""
+        self.losses = 0
         self.restarts = 0
         self.reissued = 0
 
@@ -82,7 +90,7 @@ class WorkerPool:
 
     @property
     def ready(self) -> list[Worker]:
-        """Replacements whose engines are up and wait for the current weights."""
+        """Replacements and extra workers whose engines are up and wait for the current weights."""
         return list(self._waiting.values())
 
     async def start(self, make: Callable[[int, int], Any], count: int) -> Any:
@@ -97,6 +105,15 @@ class WorkerPool:
             self.admit(worker)
         return infos[0]
 
+    def invite(self, seats: Iterable[int]) -> None:
+        """Ask for an extra worker in each of `seats`, which are nobody else's.
+
+        It is placed when the cluster has room, however late (until then it is demand, as an autoscaler sees it), and
+        `ready` when its engine is up. One that is lost is asked for again, but not one whose engine cannot start.
+        """
+        for seat in seats:
+            self._begin(self._place(seat, extra=True))
+
     def admit(self, worker: Worker) -> None:
         """`worker` holds the current weights and answers from now on."""
         self._waiting.pop(worker.number, None)
@@ -104,18 +121,26 @@ class WorkerPool:
         self._changed.set()
         self._give_turns()
 
-    def lose(self, worker: Worker, why: str) -> None:
+    def lose(self, worker: Worker, why: str, *, for_good: bool = False) -> None:
         """Give up on `worker` and start a replacement; does nothing for one that was lost already.
 
-        When `max_restarts` are spent, whoever needs a worker gets a PoolError.
+        When `max_restarts` are spent, whoever needs a worker gets a PoolError. An extra worker costs none, and has no
+        successor where it is lost `for_good`.
         """
         if self._workers.pop(worker.number, None) is None:
             return
         self._dispatch.leave(worker.number)
         self._waiting.pop(worker.number, None)
+        self._unplaced.discard(worker.number)
+        self.nodes.pop(worker.number, None)
         ray.kill(worker.handle)  # which fails its calls: who waits for their answers goes to another worker
+        self.losses += 1
         log.warning("rollout worker %d is lost: %s", worker.number, why)
         self._changed.set()  # it may have been the last that answered
+        if worker.extra:
+            if not for_good:
+                self.invite([worker.seat])
+            return
         if self.restarts >= self._max_restarts:
             self._failure = PoolError(
                 f"rollout worker {worker.number} is lost ({why}), and {self.restarts} were replaced already, as many "
@@ -124,15 +149,23 @@ class WorkerPool:
             self._give_turns()
             return
         self.restarts += 1
-        self._start_replacement(worker.seat)
+        replacement = self._place(worker.seat)
+        log.warning("rollout worker %d is started in its place", replacement.number)
+        self._begin(replacement)
 
     async def next_ready(self) -> None:
-        """Wait until a replacement's engine is up. Raises PoolError where none will be."""
+        """Wait until the engine of one that is not a member is up. Raises PoolError where none will be."""
         while not self._waiting:
+            self._raise_failure()
             if not self._starting:
-                self._raise_failure()
                 raise PoolError("no rollout worker is left, and none is being started")
             await self._change()
+
+    async def settled(self) -> None:
+        """Wait until nobody is being started any more. Raises PoolError where somebody who is lost is not replaced."""
+        while self._starting:
+            await self._change()
+        self._raise_failure()
 
     async def only_replacements(self) -> None:
         """Wait until nobody answers any more, but a replacement could."""
@@ -159,32 +192,40 @@ class WorkerPool:
             await self.check_health()
 
     def handles(self) -> list[Any]:
-        """Every actor that was not given up, to be stopped with the run."""
-        return [worker.handle for worker in self._workers.values()]
+        """Every actor that runs and was not given up, to be stopped with the run."""
+        return [worker.handle for number, worker in self._workers.items() if number not in self._unplaced]
 
     def close(self) -> None:
-        """Start no more replacements and forget everybody; the caller stops the actors."""
+        """Start nobody any more and forget everybody; the caller stops the actors that run (`handles`)."""
         for task in list(self._starting):
             task.cancel()
         for number, worker in self._workers.items():
             self._dispatch.leave(number)
             worker.line.close()
+            if number in self._unplaced:  # it could not be asked to stop
+                ray.kill(worker.handle)
         self._workers.clear()
         self._waiting.clear()
+        self._unplaced.clear()
 
-    def _place(self, seat: int) -> Worker:
+    def _place(self, seat: int, *, extra: bool = False) -> Worker:
         assert self._make is not None
-        worker = Worker(self._numbers, seat, self._make(self._numbers, seat))
+        worker = Worker(self._numbers, seat, self._make(self._numbers, seat), extra)
         self._numbers += 1
         self._workers[worker.number] = worker
+        if extra:
+            self._unplaced.add(worker.number)
         return worker
 
-    def _start_replacement(self, seat: int) -> None:
-        worker = self._place(seat)
-        log.warning("rollout worker %d is started in its place", worker.number)
+    def _begin(self, worker: Worker) -> None:
+        """Have `worker` wait for the current weights as soon as its engine is up."""
 
         async def start() -> None:
             try:
+                if worker.extra:
+                    self.nodes[worker.number] = await value_of(worker.handle.node.remote())  # once there is room
+                    self._unplaced.discard(worker.number)
+                    log.info("extra rollout worker %d is placed", worker.number)
                 await asyncio.wait_for(value_of(worker.handle.ready.remote()), self._start_timeout_s)
                 self._waiting[worker.number] = worker
             except TimeoutError:
@@ -192,9 +233,12 @@ class WorkerPool:
                     worker,
                     f"its engine was not up within {self._start_timeout_s:g} s: no node has a place for it, or the "
                     "model takes longer to load",
+                    for_good=True,
                 )
-            except ray.exceptions.RayError as error:
+            except ray.exceptions.RayActorError as error:
                 self.lose(worker, _short(error))
+            except ray.exceptions.RayError as error:
+                self.lose(worker, _short(error), for_good=True)
             finally:
                 self._starting.discard(task)
                 self._changed.set()
@@ -286,4 +330,7 @@ class WorkerPool:
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = str(error)
+    if isinstance(error, ray.exceptions.RayTaskError):  # a traceback, its last line says why
+        text = text.rstrip().rpartition("\n")[2]
+    return " ".join(text.split())[:300] or type(error).__name__

@@ -2,7 +2,8 @@
 
 It is ``python -m learner.train`` with one change: a call of the loop, in the second step, sends SIGKILL to the victim a
 moment after it was made. Nothing of the run knows of it. ``disk checkpoint CONFIG``: nobody is killed, but the files
-that the learner writes for the second checkpoint may not grow beyond `FULL_BYTES`.
+that the learner writes for the second checkpoint may not grow beyond `FULL_BYTES`. ``extra worker CONFIG``: the first
+step does not end before an extra worker is up, and in the second one Ray is told to drain its node.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 from typing import Any
 
 from learner.services import Services
-from tests.faults.nodes import raylet_of_a_remote_worker
+from tests.faults.nodes import drain, raylet_of_a_remote_worker
 from tests.processes import command_of, descendants
 
 VICTIMS = {
@@ -51,12 +52,13 @@ def victims(name: str) -> list[int]:
         return [os.getpid()]
     if name == "node":
         return [raylet_of_a_remote_worker()]
-    return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(VICTIMS[name])]
+    command = VICTIMS[name.removeprefix("last ")]
+    return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(command)]
 
 
 def kill_one(name: str) -> None:
-    """SIGKILL to the victim with the lowest process id."""
-    pid = min(victims(name))
+    """SIGKILL to the victim with the lowest process id; to that with the highest for a name like ``last rank``."""
+    pid = (max if name.startswith("last ") else min)(victims(name))
     print(f"killed {name} {pid}", flush=True)
     os.kill(pid, signal.SIGKILL)
 
@@ -111,11 +113,31 @@ def fill_the_disk() -> None:
     Services.save_state = limited
 
 
+def come_and_go() -> None:
+    """An extra worker has joined when the second step begins, and leaves at its end."""
+    original = Services.finish_step
+    steps = 0
+
+    async def finish_step(self: Services, tokens: int, sequences: int) -> Any:
+        nonlocal steps
+        if steps == STEP - 1:
+            await self.pool.next_ready()
+        if steps == STEP:
+            for node in self.pool.nodes.values():
+                drain(node)
+        steps += 1
+        return await original(self, tokens, sequences)
+
+    Services.finish_step = finish_step
+
+
 if __name__ == "__main__":
     from learner.train import main
 
     if sys.argv[1] == "disk":
         fill_the_disk()
+    elif sys.argv[1] == "extra":
+        come_and_go()
     else:
         arm(sys.argv[1], sys.argv[2])
     sys.exit(main(sys.argv[3:]))

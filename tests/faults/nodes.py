@@ -63,6 +63,15 @@ def raylet_of_a_remote_worker() -> int:
     return min(raylet for raylet in map(parent_of, workers) if raylet not in of_learner)
 
 
+def drain(node: str) -> None:
+    """Tell Ray that `node` will be taken away in an hour. Its actors go on meanwhile; no new ones are placed there."""
+    reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test", "--deadline-remaining-seconds=3600"]
+    address = f"--address={os.environ['RAY_ADDRESS']}"
+    subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "drain-node", address, f"--node-id={node}", *reason], check=True
+    )
+
+
 def _wait_for_raylet(started: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(300):
         if any("raylet/raylet" in command_of(pid) for pid in descendants(started.pid)):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from common.trace import read_trace
 from tests.e2e.conftest import write_run
 from tests.faults import nodes
 from tests.faults.driver import PHASES, VICTIMS
@@ -41,11 +42,22 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return write_run(tmp_path_factory.mktemp("faults"), tiny_model, **SECTIONS)
 
 
+TWO_RANKS = ("learner.ranks=2", "learner.zero_stage=2")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Hash of the weights that the run ends with when nothing dies."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finished(["-m", "learner.train", str(config), f"run.dir={folder}"])
+    return whole_run(config, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_of_two_ranks(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return whole_run(config, tmp_path_factory.mktemp("undisturbed"), *TWO_RANKS)
+
+
+def whole_run(config: Path, folder: Path, *overrides: str) -> str:
+    finished(["-m", "learner.train", str(config), f"run.dir={folder}", *overrides])
     return weights_of(folder / "tiny")
 
 
@@ -89,8 +101,8 @@ def cases(*, core: bool) -> list[tuple[str, str]]:
     return [(victim, phase) for victim in VICTIMS for phase in PHASES if ((victim, phase) in CORE) == core]
 
 
-def check(victim: str, phase: str, config: Path, undisturbed: str, folder: Path) -> None:
-    command = ["-m", "tests.faults.driver", victim, phase, str(config), f"run.dir={folder}"]
+def check(victim: str, phase: str, config: Path, undisturbed: str, folder: Path, *overrides: str) -> None:
+    command = ["-m", "tests.faults.driver", victim, phase, str(config), f"run.dir={folder}", *overrides]
     if victim == "node":
         with nodes.worker_nodes() as environment:
             output = finished([*command, nodes.SETTING], environment=environment)
@@ -108,10 +120,34 @@ def test_the_core_of_the_matrix(victim: str, phase: str, config: Path, undisturb
     check(victim, phase, config, undisturbed, tmp_path)
 
 
+def test_a_worker_joins_at_a_step_boundary_and_leaves_at_another(
+    config: Path, undisturbed: str, tmp_path: Path
+) -> None:
+    command = ["-m", "tests.faults.driver", "extra", "worker", str(config), f"run.dir={tmp_path}", nodes.SETTING]
+    with nodes.worker_nodes() as environment:
+        output = finished([*command, "rollout.workers=1", "rollout.max_workers=2"], environment=environment)
+    assert "its node is being drained" in output
+    run = tmp_path / "tiny"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["rollout/workers"] for line in lines if "rollout/workers" in line] == [1, 2, 1]
+    assert not any(line.get("rollout/restarts") for line in lines)
+    tracks = {str(event["args"].get("name")) for event in read_trace(run / "trace.json")}
+    assert {"worker 0", "worker 1"} <= tracks
+    assert_every_sample_once(run)
+    assert weights_of(run) == undisturbed
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize(("victim", "phase"), cases(core=False))
 def test_the_rest_of_the_matrix(victim: str, phase: str, config: Path, undisturbed: str, tmp_path: Path) -> None:
     check(victim, phase, config, undisturbed, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("phase", ["accumulation", "step", "sync", "checkpoint"])
+def test_one_rank_of_two(phase: str, config: Path, undisturbed_of_two_ranks: str, tmp_path: Path) -> None:
+    """The other waits in a collective for one that is dead."""
+    check("last rank", phase, config, undisturbed_of_two_ranks, tmp_path, *TWO_RANKS)
 
 
 @pytest.mark.matrix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import random
 import signal
@@ -221,6 +222,49 @@ async def test_engine_follows_the_learner_through_three_syncs(pair: Pair) -> Non
     answer = await pair.engine.generate(PROMPT, Sampling(8, 0.0), "after")
     assert answer.versions == ((0, pair.version),)
     assert pair.logits(PROMPT, answer.response_ids.tolist()).argmax(-1).tolist() == answer.response_ids.tolist()
+
+
+async def test_an_answer_in_flight_across_a_sync_has_a_span_of_each_version(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits where it is and goes on under the new weights; what is asked afterwards sees nothing of the old ones."""
+    long = PROMPT * 5  # three blocks of the prefix cache
+    before = await pair.engine.generate(long, Sampling(8, 0.0), "fills the prefix cache")
+    old = copy.deepcopy(pair.model)
+    under_way = asyncio.Event()
+    generate = pair.engine._engine.generate
+
+    async def watched(*arguments: Any) -> AsyncIterator[Any]:
+        async for output in generate(*arguments):
+            if len(output.outputs[0].token_ids) >= 5:
+                under_way.set()
+            yield output
+
+    monkeypatch.setattr(pair.engine._engine, "generate", watched)
+    flying = asyncio.create_task(pair.engine.generate(long, Sampling(200, 1.0, top_k=K, seed=3), "flying"))
+    pair.train(lr=1e-2)
+    await asyncio.wait_for(under_way.wait(), 60)
+    await pair.sync()
+    answer = await flying
+    (first, version), (turn, next_version) = answer.versions
+    assert (first, version, next_version) == (0, pair.version - 1, pair.version)
+    assert 5 <= turn < len(answer.response_ids) == 200
+
+    ids = answer.response_ids.tolist()
+    new, pair.model = pair.model, old
+    by_old = pair.logits(long, ids).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
+    pair.model = new
+    difference = np.abs(answer.sampled_logprobs - by_old)
+    assert difference[:turn].max() < 1e-4
+    assert difference[turn] > 1e-3  # of its first token under the new weights
+    assert np.median(difference[turn:]) > 0.01
+
+    after = await pair.engine.generate(long, Sampling(8, 0.0), "after")
+    assert after.versions == ((0, pair.version),)
+    ids = after.response_ids.tolist()
+    expected = pair.logits(long, ids).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
+    assert np.abs(after.sampled_logprobs - expected).max() < 1e-4  # a stale prefix would show
+    assert np.abs(before.sampled_logprobs - after.sampled_logprobs).max() > 1e-3
 
 
 def leave_output_layer_stale(worker: Any) -> None:

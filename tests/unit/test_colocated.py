@@ -32,6 +32,9 @@ class TakesTurns(StubServices):
     async def _idle(self) -> None:
         await asyncio.Event().wait()
 
+    def leave_nodes_that_go(self) -> None:
+        pass
+
     async def rollout(self, sample: Any) -> Any:
         self.order.append("rollout")
         return await super().rollout(sample)

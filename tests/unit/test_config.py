@@ -262,6 +262,8 @@ def test_a_teacher_that_follows_a_student_is_no_server(path: Path) -> None:
         (["teacher.kind=base", "learner.lora.rank=4", "loss.support=union"], "loss.support must be `student`"),
         (["rollout.colocated=true", "rollout.workers=2"], "rollout.workers (2) must equal learner.ranks (1)"),
         (["rollout.colocated=true", "rollout.max_staleness=1"], "takes turns"),
+        (["rollout.workers=3", "rollout.max_workers=2"], "rollout.max_workers (2) is less than rollout.workers (3)"),
+        (["rollout.colocated=true", "rollout.max_workers=2"], "no rank to share its GPU with"),
         (["sync.delta=true", "sync.backend=file"], "not `file`"),
         (["rollout.topk_from=learner", "loss.support=teacher"], "does not use"),
         (["eval.every=2", "data.valid=null"], "data.valid is not set"),
