@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from common.chat import load_tokenizer
+from common.chat import SEPARATOR, load_tokenizer
 from common.config import Config, ConfigError, ContextConfig
 from common.contexts import read_pool
 from common.data import read_rows
@@ -14,7 +14,7 @@ from common.evaluation import Accuracy
 from common.telemetry import Progress, RunFiles
 from learner.evaluate import Answers, evaluate_rows
 from learner.experience import EXTRACTED, folder
-from learner.games import first_turn
+from learner.games import fault_of, first_turn
 from learner.inputs import read_inputs
 from rollout_workers.experience.accumulate import accumulate
 from rollout_workers.experience.choose import at_random, best
@@ -27,17 +27,22 @@ POOL, SCORES, SELECTED = "pool.jsonl", "scores.jsonl", "selected.jsonl"
 
 
 def write_pool(config: Config) -> int:
-    """Nested contexts of every series into ``pool.jsonl``; how many. Raises ConfigError where there is no item."""
+    """Nested contexts of every series into ``pool.jsonl``; how many.
+
+    Raises ConfigError where there is no item, DataError for ``data.train``.
+    """
     settings = config.experience
     lines = read_stage(folder(config) / EXTRACTED, "extract")
     templates, tokenizer = load_templates(settings.templates), load_tokenizer(config.student.model)
+    rows = read_rows(config.data.train, config.data, check=fault_of)
+    behind = SEPARATOR if any(row.prompt is not None for row in rows) else ""  # raw text begins where the context ends
     pool: list[dict[str, Any]] = []
     for seed in sorted({line["seed"] for line in lines}):
         series = sorted((line for line in lines if line["seed"] == seed), key=lambda line: line["place"])
         for one in accumulate(
             [line["items"] for line in series],
             max_tokens=settings.max_context_tokens,
-            render=templates.experience,
+            render=lambda items: templates.experience(items) + behind,
             count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
         ):
             sizes = {"items": len(one.items), "dropped": one.dropped, "tokens": one.tokens}

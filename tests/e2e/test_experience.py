@@ -59,7 +59,7 @@ def test_from_problems_to_a_run_that_takes_what_was_learned(write_config: Callab
         assert later.exit_code == 0, later.output
     selected = lines(folder / "selected.jsonl")
     assert len(selected) == 2
-    assert all(one["text"].endswith(f"- know {one['problems'] - 1}") for one in selected)
+    assert all(one["text"].endswith(f"- know {one['problems'] - 1}\n\n") for one in selected)
     checked = opcd("train", config, "--dry-run")
     assert checked.exit_code == 0, checked.output
     assert "8 train, 4 valid, 4 eval" in checked.stderr

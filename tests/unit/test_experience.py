@@ -213,7 +213,7 @@ def test_the_pool_has_a_context_after_every_problem_of_every_series(config: Conf
     for seed in range(2):
         told = [f"- know {line['id']}." for line in lines(config, EXTRACTED)[1:] if line["seed"] == seed]
         for one, count in zip([one for one in pool if one["seed"] == seed], (1, 2, 3), strict=True):
-            assert one["text"].endswith("\n".join(told[:count]))
+            assert one["text"].endswith("\n".join(told[:count]) + "\n\n")  # the rows are raw: a prompt follows at once
             assert one["tokens"] == len(TOKENIZER(one["text"])["input_ids"])
     assert len(read_pool(folder(config) / POOL)) == 6
 
