@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,17 +89,18 @@ def write_rows(folder: Path, seed: int) -> None:
     (folder / "context.txt").write_text(context_of(DISTILLED), encoding="utf-8")
     for name, count in SPLITS.items():
         taken, pairs = pairs[:count], pairs[count:]
-        _write(folder / f"{name}.jsonl", (_row(DISTILLED, x, y, context="") for x, y in taken))
+        write_lines(folder / f"{name}.jsonl", (_row(DISTILLED, x, y, context="") for x, y in taken))
     others = itertools.cycle(rule for rule in RULES if rule != DISTILLED)
     rows = (_row(rule, x, y, context=context_of(rule)) for (x, y), rule in zip(PAIRS, others, strict=False))
-    _write(folder / "other_rules.jsonl", rows)
+    write_lines(folder / "other_rules.jsonl", rows)
 
 
 def _row(rule: str, x: int, y: int, *, context: str) -> dict[str, str]:
     return {"id": f"{rule}-{x}{y}", "prompt": context + prompt_of(x, y), "answer": str(RULES[rule](x, y))}
 
 
-def _write(path: Path, rows: Iterator[dict[str, str]]) -> None:
+def write_lines(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -125,7 +126,7 @@ def train(size: Size, seed: int) -> Any:
     import torch
 
     torch.manual_seed(seed)
-    model = _new_model(size)
+    model = new_model(size)
     texts = [_texts(with_rule=with_rule) for with_rule in (True, False)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     for step in range(1, size.most_steps + 1):
@@ -167,7 +168,8 @@ def _texts(*, with_rule: bool, rules: Sequence[str] = tuple(RULES)) -> Tensor:
     return torch.tensor(byte_tokenizer()(texts)["input_ids"])
 
 
-def _new_model(size: Size) -> Any:
+def new_model(size: Size) -> Any:
+    """A Llama of that size for `byte_tokenizer`, untrained."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = byte_tokenizer()
