@@ -306,7 +306,7 @@ def _set_environment(config: Config) -> None:
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.rollout.kv_cache_gib)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     # Threads that spin while they wait for each other take the cores from a learner or a teacher beside them: a
-    # micro-batch took eight times as long beside one answer. Asleep they cost an engine alone a tenth.
+    # micro-batch took eight times as long beside one answer.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     # Loading weights takes new memory for every layer: small pages would cost more than the copies.

@@ -15,13 +15,11 @@ from tests.benchmarks.e2e_runs import Setting, figure, folder_for, train, write_
 
 STEPS = 5
 SETTING = Setting(context_tokens=30, answer_tokens=64)
-MICRO_BATCHES = {"learner": {"micro_batch_tokens": 512}}
-"""Small ones, that overlap with rollouts."""
 SENTENCE = {"stop": ["."]}
 """Answers end with their sentence, so lengths differ, and with them how many are in flight."""
 
 ASKED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "a": ("twice as many prompts a step", {"rollout": {**SENTENCE, "batch_size": 32}, **MICRO_BATCHES}),
+    "a": ("twice as many prompts a step", {"rollout": {**SENTENCE, "batch_size": 32}}),
     "b": (
         "a third of the answer length, two samples a prompt, larger micro-batches",
         {
@@ -40,7 +38,7 @@ def run() -> dict[str, dict[str, Any]]:
 
 def errors(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Both errors; keyword arguments change all three runs."""
-    fitted = write_config(folder / "fitted", SETTING, STEPS, **_with(sections, {"rollout": SENTENCE, **MICRO_BATCHES}))
+    fitted = write_config(folder / "fitted", SETTING, STEPS, **_with(sections, {"rollout": SENTENCE}))
     measured = train(fitted, folder / "fitted/run")
     figures: dict[str, dict[str, Any]] = {}
     for name, (what, changes) in ASKED.items():

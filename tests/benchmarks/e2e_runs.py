@@ -120,7 +120,7 @@ def write_config(folder: Path, setting: Setting, steps: int, **sections: dict[st
         "data": {"train": str(folder / "train.jsonl")},
         "rollout": {"batch_size": BATCH, "max_tokens": setting.answer_tokens, "threads": THREADS},
         "loss": {"top_k": TOP_K},
-        "learner": {"steps": steps, "lr": LEARNING_RATE, "threads": THREADS, "micro_batch_tokens": 2048},
+        "learner": {"steps": steps, "lr": LEARNING_RATE, "threads": THREADS, "micro_batch_tokens": 512},
         "sync": {"backend": "ipc", "probe_prompts": 4, "probe_tokens": 16},
         "eval": {"every": 0},
     }
