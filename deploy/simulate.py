@@ -334,7 +334,8 @@ class _Run:
         for rank, batch in enumerate(group):
             if not batch:
                 continue
-            padded = len(batch) * max(self.config.prompt_tokens + sample.tokens for sample in batch)
+            lengths = [self.config.prompt_tokens + sample.tokens for sample in batch]
+            padded = sum(lengths) if self.config.learner.packed else len(batch) * max(lengths)
             start = max(self._clocks["learner"].now, self._rank_free[rank])
             end = self._rank_free[rank] = start + self._micro_batch_s(padded)
             self._worked("learner", start, partial(self._begin_batch, rank, batch, padded, end))

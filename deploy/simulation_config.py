@@ -73,6 +73,8 @@ class SimulatedLearner(Section):
     tokens_per_s: PositiveFloat = 10_000.0
     """Padded tokens that one rank takes forward and backward."""
     micro_batch_tokens: Positive = 8192
+    packed: bool = False
+    """Answers lie behind one another (`learner.packing`): a micro-batch costs its tokens, not its padding."""
     micro_batch_s: Seconds = 0.0
     """Of each micro-batch, whatever its size."""
     step_s: Seconds = 0.0

@@ -59,7 +59,11 @@ def _with_sizes_of(config: Config, run: Measured, base: dict[str, Any]) -> tuple
             "batch_tokens": config.teacher.batch_tokens,
             "window_s": config.teacher.batch_window_ms / 1000,
         },
-        "learner": {"ranks": learner.ranks, "micro_batch_tokens": learner.micro_batch_tokens},
+        "learner": {
+            "ranks": learner.ranks,
+            "micro_batch_tokens": learner.micro_batch_tokens,
+            "packed": learner.packing != "off",
+        },
     }
     notes: tuple[str, ...] = ()
     before, after = run.config.rollout.max_tokens, rollout.max_tokens

@@ -83,6 +83,7 @@ def fitted(run: Measured) -> Fit:
             ranks=config.learner.ranks,
             tokens_per_s=1 / second_per_token,
             micro_batch_tokens=config.learner.micro_batch_tokens,
+            packed=config.learner.packing != "off",
             micro_batch_s=micro_batch_s,
             step_s=float(np.mean([end - start for start, end in run.steps])),
         ),

@@ -55,7 +55,11 @@ def config_of(truth: dict[str, Any]) -> Config:
             "max_staleness": truth.get("max_staleness", 0),
         },
         "teacher": {"batch_tokens": teacher["batch_tokens"], "batch_window_ms": 1000 * teacher["window_s"]},
-        "learner": {"steps": truth["steps"], "micro_batch_tokens": truth["learner"]["micro_batch_tokens"]},
+        "learner": {
+            "steps": truth["steps"],
+            "micro_batch_tokens": truth["learner"]["micro_batch_tokens"],
+            "packing": "auto" if truth["learner"].get("packed") else "off",
+        },
         "eval": {"every": 0},
     }
     return validate(Config, settings)
@@ -114,6 +118,17 @@ def test_a_fit_predicts_runs_that_it_was_not_made_of(tmp_path: Path, change: dic
     fitted = fit(tmp_path).simulation.model_dump()
     predicted = simulate(SimulationConfig.model_validate(merged(fitted, change)))
     assert predicted.step_s == pytest.approx(other.step_s, rel=0.1)
+
+
+def test_packed_micro_batches_cost_their_tokens(tmp_path: Path) -> None:
+    packed = merged(TRUTH, {"learner": {"packed": True}})
+    truth = left_behind(tmp_path, packed)
+    found = fit(tmp_path).simulation
+    assert found.learner.packed
+    assert found.learner.tokens_per_s == pytest.approx(900, rel=0.02)
+    assert simulate(found).step_s == pytest.approx(truth.step_s, rel=0.05)
+    padded = simulate(SimulationConfig.model_validate(TRUTH))
+    assert truth.total.stage_s["accumulate"] < 0.9 * padded.total.stage_s["accumulate"]
 
 
 @pytest.mark.parametrize("interference", [0.3, 0.6, 1.0])
