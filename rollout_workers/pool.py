@@ -76,7 +76,7 @@ class WorkerPool:
         self._starting: set[asyncio.Task[None]] = set()
         self._unplaced: set[int] = set()
         self.nodes: dict[int, str] = {}
-        """Of the extra workers whose engines are up: where they are."""
+        """Of the extra workers that are placed: where, as Ray names it."""
         self.losses = 0
         self.restarts = 0
         self.reissued = 0
