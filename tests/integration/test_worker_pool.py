@@ -3,141 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
 from common.futures import value_of
-from rollout_workers.actor import GROUPS
-from rollout_workers.outbox import Order, Outbox
 from rollout_workers.pool import PoolError, WorkerPool
+from tests.pool_workers import Asked, NeverUp, call
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def die_once(trap: Path) -> None:
-    """End the process if the file is still there: of those that find it only the one that takes it away."""
-    try:
-        trap.unlink()
-    except FileNotFoundError:
-        return
-    os._exit(1)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """An order to `Echo`: how long it takes, and what happens at its end."""
-
-    seconds: float = 0.0
-    trap: str | None = None
-    error: str | None = None
-
-
-class Echo:
-    """Stands in for a worker: answers with its number, dies when it is told to. Its outbox is the real one."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.outbox = Outbox(self._ordered)
-        self.seen = {"calls": 0, "begun": 0, "cancelled": 0, "running": 0}
-        self.hangs = False
-
-    @ray.method(concurrency_group="exchange")
-    async def exchange(self, orders: Sequence[Order], cancelled: Sequence[int], most: int) -> list[Any]:
-        self.seen["calls"] += 1
-        return await self.outbox.exchange(orders, cancelled, most)
-
-    @ray.method(concurrency_group="control")
-    async def tell(self) -> dict[str, int]:
-        return self.seen
-
-    async def _ordered(self, order: Order) -> tuple[int, bytes]:
-        asked: Asked = order.sample
-        self.seen["begun"] += 1
-        self.seen["running"] += 1
-        try:
-            await asyncio.sleep(asked.seconds)
-        except asyncio.CancelledError:
-            self.seen["cancelled"] += 1
-            raise
-        finally:
-            self.seen["running"] -= 1
-        if asked.trap is not None:
-            die_once(Path(asked.trap))
-        if asked.error is not None:
-            raise LookupError(asked.error)
-        return self.number, b"item of %d" % self.number * 50_000  # too much for the reply itself
-
-    async def node(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
-    async def ready(self) -> str:
-        return f"worker {self.number}"
-
-    async def check_health(self) -> None:
-        if self.hangs:
-            await asyncio.sleep(3600)
-
-    async def hang(self) -> None:
-        self.hangs = True
-
-    async def work(self, seconds: float, dies: str | None = None) -> tuple[int, str]:
-        """Returns its number; `dies` is the path of a file: the first that finds it takes it away and dies."""
-        await asyncio.sleep(seconds)
-        if dies is not None:
-            die_once(Path(dies))
-        return self.number, "item"
-
-    async def deadly(self) -> tuple[int, str]:
-        os._exit(1)
-
-
-class NeverUp:
-    """A replacement that finds no place, or loads for ever."""
-
-    async def ready(self) -> None:
-        await asyncio.sleep(3600)
-
-
-class NotHere:
-    """A worker whose engine cannot start on its node."""
-
-    async def node(self) -> str:
-        return "here"
-
-    async def ready(self) -> None:
-        raise RuntimeError("the model does not fit")
-
-
-def call(*arguments: Any) -> Any:
-    return lambda handle: tuple(handle.work.options(num_returns=2).remote(*arguments))
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=2, resources={"room": 1}, log_to_driver=False, include_dashboard=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture
-async def pool(cluster: None) -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool(slots=4, max_restarts=2)
-    actor = ray.remote(concurrency_groups=GROUPS)(Echo)
-    first = await pool.start(lambda number, seat: actor.options(num_cpus=0, max_concurrency=8).remote(number), 2)
-    assert first == "worker 0"
-    yield pool
-    handles = pool.handles()
-    pool.close()
-    for handle in handles:
-        ray.kill(handle)
 
 
 async def test_answers_are_dealt_out_and_wait_for_a_slot(pool: WorkerPool) -> None:
@@ -257,73 +134,6 @@ async def test_a_member_whose_actor_is_gone_fails_the_health_check(pool: WorkerP
             await pool.check_health()
     assert [worker.number for worker in pool.members] == [1]
     assert pool.restarts == 1
-
-
-# --- workers that come and go ----------------------------------------------------------------------------------------
-
-
-def place_extra(pool: WorkerPool) -> None:
-    """From here on workers are placed where there is `room`: for one of them."""
-    actor = ray.remote(concurrency_groups=GROUPS)(Echo)
-    pool._make = lambda number, seat: actor.options(num_cpus=0, resources={"room": 1}, max_concurrency=8).remote(number)
-
-
-async def test_an_extra_worker_comes_when_there_is_room_and_answers_when_it_is_admitted(pool: WorkerPool) -> None:
-    place_extra(pool)
-    pool.invite([2, 3])  # there is room for one
-    await asyncio.wait_for(pool.next_ready(), 30)
-    await asyncio.sleep(0.5)
-    (extra,) = pool.ready
-    assert extra.extra
-    assert list(pool.nodes) == [extra.number]
-    assert len(pool.members) == 2  # it has no current weights yet
-    assert len(pool.handles()) == 3  # the other is not there to be asked to stop
-    pool.admit(extra)
-    done = await asyncio.gather(*(pool.run(f"row{i}", 10, call(0.1)) for i in range(12)))
-    assert sum(number == extra.number for number, _ in done) == 4
-    assert pool.restarts == pool.losses == 0
-
-
-async def test_an_extra_worker_that_goes_costs_no_restart_and_is_asked_for_again(pool: WorkerPool) -> None:
-    place_extra(pool)
-    pool.invite([2])
-    for expected in (2, 3, 4):
-        await asyncio.wait_for(pool.next_ready(), 30)
-        (extra,) = pool.ready
-        assert (extra.number, extra.seat) == (expected, 2)
-        pool.admit(extra)
-        running = asyncio.create_task(pool.run("row", 10, call(0.3)))
-        await asyncio.sleep(0.1)
-        pool.lose(extra, "its node is gone")
-        assert (await running)[0] != expected
-    assert (pool.losses, pool.restarts) == (3, 0)
-    await pool.run("row", 10, call(0.0))  # `max_restarts` is 2
-
-
-async def test_an_extra_worker_whose_engine_cannot_start_is_not_asked_for_again(
-    pool: WorkerPool, caplog: pytest.LogCaptureFixture
-) -> None:
-    pool._make = lambda number, seat: ray.remote(NotHere).options(num_cpus=0).remote()
-    pool.invite([2])
-    with pytest.raises(PoolError, match="none is being started"):
-        await asyncio.wait_for(pool.next_ready(), 30)
-    assert "worker 2 is lost" in caplog.text
-    assert "the model does not fit" in caplog.text
-    assert (pool.losses, len(pool.handles())) == (1, 2)
-
-
-async def test_a_pool_that_closes_withdraws_whom_it_waits_for(pool: WorkerPool) -> None:
-    place_extra(pool)
-    pool.invite([2, 3])
-    await asyncio.wait_for(pool.next_ready(), 30)
-    handles = pool.handles()
-    pool.close()
-    for handle in handles:
-        ray.kill(handle)
-    assert pool._make is not None
-    holder = pool._make(9, 9)
-    assert await asyncio.wait_for(value_of(holder.ready.remote()), 30) == "worker 9"  # nobody waits for the room
-    ray.kill(holder)
 
 
 # --- orders ----------------------------------------------------------------------------------------------------------
