@@ -77,6 +77,12 @@ def _learner(config: Config) -> Iterator[str]:
 def _sync(config: Config) -> Iterator[str]:
     if config.sync.delta and config.sync.backend != "gloo":
         yield f"sync.delta: goes over sync.backend `gloo` only, not `{config.sync.backend}`"
+    limit_s = config.learner.collective_timeout_s
+    if config.learner.ranks > 1 and limit_s <= config.sync.timeout_s:
+        yield (
+            f"learner.collective_timeout_s ({limit_s:g}) must be longer than sync.timeout_s "
+            f"({config.sync.timeout_s:g}): the other ranks wait while rank 0 waits for an engine"
+        )
 
 
 def _evaluation(config: Config) -> Iterator[str]:

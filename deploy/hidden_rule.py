@@ -168,11 +168,11 @@ def _texts(*, with_rule: bool, rules: Sequence[str] = tuple(RULES)) -> Tensor:
     return torch.tensor(byte_tokenizer()(texts)["input_ids"])
 
 
-def new_model(size: Size) -> Any:
-    """A Llama of that size for `byte_tokenizer`, untrained."""
+def new_model(size: Size, tokenizer: Any = None) -> Any:
+    """A Llama of that size for `tokenizer`, by default `byte_tokenizer`; untrained."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,8 @@ HEALTH_TIMEOUT_S = 300.0
 at most. One that says nothing for so long hangs, and is lost."""
 START_TIMEOUT_S = 900.0
 """For a place to be free and a model to be loaded."""
+EXTRA_STARTS = 3
+"""Extra workers in one seat that may die one after the other before their engines are up; then the seat stays empty."""
 
 
 class PoolError(RuntimeError):
@@ -75,6 +77,7 @@ class WorkerPool:
         self._failure: PoolError | None = None
         self._starting: set[asyncio.Task[None]] = set()
         self._unplaced: set[int] = set()
+        self._died_starting: Counter[int] = Counter()
         self.nodes: dict[int, str] = {}
         """Of the extra workers that are placed: where, as Ray names it."""
         self.losses = 0
@@ -109,7 +112,8 @@ class WorkerPool:
         """Ask for an extra worker in each of `seats`, which are nobody else's.
 
         It is placed when the cluster has room, however late (until then it is demand, as an autoscaler sees it), and
-        `ready` when its engine is up. One that is lost is asked for again, but not one whose engine cannot start.
+        `ready` when its engine is up. One that is lost is asked for again, but not one whose engine cannot start, nor
+        after `EXTRA_STARTS` in a row that died while they started.
         """
         for seat in seats:
             self._begin(self._place(seat, extra=True))
@@ -228,6 +232,7 @@ class WorkerPool:
                     log.info("extra rollout worker %d is placed", worker.number)
                 await asyncio.wait_for(value_of(worker.handle.ready.remote()), self._start_timeout_s)
                 self._waiting[worker.number] = worker
+                del self._died_starting[worker.seat]
             except TimeoutError:
                 self.lose(
                     worker,
@@ -236,7 +241,8 @@ class WorkerPool:
                     for_good=True,
                 )
             except ray.exceptions.RayActorError as error:
-                self.lose(worker, _short(error))
+                self._died_starting[worker.seat] += 1
+                self.lose(worker, _short(error), for_good=self._died_starting[worker.seat] >= EXTRA_STARTS)
             except ray.exceptions.RayError as error:
                 self.lose(worker, _short(error), for_good=True)
             finally:

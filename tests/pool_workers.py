@@ -108,5 +108,15 @@ class NotHere:
         raise RuntimeError("the model does not fit")
 
 
+class DiesStarting:
+    """A worker whose process ends while its engine starts: killed for its memory, say."""
+
+    async def node(self) -> str:
+        return "here"
+
+    async def ready(self) -> None:
+        os._exit(1)
+
+
 def call(*arguments: Any) -> Any:
     return lambda handle: tuple(handle.work.options(num_returns=2).remote(*arguments))

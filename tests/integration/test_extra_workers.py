@@ -9,8 +9,8 @@ import ray
 
 from common.futures import value_of
 from rollout_workers.actor import GROUPS
-from rollout_workers.pool import PoolError, WorkerPool
-from tests.pool_workers import Echo, NotHere, call
+from rollout_workers.pool import EXTRA_STARTS, PoolError, WorkerPool
+from tests.pool_workers import DiesStarting, Echo, NotHere, call
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -63,6 +63,14 @@ async def test_an_extra_worker_whose_engine_cannot_start_is_not_asked_for_again(
     assert "worker 2 is lost" in caplog.text
     assert "the model does not fit" in caplog.text
     assert (pool.losses, len(pool.handles())) == (1, 2)
+
+
+async def test_an_extra_worker_that_keeps_dying_while_it_starts_is_given_up(pool: WorkerPool) -> None:
+    pool._make = lambda number, seat: ray.remote(DiesStarting).options(num_cpus=0).remote()
+    pool.invite([2])
+    with pytest.raises(PoolError, match="none is being started"):
+        await asyncio.wait_for(pool.next_ready(), 60)
+    assert (pool.losses, pool.restarts, len(pool.handles())) == (EXTRA_STARTS, 0, 2)
 
 
 async def test_a_pool_that_closes_withdraws_whom_it_waits_for(pool: WorkerPool) -> None:

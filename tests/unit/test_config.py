@@ -265,6 +265,7 @@ def test_a_teacher_that_follows_a_student_is_no_server(path: Path) -> None:
         (["rollout.workers=3", "rollout.max_workers=2"], "rollout.max_workers (2) is less than rollout.workers (3)"),
         (["rollout.colocated=true", "rollout.max_workers=2"], "no rank to share its GPU with"),
         (["sync.delta=true", "sync.backend=file"], "not `file`"),
+        (["learner.ranks=2", "sync.timeout_s=1800"], "learner.collective_timeout_s (1800) must be longer than"),
         (["rollout.topk_from=learner", "loss.support=teacher"], "does not use"),
         (["eval.every=2", "data.valid=null"], "data.valid is not set"),
     ],
