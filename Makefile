@@ -32,7 +32,7 @@ demo: setup models/smollm2/config.json ## distil four worked examples into SmolL
 test: setup ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-test-faults: setup ## kill every process of a run at every moment (about half an hour)
+test-faults: setup ## kill every process of a run at every moment (about an hour)
 	$(BIN)/python -m pytest tests/faults -m "matrix or not matrix" $(ARGS)
 
 soak: setup ## load and fuzz the teacher server for minutes instead of seconds
