@@ -41,6 +41,7 @@ class Model(StrEnum):
     SMOLLM2 = "smollm2"
     HIDDEN_RULE = "hidden-rule"
     EXPERIENCE_RULE = "experience-rule"
+    FROZEN_LAKE = "frozen-lake"
     FEW_SHOT = "few-shot"
 
 
@@ -160,8 +161,9 @@ def prepare(
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: models/MODEL.")] = None,
 ) -> None:
     """Write models or rows into a folder, once: smollm2, from packaged weights; few-shot, rows of three tasks for it;
-    hidden-rule, a larger and a smaller model of a toy task with its rows, and experience-rule, a model that can look
-    back at what it did, with its rows, both trained here in minutes. Installs and downloads nothing.
+    hidden-rule, a larger and a smaller model of a toy task with its rows, experience-rule, a model that can look back
+    at what it did, with its rows, and frozen-lake, a model that plays that game by its context, all trained here in
+    minutes. Installs and downloads nothing.
     """
     from deploy.prepare import PrepareError
 
@@ -185,6 +187,10 @@ def _prepare(model: Model, folder: Path) -> bool:
             from deploy.experience_rule import prepare_experience_rule
 
             return prepare_experience_rule(folder)
+        case Model.FROZEN_LAKE:
+            from deploy.frozen_lake import prepare_frozen_lake
+
+            return prepare_frozen_lake(folder)
         case Model.FEW_SHOT:
             from deploy.few_shot import prepare_few_shot
 
