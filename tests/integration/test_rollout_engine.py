@@ -39,7 +39,7 @@ def run_config(model: Path) -> Config:
         Config,
         {
             "run": {"name": "test"},
-            "student": {"model": str(model), "max_sequence_tokens": 256},
+            "student": {"model": str(model), "max_sequence_tokens": 512},
             "context": {"text": "unused"},
             "data": {"train": "unused"},
             "rollout": {"threads": 1, "max_num_seqs": 16},
@@ -203,8 +203,8 @@ async def test_more_prompts_than_one_pass_takes_get_the_answers_that_each_gets_a
 
 
 async def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers(pair: Pair) -> None:
-    with pytest.raises(RolloutError, match=r"long: 250 prompt tokens \+ 7 of answer are 257, the engine takes 256"):
-        await pair.engine.generate([5] * 250, Sampling(7), "long")
+    with pytest.raises(RolloutError, match=r"long: 506 prompt tokens \+ 7 of answer are 513, the engine takes 512"):
+        await pair.engine.generate([5] * 506, Sampling(7), "long")
 
 
 async def test_engine_follows_the_learner_through_three_syncs(pair: Pair) -> None:
@@ -228,14 +228,16 @@ async def test_an_answer_in_flight_across_a_sync_has_a_span_of_each_version(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waits where it is and goes on under the new weights; what is asked afterwards sees nothing of the old ones."""
-    long = PROMPT * 5  # three blocks of the prefix cache
+    long = PROMPT * 15  # more than the 128 tokens that a block of the prefix cache has on CPU
     before = await pair.engine.generate(long, Sampling(8, 0.0), "fills the prefix cache")
     old = copy.deepcopy(pair.model)
     under_way = asyncio.Event()
     generate = pair.engine._engine.generate
+    cached: dict[str, int] = {}
 
     async def watched(*arguments: Any) -> AsyncIterator[Any]:
         async for output in generate(*arguments):
+            cached[output.request_id] = output.num_cached_tokens
             if len(output.outputs[0].token_ids) >= 5:
                 under_way.set()
             yield output
@@ -249,6 +251,7 @@ async def test_an_answer_in_flight_across_a_sync_has_a_span_of_each_version(
     (first, version), (turn, next_version) = answer.versions
     assert (first, version, next_version) == (0, pair.version - 1, pair.version)
     assert 5 <= turn < len(answer.response_ids) == 200
+    assert cached["flying"] == 128
 
     ids = answer.response_ids.tolist()
     new, pair.model = pair.model, old
