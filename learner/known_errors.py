@@ -13,7 +13,7 @@ from learner.drift import DriftError
 from learner.errors import RunError, ServiceLost
 from learner.parity import ParityError
 from learner.placement import PlacementError
-from learner.services import PoolError
+from learner.services import ACTOR_LOST, PoolError, short
 
 KNOWN_ERRORS = (
     ConfigError,
@@ -40,14 +40,10 @@ def plain_error(error: Exception) -> Exception:
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     if isinstance(cause, KNOWN_ERRORS):
         return cause
-    if isinstance(cause, ray.exceptions.RayActorError):
+    if isinstance(cause, ACTOR_LOST):
         node = ray._private.worker.global_worker.node
         logs = f"; its log is under {node.get_logs_dir_path()}" if node else ""
-        return ServiceLost(f"an actor of the run died: {_line(cause)}{logs}")
+        return ServiceLost(f"an actor of the run died: {short(cause)}{logs}")
     if isinstance(cause, _LOST_WITH_A_NODE):
-        return ServiceLost(f"a node is gone, and with it answers that were to be trained on: {_line(cause)}")
+        return ServiceLost(f"a node is gone, and with it answers that were to be trained on: {short(cause)}")
     return error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

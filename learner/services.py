@@ -29,10 +29,11 @@ from learner.rank import LearnerRank
 from learner.reports import LearnerInfo, PassReport, StepReport
 from learner.teachers import START_TIMEOUT_S, Teachers
 from rollout_workers.actor import GROUPS, Answer, RolloutSummary, RolloutWorker, ScoreSummary, WorkerInfo
+from rollout_workers.lost import ACTOR_LOST, short
 from rollout_workers.playing import EpisodeSummary, Played
 from rollout_workers.pool import PoolError, Worker, WorkerPool
 
-__all__ = ["Arrays", "EpisodeSummary", "PoolError", "Prepared", "Services", "Worker"]
+__all__ = ["ACTOR_LOST", "Arrays", "EpisodeSummary", "PoolError", "Prepared", "Services", "Worker", "short"]
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +140,8 @@ class Services:
         async def look(index: int, rank: Any) -> None:
             try:
                 await within(RANK_ANSWERS_S, rank.address.remote())
-            except ray.exceptions.RayActorError as error:
-                why = " ".join(str(error).split())
-                raise ServiceLost(f"rank {index} of {len(self.ranks)} of the learner died: {why}") from error
+            except ACTOR_LOST as error:
+                raise ServiceLost(f"rank {index} of {len(self.ranks)} of the learner died: {short(error)}") from error
             except (TimeoutError, ray.exceptions.RayError) as error:
                 log.debug("rank %d lives, it is busy or failed by itself: %s", index, error)
 
@@ -330,8 +330,8 @@ class Services:
             result = next(results)
             if isinstance(result, BaseException):
                 failures.append(result)
-                if isinstance(result, ray.exceptions.RayActorError):
-                    self.pool.lose(worker, f"weights of version {version} did not arrive: {result}")
+                if isinstance(result, ACTOR_LOST):
+                    self.pool.lose(worker, f"weights of version {version} did not arrive: {short(result)}")
         for teacher in teachers:
             result = next(results)
             if isinstance(result, BaseException):

@@ -26,6 +26,7 @@ from common.schema import Context, ScoreMode, TeacherInfo
 from common.scoring import ScorerFactory, TeacherError
 from learner.errors import ServiceLost
 from learner.placement import Placement
+from rollout_workers.lost import ACTOR_LOST, short
 from teacher_server.actor import TeacherActor
 from teacher_server.client import LOST_AFTER_S, TeacherClient, TeacherScorerFactory, handshake, read_key
 
@@ -182,8 +183,8 @@ class Teachers:
         try:
             await value_of(teacher.handle.node_id.remote())
             return
-        except ray.exceptions.RayActorError as error:
-            died = " ".join(str(error).split())[:300]
+        except ACTOR_LOST as error:
+            died = short(error)
         if teacher.takes_weights:
             raise ServiceLost(f"the run's own teacher {teacher.name!r} died, and its weights with it: {died}")
         if teacher.restarts == MAX_RESTARTS:
@@ -197,8 +198,8 @@ class Teachers:
         self._place(teacher)
         try:
             url = await within(START_TIMEOUT_S, teacher.started)
-        except (ray.exceptions.ActorUnschedulableError, ray.exceptions.RayActorError, TimeoutError) as error:
-            why = " ".join(str(error).split())[:300] or f"it was not up within {START_TIMEOUT_S:.0f} s"
+        except (ray.exceptions.ActorUnschedulableError, *ACTOR_LOST, TimeoutError) as error:
+            why = short(error) if str(error) else f"it was not up within {START_TIMEOUT_S:.0f} s"
             raise ServiceLost(
                 f"the run's own teacher {teacher.name!r} died and cannot be started again where it was: {why}"
             ) from error

@@ -35,7 +35,7 @@ class Line:
         self._sending: set[asyncio.Task[None]] = set()
 
     async def order(self, sample: Any, *, scored: bool) -> Answer:
-        """Have the worker make an answer. Raises what its work raised; RayActorError where the worker is lost. To
+        """Have the worker make an answer. Raises what its work raised; one of `ACTOR_LOST` where the worker is. To
         cancel the task that waits here gives the answer up.
         """
         order = Order(next(self._tickets), sample, scored)

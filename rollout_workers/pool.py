@@ -21,6 +21,7 @@ import ray
 from common.futures import value_of
 from rollout_workers.dispatch import Dispatch
 from rollout_workers.line import Answer, Line
+from rollout_workers.lost import ACTOR_LOST, short
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ class WorkerPool:
             except TimeoutError:
                 self.lose(worker, f"its engine hangs: no answer to a health check within {HEALTH_TIMEOUT_S:g} s")
             except ray.exceptions.RayError as error:
-                self.lose(worker, _short(error))
+                self.lose(worker, short(error))
 
         await asyncio.gather(*(check(worker) for worker in (*self.members, *self.ready)))
 
@@ -240,11 +241,11 @@ class WorkerPool:
                     "model takes longer to load",
                     for_good=True,
                 )
-            except ray.exceptions.RayActorError as error:
+            except ACTOR_LOST as error:
                 self._died_starting[worker.seat] += 1
-                self.lose(worker, _short(error), for_good=self._died_starting[worker.seat] >= EXTRA_STARTS)
+                self.lose(worker, short(error), for_good=self._died_starting[worker.seat] >= EXTRA_STARTS)
             except ray.exceptions.RayError as error:
-                self.lose(worker, _short(error), for_good=True)
+                self.lose(worker, short(error), for_good=True)
             finally:
                 self._starting.discard(task)
                 self._changed.set()
@@ -285,8 +286,8 @@ class WorkerPool:
             worker = await self._take(key, tokens)
             try:
                 return await work(worker)
-            except ray.exceptions.RayActorError as error:
-                self.lose(worker, _short(error))
+            except ACTOR_LOST as error:
+                self.lose(worker, short(error))
                 self.reissued += 1
             finally:
                 self._dispatch.end(worker.number, tokens)
@@ -333,10 +334,3 @@ class WorkerPool:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-def _short(error: BaseException) -> str:
-    text = str(error)
-    if isinstance(error, ray.exceptions.RayTaskError):  # a traceback, its last line says why
-        text = text.rstrip().rpartition("\n")[2]
-    return " ".join(text.split())[:300] or type(error).__name__

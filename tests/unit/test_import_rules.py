@@ -27,6 +27,7 @@ WIRING = (
 """The files that know the other services, and what of them it may know."""
 WIRED = (
     "rollout_workers.actor",
+    "rollout_workers.lost",
     "rollout_workers.playing",
     "rollout_workers.pool",
     "rollout_workers.environments.registry",
