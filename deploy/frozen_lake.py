@@ -134,7 +134,7 @@ def train(size: Size, seed: int) -> Any:
                 weight.mul_(INITIAL_SCALE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, size.most_steps))
-    for _ in range(size.most_steps):
+    for _ in size.steps():
         optimizer.zero_grad()
         for told in (True, False):
             loss(model, tokenizer, games(tokenizer, chance, BATCH, told=told)).backward()

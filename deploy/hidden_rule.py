@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.telemetry import Progress
 from deploy.prepare import PrepareError, whole_folder
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ SPLITS = {"train": 50, "valid": 15, "eval": 35}
 LEARNED = 0.98
 """Accuracy under the rule at which a model is done."""
 LEARNING_RATE, BATCH, CHECK_EVERY = 2e-3, 64, 100
+SHOW_EVERY = 10
+"""Steps between two looks of whoever waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,17 @@ class Size:
     hidden: int
     layers: int
     most_steps: int = 6000
+
+    def steps(self) -> Iterator[int]:
+        """From 1 to the most; a terminal shows how far it is, and a line stays that says how many it took."""
+        progress, step = Progress(), 0
+        try:
+            for step in range(1, self.most_steps + 1):
+                if step % SHOW_EVERY == 1:
+                    progress.status(f"training a model: step {step} of at most {self.most_steps}")
+                yield step
+        finally:
+            progress.line(f"a model is trained: {step} steps")
 
 
 SIZES = {"teacher": Size(hidden=96, layers=2), "student": Size(hidden=32, layers=2)}
@@ -129,7 +143,7 @@ def train(size: Size, seed: int) -> Any:
     model = new_model(size)
     texts = [_texts(with_rule=with_rule) for with_rule in (True, False)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    for step in range(1, size.most_steps + 1):
+    for step in size.steps():
         optimizer.zero_grad()
         for ids in texts:
             _answer_loss(model, ids[torch.randint(len(ids), (BATCH,))]).backward()

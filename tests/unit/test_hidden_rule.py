@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,15 @@ def test_both_models_and_the_rows_appear_at_once(tmp_path: Path, monkeypatch: py
     assert student.num_parameters() < teacher.num_parameters()
     assert json.loads((folder / "eval.jsonl").read_text().splitlines()[0])["answer"].isdigit()
     assert not hidden_rule.prepare_hidden_rule(folder, TINY)
+
+
+def test_training_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("os.get_terminal_size", lambda: os.terminal_size((80, 24)))
+    for step in Size(hidden=32, layers=1, most_steps=30).steps():
+        if step == 15:
+            break
+    said = capsys.readouterr().out
+    assert "step 1 of at most 30" in said
+    assert "step 11 of at most 30" in said
+    assert said.endswith("a model is trained: 15 steps\n")
