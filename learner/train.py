@@ -22,6 +22,7 @@ import ray
 from common.config import Config, ConfigError
 from common.config_file import dump_config, load_config
 from common.environment import environment
+from common.openmp import share_cores
 from common.report.apart import reported
 from common.sinks import open_sinks
 from common.telemetry import Progress, RunFiles, write_json
@@ -146,10 +147,7 @@ def cluster() -> Iterator[str | None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = "RAY_ADDRESS" not in os.environ
     if own:
-        # Actors share the cores of this machine, and inherit this: threads that spin while they wait for each other
-        # take them from those that have work. A step with one long answer took half as long for it, one of even answers
-        # up to a tenth longer.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        share_cores(os.environ)  # actors inherit it
     # Without an address Ray would join whatever cluster was started on this machine, whoever's it is.
     address, dashboard = ("local", False) if own else (None, None)
     ray.init(address, log_to_driver=False, logging_level="WARNING", include_dashboard=dashboard)

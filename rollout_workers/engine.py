@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from common.chat import load_tokenizer
 from common.config import Config, SyncConfig
+from common.openmp import share_cores
 from common.schema import F32, FinishReason, Ids, Sampling, TokenSequence, as_ids
 from common.weights import SyncManifest
 from rollout_workers.lost import EngineLost
@@ -305,9 +306,7 @@ def _set_environment(config: Config) -> None:
     """vLLM reads these before anything else; they only matter on CPU."""
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.rollout.kv_cache_gib)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    # Threads that spin while they wait for each other take the cores from a learner or a teacher beside them: a
-    # micro-batch took eight times as long beside one answer.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    share_cores(os.environ)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     # Loading weights takes new memory for every layer: small pages would cost more than the copies.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
