@@ -25,11 +25,16 @@ TENANT_SHARE = 0.5
 """Of the queue that one run, and one tenant, may fill while it has other work waiting: the rest stays for others."""
 
 
+ALONE_BATCH_S = 2.0
+"""About how long a batch may take while there is one run: cut shorter, it would only read the weights more often."""
+
 BATCH_S = 0.5
-"""About how long a batch may take: who comes while one runs waits for it, and for one more."""
+"""The same where another run asked within `LATELY_S`: who comes while one runs waits for it, and for one more."""
 
 SHARED_BATCH_S = 0.15
 """The same while several runs wait: a quiet one among loud ones then waits little longer than it computes."""
+
+LATELY_S = 60.0
 
 LEAST_BATCH_TOKENS = 128
 """Of a batch however slow the model is: smaller ones only read the weights more often."""
@@ -93,7 +98,6 @@ class Scheduler:
         window_s: float,
         max_queued_tokens: int,
         context_cache_bytes: int,
-        batch_s: float = BATCH_S,
         thread_setup: Callable[[], None] | None = None,
         on_batch: Callable[[BatchReport], None] = lambda _: None,
         on_failure: Callable[[str], None] = lambda _: None,
@@ -102,7 +106,6 @@ class Scheduler:
         self._backend = backend
         self._batch_tokens = batch_tokens
         self._batch_items = batch_items
-        self._batch_s = batch_s
         self._window_s = window_s
         self._max_queued = max_queued_tokens
         self.cache = PrefixCache(backend, context_cache_bytes)
@@ -111,6 +114,7 @@ class Scheduler:
         self._thread = ThreadPoolExecutor(1, "teacher", initializer=thread_setup or (lambda: None))
         self._loop_task: asyncio.Task[None] | None = None
         self._tokens_per_s = 1000.0
+        self._asked_at: dict[tuple[str, str], float] = {}
         self._stopping = False
         self._running: list[Job] = []
         self.failure: str | None = None
@@ -141,6 +145,8 @@ class Scheduler:
             raise SchedulerStopped(self.failure)
         tokens = sum(work.own_tokens for work, _ in works)
         self._admit(tenant, run, tokens)
+        self._asked_at.pop((tenant, run), None)  # to the end: the oldest comes first
+        self._asked_at[tenant, run] = time.monotonic()
         loop = asyncio.get_running_loop()
         jobs = [Job(tenant, run, work, located, loop.create_future()) for work, located in works]
         for job in jobs:
@@ -216,8 +222,18 @@ class Scheduler:
     @property
     def _budget(self) -> int:
         """Tokens of the next batch: the configured bound, or what the measured speed does in the time it may take."""
-        seconds = self._batch_s if self.queue.waiting_runs < 2 else min(self._batch_s, SHARED_BATCH_S)
+        if self.queue.waiting_runs > 1:
+            seconds = SHARED_BATCH_S
+        else:
+            seconds = BATCH_S if self._runs_lately() > 1 else ALONE_BATCH_S
         return min(self._batch_tokens, max(LEAST_BATCH_TOKENS, int(self._tokens_per_s * seconds)))
+
+    def _runs_lately(self) -> int:
+        """Runs that asked within `LATELY_S`; forgets the others."""
+        since = time.monotonic() - LATELY_S
+        while self._asked_at and (oldest := next(iter(self._asked_at.items())))[1] < since:
+            del self._asked_at[oldest[0]]
+        return len(self._asked_at)
 
     def _take(self) -> list[Job]:
         """The next batch: at least one item, then as many as the budget holds, contexts to be computed included."""

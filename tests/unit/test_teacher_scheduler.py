@@ -111,17 +111,30 @@ async def test_batches_of_a_slow_model_are_cut_to_half_a_second() -> None:
 
 
 async def test_batches_are_shorter_while_several_runs_wait() -> None:
-    """At 2,000 tokens a second: half a second for one run, 0.15 s for several, never under the least."""
+    """At 2,000 tokens a second: two seconds for one run, 0.15 s for several, never under the least."""
     async with scheduler_of(Held(), batch_tokens=10_000) as scheduler:
         scheduler._tokens_per_s = 2000.0
         scheduler.queue.push("t", "one", cast(Any, None), 10)
-        assert scheduler._budget == 1000
+        assert scheduler._budget == 4000
         for tenant, run in (("t", "two"), ("u", "one")):
             scheduler.queue.push(tenant, run, cast(Any, None), 10)
             assert scheduler._budget == 300
         scheduler._tokens_per_s = 100.0
         assert scheduler._budget == 128
         scheduler.queue = FairQueue()
+
+
+async def test_batches_are_longer_while_there_is_one_run() -> None:
+    """Two seconds of work, until another run asks, and again a minute after that."""
+    async with scheduler_of(Held(), batch_tokens=10_000) as scheduler:
+        budgets = []
+        for run in ("one", "two", "one"):
+            await scheduler.submit("t", run, [work(1)])
+            scheduler._tokens_per_s = 1000.0
+            budgets.append(scheduler._budget)
+        assert budgets == [2000, 500, 500]
+        scheduler._asked_at["t", "two"] -= 61
+        assert scheduler._budget == 2000
 
 
 async def test_items_of_a_batch_can_be_bounded() -> None:
