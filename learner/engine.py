@@ -21,7 +21,6 @@ from common.weights import TensorSpec
 from learner.batching import TrainingBatch, empty_batch, longest_answer, loss_tokens, sequence_of, training_batch
 from learner.distributed import raise_on_all
 from learner.export import WeightView, full_shape, replace_folder
-from learner.host_memory import give_back_freed
 from learner.layout import PADDED
 from learner.lora import save_adapter
 from learner.objective import METRICS, Objective
@@ -249,8 +248,6 @@ class LearnerEngine:
             uncounted_in_a_row=self._uncounted_in_a_row,
         )
         self._begin_step()
-        if self._device.type == "cpu":
-            give_back_freed()
         return report
 
     def _update(self, denominator: int, lr: float) -> bool:
