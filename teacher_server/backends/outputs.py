@@ -13,8 +13,8 @@ from common.schema import LOGPROB_FLOOR, PAD_ID, ScoreMode
 CHUNK_BYTES = 64 * 1024 * 1024
 """Of f32 logits alive at a time, on a GPU."""
 
-CPU_CHUNK_BYTES = CHUNK_BYTES // 8
-"""The same on CPU, which is no slower with so few rows."""
+CPU_CHUNK_BYTES = CHUNK_BYTES // 2
+"""The same on CPU: half of it is as fast, an eighth takes 1.5 times as long."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -49,11 +48,6 @@ class TrlRun:
     step_s: list[float]
     mean_tokens: list[float]
     accuracy: dict[int, float]
-
-    @property
-    def median_s(self) -> float:
-        """Of all steps but the first."""
-        return statistics.median(self.step_s[1:])
 
 
 def trl_run(spec: TrlSpec) -> TrlRun:
