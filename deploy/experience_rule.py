@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.hidden_rule import Size, byte_tokenizer, new_model, write_lines
 from deploy.prepare import PrepareError, whole_folder
+from deploy.small_training import fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +55,7 @@ MOST_ITEMS, MOST_EXAMPLES = 10, 4
 SIZE = Size(hidden=64, layers=4, most_steps=1500)
 LEARNED = {"given": 0.95, "inferred": 0.8, "named": 0.8}
 """Shares of right answers at which the model is good: see `skills`."""
-LEARNING_RATE, BATCH, WARMUP = 2e-3, 32, 50
-INITIAL_SCALE = 5.0
-"""Of the first weights: the usual ones are for wide models, a narrow one takes far longer to begin with them."""
+BATCH = 32
 
 
 def prepare_experience_rule(folder: Path, size: Size = SIZE, *, seed: int = 0) -> bool:
@@ -174,20 +173,7 @@ def train(size: Size, seed: int) -> Any:
     torch.manual_seed(seed)
     chance = random.Random(seed)
     model = new_model(size)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(INITIAL_SCALE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, size.most_steps))
-    for _ in size.steps():
-        optimizer.zero_grad()
-        for batch in _batches(chance):
-            loss(model, batch).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+    return fit(model, size, lambda: (loss(model, batch) for batch in _batches(chance)))
 
 
 def loss(model: Any, batch: Texts) -> Tensor:
@@ -241,8 +227,3 @@ def primer(chance: random.Random, count: int) -> Texts:
         lines.append(f"{question(digits)[:-1]}:{rule.answer(digits)}{rule}")
     ids = torch.tensor(byte_tokenizer()(lines)["input_ids"])
     return Texts(ids, [ids.shape[1] - 1])
-
-
-def _rate(step: int, steps: int) -> float:
-    """Of the learning rate: up over `WARMUP` steps, then down to nothing."""
-    return min((step + 1) / WARMUP, (steps - step) / max(steps - WARMUP, 1))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.hidden_rule import Size, byte_tokenizer, new_model, write_lines
 from deploy.lake_worlds import MOVES, REAL, WORLDS, World, best_moves, boards, conversation, distances, fragments, game
 from deploy.prepare import PrepareError, whole_folder
+from deploy.small_training import fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +26,7 @@ LEARNED = 0.95
 """Of the probability, the share on right moves, in games with the line that names their world."""
 OTHER_ROWS = 25
 """Turns of each other world whose next move is asked for."""
-LEARNING_RATE, BATCH, WARMUP = 2e-3, 64, 50
-INITIAL_SCALE = 5.0
-"""Of the first weights: the usual ones are for wide models, a narrow one takes far longer to begin with them."""
+BATCH = 64
 STRAY = 0.15
 """Share of moves in the games that are made at random: the model learns what is right after wrong ones, too."""
 TEMPLATE = (
@@ -128,20 +127,11 @@ def train(size: Size, seed: int) -> Any:
     torch.manual_seed(seed)
     chance, tokenizer = random.Random(seed), lake_tokenizer()
     model = new_model(size, tokenizer)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(INITIAL_SCALE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, size.most_steps))
-    for _ in size.steps():
-        optimizer.zero_grad()
-        for told in (True, False):
-            loss(model, tokenizer, games(tokenizer, chance, BATCH, told=told)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+    return fit(
+        model,
+        size,
+        lambda: (loss(model, tokenizer, games(tokenizer, chance, BATCH, told=told)) for told in (True, False)),
+    )
 
 
 def loss(model: Any, tokenizer: Any, batch: Games) -> Tensor:
@@ -165,8 +155,3 @@ def skill(model: Any, seed: int, *, told: bool, worlds: Sequence[World] = WORLDS
 
 def _moves(tokenizer: Any) -> list[int]:
     return [tokenizer.convert_tokens_to_ids(f"[{move}]") for move in MOVES]
-
-
-def _rate(step: int, steps: int) -> float:
-    """Of the learning rate: up over `WARMUP` steps, then down to nothing."""
-    return min((step + 1) / WARMUP, (steps - step) / max(steps - WARMUP, 1))
