@@ -35,6 +35,7 @@ SHARED_BATCH_S = 0.15
 """The same while several runs wait: a quiet one among loud ones then waits little longer than it computes."""
 
 LATELY_S = 60.0
+"""For how long after its last request a run is reckoned with."""
 
 LEAST_BATCH_TOKENS = 128
 """Of a batch however slow the model is: smaller ones only read the weights more often."""
@@ -147,6 +148,7 @@ class Scheduler:
         self._admit(tenant, run, tokens)
         self._asked_at.pop((tenant, run), None)  # to the end: the oldest comes first
         self._asked_at[tenant, run] = time.monotonic()
+        self._runs_lately()  # names come from clients: none is kept for longer than it counts
         loop = asyncio.get_running_loop()
         jobs = [Job(tenant, run, work, located, loop.create_future()) for work, located in works]
         for job in jobs:

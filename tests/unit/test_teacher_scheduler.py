@@ -135,6 +135,7 @@ async def test_batches_are_longer_while_there_is_one_run() -> None:
         assert budgets == [2000, 500, 500]
         scheduler._asked_at["t", "two"] -= 61
         assert scheduler._budget == 2000
+        assert list(scheduler._asked_at) == [("t", "one")]
 
 
 async def test_items_of_a_batch_can_be_bounded() -> None:
