@@ -23,11 +23,13 @@ from common.schema import (
     Ids,
     ItemError,
     ItemScore,
+    Prompt,
     ScoreItem,
     ScoreMode,
     ScoreRequest,
     ScoreResponse,
     TeacherInfo,
+    Trajectory,
     as_ids,
     context_hash,
 )
@@ -199,3 +201,10 @@ def items(seed: int, count: int, *, prompt: int = 6, response: int = 8, context:
 def tokens(seed: int, count: int) -> Ids:
     """Random ids of the tiny model's vocabulary."""
     return as_ids(np.random.default_rng(seed).integers(0, 512, count))
+
+
+def trajectory(item: ScoreItem, name: str = "sample") -> Trajectory:
+    assert item.topk_ids is not None
+    prompt = Prompt(row_id=name, student_ids=item.prompt_ids, teacher_ids=item.prompt_ids, context=item.context)
+    zeros = np.zeros(item.response_ids.size, dtype=np.float32)
+    return Trajectory(name, 0, prompt, item.response_ids, zeros, item.topk_ids, "length", ((0, 0),))
