@@ -36,7 +36,7 @@ test-faults: setup ## kill every process of a run at every moment (about an hour
 	$(BIN)/python -m pytest tests/faults -m "matrix or not matrix" $(ARGS)
 
 soak: setup ## load and fuzz the teacher server for minutes instead of seconds
-	$(BIN)/python -m pytest --long -s tests/integration/test_teacher_soak.py tests/integration/test_teacher_openapi.py tests/unit/test_teacher_fuzz.py $(ARGS)
+	$(BIN)/python -m pytest --long -s tests/integration/teacher_server/test_soak.py tests/integration/teacher_server/test_openapi.py tests/unit/teacher_server/http/test_fuzz.py $(ARGS)
 
 check: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -47,8 +47,8 @@ bench: setup ## run the benchmarks, all or ONLY=name, into runs/bench/results.js
 	$(BIN)/python -m tests.benchmarks $(ONLY)
 
 docs: setup ## build the documentation into site/
-	$(BIN)/python -m deploy.docs --check
-	$(BIN)/python -m deploy.licences --check
+	$(BIN)/python -m deploy.docs_tools.docs --check
+	$(BIN)/python -m deploy.docs_tools.licences --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## remove .venv, caches and built files (runs/ and models/ stay)

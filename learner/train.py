@@ -19,24 +19,24 @@ from types import FrameType
 
 import ray
 
-from common.config import Config, ConfigError
-from common.config_file import dump_config, load_config
-from common.environment import environment
+from common.config.loader import dump_config, load_config
+from common.config.model import Config, ConfigError
 from common.openmp import share_cores
-from common.report.apart import reported
-from common.sinks import open_sinks
-from common.telemetry import Progress, RunFiles, write_json
-from common.trace import TraceFile
-from learner.checkpoints import CheckpointError, Checkpoints
-from learner.controller import beside
+from common.telemetry.environment import environment
+from common.telemetry.run_files import Progress, RunFiles, write_json
+from common.telemetry.sinks import open_sinks
+from common.telemetry.trace import TraceFile
+from learner.cluster.services import Services
+from learner.data.inputs import Inputs, read_inputs
 from learner.errors import ServiceLost
-from learner.evaluate import evaluate_rows
-from learner.held_out import accuracy_line
-from learner.inputs import Inputs, read_inputs
-from learner.known_errors import KNOWN_ERRORS
-from learner.run import Resumed, Run
-from learner.services import Services
-from learner.summary import Tally, final_table
+from learner.evaluation.evaluate import evaluate_rows
+from learner.evaluation.held_out import accuracy_line
+from learner.evaluation.report_process import reported
+from learner.evaluation.summary import Tally, final_table
+from learner.loop.checkpoints import CheckpointError, Checkpoints
+from learner.loop.controller import beside
+from learner.loop.run import Resumed, Run
+from learner.loop.user_errors import KNOWN_ERRORS
 
 __all__ = ["KNOWN_ERRORS", "evaluate", "main", "run"]
 

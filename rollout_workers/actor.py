@@ -17,18 +17,34 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
-from common.chat import Renderer, load_tokenizer
-from common.config import Config
-from common.schema import F32, FinishReason, Prompt, Sample, Sampling, ScoredTrajectory, TokenSequence, Trajectory
-from common.scoring import Scorer, ScorerFactory, ScoringError
-from common.weights import SyncManifest
-from rollout_workers.lost import EngineLost
-from rollout_workers.outbox import Order, Outbox
-from rollout_workers.playing import EpisodeSummary, Played, play_sample, spans_of, student_tokens, trajectories_of
-from rollout_workers.stops import cut_text
+from common.config.model import Config
+from common.data.rendering import Renderer, load_tokenizer
+from common.protocol.schema import (
+    F32,
+    FinishReason,
+    Prompt,
+    Sample,
+    Sampling,
+    ScoredTrajectory,
+    TokenSequence,
+    Trajectory,
+)
+from common.protocol.scoring import Scorer, ScorerFactory, ScoringError
+from common.weight_sync.manifest import SyncManifest
+from rollout_workers.engine.stops import cut_text
+from rollout_workers.environments.playing import (
+    EpisodeSummary,
+    Played,
+    play_sample,
+    spans_of,
+    student_tokens,
+    trajectories_of,
+)
+from rollout_workers.pool.failures import EngineLost
+from rollout_workers.pool.outbox import Order, Outbox
 
 if TYPE_CHECKING:
-    from rollout_workers.engine import RolloutEngine
+    from rollout_workers.engine.engine import RolloutEngine
 
 log = logging.getLogger(__name__)
 
@@ -321,7 +337,7 @@ class RolloutWorker:
             if self._closed:
                 raise RuntimeError("the rollout worker is closed")
             if self._engine is None:
-                from rollout_workers.engine import RolloutEngine
+                from rollout_workers.engine.engine import RolloutEngine
 
                 self._engine = await RolloutEngine.start(self._model, self._config, max_logprobs=self._max_logprobs)
             return self._engine

@@ -7,15 +7,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.collective import SyncError
-from common.config import SyncConfig, TeacherServerConfig
-from common.weights import SyncManifest
-from teacher_server.auth import authenticator, single_key
+from common.config.model import SyncConfig, TeacherServerConfig
+from common.weight_sync.collective import SyncError
+from common.weight_sync.manifest import SyncManifest
+from teacher_server.http.auth import authenticator, single_key
 
 if TYPE_CHECKING:
-    from common.receiver import Receiver
-    from teacher_server.serve import RunningServer
-    from teacher_server.service import TeacherService
+    from common.weight_sync.receiver import Receiver
+    from teacher_server.http.serve import RunningServer
+    from teacher_server.scoring.service import TeacherService
 
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class TeacherActor:
         """Load the model and serve; returns the address. Raises TeacherError."""
         if self._server is None:
             # Here and not above: the driver names this class and needs neither torch nor transformers for it.
-            from teacher_server.serve import build_service, start_in_thread
+            from teacher_server.http.serve import build_service, start_in_thread
 
             host, key = self._config.host, self._api_key
             auth = authenticator(host, None, allow_anonymous=True, environ={}) if key is None else single_key(key)
@@ -57,7 +57,7 @@ class TeacherActor:
 
     def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
         """Join the run's weight group as its member `rank`, in place of the one joined before. Raises SyncError."""
-        from common.receiver import open_receiver
+        from common.weight_sync.receiver import open_receiver
 
         if self._sync is None:
             raise SyncError("this teacher was started without sync settings: it takes no weights")

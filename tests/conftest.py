@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,8 +10,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.schema import Context, ItemError, ScoreItem, as_ids, context_hash
-from learner.losses import topk_divergence
+from common.protocol.schema import Context, ItemError, ScoreItem, as_ids, context_hash
+from learner.trainer.losses import topk_divergence
 from teacher_server.client import TeacherClient, read_key
 
 CONTEXT = "Q: cat\nA: cats\nQ: box\nA: boxes\n"

@@ -10,8 +10,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.head import ChunkView, OutputLayer, logit_transform
-from learner.losses import topk_divergence
+from learner.trainer.losses import topk_divergence
+from learner.trainer.output_layer import ChunkView, OutputLayer, logit_transform
 
 CONTEXT = "Q: cat\nA: cats\nQ: box\nA: boxes\n"
 PROMPTS = ["Q: dog\nA:", "Q: sun\nA:", "Q: map\nA:", "Q: cup\nA:"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode
-from teacher_server.wire_size import own_tokens
+from common.protocol.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode
+from teacher_server.backends.wire_size import own_tokens
 
 
 class BackendError(RuntimeError):

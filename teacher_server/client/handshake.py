@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.schema import PROTOCOL_VERSION, ScoreMode, TeacherInfo
-from common.scoring import TeacherError
+from common.protocol.schema import PROTOCOL_VERSION, ScoreMode, TeacherInfo
+from common.protocol.scoring import TeacherError
 
 
 def handshake(

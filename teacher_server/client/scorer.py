@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from common.schema import (
+from common.protocol.schema import (
     Context,
     ItemError,
     ItemScore,
@@ -16,10 +16,10 @@ from common.schema import (
     TeacherInfo,
     Trajectory,
 )
-from common.scoring import ScoringError, TeacherError
-from teacher_server.client.fits import misfit
-from teacher_server.client.split import Bounds, requests
-from teacher_server.client.teacher import LOST_AFTER_S, TeacherClient
+from common.protocol.scoring import ScoringError, TeacherError
+from teacher_server.client.client import LOST_AFTER_S, TeacherClient
+from teacher_server.client.request_batching import Bounds, requests
+from teacher_server.client.validation import misfit
 
 COALESCE_S = 0.005
 """How long a scorer waits for more finished answers before it sends a request."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from common.codec import MEDIA_TYPE
-from common.scoring import TeacherError
-from teacher_server.headers import DEADLINE_HEADER, ROUTE_HEADER
+from common.protocol.codec import MEDIA_TYPE
+from common.protocol.scoring import TeacherError
+from teacher_server.http.headers import DEADLINE_HEADER, ROUTE_HEADER
 
 RETRIED_STATUS = frozenset({408, 429, 502, 503, 504})
 FAULTS_RETRIED = 3

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common.telemetry import write_json
+from common.telemetry.run_files import write_json
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learner.head import ChunkView, LogitTransform, OutputLayer
-from learner.losses import topk_divergence
+from learner.trainer.losses import topk_divergence
+from learner.trainer.output_layer import ChunkView, LogitTransform, OutputLayer
 
 VOCABULARY, WIDTH, K = 151_936, 1024, 256
 CHUNK_TOKENS = 256
@@ -24,7 +24,7 @@ FLOAT_BYTES = 4
 
 def run() -> dict[str, dict[str, Any]]:
     """All figures; about five minutes on two cores."""
-    from deploy.prepare import prepare_smollm2
+    from deploy.tasks.gguf import prepare_smollm2
 
     with tempfile.TemporaryDirectory(prefix="bench-learner-") as folder:
         model = Path(folder) / "smollm2"
@@ -118,9 +118,9 @@ ANSWERS, PROMPT_TOKENS, RESPONSE_TOKENS, BUDGET_TOKENS = 16, 8, 56, 256
 
 def make_engine(model: Path) -> tuple[Any, Any]:
     """(engine, scored answers) of one rank at ZeRO 0."""
-    from learner.distributed import free_port, join_ranks
-    from learner.engine import LearnerEngine
-    from tests.scored import learner_config, make_scored
+    from learner.trainer.distributed import free_port, join_ranks
+    from learner.trainer.engine import LearnerEngine
+    from tests.support.scored import learner_config, make_scored
 
     join_ranks(0, 1, "127.0.0.1", free_port(), torch.device("cpu"), 60.0)
     learner = {

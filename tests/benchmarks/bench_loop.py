@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
-from learner.controller import Controller
-from learner.services import Services
+from learner.cluster.services import Services
+from learner.loop.controller import Controller
 from tests.benchmarks.stub_services import Latencies, install, prompts, stub_config
 
 ANSWERS, STEPS = 32, 7

@@ -9,8 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from deploy.simulate import simulate
-from deploy.simulation_file import load_simulation
+from deploy.simulator.file import load_simulation
+from deploy.simulator.simulate import simulate
 from tests.benchmarks.e2e_runs import Setting, figure, folder_for, train, write_config
 
 STEPS = 9

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from common.collective import SENDER, Control
-from common.config import Config, SyncConfig
-from common.config_file import validate
-from tests.weight_groups import HOST, free_port, manifest_of, open_all, sync_once
+from common.config.loader import validate
+from common.config.model import Config, SyncConfig
+from common.weight_sync.collective import SENDER, Control
+from tests.support.weight_groups import HOST, free_port, manifest_of, open_all, sync_once
 
 if TYPE_CHECKING:
-    from common.weights import SyncManifest
-    from rollout_workers.engine import RolloutEngine
+    from common.weight_sync.manifest import SyncManifest
+    from rollout_workers.engine.engine import RolloutEngine
 
 REPEATS = 5
 STEPS = 3
@@ -34,7 +34,7 @@ TIMEOUT_S = 120.0
 
 def run() -> dict[str, dict[str, Any]]:
     """All figures; about two minutes on two cores."""
-    from deploy.prepare import prepare_smollm2
+    from deploy.tasks.gguf import prepare_smollm2
 
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as folder:
         model = Path(folder) / "smollm2"
@@ -50,7 +50,7 @@ async def bandwidth(model: Path) -> dict[str, dict[str, Any]]:
 
     The target is for the wire one would choose on one host, `ipc`; that of gloo is reported beside it.
     """
-    from rollout_workers.engine import RolloutEngine
+    from rollout_workers.engine.engine import RolloutEngine
 
     config = validate(Config, run_config(model))
     engine = await RolloutEngine.start(str(model), config, max_logprobs=8)
@@ -76,7 +76,7 @@ async def in_turns(
     engine: RolloutEngine, sync: SyncConfig, wire: Wire, weights: dict[str, Tensor], plan: SyncManifest
 ) -> tuple[float, float]:
     """Seconds of a sync over `wire`, and of the bare broadcast of as many bytes after each; medians."""
-    from learner.publish import open_sender
+    from learner.publishing.packer import open_sender
 
     engine._sync = sync = sync.model_copy(update={"backend": wire})
     port = free_port()
@@ -179,7 +179,7 @@ def load(model: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Parameters by name, as the learner publishes them."""
     from transformers import AutoModelForCausalLM
 
-    from learner.export import WeightView
+    from learner.trainer.export import WeightView
 
     return dict(WeightView(AutoModelForCausalLM.from_pretrained(model, dtype=dtype)).gathered(0))
 

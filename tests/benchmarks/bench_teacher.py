@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.codec import encode_request, encode_response
-from common.config import TeacherConfig
-from common.schema import Context, Ids, ItemScore, ScoreItem, ScoreRequest, as_ids, context_hash
-from teacher_server.auth import Authenticator
+from common.config.model import TeacherConfig
+from common.protocol.codec import encode_request, encode_response
+from common.protocol.schema import Context, Ids, ItemScore, ScoreItem, ScoreRequest, as_ids, context_hash
 from teacher_server.backends.base import Work
-from teacher_server.backends.transformers import TransformersBackend
+from teacher_server.backends.hf.backend import TransformersBackend
 from teacher_server.client import TeacherClient
-from teacher_server.serve import start_in_thread
-from teacher_server.service import TeacherService, TokenizerIdentity
+from teacher_server.http.auth import Authenticator
+from teacher_server.http.serve import start_in_thread
+from teacher_server.scoring.service import TeacherService, TokenizerIdentity
 
 MODEL = Path("models/smollm2")
 THREADS = 2
@@ -169,7 +169,7 @@ def bytes_per_token(backend: TransformersBackend) -> Figures:
     batch = make_items(16)
     request = len(encode_request(ScoreRequest("0" * 32, "run", "at_ids", 1.0, K, tuple(batch)))) / (16 * RESPONSE)
     results = tuple(backend.score(works(batch)))
-    from common.schema import ScoreResponse
+    from common.protocol.schema import ScoreResponse
 
     reply = len(encode_response(ScoreResponse("0" * 32, "0" * 64, 0, results))) / (16 * RESPONSE)
     return {

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 MODEL = ROOT / "models/smollm2"
 DEMO = ROOT / "deploy/configs/demo"
 THREADS, BATCH, TOP_K, LEARNING_RATE = 2, 16, 256, 1e-6

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-import learner.services
-import learner.teachers
-from common.config import Config
-from common.schema import Ids, ItemScore, Prompt, Sampling, ScoredTrajectory, TokenSequence, Trajectory, as_ids
-from learner.rank import LearnerRank
-from learner.reports import AccumulateReport, LearnerInfo, StepReport
+import learner.cluster.services
+import learner.cluster.teachers
+from common.config.model import Config
+from common.protocol.schema import Ids, ItemScore, Prompt, Sampling, ScoredTrajectory, TokenSequence, Trajectory, as_ids
+from learner.cluster.rank import LearnerRank
+from learner.trainer.reports import AccumulateReport, LearnerInfo, StepReport
 from rollout_workers.actor import RolloutWorker
 from teacher_server.actor import TeacherActor
 from teacher_server.backends.base import Work
@@ -51,13 +51,13 @@ class Latencies:
 def install(latencies: Latencies) -> None:
     """Have the run's services made of stubs from here on. Call it before ``ray.init``."""
     os.environ[VARIABLE] = json.dumps(asdict(latencies))
-    learner.services.RolloutWorker = StubWorker
-    learner.services.LearnerRank = StubRank
-    learner.teachers.TeacherActor = StubTeacher
+    learner.cluster.services.RolloutWorker = StubWorker
+    learner.cluster.services.LearnerRank = StubRank
+    learner.cluster.teachers.TeacherActor = StubTeacher
 
 
 class StubEngine:
-    """`rollout_workers.engine.RolloutEngine` with sleeps."""
+    """`rollout_workers.engine.engine.RolloutEngine` with sleeps."""
 
     limit_tokens = 4096
     weight_version = 0
@@ -66,7 +66,7 @@ class StubEngine:
         self._asked = 0
 
     async def generate(self, prompt_ids: Sequence[int] | Ids, sampling: Sampling, request_id: str) -> Any:
-        from rollout_workers.engine import Generation
+        from rollout_workers.engine.engine import Generation
 
         latencies = Latencies.here()
         place = self._asked % latencies.answers + 1
@@ -172,9 +172,9 @@ class StubTeacher(TeacherActor):
     """The real server over HTTP, with a stub backend behind it."""
 
     def start(self) -> str:
-        from teacher_server.auth import single_key
-        from teacher_server.serve import start_in_thread
-        from teacher_server.service import TeacherService, TokenizerIdentity
+        from teacher_server.http.auth import single_key
+        from teacher_server.http.serve import start_in_thread
+        from teacher_server.scoring.service import TeacherService, TokenizerIdentity
 
         assert self._api_key is not None
         service = TeacherService(StubBackend(), self._config, TokenizerIdentity("1" * 64, "2" * 64))
@@ -190,7 +190,7 @@ def prompts(count: int) -> list[Prompt]:
 
 def stub_config(**sections: dict[str, Any]) -> Config:
     """A run over stubs."""
-    from common.config_file import validate
+    from common.config.loader import validate
 
     settings: dict[str, dict[str, Any]] = {
         "run": {"name": "stub"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
@@ -13,38 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 
-WORDS = ("cat", "dog", "sun", "map", "cup", "hat", "pen", "box", "key", "car", "bus", "bed")
-
-
-def run_settings(folder: Path, model: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run in seconds: 12 raw rows, a context that changes the random model's distribution."""
-    for name, words in (("train", WORDS[:8]), ("valid", WORDS[4:8]), ("eval", WORDS[8:])):
-        lines = [json.dumps({"id": word, "prompt": f"Q: {word}\nA:", "answer": "x"}) for word in words]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    settings: dict[str, dict[str, Any]] = {
-        "run": {"name": "tiny", "dir": str(folder / "runs")},
-        "student": {"model": str(model)},
-        "teacher": {"threads": 1},
-        "context": {"text": "Q: one\nA: ones\n"},
-        "data": {name: str(folder / f"{name}.jsonl") for name in ("train", "valid", "eval")},
-        "rollout": {"batch_size": 8, "max_tokens": 8, "stop": ["\n"], "threads": 1, "max_num_seqs": 16},
-        "loss": {"top_k": 64},
-        "learner": {"steps": 6, "lr": 3e-3, "threads": 1, "micro_batch_tokens": 64},
-        "sync": {"probe_prompts": 4, "probe_tokens": 16},
-        "eval": {"every": 3, "grader": "contains"},
-    }
-    for section, values in sections.items():
-        settings.setdefault(section, {}).update(values)
-    return settings
-
-
-def write_run(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
-    """The configuration file of `run_settings`, with its data."""
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(run_settings(folder, model, **sections)))
-    return path
+from tests.support.runs import write_run
 
 
 @pytest.fixture
@@ -70,7 +39,7 @@ def teacher_process(tmp_path: Path) -> Iterator[Callable[[Path], tuple[str, int]
         command = [
             sys.executable,
             "-m",
-            "deploy.cli",
+            "deploy.cli.main",
             "teacher",
             str(config),
             f"teacher.port={port}",

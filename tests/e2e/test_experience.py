@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from deploy.cli import app
+from deploy.cli.main import app
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -34,7 +34,7 @@ def test_from_problems_to_a_run_that_takes_what_was_learned(write_config: Callab
         experience={"seeds": 1, "problems": 4, "max_tokens": 16, "keep": 2},
     )
     done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "experience", "extract", config],
+        [sys.executable, "-m", "deploy.cli.main", "experience", "extract", config],
         capture_output=True,
         text=True,
         timeout=240,

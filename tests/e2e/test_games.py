@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from common.contexts import drawn
-from common.evaluation import accuracy
-from tests.e2e.test_run import metric_lines, started_run
+from common.data.contexts import drawn
+from common.evaluation.accuracy import accuracy
+from tests.support.runs import metric_lines, started_run
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_run import metric_lines, started_run, wait_for_step
+from tests.support.runs import metric_lines, started_run, wait_for_step
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -8,50 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests import prometheus_server
-from tests.dashboard import asked_of, exported_by, missing, queries
-from tests.processes import alive, command_of, descendants
-from tests.teacher_running import free_port
+from tests.support import prometheus_server
+from tests.support.dashboard import asked_of, exported_by, missing, queries
+from tests.support.processes import alive, command_of, descendants
+from tests.support.runs import metric_lines, started_run, wait_for_step
+from tests.support.teacher_running import free_port
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@contextmanager
-def started_run(config: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
-    """``python -m learner.train`` as a user starts it, in a process group of its own."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; its children would inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "learner.train", str(config), *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:
-    """Until ``metrics.jsonl`` has the line of `step`."""
-    while process.poll() is None:
-        path = run / "metrics.jsonl"
-        if path.exists() and any("kl/full_bound" in line and f'"step": {step},' in line for line in path.open()):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"the run ended early: {process.communicate()}")
 
 
 def assert_nothing_left(pids: set[int]) -> None:
@@ -61,11 +30,6 @@ def assert_nothing_left(pids: set[int]) -> None:
     while alive(pids) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not alive(pids)
-
-
-def metric_lines(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "kl/full_bound" in line]
 
 
 def test_kl_falls_over_a_whole_run(write_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -106,7 +70,7 @@ def test_kl_falls_over_a_whole_run(write_config: Callable[..., Path], tmp_path: 
     assert f"Step 6, row {tokens[-1]['row']}" in report
     assert "could not be read" not in report
 
-    again = [sys.executable, "-m", "deploy.cli", "evaluate", str(tmp_path / "run.yaml")]
+    again = [sys.executable, "-m", "deploy.cli.main", "evaluate", str(tmp_path / "run.yaml")]
     told = subprocess.run([*again, "--checkpoint", str(run / "checkpoint")], capture_output=True, text=True, check=True)
     answers = [json.loads(line) for line in (run / "evaluate/samples.jsonl").read_text().splitlines()]
     final = {sample["id"]: sample["answer"] for sample in samples if sample["set"] == "final"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_run import metric_lines, started_run
-from tests.tiny import make_tiny_model
+from tests.support.runs import metric_lines, started_run
+from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from common.trace import read_trace
-from tests.e2e.conftest import write_run
-from tests.faults import nodes
-from tests.faults.driver import PHASES, VICTIMS
+from common.telemetry.trace import read_trace
+from tests.support import ray_nodes as nodes
+from tests.support.fault_driver import PHASES, VICTIMS
+from tests.support.runs import write_run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -102,7 +102,7 @@ def cases(*, core: bool) -> list[tuple[str, str]]:
 
 
 def check(victim: str, phase: str, config: Path, undisturbed: str, folder: Path, *overrides: str) -> None:
-    command = ["-m", "tests.faults.driver", victim, phase, str(config), f"run.dir={folder}", *overrides]
+    command = ["-m", "tests.support.fault_driver", victim, phase, str(config), f"run.dir={folder}", *overrides]
     if victim == "node":
         with nodes.worker_nodes() as environment:
             output = finished([*command, nodes.SETTING], environment=environment)
@@ -124,7 +124,7 @@ def test_the_core_of_the_matrix(victim: str, phase: str, config: Path, undisturb
 def test_a_worker_joins_at_a_step_boundary_and_leaves_at_another(
     config: Path, undisturbed: str, tmp_path: Path
 ) -> None:
-    command = ["-m", "tests.faults.driver", "extra", "worker", str(config), f"run.dir={tmp_path}", nodes.SETTING]
+    command = ["-m", "tests.support.fault_driver", "extra", "worker", str(config), f"run.dir={tmp_path}", nodes.SETTING]
     with nodes.worker_nodes() as environment:
         output = finished([*command, "rollout.workers=1", "rollout.max_workers=2"], environment=environment)
     assert "its node is being drained" in output
@@ -153,7 +153,7 @@ def test_one_rank_of_two(phase: str, config: Path, undisturbed_of_two_ranks: str
 
 @pytest.mark.matrix
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(config: Path, undisturbed: str, tmp_path: Path) -> None:
-    output = finished(["-m", "tests.faults.driver", "disk", "checkpoint", str(config), f"run.dir={tmp_path}"])
+    output = finished(["-m", "tests.support.fault_driver", "disk", "checkpoint", str(config), f"run.dir={tmp_path}"])
     run = tmp_path / "tiny"
     assert re.search(r"step-000002 was not written: .*going on without it", output)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000001", "step-000003"]

@@ -8,8 +8,8 @@ import pytest
 import ray
 
 from rollout_workers.actor import GROUPS
-from rollout_workers.pool import WorkerPool
-from tests.pool_workers import Echo
+from rollout_workers.pool.pool import WorkerPool
+from tests.support.pool_workers import Echo
 
 
 @pytest.fixture(scope="module")

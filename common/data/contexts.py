@@ -1,0 +1,74 @@
+"""A pool of contexts (``context.pool``): read, named, drawn from. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.config.model import ConfigError, ContextConfig
+
+
+class PoolContext(BaseModel):
+    """One line of a pool. Other keys of the line are left alone."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: Annotated[str, Field(min_length=1)]
+    text: Annotated[str, Field(min_length=1)]
+
+
+Pool = Sequence[PoolContext]
+
+
+def read_pool(path: Path) -> tuple[PoolContext, ...]:
+    """The contexts of a JSON-lines file, in order; raises ConfigError naming file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"context.pool: cannot read {path}: {why} (`opcd experience select` writes one)") from error
+    pool: dict[str, PoolContext] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            one = PoolContext.model_validate(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"context.pool: {path}:{number}: not JSON: {error}") from error
+        except ValidationError as error:
+            detail = error.errors()[0]
+            place = ".".join(str(part) for part in detail["loc"])
+            raise ConfigError(f"context.pool: {path}:{number}: {place}: {detail['msg']}") from error
+        if one.id in pool:
+            raise ConfigError(f"context.pool: {path}:{number}: id {one.id!r} is used twice")
+        pool[one.id] = one
+    if not pool:
+        raise ConfigError(f"context.pool: {path} holds no context")
+    return tuple(pool.values())
+
+
+def check_context(context: ContextConfig) -> None:
+    """Raise ConfigError where the context, or the pool, cannot be read."""
+    if context.pool is None:
+        context.read()
+    else:
+        read_pool(context.pool)
+
+
+def pool_digest(pool: Pool) -> str:
+    """Hex sha256 of ids and texts in their order: what decides which sample has which context."""
+    content = json.dumps([[one.id, one.text] for one in pool], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def drawn(seed: int, key: str, count: int) -> int:
+    """Which of `count` contexts `key` (a sample's id, which names step, row and repeat) has: a function of its
+    arguments alone, so that a resumed run draws the same.
+    """
+    return xxhash.xxh64_intdigest(f"{seed}/context/{key}".encode()) % count

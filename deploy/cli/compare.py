@@ -1,0 +1,76 @@
+"""``opcd compare``: on-policy distillation and its baselines, on the same rows, steps and seeds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.config.loader import load_config
+from common.config.model import ConfigError
+from common.telemetry.run_files import Progress
+from deploy.cli.errors import known_errors
+
+
+def compare(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see deploy/configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides such as learner.steps=10, for all runs.")
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Which, with commas between.")] = "opcd,offpolicy,sequence,pg,in_context",
+    seeds: Annotated[str, typer.Option(help="Which, with commas between: each method is run with each.")] = "0,1,2",
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE,VALUE", help="A setting that is varied: each method is run with each value."),
+    ] = None,
+) -> None:
+    """Train by every method with every seed and write one table: runs/NAME-compare/compare.md, .json, .svg and .html.
+
+    --vary loss.top_k=1,16,256 has one row a value; given twice, one for every combination.
+
+    Runs follow one another. What is finished under the same configuration is not run again, what was cut off with a
+    checkpoint goes on: after an interrupt, give the same command. A run that fails is a line of the table.
+    """
+    from deploy.compare import compare as comparison
+    from deploy.compare.plan import is_finished, plan, root_of
+
+    chosen = _listed(methods)
+    with known_errors(ConfigError):
+        try:
+            numbers = [int(seed) for seed in _listed(seeds)]
+        except ValueError as error:
+            raise ConfigError(f"--seeds {seeds!r}: whole numbers with commas between") from error
+        runs = plan(config, overrides or (), chosen, numbers, vary or ())
+        root = root_of(load_config(config, overrides or ()))
+    progress = Progress()
+    words = ["opcd compare", config, *(overrides or ()), f"--methods {methods}", f"--seeds {seeds}"]
+    words += [f"--vary {setting}" for setting in vary or ()]
+    try:
+        table = comparison.compare(runs, chosen, root, " ".join(words), progress, comparison.train_apart)
+    except KeyboardInterrupt:
+        progress.line("interrupted; the same command goes on from here")
+        raise typer.Exit(130) from None
+    finished = [run.config.run.path for run in runs if run.config is not None and is_finished(run)]
+    progress.line("\n" + table.read_text(encoding="utf-8"))
+    progress.line(f"written to {root}/: {_written(finished, root)}")
+    raise typer.Exit(0 if len(finished) == len(runs) else 1)
+
+
+def _written(finished: list[Path], root: Path) -> str:
+    """Names of the result's files; the page of curves is made of the finished runs, where there are any."""
+    names = [name for name in ("compare.md", "compare.json", "compare.svg") if (root / name).exists()]
+    if finished:
+        from deploy.report.load_run import ReportError
+        from deploy.report.writing import write_comparison
+
+        try:
+            names.append(write_comparison(finished, root / "compare.html").name)
+        except (ReportError, OSError) as error:
+            print(f"opcd: compare.html was not written: {error}", file=sys.stderr)
+    return ", ".join(names)
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

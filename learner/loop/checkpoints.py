@@ -1,0 +1,239 @@
+"""What a run keeps on disk to go on from: folders of state, each made valid by one manifest that is written last.
+
+::
+
+    runs/NAME/checkpoints/
+      step-000020/manifest.json     the loop's own state, and what the run was made of
+                  learner/          DeepSpeed's parts, one set per rank
+      step-000040.partial/          being written, or left over from a crash: ignored and removed
+
+On several nodes the folder must be one that all of them share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.config.model import Config, TeacherConfig
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LEARNER = "learner"
+_PARTIAL = ".partial"
+_SAMPLING = {"source", "batch_size", "samples_per_prompt", "max_tokens", "temperature", "top_p", "stop", "topk_from"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or gone on from; the text says which, why and what would help."""
+
+
+class Identity(BaseModel):
+    """What a run is made of: a checkpoint of another run must not be continued by accident."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    student: str
+    tokenizer: str
+    teachers: dict[str, str]
+    """Teacher's name -> its model fingerprint."""
+    teaching: dict[str, dict[str, Any]] = {}
+    """Teacher's name -> what becomes of its weights. One model that stays, follows the student or averages it begins
+    with one fingerprint."""
+    contexts: tuple[str, ...]
+    """Hashes of the contexts; of a pool one hash of them all."""
+    pool: str | None = None
+    """sha256 of the pool that contexts are drawn from."""
+    data: str
+    """sha256 of the training rows."""
+    loss: dict[str, Any]
+    rollout: dict[str, Any]
+    """What decides the answers: batch size, samples per prompt, sampling, seed."""
+    learner: dict[str, Any]
+    """What decides the shape of the state: ranks, ZeRO stage, adapters."""
+
+    def differences(self, other: Identity) -> Iterator[str]:
+        """One line per value in which `other` (the run at hand) is not what the checkpoint says."""
+        here = dict(_flat(other.model_dump(mode="json")))
+        for name, value in _flat(self.model_dump(mode="json")):
+            found = here.pop(name, None)
+            if found != value:
+                yield f"{name}: the checkpoint has {value}, this run has {found}"
+        for name, value in here.items():
+            yield f"{name}: the checkpoint has none, this run has {value}"
+
+
+class Manifest(BaseModel):
+    """Content of ``manifest.json``. A checkpoint without one does not exist."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    step: int
+    """Finished steps: weight version, data cursor, and (with the seed) the state of every sampler."""
+    identity: Identity
+    loop: dict[str, Any]
+    """What the loop keeps in its head."""
+    files: dict[str, int] = {}
+    """Every other file of the folder and its bytes: one that was cut short must not be loaded."""
+
+
+def identity_of(
+    config: Config,
+    *,
+    tokenizer: str,
+    teachers: dict[str, str],
+    contexts: tuple[str, ...],
+    data: str,
+    pool: str | None = None,
+) -> Identity:
+    """The identity of a run that is about to start; `data` and `pool` are digests of what it is trained on and what
+    contexts are drawn from.
+    """
+    lora = config.learner.lora
+    return Identity(
+        student=config.student.model,
+        tokenizer=tokenizer,
+        teachers=teachers,
+        teaching={name: _teaching(section) for name, section in config.named_teachers().items()},
+        contexts=tuple(sorted(contexts)) if pool is None else (_joint(contexts),),
+        pool=pool,
+        data=data,
+        loss=config.loss.model_dump(mode="json"),
+        rollout={"seed": config.run.seed, **config.rollout.model_dump(mode="json", include=_SAMPLING)},
+        learner={
+            "ranks": config.learner.ranks,
+            "zero_stage": config.learner.zero_stage,
+            "dtype": config.student.dtype,
+            "lora": None if lora is None else lora.model_dump(mode="json"),
+        },
+    )
+
+
+def _teaching(section: TeacherConfig) -> dict[str, Any]:
+    return {"kind": section.kind, "ema_decay": section.ema_decay if section.kind == "ema" else None}
+
+
+def _joint(names: tuple[str, ...]) -> str:
+    """One hash of hundreds: a difference is a line then, not a page."""
+    return hashlib.sha256("".join(sorted(names)).encode()).hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run, under ``folder``."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    @contextmanager
+    def writing(self, manifest: Manifest) -> Iterator[Path]:
+        """Fill the folder it gives with the learner's state of `manifest.step`; at its end all counts at once.
+
+        Older ones beyond `keep` leave only after the new one is whole. Raises CheckpointError where the disk does not
+        take it; what was there before is still there then.
+        """
+        final = self._path(manifest.step)
+        partial = final.with_name(final.name + _PARTIAL)
+        try:
+            with _disk_errors(final):
+                self._clear_partial()
+                (partial / LEARNER).mkdir(parents=True)
+                yield partial / LEARNER
+                whole = manifest.model_copy(update={"files": _synced_files(partial)})
+                (partial / MANIFEST).write_text(whole.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                _sync(partial / MANIFEST)
+                if final.exists():  # a run that was resumed from an earlier one comes by again
+                    shutil.rmtree(final)
+                os.replace(partial, final)
+                _sync(self.folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in self._whole()[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def newest(self) -> tuple[Path, Manifest] | None:
+        """The newest whole checkpoint; None where there is none. Raises CheckpointError for one that is damaged."""
+        found = self._whole()
+        if not found:
+            return None
+        path = found[-1]
+        try:
+            manifest = Manifest.model_validate_json((path / MANIFEST).read_text(encoding="utf-8"))
+            for name, size in manifest.files.items():
+                if (path / name).stat().st_size != size:
+                    raise OSError(f"{name} has {(path / name).stat().st_size} bytes, it was written with {size}")
+        except (OSError, ValidationError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged ({' '.join(str(error).split())}); remove the folder to go on from the "
+                "checkpoint before it"
+            ) from error
+        return path, manifest
+
+    def _whole(self) -> list[Path]:
+        return sorted(path.parent for path in self.folder.glob(f"step-*[0-9]/{MANIFEST}"))
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def _clear_partial(self) -> None:
+        for left in self.folder.glob(f"*{_PARTIAL}"):
+            shutil.rmtree(left)
+
+
+def refuse_other_run(manifest: Manifest, path: Path, here: Identity) -> None:
+    """Raises CheckpointError, naming every difference, where `manifest` was written by a run of other parts."""
+    different = list(manifest.identity.differences(here))
+    if different:
+        raise CheckpointError(
+            f"{path} belongs to another run:\n  "
+            + "\n  ".join(different)
+            + "\n--accept-changes goes on all the same (its result is that of neither run)"
+        )
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
+        free = shutil.disk_usage(_existing(path)).free / 1e9
+        raise CheckpointError(
+            f"checkpoint {path} was not written: {' '.join(str(error).split())}; {free:.1f} GB are free there"
+        ) from error
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
+def _synced_files(folder: Path) -> dict[str, int]:
+    """Bytes of every file under `folder`, each flushed to the disk first."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

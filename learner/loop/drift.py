@@ -1,0 +1,94 @@
+"""How far the engine's log-probs are from the learner's on the tokens that were trained. Pure.
+
+Parity (`learner.loop.parity`) proves on a fixed probe that a sync arrived. This looks at every trained token: kernels,
+padding or batch sizes that change what the engine computes show here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.config.model import SyncConfig
+
+RMS, OUTSIDE = "drift/rms", "drift/outside"
+"""Metrics of a step: root mean square of engine minus learner log-prob, in nats; share of tokens whose probability
+ratio, learner over engine, lies outside [0.9, 1.1]."""
+
+WARN_NATS = {"float32": 0.002, "bfloat16": 0.05}
+"""What engines and trainers that agree stay under (published figures)."""
+WARN_SHARE = 0.1
+STOP_FACTOR = 10.0
+STOP_SHARE = 0.5
+
+
+class DriftError(RuntimeError):
+    """The engine samples from another policy than the learner trains."""
+
+
+@dataclass(frozen=True, slots=True)
+class DriftBounds:
+    """From where on a step is reported, and from where on it ends the run; None: no bound."""
+
+    warn_nats: float | None
+    stop_nats: float | None
+    warn_share: float | None
+    stop_share: float | None
+
+
+def drift_bounds(sync: SyncConfig, *, dtype: str, max_staleness: int) -> DriftBounds:
+    """The configured bounds; where none are, defaults for `dtype`. Rollouts that run ahead have no defaults: there the
+    weights themselves are others, and the distance is what the run allows.
+    """
+    default = max_staleness == 0
+    warn_nats = sync.drift_warn_nats or (WARN_NATS[dtype] if default else None)
+    return DriftBounds(
+        warn_nats=warn_nats,
+        stop_nats=sync.drift_stop_nats or (STOP_FACTOR * warn_nats if default and warn_nats else None),
+        warn_share=sync.drift_warn_share or (WARN_SHARE if default else None),
+        stop_share=sync.drift_stop_share or (STOP_SHARE if default else None),
+    )
+
+
+@dataclass
+class DriftGate:
+    """Checks each step's metrics; `warned` counts the steps that were reported."""
+
+    bounds: DriftBounds
+    warned: int = 0
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """A line to report where `step` passes a warning bound. Raises DriftError past a stop bound, and for a value
+        that is no number, unless the learner skipped the step for its own non-finite loss.
+
+        Steps without drift metrics (log-probs of two temperatures, or cut by top-p) pass.
+        """
+        if RMS not in metrics:
+            return None
+        rms, outside = metrics[RMS], metrics[OUTSIDE]
+        found = (
+            f"step {step}: log-probs of engine and learner differ by {rms:.2g} nats (rms), "
+            f"{outside:.1%} of tokens by more than a tenth of their probability"
+        )
+        if not math.isfinite(rms) and metrics.get("skipped"):
+            return None
+        bounds = self.bounds
+        if not math.isfinite(rms) or _past(rms, bounds.stop_nats) or _past(outside, bounds.stop_share):
+            raise DriftError(
+                f"{found}; the run stops at {_named(bounds.stop_nats, bounds.stop_share)} (sync.drift_stop_nats, "
+                "sync.drift_stop_share): the engine samples from another policy than the one that is trained"
+            )
+        if _past(rms, bounds.warn_nats) or _past(outside, bounds.warn_share):
+            self.warned += 1
+            return f"{found}; expected at most {_named(bounds.warn_nats, bounds.warn_share)}"
+        return None
+
+
+def _past(value: float, bound: float | None) -> bool:
+    return bound is not None and value > bound
+
+
+def _named(nats: float | None, share: float | None) -> str:
+    parts = [*([] if nats is None else [f"{nats:.2g} nats"]), *([] if share is None else [f"{share:.1%}"])]
+    return " or ".join(parts) or "what is no number"

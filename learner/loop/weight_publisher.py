@@ -1,0 +1,110 @@
+"""Every version of the weights into every engine, and the proof that they are there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+import ray
+
+from common.config.model import Config
+from common.protocol.schema import Prompt, Sampling, TokenSequence, as_ids
+from common.telemetry.trace import TraceSpan
+from common.weight_sync.collective import SyncError
+from learner.cluster.services import Arrays, Services, Worker
+from learner.loop.parity import ParityGate, ParityReport
+
+ATTEMPTS = 3
+"""Syncs of one version, each without the workers that the last one lost."""
+
+
+class Publisher:
+    """Publishes versions to the pool's workers; those that wait for the current weights take part and are admitted."""
+
+    def __init__(self, config: Config, services: Services, status: Callable[[str], None]) -> None:
+        self._config = config
+        self._services = services
+        self._status = status
+        self._probe: list[TokenSequence] = []
+        self._learner_at_0: Arrays = []
+        self._gates: dict[int, ParityGate] = {}
+        self._lock = asyncio.Lock()
+        self.spans: list[TraceSpan] = []
+        """Of the syncs so far, until the loop takes them."""
+
+    async def begin(self, prompts: Sequence[Prompt]) -> ParityReport:
+        """Choose the probe (answers of the engine at version 0) and measure the pairs' noise floors on it."""
+        sync, services = self._config.sync, self._services
+        assert services.worker_info is not None
+        chosen = prompts[: sync.probe_prompts]
+        # Scoring takes the whole sequence as a prompt, and an engine needs room for one more token.
+        room = services.worker_info.limit_tokens - 1 - max(len(prompt.student_ids) for prompt in chosen)
+        sampling = Sampling(max_tokens=min(sync.probe_tokens, room), temperature=1.0, seed=self._config.run.seed)
+        answers = await services.generate([(prompt.student_ids.tolist(), sampling) for prompt in chosen])
+        self._probe = [
+            TokenSequence(prompt_ids=prompt.student_ids, response_ids=as_ids(answer.ids))
+            for prompt, answer in zip(chosen, answers, strict=True)
+        ]
+        self._learner_at_0 = await services.probe_learner(self._probe)
+        await services.open_sync(services.pool.members)
+        return _worst(await self._begin_gates(services.pool.members))
+
+    async def publish(self, version: int) -> ParityReport:
+        """The learner's weights into every engine as `version`, then parity; the worst report.
+
+        Where workers are lost on the way it is tried again with the others, and with those that got ready.
+        Raises ParityError, or SyncError where nobody was lost: trying again would change nothing.
+        """
+        async with self._lock:
+            for _ in range(ATTEMPTS - 1):
+                lost = self._services.pool.losses
+                try:
+                    return await self._publish(version)
+                except (SyncError, ray.exceptions.RayError) as error:
+                    await self._services.pool.check_health()
+                    if self._services.pool.losses == lost:
+                        raise
+                    self._status(f"weight sync of version {version} again: {error}")
+            return await self._publish(version)
+
+    async def _publish(self, version: int) -> ParityReport:
+        services = self._services
+        if not services.pool.members:
+            await services.pool.next_ready()
+        workers = [*services.pool.members, *services.pool.ready]  # more may become ready while these are looked at
+        if services.group != workers:
+            await self._begin_gates(workers)
+            await services.open_sync(workers)
+        started = time.time()
+        await services.publish(version)
+        published = time.time()
+        engines, learner = await asyncio.gather(
+            services.probe_engines(services.group, self._probe), services.probe_learner(self._probe)
+        )
+        reports = [
+            self._gates[worker.number].check(version, engine, learner)
+            for worker, engine in zip(services.group, engines, strict=True)
+        ]
+        for stage, start, end in (("sync", started, published), ("parity", published, time.time())):
+            self.spans.append(TraceSpan(stage, "controller", start, end, {"version": version}))
+        for worker in set(services.pool.ready) & set(services.group):
+            services.pool.admit(worker)
+        return _worst(reports)
+
+    async def _begin_gates(self, workers: Sequence[Worker]) -> list[ParityReport]:
+        """Gates for those of `workers` that have none: their engines hold the initial weights. Raises ParityError."""
+        sync, info = self._config.sync, self._services.learner_info
+        assert info is not None
+        nats = sync.parity_nats or (2e-4 if info.dtype == "float32" else 0.1)
+        new = [worker for worker in workers if worker.number not in self._gates]
+        reports = []
+        for worker, engine in zip(new, await self._services.probe_engines(new, self._probe), strict=True):
+            gate = ParityGate(nats, sync.parity_change_ratio)
+            reports.append(gate.begin(engine, self._learner_at_0))
+            self._gates[worker.number] = gate
+        return reports
+
+
+def _worst(reports: Sequence[ParityReport]) -> ParityReport:
+    return max(reports, key=lambda report: report.max_nats)

@@ -1,0 +1,157 @@
+"""How the sequences of a micro-batch lie in the model's input: padded to the longest, or packed end to end. Pure.
+
+Row t of a response is predicted by the hidden state at position ``len(prompt) + t - 1``, the last position that has
+not seen ``response_ids[t]``. Which tokens count is known from lengths, never from ``ids != pad`` (pad often is eos).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from common.protocol.schema import TokenSequence
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceBatch:
+    """Sequences as the backbone takes them, and where their R response tokens are.
+
+    ``inputs``: keyword arguments of the backbone, ``input_ids [B, L]`` among them; ``positions [R]`` index the
+    flattened ``[B * L]`` hidden states that predict the response tokens ``response_ids [R]``, sequence after sequence;
+    ``lengths`` are response lengths.
+    """
+
+    inputs: dict[str, Any]
+    positions: Int[Tensor, " R"]
+    response_ids: Int[Tensor, " R"]
+    lengths: tuple[int, ...]
+
+    @property
+    def computed_tokens(self) -> int:
+        """What a forward pass computes, padding included."""
+        return int(self.inputs["input_ids"].numel())
+
+    def to(self, device: torch.device) -> SequenceBatch:
+        """The same on `device`."""
+        inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in self.inputs.items()}
+        return replace(
+            self, inputs=inputs, positions=self.positions.to(device), response_ids=self.response_ids.to(device)
+        )
+
+
+def pad_sequences(sequences: Sequence[TokenSequence]) -> SequenceBatch:
+    """Prompt + response of each in a row of its own, padded on the right: ``input_ids`` and ``attention_mask [B, L]``.
+
+    Padding on the right needs no position ids: they count from 0 in every row, and causality hides it from real tokens.
+    Raises ValueError for an empty prompt (nothing would predict the first response token) or an empty response.
+    """
+    whole = _whole(sequences)
+    longest = max(map(len, whole))
+    input_ids = np.zeros((len(whole), longest), dtype=np.int64)
+    mask = np.zeros((len(whole), longest), dtype=np.int64)
+    for row, ids in enumerate(whole):
+        input_ids[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+    inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
+    return _batch(sequences, inputs, [row * longest for row in range(len(whole))])
+
+
+def pack_sequences(sequences: Sequence[TokenSequence]) -> SequenceBatch:
+    """Prompt + response of each, end to end in one row, ``input_ids [1, N]``; `learner.packing` keeps them apart.
+
+    The other inputs are those of transformers for packed rows: ``position_ids [1, N]`` that start anew with every
+    sequence, and where each begins and the last one ends (``cu_seq_lens_q``, ``cu_seq_lens_k``, ``[S + 1]`` int32).
+    Raises ValueError as `pad_sequences` does.
+    """
+    whole = _whole(sequences)
+    lengths = [len(ids) for ids in whole]
+    borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.from_numpy(np.concatenate(whole).astype(np.int64)[None]),
+        "position_ids": torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])[None]),
+        "cu_seq_lens_q": torch.from_numpy(borders),
+        "cu_seq_lens_k": torch.from_numpy(borders),
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    return _batch(sequences, inputs, borders[:-1].tolist())
+
+
+def plan_padded(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Indices cut into micro-batches: longest first, each at most `budget_tokens` tokens, padding included.
+
+    A sequence longer than the budget is one by itself. Equal lengths keep their order, so the plan is a function of
+    its input.
+    """
+    batches: list[list[int]] = []
+    for index in _longest_first(lengths):
+        # The first of a batch is its longest, so the padded size is known when it opens.
+        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def plan_packed(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Indices cut into micro-batches of at most `budget_tokens` tokens, nothing padded: each, longest first, into the
+    first micro-batch that has room (at most 11/9 of the fewest possible, and one).
+    """
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for index in _longest_first(lengths):
+        place = next((i for i, left in enumerate(room) if left >= lengths[index]), None)
+        if place is None:
+            place = len(batches)
+            batches.append([])
+            room.append(budget_tokens)
+        batches[place].append(index)
+        room[place] -= lengths[index]
+    return batches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to lay sequences out, and the plan that fills a budget under it."""
+
+    plan: Callable[[Sequence[int], int], list[list[int]]]
+    lay_out: Callable[[Sequence[TokenSequence]], SequenceBatch]
+
+
+PADDED = Layout(plan_padded, pad_sequences)
+PACKED = Layout(plan_packed, pack_sequences)
+
+
+def response_positions(prompt: int, response: int) -> np.ndarray:
+    """Positions of the hidden states that predict the response: one before each of its tokens."""
+    return np.arange(prompt - 1, prompt + response - 1)
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
+
+
+def _whole(sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+    for row, sequence in enumerate(sequences):
+        prompt, response = len(sequence.prompt_ids), len(sequence.response_ids)
+        if not prompt or not response:
+            raise ValueError(f"sequence {row} has {prompt} prompt and {response} response tokens: both must be there")
+    return [np.concatenate([sequence.prompt_ids, sequence.response_ids]) for sequence in sequences]
+
+
+def _batch(sequences: Sequence[TokenSequence], inputs: dict[str, Any], starts: Sequence[int]) -> SequenceBatch:
+    positions = [
+        start + response_positions(len(s.prompt_ids), len(s.response_ids))
+        for start, s in zip(starts, sequences, strict=True)
+    ]
+    return SequenceBatch(
+        inputs=inputs,
+        positions=torch.from_numpy(np.concatenate(positions)),
+        response_ids=torch.from_numpy(np.concatenate([s.response_ids for s in sequences]).astype(np.int64)),
+        lengths=tuple(len(s.response_ids) for s in sequences),
+    )

@@ -1,0 +1,105 @@
+"""Low-rank adapters (LoRA, through peft): they alone are trained; the base weights stay as they are, bit for bit.
+
+A layer computes ``W x + s B A x`` with ``s = alpha / rank``. Engines know nothing of it: they are sent ``W + s B A``
+under W's own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config.model import LoraConfig
+
+_NAME = "default"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The two factors beside one weight ``[out, in]``: ``a [rank, in]``, ``b [out, rank]``."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """``weight + scale * b a`` in weight's dtype, summed in float32; `weight` itself stays as it is."""
+        return torch.addmm(weight.float(), self.b.float(), self.a.float(), alpha=self.scale).to(weight.dtype)
+
+
+def add_adapters(model: Any, config: LoraConfig) -> None:
+    """Put adapters into `model`, in place, and freeze everything else. They begin as the identity (b = 0).
+
+    Raises ValueError where `target_modules` names no layer of the model.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    names = list(config.target_modules)
+    settings = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=names[0] if names == ["all-linear"] else names,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    inject_adapter_in_model(settings, model, adapter_name=_NAME)
+
+
+def checkpoint_name(name: str) -> str | None:
+    """The name that a parameter has without adapters; None for an adapter's own."""
+    return None if ".lora_" in name else name.replace(".base_layer.", ".")
+
+
+def adapters_of(model: nn.Module) -> Mapping[str, Adapter]:
+    """Checkpoint name of each adapted weight -> its adapter; empty without LoRA."""
+    found: dict[str, Adapter] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and _NAME in module.lora_A:
+            a, b = module.lora_A[_NAME].weight, module.lora_B[_NAME].weight
+            found[f"{name}.weight"] = Adapter(a, b, float(module.scaling[_NAME]))
+    return found
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base model, inside this scope."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def save_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfig, base_model: str) -> None:
+    """An adapter folder as peft opens it; `factors` are the parameters that have an adapter's name."""
+    from peft import LoraConfig as PeftConfig
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in factors})
+    settings = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    settings.save_pretrained(str(folder))
+    state = {f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": value for name, value in factors.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,149 @@
+"""The per-token divergence between student and teacher on a subset of the vocabulary. Pure torch.
+
+Notation: at one response position, p is the student, q the teacher, S the ids of the support (k of them); P and Q are
+the masses of S. All inputs are log-probabilities normalised over the *full* vocabulary and then gathered at S. Only
+the student's side carries a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from common.protocol.schema import LOGPROB_FLOOR
+
+Form = Literal["tail", "raw", "renorm", "generalized", "exact"]
+Direction = Literal["reverse", "forward", "jsd"]
+
+LogProbs = Float[Tensor, "T k"]
+PerToken = Float[Tensor, " T"]
+
+
+def topk_divergence(
+    student_logprobs: LogProbs,
+    teacher_logprobs: LogProbs,
+    *,
+    form: Form,
+    direction: Direction = "reverse",
+    beta: float = 0.5,
+    student_tail: PerToken | None = None,
+    teacher_tail: PerToken | None = None,
+) -> PerToken:
+    """Divergence of every response position, ``[T]``, in nats; differentiable in the student's values only.
+
+    Args:
+        student_logprobs: log p at the support's ids, ``[T, k]``.
+        teacher_logprobs: log q at the same ids, ``[T, k]``.
+        form: what becomes of the mass outside S. `tail`: one more bucket (a lower bound of the full divergence, zero
+            gradient at p = q). `raw`: left out (the paper's; at p = q the gradient is not zero). `renorm`: both sides
+            renormalised on S. `generalized`: left out, with the ``- p + q`` that makes every term non-negative.
+            `exact`: S is the whole vocabulary, nothing is outside.
+        direction: `reverse` KL(p‖q), `forward` KL(q‖p), `jsd` ``β KL(q‖m) + (1-β) KL(p‖m)`` with ``m = βq + (1-β)p``.
+        beta: weight of the teacher in m, between 0 and 1.
+        student_tail: log (1 - P), ``[T]``; used by `tail` only, where None it is computed from the given values.
+        teacher_tail: log (1 - Q), ``[T]``, likewise.
+
+    ``-inf``, `LOGPROB_FLOOR` and padded columns (floor on both sides) count as zero mass, in value and gradient. An id
+    the teacher cannot emit costs ``p * (log p - LOGPROB_FLOOR)``: large, but finite.
+
+    Raises ValueError for shapes that do not fit, an unknown form or direction, β outside (0, 1).
+    """
+    _check(student_logprobs, teacher_logprobs, student_tail, teacher_tail, direction, beta)
+    student = _floored(student_logprobs.float())
+    teacher = _floored(teacher_logprobs.detach().float())
+    if form == "tail":
+        outside_student = _log_rest(student) if student_tail is None else _floored(student_tail.float())
+        outside_teacher = _log_rest(teacher) if teacher_tail is None else _floored(teacher_tail.detach().float())
+        student = torch.cat([student, outside_student.unsqueeze(-1)], dim=-1)
+        teacher = torch.cat([teacher, outside_teacher.unsqueeze(-1)], dim=-1)
+    elif form == "renorm":
+        student = student - student.logsumexp(dim=-1, keepdim=True)
+        teacher = teacher - teacher.logsumexp(dim=-1, keepdim=True)
+    elif form not in ("raw", "generalized", "exact"):
+        raise ValueError(f"unknown form {form!r}; known: tail, raw, renorm, generalized, exact")
+    value = pointwise_divergence(student, teacher, direction, beta).sum(dim=-1)
+    if form == "generalized" and direction != "jsd":  # in `jsd` the two corrections cancel
+        excess = (teacher.exp() - student.exp()).sum(dim=-1)
+        value = value + excess if direction == "reverse" else value - excess
+    return value
+
+
+def pointwise_divergence(student: Tensor, teacher: Tensor, direction: Direction, beta: float = 0.5) -> Tensor:
+    """One term per bucket, same shape as the inputs (log-probabilities, finite, floored)."""
+    if direction == "reverse":
+        return student.exp() * (student - teacher)
+    if direction == "forward":
+        return teacher.exp() * (teacher - student)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * teacher.exp() * (teacher - mixture) + (1 - beta) * student.exp() * (student - mixture)
+
+
+def _floored(values: Tensor) -> Tensor:
+    """``-inf`` and anything under the floor become the floor, without gradient (``exp`` of it is 0)."""
+    return values.clamp(min=LOGPROB_FLOOR)
+
+
+def _log_rest(logprobs: LogProbs) -> PerToken:
+    """log (1 - Σ exp) from the values themselves, in float64; the floor where nothing is left.
+
+    Good to the rounding of the inputs: for float32 a mass under 1e-7 is noise, so pass real tails where there are any.
+    """
+    inside = logprobs.double().logsumexp(dim=-1)
+    rest = -torch.expm1(inside)
+    some = rest > 0
+    # The inner `where` keeps log's gradient finite in the branch that is not taken.
+    return torch.where(some, torch.where(some, rest, 1.0).log(), LOGPROB_FLOOR).to(logprobs.dtype)
+
+
+def policy_gradient(
+    student_logprobs: PerToken,
+    teacher_logprobs: PerToken,
+    behaviour_logprobs: PerToken,
+    *,
+    ratio_clip: float | None = None,
+) -> PerToken:
+    """Baseline: reverse KL as a reward on the sampled tokens, ``[T]``; its gradient is that of the surrogate.
+
+    ``-ρ A`` with A = log q - log p (detached) and ρ = p / p_behaviour, cut at ``ratio_clip`` from above. An unbiased
+    but noisy estimate of the gradient of KL(p‖q) where the behaviour is the policy itself.
+    """
+    advantage = (teacher_logprobs.float() - student_logprobs.float()).detach()
+    ratio = (student_logprobs.float() - behaviour_logprobs.detach().float()).exp()
+    if ratio_clip is not None:
+        ratio = ratio.clamp(max=ratio_clip)
+    return -ratio * advantage
+
+
+def negative_log_likelihood(student_logprobs: PerToken) -> PerToken:
+    """Baseline: ``-log p`` of the answer's own tokens, ``[T]``; sequence-level distillation on a teacher's answers."""
+    return -student_logprobs.float()
+
+
+def limit_per_token(values: PerToken, limit: float | None) -> PerToken:
+    """Values cut at `limit` nats; a token above it has no gradient (style tokens carry most of the divergence)."""
+    return values if limit is None else values.clamp(max=limit)
+
+
+def _check(
+    student: Tensor,
+    teacher: Tensor,
+    student_tail: Tensor | None,
+    teacher_tail: Tensor | None,
+    direction: str,
+    beta: float,
+) -> None:
+    if student.dim() != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be [T, k], at the same ids"
+        )
+    for name, tail in (("student_tail", student_tail), ("teacher_tail", teacher_tail)):
+        if tail is not None and tail.shape != student.shape[:1]:
+            raise ValueError(f"{name} is {tuple(tail.shape)}, expected [{student.shape[0]}]")
+    if direction not in ("reverse", "forward", "jsd"):
+        raise ValueError(f"unknown direction {direction!r}; known: reverse, forward, jsd")
+    if not 0 < beta < 1:
+        raise ValueError(f"beta {beta} must lie between 0 and 1")

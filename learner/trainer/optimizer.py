@@ -1,0 +1,107 @@
+"""The optimiser and the DeepSpeed configuration around it.
+
+Gradients stream in as sums, so the step's denominator is known only at its end. DeepSpeed's ZeRO optimisers divide by
+``loss_scale`` before they clip; `BoundaryAdamW` does the same where there is no ZeRO, so the engine sets one field
+whatever the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from common.config.model import Config
+
+BUCKET_ELEMENTS = 50_000_000
+"""Of ZeRO's communication buffers (200 MB in float32; DeepSpeed's default is ten times that, several times over)."""
+
+
+class BoundaryAdamW(torch.optim.AdamW):
+    """AdamW for gradients that are sums: divides by `loss_scale`, measures, clips, and refuses what is not finite.
+
+    Field names are those that DeepSpeed's engine and its ZeRO optimisers use.
+    """
+
+    def __init__(self, params: Iterable[Tensor], *, clip_grad: float, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.clip_grad = clip_grad
+        self.loss_scale = 1.0
+        self.overflow = False
+        self._global_grad_norm = 0.0
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update, or none (`overflow` is set) where a gradient is NaN or infinite."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale
+        self._global_grad_norm = norm
+        self.overflow = not torch.isfinite(torch.tensor(norm)).item()
+        if self.overflow:
+            return None
+        factor = min(1.0, self.clip_grad / (norm + 1e-6)) / self.loss_scale
+        torch._foreach_mul_(gradients, factor)
+        return super().step(closure)
+
+
+def make_optimizer(parameters: Sequence[Tensor], config: Config, zero_stage: int) -> torch.optim.AdamW:
+    """torch AdamW over `parameters`, one group, as the paper trains them."""
+    learner = config.learner
+    options: dict[str, Any] = {
+        "lr": learner.lr,
+        "betas": learner.betas,
+        "eps": learner.eps,
+        "weight_decay": learner.weight_decay,
+        "fused": True,  # one pass over the state: no temporary the size of the model
+    }
+    if zero_stage == 0:
+        return BoundaryAdamW(parameters, clip_grad=learner.grad_clip, **options)
+    return torch.optim.AdamW(parameters, **options)
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int) -> float:
+    """Of optimiser step `step` (from 0): linear from lr / warmup to lr, then constant."""
+    return lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
+
+
+def effective_zero_stage(stage: int, dtype: torch.dtype) -> int:
+    """DeepSpeed keeps float32 sums of bfloat16 gradients, and divides them at the boundary, from stage 2 on only.
+
+    The stage decides where state lies, not what is computed, so bfloat16 runs at 2 at least.
+    """
+    return max(stage, 2) if dtype == torch.bfloat16 else stage
+
+
+def deepspeed_config(config: Config, zero_stage: int, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given."""
+    learner = config.learner
+    tree: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        # Micro-batches vary in number; the boundary is the call to step().
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0 if zero_stage == 0 else learner.grad_clip,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
+        "steps_per_print": None,
+    }
+    if learner.cpu_offload:
+        tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        # DeepSpeed's own CPU Adam is compiled for this machine at start; torch's fused one is as exact and is there.
+        tree["zero_force_ds_cpu_optimizer"] = False
+    if dtype == torch.bfloat16:
+        tree["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        tree["data_types"] = {"grad_accum_dtype": "fp32"}
+    return tree

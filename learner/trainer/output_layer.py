@@ -1,0 +1,285 @@
+"""The output layer, chunk by chunk: no tensor of [tokens, vocabulary] is ever alive.
+
+Gradients with respect to hidden states and head weight are taken in the forward pass, from the one chunk of logits
+that exists at the time (as fused linear losses do: nothing is kept for, or recomputed in, the backward pass).
+
+With z the logits of one position, ``Z = Σ_j e^{z_j}`` and ``R = Σ_{j∉S} e^{z_j}``, the loss sees only
+
+    log p_i = z_i - log Z (i ∈ S)      log tail = log R - log Z      log p_y (the sampled token)
+
+and its gradients g_i, g_tail, g_y give, with G = Σ g_i + g_tail + g_y,
+
+    dz_j = [j∈S] g_j + [j=y] g_y + [j∉S] g_tail e^{z_j}/R - G e^{z_j}/Z.
+
+R is summed over the very entries outside S, never as Z minus the rest: it is right down to the smallest float.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from common.protocol.schema import LOGPROB_FLOOR, PAD_ID
+
+Ids = Int[Tensor, "T k"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkView:
+    """What the loss may see of one chunk of c positions. `rows` places it among all T of the micro-batch.
+
+    ``logprobs [c, k]`` at the support's ids (floor in padded places), ``tail [c]`` and ``sampled [c]``: float32, at
+    the loss's temperature, differentiable.
+    """
+
+    rows: slice
+    logprobs: Float[Tensor, "c k"]
+    tail: Float[Tensor, " c"]
+    sampled: Float[Tensor, " c"]
+
+
+ChunkLoss = Callable[[ChunkView], Tensor]
+"""From one chunk to the scalar to minimise (a sum over its tokens, weights included)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What an architecture does between its output layer and its logits, then the division by the temperature."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """float32 logits from the matrix product; works in place where it can."""
+        logits = logits.float()
+        if self.scale != 1.0:
+            logits = logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+class OutputLayer(nn.Module):
+    """Owner of the head's parameters (shared with the model's own output embedding).
+
+    It lists them as its own, so that ZeRO-3 gathers them when this module runs, forward and backward.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    adds_gradient: bool = False
+    """The backward pass adds the weight's gradient to ``weight.grad`` itself, at once. Autograd would keep that of a
+    tied weight, a tensor of [vocabulary, d], until the embedding's own is there, which is the last of the whole pass.
+    Only for weights whose gradients nobody waits for: ZeRO's hooks see what autograd adds."""
+
+    def __init__(self, linear: Any, transform: LogitTransform, chunk_tokens: int) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = getattr(linear, "bias", None)
+        self.transform = transform
+        self.chunk_tokens = chunk_tokens
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "T d"],
+        ids: Ids | None = None,
+        sampled: Int[Tensor, " T"] | None = None,
+        *,
+        temperature: float = 1.0,
+        loss: ChunkLoss | None = None,
+        read: Callable[[slice, Tensor], None] | None = None,
+    ) -> Tensor:
+        """One pass over the chunks.
+
+        With `loss`: the sum of its values, a scalar whose backward pass hands out gradients that exist already. With
+        `read`: no gradient; `read` gets each chunk's float32 logits ``[c, V]`` (at the temperature), to take what it
+        needs out of them; the result is an empty tensor.
+        """
+        if read is not None:
+            with torch.no_grad():
+                for rows in _chunks(len(hidden), self.chunk_tokens):
+                    read(rows, self._logits(hidden[rows], self.weight, self.bias, temperature))
+            return hidden.new_empty(0)
+        assert ids is not None
+        assert sampled is not None
+        assert loss is not None
+        return _ChunkedLoss.apply(hidden, self.weight, self.bias, ids, sampled, self, temperature, loss)
+
+    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+        logits = self.transform(nn.functional.linear(hidden, weight, bias))
+        return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        sampled: Tensor,
+        layer: OutputLayer,
+        temperature: float,
+        loss: ChunkLoss,
+    ) -> Tensor:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grads = _Gradients(
+            torch.zeros_like(hidden) if wants_hidden else None,
+            # Chunks add up in float32, whatever the weight is stored in.
+            torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None,
+            torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None,
+        )
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for rows in _chunks(len(hidden), layer.chunk_tokens):
+            logits = layer._logits(hidden[rows], weight, bias, temperature)
+            value, dlogits = _chunk_gradient(logits, ids[rows], sampled[rows], rows, loss, layer.transform, temperature)
+            total += value
+            grads.add(rows, dlogits.to(weight.dtype), hidden[rows], weight)
+        ctx.layer = layer
+        ctx.grads = (
+            grads.hidden,
+            None if grads.weight is None else grads.weight.to(weight.dtype),
+            None if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        if ctx.grads is None:
+            raise RuntimeError("the chunked output layer was back-propagated twice; its gradients are handed out once")
+        grads, ctx.grads = ctx.grads, None
+        hidden, weight, bias = (None if grad is None else grad.mul_(upstream[0].to(grad.dtype)) for grad in grads)
+        if weight is not None and ctx.layer.adds_gradient:
+            parameter = ctx.layer.weight
+            parameter.grad = weight if parameter.grad is None else parameter.grad.add_(weight)
+            weight = None
+        return hidden, weight, bias, None, None, None, None, None
+
+
+@dataclass
+class _Gradients:
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def add(self, rows: slice, dlogits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        if self.hidden is not None:
+            torch.mm(dlogits, weight, out=self.hidden[rows])
+        if self.weight is not None:
+            if self.weight.dtype == dlogits.dtype:
+                self.weight.addmm_(dlogits.t(), hidden)
+            else:
+                self.weight += dlogits.t() @ hidden
+        if self.bias is not None:
+            self.bias += dlogits.sum(dim=0, dtype=torch.float32)
+
+
+def _chunk_gradient(
+    logits: Float[Tensor, "c V"],
+    ids: Int[Tensor, "c k"],
+    sampled: Int[Tensor, " c"],
+    rows: slice,
+    loss: ChunkLoss,
+    transform: LogitTransform,
+    temperature: float,
+) -> tuple[Tensor, Float[Tensor, "c V"]]:
+    """Loss of one chunk and its gradient with respect to the output layer's raw product. Overwrites `logits`."""
+    valid = ids != PAD_ID
+    # A padded place repeats its row's first id: writing zero there twice is harmless, and it adds no gradient.
+    ids = torch.where(valid, ids, ids[:, :1])
+    sampled = sampled.unsqueeze(-1)
+    slope = None if transform.softcap is None else _softcap_slope(logits, transform.softcap, temperature)
+    highest = logits.amax(dim=-1, keepdim=True)
+    at_ids = logits.gather(-1, ids) - highest
+    at_sampled = logits.gather(-1, sampled) - highest
+
+    exponentials = logits.sub_(highest).exp_()  # in place: the chunk's only [c, V] buffer
+    total = exponentials.sum(dim=-1, keepdim=True)
+    # Zeroed, not subtracted: the rest is summed over its own entries.
+    exponentials.scatter_(-1, ids, 0.0)
+    rest = exponentials.sum(dim=-1, keepdim=True)
+
+    log_total = total.log()
+    view = ChunkView(
+        rows,
+        torch.where(valid, at_ids - log_total, LOGPROB_FLOOR),
+        torch.where(rest > 0, rest.log() - log_total, LOGPROB_FLOOR).squeeze(-1),
+        (at_sampled - log_total).squeeze(-1),
+    )
+    value, (g_ids, g_tail, g_sampled) = _evaluate(loss, view)
+    g_ids = torch.where(valid, g_ids, 0.0)
+    everything = g_ids.sum(dim=-1, keepdim=True) + g_tail + g_sampled
+
+    per_rest = torch.where(rest > 0, g_tail / rest.clamp(min=torch.finfo(rest.dtype).tiny), 0.0)
+    gradient = exponentials.mul_(per_rest - everything / total)
+    inside = torch.where(valid, g_ids - everything * (at_ids - log_total).exp(), 0.0)
+    gradient.scatter_add_(-1, ids, inside)
+    gradient.scatter_add_(-1, sampled, g_sampled)
+    if slope is not None:
+        gradient.mul_(slope)
+    factor = transform.scale / temperature
+    return value, gradient if factor == 1.0 else gradient.mul_(factor)
+
+
+def _evaluate(loss: ChunkLoss, view: ChunkView) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Value of the loss on one chunk, and gradients ``[c, k]``, ``[c, 1]``, ``[c, 1]``."""
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in (view.logprobs, view.tail, view.sampled)]
+        value = loss(ChunkView(view.rows, *inputs))
+        grads = torch.autograd.grad(value, inputs, allow_unused=True)
+    filled = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]
+    return value.detach(), (filled[0], filled[1].unsqueeze(-1), filled[2].unsqueeze(-1))
+
+
+def _softcap_slope(logits: Tensor, softcap: float, temperature: float) -> Tensor:
+    """d capped / d raw = 1 - tanh², from the capped logits (at the temperature)."""
+    return logits.mul(temperature / softcap).square_().neg_().add_(1.0)
+
+
+def _chunks(tokens: int, size: int) -> Iterator[slice]:
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """What a Hugging Face configuration says about its logits.
+
+    Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``, Falcon-H1 multiplies by
+    ``lm_head_multiplier``, Gemma caps with ``final_logit_softcapping``. `check_transform` catches what is not listed.
+    """
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+    return LogitTransform(scale=scale, softcap=getattr(text, "final_logit_softcapping", None) or None)
+
+
+def check_transform(model: Any, layer: OutputLayer, backbone: nn.Module) -> None:
+    """Compare this layer's logits with the model's own on a few tokens; partitioned weights must have their hooks.
+
+    Raises ValueError, naming the architecture, where they differ: it does something to its logits that is not known
+    here, and training on other logits than the engine samples from would be silently wrong.
+    """
+    vocabulary = model.config.get_text_config().vocab_size  # a partitioned weight has no shape
+    device = layer.weight.device
+    ids = torch.arange(8, device=device).mul(7).remainder(vocabulary).unsqueeze(0)
+    with torch.no_grad():
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+        own: list[Tensor] = []
+        layer(hidden, read=lambda _, logits: own.append(logits.clone()))
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    ours = torch.cat(own)
+    difference = (ours.log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
+    tolerance = 1e-3 if layer.weight.dtype == torch.float32 else 0.1
+    if not math.isfinite(difference) or difference > tolerance:
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output layer in a way the learner does not know "
+            f"(log-probs differ by {difference:.3g} nats): add it to learner.trainer.output_layer.logit_transform"
+        )

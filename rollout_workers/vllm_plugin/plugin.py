@@ -1,0 +1,27 @@
+"""What vLLM loads in every one of its processes (entry point group ``vllm.general_plugins``)."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import signal
+
+from rollout_workers.vllm_plugin.sync_info import WEIGHT_TRANSFER
+
+PR_SET_PDEATHSIG = 1
+
+
+def register() -> None:
+    """Make this project's weight transfer known, and let vLLM's children die with the process that started them.
+
+    Called once or more per process. An actor that is killed cannot shut its engine down; without this its engine
+    would live on and hold the memory.
+    """
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if WEIGHT_TRANSFER not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            WEIGHT_TRANSFER, "rollout_workers.vllm_plugin.weight_transfer", "SyncWeightTransferEngine"
+        )
+    if multiprocessing.parent_process() is not None:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

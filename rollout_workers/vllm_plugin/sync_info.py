@@ -1,0 +1,33 @@
+"""What a weight sync needs to know in vLLM's processes, as the plain fields that travel there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from common.config.model import SyncConfig
+from common.weight_sync.manifest import SyncManifest
+
+WEIGHT_TRANSFER = "opcd"
+"""Name under which vLLM knows the weight transfer engine of this project, whatever ``sync.backend`` is."""
+
+
+def init_info(sync: SyncConfig, host: str, port: int, rank: int, world_size: int) -> dict[str, Any]:
+    """Where the weight group meets, and the first rank of the engine's workers in it."""
+    return {
+        "master_address": host,
+        "master_port": port,
+        "rank_offset": rank,
+        "world_size": world_size,
+        "sync": sync.model_dump(mode="json"),
+    }
+
+
+def update_info(manifest: SyncManifest) -> dict[str, Any]:
+    """A manifest and the digest that it has here."""
+    return {
+        "tensors": [asdict(tensor) for tensor in manifest.tensors],
+        "bucket_bytes": manifest.bucket_bytes,
+        "version": manifest.version,
+        "digest": manifest.digest(),
+    }

@@ -1,0 +1,259 @@
+"""The HTTP face of the teacher. Bodies are in the binary form of ``common.protocol.codec``, errors in JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import xxhash
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.responses import JSONResponse
+
+from common.protocol.codec import MEDIA_TYPE, CodecError, decode_context, decode_request, encode_response
+from common.protocol.schema import ItemError, ItemScore, ScoreRequest, TeacherInfo
+from teacher_server.backends.wire_size import reply_bytes
+from teacher_server.http.auth import Authenticator, NotAuthorised
+from teacher_server.http.bodies import BodyBudget
+from teacher_server.http.headers import DEADLINE_HEADER, ROUTE_HEADER
+from teacher_server.http.openapi import KEY, REFUSALS, Stored, binary_body, binary_reply, refusals, text_reply
+from teacher_server.http.replies import Conflict, Replies
+from teacher_server.scoring.checks import RequestRefused
+from teacher_server.scoring.service import TeacherService
+
+T = TypeVar("T")
+
+INLINE_BYTES = 256 * 1024
+"""Bodies above this are decoded and encoded in a thread, so that the event loop goes on."""
+
+BODIES_AT_ONCE = 4
+"""Of the largest size: what all requests in progress may hold together, and once more for their replies."""
+
+REPLY_CACHE_BYTES = 64 * 1024 * 1024
+"""Replies kept for requests that are sent again."""
+
+LONGEST_DEADLINE_S = 3600.0
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class _Face:
+    """The routes' common parts: who asks, reading, answering."""
+
+    def __init__(self, service: TeacherService, auth: Authenticator) -> None:
+        self.service = service
+        self.auth = auth
+        self.limit = service.info().max_body_bytes
+        self.budget = BodyBudget(BODIES_AT_ONCE * self.limit)
+        self.reply_budget = BodyBudget(BODIES_AT_ONCE * self.limit)
+        self.replies = Replies(REPLY_CACHE_BYTES)
+
+    def tenant(self, request: Request) -> str:
+        """Before anything else of a request is looked at."""
+        try:
+            return self.auth.tenant(request.headers.get("authorization"))
+        except NotAuthorised as error:
+            self.service.metrics.unauthorised.inc()
+            raise RequestRefused(401, "unauthorised", str(error)) from None
+
+    async def put_context(self, name: str, request: Request) -> Response:
+        """Decode and store."""
+        tenant = self.tenant(request)
+        if not _HASH.fullmatch(name):
+            raise RequestRefused(422, "hash", "a context's name is 64 lowercase hex digits")
+        async with self.budget.read(request, tenant, self.limit) as body:
+            self.service.metrics.context_bytes_in.labels(tenant).inc(len(body))
+            parent, ids = await _off_loop(decode_context, body, len(body))
+            context = self.service.put_context(tenant, name, ids, parent)
+        return JSONResponse({"hash": context.hash, "tokens": int(context.ids.size)})
+
+    async def score(self, request: Request) -> Response:
+        """Decode, compute once per request id, give up when the client is gone."""
+        tenant = self.tenant(request)
+        metrics = self.service.metrics
+        label = metrics.known(tenant, "")
+        try:
+            async with self.budget.read(request, tenant, self.limit) as body:
+                try:
+                    decoded = await _off_loop(decode_request, body, len(body))
+                    label = metrics.known(tenant, decoded.run)
+                    self.service.check(decoded)
+                    label = metrics.run(tenant, decoded.run)
+                finally:
+                    metrics.bytes_in.labels(label).inc(len(body))
+                digest = await _off_loop(_digest, body, len(body))
+                deadline = _deadline(request)
+                del body  # its arrays are copies
+                reply = await _while_connected(
+                    request,
+                    self.replies.once(
+                        (tenant, decoded.run, decoded.request_id),
+                        digest,
+                        lambda: self._compute(tenant, decoded, deadline),
+                        metrics.repeated.labels(label).inc,
+                    ),
+                )
+        except Conflict as error:
+            raise self._count(RequestRefused(409, "request_id", str(error)), label) from error
+        except CodecError as error:
+            raise self._count(RequestRefused(400, "body", str(error)), label) from error
+        except RequestRefused as error:
+            raise self._count(error, label) from error
+        metrics.bytes_out.labels(label).inc(len(reply))
+        metrics.requests.labels(label, "200").inc()
+        return Response(reply, media_type=MEDIA_TYPE)
+
+    async def _compute(self, tenant: str, request: ScoreRequest, deadline_s: float) -> tuple[bytes, bool]:
+        expected = sum(reply_bytes(item, request.mode, request.k) for item in request.items)
+        async with self.reply_budget.room(tenant, expected):
+            response = await self.service.score(tenant, request, deadline_s=deadline_s)
+            size = sum(result.logprobs.nbytes for result in response.results if isinstance(result, ItemScore))
+            # What may be otherwise next time is not kept: the same request can be sent again.
+            passing = any(
+                isinstance(result, ItemError) and result.code in ("internal", "unknown_context")
+                for result in response.results
+            )
+            return await _off_loop(encode_response, response, size), not passing
+
+    def _count(self, error: RequestRefused, label: str) -> RequestRefused:
+        self.service.metrics.rejected.labels(label, error.code).inc()
+        self.service.metrics.requests.labels(label, str(error.status)).inc()
+        return error
+
+    def metrics(self, request: Request) -> Response:
+        """Prometheus text, for the operator."""
+        if not self.auth.may_read_metrics(self.tenant(request)):
+            raise RequestRefused(403, "forbidden", "metrics show all tenants' runs: they need a key of `operator`")
+        self.service.metrics.body_bytes.set(self.budget.held)
+        self.service.metrics.reply_bytes.set(self.replies.nbytes)
+        return Response(self.service.render_metrics(), media_type="text/plain; version=0.0.4")
+
+
+def create_app(service: TeacherService, auth: Authenticator | None = None) -> FastAPI:
+    """The application around a service; it starts and drains the service with its own lifespan.
+
+    Without `auth` everybody is served as one tenant.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop()
+
+    face = _Face(service, auth or Authenticator())
+    app = FastAPI(title="opcd teacher", version="1", lifespan=lifespan)
+    app.state.service = service
+    keyed = [Security(KEY)]
+    app.add_exception_handler(RequestRefused, _refused)  # type: ignore[arg-type]
+    app.add_exception_handler(CodecError, _undecodable)  # type: ignore[arg-type]
+
+    @app.get("/healthz", response_model=None, responses={503: {"description": "Nothing is computed any more."}})
+    async def healthz() -> Response:
+        """Whether the process is of use: 200, or 503 where it must be started again."""
+        return JSONResponse({"status": "ok" if service.alive else "failed"}, 200 if service.alive else 503)
+
+    @app.get("/readyz", response_model=None, responses={503: {"description": REFUSALS[503]}})
+    async def readyz() -> Response:
+        """Whether requests are taken: 200, or 503 while starting and draining."""
+        return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={**text_reply("metrics"), **refusals(401, 403)},
+        dependencies=keyed,
+    )
+    async def metrics(request: Request) -> Response:
+        """Prometheus text; a key of the tenant `operator` where there are tenants."""
+        return face.metrics(request)
+
+    @app.get("/v1/info", responses=refusals(401), dependencies=keyed)
+    async def info(request: Request) -> TeacherInfo:
+        """Who this teacher is and what it can do."""
+        face.tenant(request)
+        return service.info()
+
+    @app.put(
+        "/v1/contexts/{name}",
+        response_model=Stored,
+        openapi_extra=binary_body("a context", ROUTE_HEADER),
+        dependencies=keyed,
+        responses=refusals(400, 401, 404, 408, 413, 422, 429, 503),
+    )
+    async def put_context(name: str, request: Request) -> Response:
+        """Store a context under its hash. Putting it again changes nothing."""
+        return await face.put_context(name, request)
+
+    @app.post(
+        "/v1/score",
+        response_class=Response,
+        openapi_extra=binary_body("a score request", DEADLINE_HEADER, ROUTE_HEADER),
+        dependencies=keyed,
+        responses={**binary_reply("a score response"), **refusals(400, 401, 408, 409, 413, 429, 503, 504)},
+    )
+    async def score(request: Request) -> Response:
+        """Log-probabilities of given responses under their contexts."""
+        return await face.score(request)
+
+    return app
+
+
+async def _refused(_: Request, error: RequestRefused) -> JSONResponse:
+    headers: dict[str, str] = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = f"{math.ceil(error.retry_after_s)}"
+    if error.status == 408:
+        headers["Connection"] = "close"
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": error.code, "message": str(error)}, error.status, headers)
+
+
+async def _undecodable(_: Request, error: CodecError) -> JSONResponse:
+    return JSONResponse({"error": "body", "message": str(error)}, 400)
+
+
+def _deadline(request: Request) -> float:
+    text = request.headers.get(DEADLINE_HEADER)
+    if text is None:
+        return LONGEST_DEADLINE_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise RequestRefused(400, "deadline", f"{DEADLINE_HEADER} must be a positive number of seconds")
+    return min(seconds, LONGEST_DEADLINE_S)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise RequestRefused(499, "gone", "the client closed the connection")
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _digest(body: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(body)
+
+
+async def _off_loop(convert: Callable[..., T], value: object, size: int) -> T:
+    return convert(value) if size <= INLINE_BYTES else await asyncio.to_thread(convert, value)

@@ -1,0 +1,232 @@
+"""Starts a teacher in this process: loads the model, binds the address, runs uvicorn until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from transformers import AutoTokenizer
+
+from common.config.model import TeacherConfig, TeacherServerConfig
+from common.data.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
+from common.protocol.scoring import TeacherError
+from teacher_server.backends.base import Backend, BackendError
+from teacher_server.backends.hf.backend import TransformersBackend
+from teacher_server.http.app import create_app
+from teacher_server.http.auth import KEYS_VARIABLE, Authenticator, authenticator
+from teacher_server.http.http_limits import LimitedHttpProtocol
+from teacher_server.scoring.service import TeacherService, TokenizerIdentity
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 600
+"""Longest wait for requests in progress after SIGTERM; those that are left then are dropped."""
+
+AFTER_DROPPING_S = 30
+"""For what served the dropped ones to end."""
+
+
+def build_service(config: TeacherConfig, *, on_failure: Callable[[str], None] = lambda _: None) -> TeacherService:
+    """Load the model and its tokenizer; raises TeacherError where the model cannot be a teacher.
+
+    `on_failure` is called with the reason when the service computes nothing any more.
+    """
+    if config.model is None:
+        raise TeacherError("teacher.model is missing: name the folder or hub name of the model that scores")
+    set_threads = _thread_setup(config.threads)
+    set_threads()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        backend, on_stop = _backend(config, config.model)
+    except (BackendError, OSError, ValueError) as error:
+        raise TeacherError(f"teacher.model {config.model} cannot be loaded: {error}") from error
+    identity = TokenizerIdentity(tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer))
+    return TeacherService(backend, config, identity, thread_setup=set_threads, on_stop=on_stop, on_failure=on_failure)
+
+
+def _backend(config: TeacherConfig, model: str) -> tuple[Backend, Callable[[], None] | None]:
+    """The backend, and what ends what it started."""
+    if config.kind == "base":
+        raise TeacherError("teacher.kind `base` is the learner itself: there is nothing to serve")
+    if config.backend == "vllm":
+        # Here and not above: vLLM takes seconds to import, and need not be installed.
+        from teacher_server.backends.vllm.backend import VllmBackend
+
+        engine = VllmBackend.load(model, config)
+        return engine, engine.close
+    backend = TransformersBackend.load(
+        model,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        prefill_tokens=config.batch_tokens,
+        kind=config.kind,
+        ema_decay=config.ema_decay,
+    )
+    return backend, None
+
+
+def build_app(config: TeacherServerConfig) -> FastAPI:
+    """The application around a loaded model, for Ray Serve; its ``state.service`` is the service.
+
+    Raises TeacherError, also where there are no keys: Serve's proxy listens, on an address that nothing tells here.
+    """
+    section = config.teacher
+    if section.allow_anonymous and section.keys_file is None and KEYS_VARIABLE not in os.environ:
+        raise TeacherError(
+            "teacher.allow_anonymous is refused under Ray Serve: its proxy listens on the address of Serve's "
+            f"http_options, not on teacher.host={section.host}; set teacher.keys_file or {KEYS_VARIABLE} "
+            "(`opcd key TENANT` makes a key)"
+        )
+    auth = authenticator(section.host, section.keys_file, allow_anonymous=False)
+    return create_app(build_service(section), auth)
+
+
+@dataclass
+class RunningServer:
+    """A uvicorn server in a thread of its own, for callers that have a thread of control already."""
+
+    url: str
+    _server: _Server
+    _thread: threading.Thread
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """Drain, then stop."""
+        self._server.leave()
+        self._thread.join(timeout_s)
+
+
+def start_in_thread(service: TeacherService, config: TeacherConfig, auth: Authenticator) -> RunningServer:
+    """Serve `service` from a new thread; returns when requests are taken. Raises TeacherError."""
+    listener = _listen(config)
+    server = _server(service, config, auth)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="teacher-http", daemon=True)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+        if not thread.is_alive():
+            raise TeacherError("the teacher's HTTP server stopped while it was starting; its log says why")
+    return RunningServer(_url(config, listener), server, thread)
+
+
+def serve(config: TeacherServerConfig, *, announce: Callable[[str], None] = print) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what was begun and return. Port 0 takes a free one.
+
+    Raises TeacherError, also where what was begun was not finished in `DRAIN_S`.
+    """
+    section = config.teacher
+    auth = authenticator(section.host, section.keys_file, allow_anonymous=section.allow_anonymous)
+    service = build_service(section)
+    listener = _listen(section)
+    server = _server(service, section, auth)
+    info = service.info()
+    announce(f"teacher {info.model} ({info.backend}, {info.dtype}) at {_url(section, listener)}")
+
+    def leave(_: int, __: FrameType | None) -> None:
+        server.leave()
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, leave)
+    server.run(sockets=[listener])
+    if server.dropped:
+        raise TeacherError(
+            f"{server.dropped} requests were dropped: they were not answered within {DRAIN_S} s of the signal to stop; "
+            "their clients send them again, to whoever serves next"
+        )
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals alone: uvicorn would raise them again after draining, and the exit code would not be 0."""
+
+    def __init__(self, config: uvicorn.Config, service: TeacherService) -> None:
+        super().__init__(config)
+        self._service = service
+        self.dropped = 0
+        """Requests that were not answered while draining."""
+
+    def leave(self) -> None:
+        """Take nothing more, from here on; finish what was begun, then end."""
+        self._service.drain()
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the listener and the idle connections, wait for the others."""
+        limit = asyncio.get_running_loop().call_later(DRAIN_S, self._drop)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            limit.cancel()
+
+    def _drop(self) -> None:
+        """Only connections with a request, or with a reply that is not read, are left; each of them ends its own."""
+        connections = list(self.server_state.connections)
+        self.dropped = len(connections)
+        log.error("%d requests were not answered in %g s and are dropped", self.dropped, DRAIN_S)
+        for connection in connections:
+            connection.transport.abort()
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Nothing to capture."""
+        yield
+
+
+def _server(service: TeacherService, config: TeacherConfig, auth: Authenticator) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            create_app(service, auth),
+            http=LimitedHttpProtocol,
+            ws="none",
+            ssl_certfile=config.tls_certificate,
+            ssl_keyfile=config.tls_key,
+            server_header=False,
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_S + AFTER_DROPPING_S,
+            timeout_keep_alive=75,
+        ),
+        service,
+    )
+
+
+def _listen(config: TeacherConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise TeacherError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
+            "set teacher.host and teacher.port (0: any free port)"
+        ) from error
+    return listener
+
+
+def _url(config: TeacherConfig, listener: socket.socket) -> str:
+    host = config.host
+    name = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
+    return f"{'http' if config.tls_certificate is None else 'https'}://{name}:{listener.getsockname()[1]}"
+
+
+def _thread_setup(threads: int | None) -> Callable[[], None]:
+    """torch keeps its number of OpenMP threads per calling thread: each thread that computes must set it."""
+
+    def setup() -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+    return setup

@@ -1,0 +1,97 @@
+"""What is refused before anything is queued: whole requests (RequestRefused) and single items (ItemError)."""
+
+from __future__ import annotations
+
+import math
+
+from common.protocol.schema import Context, ItemError, ScoreItem, ScoreRequest, TeacherInfo
+from teacher_server.backends.base import Backend
+from teacher_server.backends.wire_size import own_tokens, reply_bytes
+
+MAX_TEMPERATURE = 100.0
+MIN_TEMPERATURE = 1e-3
+
+
+class RequestRefused(ValueError):
+    """The request as a whole cannot be answered; `status` is the HTTP status, `code` is machine-readable."""
+
+    def __init__(self, status: int, code: str, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+
+
+def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
+    """Mode, temperature, k, number of items, their tokens and the size of the reply against what this teacher offers.
+
+    Raises RequestRefused.
+    """
+    if request.mode not in info.modes:
+        raise RequestRefused(
+            400, "mode", f"mode {request.mode} is not offered by this teacher ({', '.join(info.modes)} are)"
+        )
+    allowed = info.modes[request.mode]
+    if not math.isfinite(request.temperature) or not MIN_TEMPERATURE <= request.temperature <= MAX_TEMPERATURE:
+        raise RequestRefused(
+            400, "temperature", f"temperature {request.temperature} is outside {MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
+        )
+    if allowed is not None and request.temperature not in allowed:
+        raise RequestRefused(400, "temperature", f"mode {request.mode} is offered at temperatures {list(allowed)} only")
+    least = 1 if request.mode in ("teacher_topk", "union") else 0
+    if not least <= request.k <= min(info.max_k, info.vocab_size):
+        raise RequestRefused(
+            400, "k", f"k is {request.k}, must be {least} to {min(info.max_k, info.vocab_size)} in mode {request.mode}"
+        )
+    if len(request.items) > info.max_items:
+        raise RequestRefused(413, "items", f"{len(request.items)} items, at most {info.max_items} in one request")
+    tokens = sum(map(own_tokens, request.items))
+    if len(request.items) > 1 and tokens > info.max_request_tokens:
+        raise RequestRefused(
+            413,
+            "tokens",
+            f"{len(request.items)} items have {tokens} prompt and response tokens, at most {info.max_request_tokens} "
+            "in one request of several items: send fewer items at a time",
+        )
+    reply = sum(reply_bytes(item, request.mode, request.k) for item in request.items)
+    if reply > info.max_body_bytes:
+        raise RequestRefused(
+            413,
+            "reply",
+            f"the scores of {len(request.items)} items would take {reply} bytes, at most {info.max_body_bytes}: "
+            "send fewer at a time, or a smaller k",
+        )
+    if not request.run or len(request.run) > 128:
+        raise RequestRefused(400, "run", "the run's name must have 1 to 128 characters")
+
+
+def check_item(
+    item: ScoreItem, context: Context | None, request: ScoreRequest, info: TeacherInfo, backend: Backend
+) -> ItemError | None:
+    """Shapes, ids and lengths of one item whose context was looked up; None where all is well."""
+    tokens = int(item.response_ids.size)
+    wants_ids = request.mode in ("at_ids", "union")
+    if wants_ids != (item.topk_ids is not None):
+        need = "needs" if wants_ids else "takes no"
+        return ItemError("bad_shape", f"mode {request.mode} {need} topk ids")
+    if item.topk_ids is not None:
+        shape = item.topk_ids.shape
+        if len(shape) != 2 or shape[0] != tokens or not 1 <= shape[1] <= info.max_k:
+            return ItemError(
+                "bad_shape",
+                f"topk ids of {tokens} response tokens have shape {list(shape)}, must be [{tokens}, 1 to {info.max_k}]",
+            )
+    if item.context is not None and context is None:
+        return ItemError("unknown_context", f"context {item.context} is not here (never put, or evicted): put it again")
+    before = 0 if context is None else int(context.ids.size)
+    total = before + int(item.prompt_ids.size) + tokens
+    if total > info.max_sequence_tokens:
+        return ItemError(
+            "too_long",
+            f"{before} context + {item.prompt_ids.size} prompt + {tokens} response tokens are {total}, "
+            f"at most {info.max_sequence_tokens}",
+        )
+    if tokens and not before and not item.prompt_ids.size:
+        return ItemError("bad_shape", "nothing precedes the response: prompt and context are both empty")
+    if not backend.embeds(item.prompt_ids) or not backend.embeds(item.response_ids):
+        largest = max(int(item.prompt_ids.max(initial=0)), int(item.response_ids.max(initial=0)))
+        return ItemError("bad_ids", f"token id {largest} is not in this model's vocabulary of {info.vocab_size}")
+    return None

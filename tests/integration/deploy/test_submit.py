@@ -1,0 +1,183 @@
+"""Jobs on a real cluster of two nodes whose Python has not installed opcd."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from typer.testing import CliRunner, Result
+
+import learner.train
+from common.config.loader import load_config
+from deploy.cli.main import app
+from deploy.submit.cluster import Cluster, ClusterError
+from deploy.submit.submit import Job, plan
+from deploy.submit.wheel import write_wheel
+from learner.cluster.placement import PlacementError
+from tests.support.bare_cluster import BareCluster, bare_cluster
+from tests.support.configs import config_of
+from tests.support.runs import write_run
+
+pytestmark = pytest.mark.timeout(240)
+
+PROBE = """
+import importlib.metadata, json, os, ray
+
+@ray.remote(resources={"second": 1}, num_cpus=0)
+def look():
+    (point,) = [p for p in importlib.metadata.entry_points(group="vllm.general_plugins") if p.name.startswith("opcd")]
+    import rollout_workers
+    return {
+        "plugin": point.load().__module__,
+        "from": rollout_workers.__file__,
+        "version": importlib.metadata.version("opcd"),
+        "variables": {name: os.environ.get(name) for name in ("HF_TOKEN", "NCCL_DEBUG")},
+        "data": os.path.exists("train.jsonl"),
+    }
+
+ray.init(log_to_driver=False)
+print("LOOKED", json.dumps(ray.get(look.remote())))
+"""
+
+STOPPED = """
+import signal, sys, time
+
+def end(number, frame):
+    time.sleep(3.5)  # longer than Ray waits by itself
+    print("ENDED IN ORDER", flush=True)
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, end)
+print("READY", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareCluster]:
+    with bare_cluster(tmp_path_factory.mktemp("bare"), TEAM_TOKEN="of-the-node") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is submitted: a run whose training file has a mistake that only the job finds."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "train.jsonl").write_text('{"id": "a", "prompt": "Q"}\n{"id": "a", "prompt": "Q"}\n')
+    (folder / "probe.py").write_text(PROBE)
+    (folder / "stopped.py").write_text(STOPPED)
+    (folder / "run.yaml").write_text(
+        "run: {name: mine, dir: /nowhere}\nstudent: {model: /nowhere/m}\ncontext: {text: c}\n"
+        "data: {train: train.jsonl}\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wheel(tmp_path_factory.mktemp("wheels"))
+
+
+def script_job(project: Path, wheel: Path, name: str) -> Job:
+    """A script of the folder in a run's place."""
+    job = plan(
+        config=project / "run.yaml",
+        overrides=[],
+        run_name="mine",
+        working_dir=project,
+        wheel=wheel,
+        submission_id=name,
+        secrets=["HF_TOKEN=TEAM_TOKEN"],
+        variables=["NCCL_DEBUG=WARN"],
+    )
+    return replace(job, entrypoint=("python", f"{name}.py"))
+
+
+def opcd(cluster: BareCluster, *words: str) -> Result:
+    return CliRunner().invoke(app, [*words, "--address", cluster.address, "--token-file", str(cluster.token_file)])
+
+
+def test_runs_on_nodes_that_have_not_installed_opcd(
+    cluster: BareCluster, project: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three jobs at a time: a look around on the second node, a run by the command line, one that is stopped."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(project)
+    with pytest.raises(ClusterError, match=r"[Aa]uthentication"):
+        Cluster(cluster.address)
+    jobs = Cluster(cluster.address, cluster.token_file)
+    for name in ("probe", "stopped"):
+        assert jobs.submit(script_job(project, wheel, name)) == name
+
+    run = opcd(cluster, "submit", "run.yaml", "--id", "run", "--follow")
+    assert run.exit_code == 2, run.output  # the run's own
+    assert run.stdout.startswith("run\n")
+    assert "opcd: train.jsonl:2: " in run.stdout
+
+    printed: list[str] = []
+    assert jobs.follow("probe", printed.append) == 0
+    (line,) = [line for line in "".join(printed).splitlines() if line.startswith("LOOKED ")]
+    seen = json.loads(line.removeprefix("LOOKED "))
+    assert seen["plugin"] == "rollout_workers.vllm_plugin.plugin"
+    assert "py_modules_files" in seen["from"]  # Ray's folder, not this checkout
+    assert f"-{seen['version']}-" in wheel.name
+    assert seen["variables"] == {"HF_TOKEN": "of-the-node", "NCCL_DEBUG": "WARN"}
+    assert seen["data"] is True
+
+    assert "READY" in jobs.logs("stopped")
+    assert opcd(cluster, "jobs", "stop", "stopped").stdout == "stopped: stopping\n"
+    assert opcd(cluster, "jobs", "logs", "stopped", "--follow").exit_code == 130
+    assert "ENDED IN ORDER" in opcd(cluster, "jobs", "logs", "stopped").stdout
+    listed = opcd(cluster, "jobs", "list").stdout
+    for words in (("run", "mine", "FAILED"), ("probe", "mine", "SUCCEEDED"), ("stopped", "mine", "STOPPED")):
+        assert any(all(word in line for word in words) for line in listed.splitlines()), listed
+
+
+@pytest.mark.timeout(500)
+def test_a_run_that_is_submitted_trains_to_its_end(
+    cluster: BareCluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    project = tmp_path / "project"
+    project.mkdir()
+    write_run(project, tiny_model, learner={"steps": 2}, eval={"every": 0}, data={"valid": None})
+    monkeypatch.chdir(project)
+    run = opcd(cluster, "submit", "run.yaml", f"run.dir={tmp_path / 'runs'}", "--id", "whole", "--follow")
+    assert run.exit_code == 0, run.output
+    assert "step 2/2  kl " in run.stdout
+    assert "gap closed" in run.stdout
+    assert f"Ray's dashboard: {cluster.address}" in run.stdout
+    assert (tmp_path / "runs/tiny/checkpoint/model.safetensors").exists()
+    assert (tmp_path / "runs/tiny/report.html").exists()
+
+
+def test_a_run_that_is_no_job_has_a_ray_of_its_own(cluster: BareCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    with learner.train.cluster() as dashboard:
+        assert dashboard is None
+        assert len(ray.nodes()) == 1  # the other one has two
+
+
+def test_what_the_cluster_lacks_is_known_before_a_run_is_sent(cluster: BareCluster, project: Path) -> None:
+    jobs = Cluster(cluster.address, cluster.token_file)
+    assert list(jobs.gpus().values()) == [2.0]
+    jobs.check(load_config(project / "run.yaml"))
+    jobs.check(config_of(learner={"ranks": 2, "gpus_per_rank": 1}))
+    with pytest.raises(PlacementError, match=r"asks for 3 GPUs, 1 of them on one node for worker 0; free are 2 \("):
+        jobs.check(config_of(learner={"ranks": 2, "gpus_per_rank": 1}, rollout={"gpus_per_worker": 1}))
+
+
+def test_a_job_that_is_not_there_is_one_line(cluster: BareCluster) -> None:
+    result = opcd(cluster, "jobs", "logs", "none")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("opcd: Request failed with status code 404")

@@ -1,0 +1,215 @@
+"""Ranks, teachers and nodes that die, as real actors of a real cluster: the run goes back to its last checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from common.config.model import TeacherConfig
+from learner.cluster.services import Services
+from learner.cluster.teachers import Teacher, Teachers
+from learner.errors import ServiceLost
+from learner.loop.checkpoints import Checkpoints
+from learner.loop.run import Run, explained
+from learner.loop.user_errors import plain_error
+from learner.trainer.distributed import free_port
+from tests.support.stub_loop import config_of
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+class Rank:
+    """A rank without a model: what it does with the others is torch's all_reduce over gloo, as a real one's."""
+
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", 0
+
+    def join(self, rank: int, port: int) -> None:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+    def reduce(self, dies: bool) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if dies:
+            os._exit(1)
+        dist.all_reduce(torch.ones(4))
+
+    def save_state(self, folder: str) -> None:
+        self.reduce(dies=False)
+
+    def fail(self) -> None:
+        raise RuntimeError("the loss is no number")
+
+
+def services_with(ranks: list[Any]) -> Services:
+    services = Services(config_of())
+    services.ranks = ranks
+    return services
+
+
+@pytest.fixture
+def ranks(cluster: Cluster) -> Iterator[list[Any]]:
+    ranks = [ray.remote(Rank).options(num_cpus=0).remote() for _ in range(2)]
+    port = free_port()
+    ray.get([rank.join.remote(index, port) for index, rank in enumerate(ranks)], timeout=120)
+    yield ranks
+    for rank in ranks:
+        ray.kill(rank)
+
+
+async def test_a_rank_that_dies_in_a_collective_is_lost_whoever_speaks_first(ranks: list[Any]) -> None:
+    survivor, _ = ranks[0].reduce.remote(False), ranks[1].reduce.remote(True)
+    with pytest.raises(RuntimeError) as raised:
+        await survivor
+    assert isinstance(raised.value, ray.exceptions.RayTaskError)  # of gloo: no word of a dead rank
+    assert plain_error(raised.value) is raised.value
+    found = await explained(raised.value, services_with(ranks))
+    assert isinstance(found, ServiceLost)
+    assert "rank 1 of 2 of the learner died" in str(found)
+
+
+async def test_what_a_rank_raises_by_itself_stays_what_it_is(ranks: list[Any]) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        await ranks[0].fail.remote()
+    assert await explained(raised.value, services_with(ranks)) is raised.value
+
+
+async def test_a_rank_that_dies_while_the_state_is_written_is_no_full_disk(
+    ranks: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services, said, config = services_with(ranks), list[str](), config_of()
+
+    async def save_state(folder: str) -> None:
+        await ranks[0].save_state.remote(folder)  # whose error is the first to come
+
+    monkeypatch.setattr(services, "save_state", save_state)
+    monkeypatch.setattr("learner.loop.run.Manifest", lambda **_: SimpleNamespace(step=1))
+    run: Any = Run.__new__(Run)
+    run._config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 1})})
+    run._services, run._checkpoints = services, Checkpoints(tmp_path, keep=1)
+    run._progress = SimpleNamespace(status=said.append, line=said.append)
+    run._controller, run._identity = SimpleNamespace(position=dict), lambda teachers: None
+    run.tally = SimpleNamespace(state=dict, failed_checkpoints=0, add_seconds=lambda seconds: None)
+    ranks[1].reduce.remote(True)
+    with pytest.raises(ServiceLost, match="rank 1 of 2"):
+        await run._keep(1)
+    assert not any("going on without it" in line for line in said)
+
+
+def head() -> str:
+    """Id of the node that no test takes away."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+class Maker:
+    """A worker: its answers are objects of the node that it is on, owned by whoever asked."""
+
+    def make(self) -> tuple[str, bytes]:
+        return "made", b"x" * 1_000_000
+
+
+class Taker:
+    """A rank that gets an answer by reference."""
+
+    def take(self, answer: bytes) -> int:
+        return len(answer)
+
+
+async def test_answers_that_a_node_took_with_it_send_the_run_back(cluster: Cluster) -> None:
+    node = cluster.add_node(num_cpus=1, resources={"far": 1})
+    maker = ray.remote(Maker).options(num_cpus=0, resources={"far": 1}).remote()
+    made, answer = maker.make.options(num_returns=2).remote()
+    assert await made == "made"
+    cluster.remove_node(node, allow_graceful=False)
+    here = NodeAffinitySchedulingStrategy(head(), soft=False)
+    taker = ray.remote(Taker).options(num_cpus=0, scheduling_strategy=here).remote()
+    with pytest.raises(ray.exceptions.RayError) as raised:
+        await asyncio.wait_for(taker.take.remote(answer), 120)
+    found = plain_error(raised.value)
+    assert isinstance(found, ServiceLost)
+    assert str(found).startswith("a node is gone, and with it answers")
+
+
+class StubTeacher:
+    """Comes up at an address that is its process's."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def start(self) -> str:
+        return f"http://here:{os.getpid()}"
+
+    def node_id(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+
+@pytest.fixture
+def teachers(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Teachers:
+    monkeypatch.setattr("learner.cluster.teachers.TeacherActor", StubTeacher)
+    return Teachers(config_of())
+
+
+async def placed(teachers: Teachers, node: str) -> Teacher:
+    teacher = Teacher("default", TeacherConfig(model="m"), key="key", node=node)
+    teachers._place(teacher)
+    teacher.url = await teacher.started
+    teacher.node = await teacher.handle.node_id.remote()
+    return teacher
+
+
+async def test_a_teacher_whose_node_is_gone_sends_the_run_back(
+    cluster: Cluster, teachers: Teachers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = cluster.add_node(num_cpus=1)
+    teacher = await placed(teachers, node.node_id)
+    assert teacher.node == node.node_id
+    cluster.remove_node(node, allow_graceful=False)
+    monkeypatch.setattr("learner.cluster.teachers.WATCH_EVERY_S", 0.5)  # its process outlives the raylet for a moment
+    teachers.all["default"] = teacher
+    with pytest.raises(ServiceLost, match=r"teacher 'default' died and cannot be started again where it was"):
+        await asyncio.wait_for(teachers.watch(), 120)
+
+
+async def test_a_teacher_that_comes_up_elsewhere_sends_the_run_back(teachers: Teachers) -> None:
+    teacher = await placed(teachers, head())
+    ray.kill(teacher.handle)
+    await asyncio.sleep(1)
+    with pytest.raises(ServiceLost, match=rf"came up at http://here:\d+, .* it was at {teacher.url}"):
+        await asyncio.wait_for(teachers._revive(teacher), 60)
+    ray.kill(teacher.handle)
+
+
+async def test_a_teacher_that_does_not_come_up_in_time_sends_the_run_back(
+    teachers: Teachers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = await placed(teachers, head())
+    ray.kill(teacher.handle)
+    await asyncio.sleep(1)
+    monkeypatch.setattr("learner.cluster.teachers.START_TIMEOUT_S", 0.01)
+    with pytest.raises(ServiceLost, match=r"cannot be started again where it was: it was not up within 0 s"):
+        await asyncio.wait_for(teachers._revive(teacher), 60)
+    ray.kill(teacher.handle)

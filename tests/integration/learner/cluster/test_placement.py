@@ -1,0 +1,81 @@
+"""Places on a real cluster that says it has GPUs (none is used)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from learner.cluster.placement import Placement, PlacementError, free_gpus
+from learner.cluster.services import Services
+from tests.support.configs import config_of
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=2, num_gpus=3, log_to_driver=False, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+class Where:
+    def gpus(self) -> list[int]:
+        return [int(gpu) for gpu in ray.get_gpu_ids()]
+
+
+def test_actors_get_the_places_that_were_reserved_and_give_them_back(cluster: None) -> None:
+    config = config_of(rollout={"gpus_per_worker": 2}, learner={"gpus_per_rank": 1})
+    placement = Placement.reserve(config)
+    assert sum(free_gpus().values()) == 0  # held before any actor is there
+    actor = ray.remote(Where)
+    worker = actor.options(**placement.options("worker 0")).remote()
+    rank = actor.options(**placement.options("rank 0")).remote()
+    cpu_only = actor.options(**placement.options("teacher default")).remote()
+    held = [ray.get(one.gpus.remote()) for one in (worker, rank, cpu_only)]
+    assert [len(gpus) for gpus in held] == [2, 1, 0]
+    assert not set(held[0]) & set(held[1])
+    ray.kill(worker)  # its replacement sits in the same place
+    again = actor.options(**placement.options("worker 0")).remote()
+    assert len(ray.get(again.gpus.remote(), timeout=30)) == 2
+    placement.release()
+
+
+def test_a_run_that_goes_on_waits_until_those_that_died_let_go(cluster: None) -> None:
+    config = config_of(rollout={"gpus_per_worker": 3})
+    before = Placement.reserve(config, patience_s=30)  # the test before has just let go
+    threading.Timer(1.5, before.release).start()
+    with pytest.raises(PlacementError):
+        Placement.reserve(config)
+    Placement.reserve(config, patience_s=30).release()
+
+
+def test_a_run_that_has_patience_shows_its_demand_while_it_waits(cluster: None) -> None:
+    """What an autoscaler goes by: a placement group that is pending."""
+    seen: list[str] = []
+
+    def look() -> None:
+        groups = ray.util.placement_group_table().values()
+        seen.extend(group["state"] for group in groups if {"GPU": 4.0} in group["bundles"].values())
+
+    threading.Timer(1.5, look).start()
+    config = config_of(rollout={"gpus_per_worker": 4})
+    with pytest.raises(PlacementError, match=r"4 GPUs were not .* within 3 s \(run.patience_s\): .* free are 3 \("):
+        Placement.reserve(config, patience_s=3)
+    assert seen == ["PENDING"]
+    services = Services(config_of(run={"name": "r", "patience_s": 1}, rollout={"gpus_per_worker": 4}))
+    with pytest.raises(PlacementError, match="within 1 s"):
+        services.reserve()
+
+
+def test_what_no_cluster_can_hold_is_not_waited_for(cluster: None) -> None:
+    with pytest.raises(PlacementError, match=r"worker 0 asks for 1.5 GPUs"):
+        Placement.reserve(config_of(rollout={"gpus_per_worker": 1.5}), patience_s=3600)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_starts(cluster: None) -> None:
+    with pytest.raises(PlacementError, match=r"asks for 4 GPUs, 4 of them on one node for worker 0"):
+        Placement.reserve(config_of(rollout={"gpus_per_worker": 2, "tensor_parallel_size": 2}))

@@ -1,0 +1,417 @@
+"""One optimiser step of DeepSpeed for real, on one rank and on two, against plain transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from torch import Tensor
+
+from common.config.model import Config
+from common.protocol.schema import LOGPROB_FLOOR, PAD_ID, ScoredTrajectory
+from learner.trainer.batching import sequence_of
+from learner.trainer.reports import StepReport
+from learner.trainer.token_records import TokenRecord, first_places, first_records
+from tests.support.learner_oracle import expected_change, expected_gradients, relative_difference
+from tests.support.learner_ranks import STAGES, Cut, Ranks, cluster, one, smooth_config, step, totals, two, weights_now
+from tests.support.scored import learner_config, make_scored
+
+__all__ = ["cluster", "one", "two"]  # fixtures
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_step_does_not_depend_on_the_cut(one: Ranks, two: Ranks, tiny_model: Path, stage: int) -> None:
+    """1 rank × 1 batch = 1 × 4 = 2 × 2 = everything on one of two ranks = plain transformers."""
+    scored = make_scored(8)
+    config = smooth_config(tiny_model, stage, learner={"micro_batch_tokens": 4096})
+    expected = expected_change(config, expected_gradients(config, scored))
+    quarters = [scored[i::4] for i in range(4)]
+    cuts: dict[str, tuple[Ranks, list[Cut]]] = {
+        "1x1": (one, [[scored]]),
+        "1x4": (one, [quarters]),
+        "2x2": (two, [quarters[:2], quarters[2:]]),
+        "uneven": (two, [[scored[:3], scored[3:]], [[], []]]),
+    }
+    for name, (ranks, cut) in cuts.items():
+        for change, report, _ in ranks.call(step, config, cut):
+            assert relative_difference(change, expected) < 1e-5, name
+            assert report.applied
+    computed = {}
+    for packing in ("auto", "off"):
+        small = smooth_config(tiny_model, stage, learner={"micro_batch_tokens": 32, "packing": packing})
+        ((change, _, reports),) = one.call(step, small, [[scored]])
+        assert reports[0].micro_batches > 4
+        assert relative_difference(change, expected) < 1e-5, packing
+        computed[packing] = reports[0].padded_tokens
+    real = sum(len(item.trajectory.prompt.student_ids) + len(item.trajectory.response_ids) for item in scored)
+    assert computed["auto"] == real < computed["off"]
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_position_shifted_by_one_would_be_noticed(one: Ranks, tiny_model: Path, shift: int) -> None:
+    scored = make_scored(8, prompt_tokens=(4, 8))
+    config = smooth_config(tiny_model)
+    ((change, _, _),) = one.call(step, config, [[scored]])
+    assert relative_difference(change, expected_change(config, expected_gradients(config, scored))) < 1e-5
+    assert relative_difference(change, expected_change(config, expected_gradients(config, scored, shift=shift))) > 0.5
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"normalize": "sequence"},
+        {"temperature": 0.6},
+        {"skip_first_tokens": 3},
+        {"skip_first_tokens": 3, "normalize": "sequence"},
+        {"clip_per_token": 0.4},
+        {"form": "raw"},
+        {"form": "renorm", "direction": "forward"},
+        {"form": "generalized"},
+        {"direction": "jsd", "beta": 0.3},
+    ],
+    ids=str,
+)
+def test_every_setting_of_the_loss_reaches_the_gradient(two: Ranks, tiny_model: Path, loss: dict[str, Any]) -> None:
+    scored = make_scored(6)  # some answers are shorter than the tokens skipped
+    config = smooth_config(tiny_model, 2, loss=loss)
+    gradients = expected_gradients(config, scored)
+    for change, _, _ in two.call(step, config, [[scored[:4]], [scored[4:]]]):
+        assert relative_difference(change, expected_change(config, gradients)) < 1e-5
+    usual = expected_gradients(smooth_config(tiny_model), scored)
+    assert relative_difference(gradients, usual) > 1e-2  # the setting does something here
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_are_divided_before_they_are_clipped(two: Ranks, tiny_model: Path, stage: int) -> None:
+    scored = make_scored(8)
+    config = smooth_config(tiny_model, stage, learner={"grad_clip": 0.1})
+    gradients = expected_gradients(config, scored)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    assert norm > 0.2  # clipping bites
+    for change, report, _ in two.call(step, config, [[scored[:4]], [scored[4:]]]):
+        assert report.metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert relative_difference(change, expected_change(config, gradients)) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_optimiser_state_in_host_memory_changes_nothing(two: Ranks, tiny_model: Path, stage: int) -> None:
+    scored = make_scored(6)
+    config = smooth_config(tiny_model, stage, learner={"cpu_offload": True, "grad_clip": 0.1})
+    for change, _, _ in two.call(step, config, [[scored[:4], scored[4:]], [[], []]]):
+        assert relative_difference(change, expected_change(config, expected_gradients(config, scored))) < 1e-5
+
+
+def with_support(scored: list[ScoredTrajectory], support: str, k: int) -> list[ScoredTrajectory]:
+    """As a teacher answers that picks the support: the student's k ids and k others (`union`), or others alone."""
+    answers = []
+    for item in scored:
+        own, extra = item.trajectory.topk_ids[:, :k], item.trajectory.topk_ids[:, k : 2 * k].copy()
+        values = item.score.logprobs.copy()
+        if support == "union":  # one of the teacher's is the student's too: its place stays empty
+            extra[:, -1], values[:, 2 * k - 1] = PAD_ID, LOGPROB_FLOOR
+        ids = np.concatenate([own, extra], -1) if support == "union" else extra
+        values = values[:, : 2 * k] if support == "union" else values[:, k : 2 * k]
+        answers.append(
+            replace(
+                item,
+                trajectory=replace(item.trajectory, topk_ids=own),
+                score=replace(item.score, logprobs=values, topk_ids=ids),
+            )
+        )
+    return answers
+
+
+@pytest.mark.parametrize("support", ["teacher", "union"])
+def test_a_support_the_teacher_picked_reaches_the_gradient(one: Ranks, tiny_model: Path, support: str) -> None:
+    k = 4
+    scored = with_support(make_scored(4), support, k)
+    plain = smooth_config(tiny_model)
+    config = plain.model_copy(update={"loss": plain.loss.model_copy(update={"support": support, "top_k": k})})
+    ((change, report, _),) = one.call(step, config, [[scored]])
+    # The oracle knows no padding: drop the empty place, which holds no mass.
+    width = 2 * k - 1 if support == "union" else k
+    bare = [
+        replace(
+            item,
+            trajectory=replace(item.trajectory, topk_ids=item.score.topk_ids[:, :width]),
+            score=replace(item.score, logprobs=item.score.logprobs[:, :width], topk_ids=None),
+        )
+        for item in scored
+        if item.score.topk_ids is not None
+    ]
+    assert relative_difference(change, expected_change(config, expected_gradients(config, bare))) < 1e-5
+    metrics = report.metrics
+    if support == "union":
+        assert metrics["overlap"] == pytest.approx(1 / k)
+        assert 0 < metrics["support_coverage"] < metrics["mass/student_topk"]
+    else:
+        assert metrics["overlap"] == 0
+        assert "support_coverage" not in metrics  # of the student's ids only the teacher's are known
+
+
+def test_the_policy_gradient_baseline_reaches_the_gradient(one: Ranks, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    scored = make_scored(4)
+    config = smooth_config(tiny_model, loss={"form": "policy_gradient", "ratio_clip": 2.0})
+    ((change, _, _),) = one.call(step, config, [[scored]])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    total = torch.zeros(())
+    for item in scored:
+        prompt, response = item.trajectory.prompt.student_ids, item.trajectory.response_ids
+        ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
+        logprobs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = logprobs.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
+        teacher, engine = (torch.from_numpy(x) for x in (item.score.sampled_logprob, item.trajectory.sampled_logprobs))
+        ratio = (chosen - engine).exp().clamp(max=2.0)
+        total = total + (ratio * (chosen - teacher).detach()).sum()
+    (total / totals(scored)[0]).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert relative_difference(change, expected_change(config, gradients)) < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_output_layer_of_its_own_is_trained(one: Ranks, two: Ranks, tiny_untied_model: Path, stage: int) -> None:
+    scored = make_scored(4)
+    config = smooth_config(tiny_untied_model, stage)
+    expected = expected_change(config, expected_gradients(config, scored))
+    alone = one.call(step, config, [[scored]])
+    for change, _, _ in [*alone, *two.call(step, config, [[scored[:3]], [scored[3:]]])]:
+        assert "lm_head.weight" in change
+        assert relative_difference(change, expected) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_gradient_checkpointing_changes_nothing(one: Ranks, tiny_model: Path, stage: int) -> None:
+    scored = make_scored(4)
+    config = smooth_config(tiny_model, stage, learner={"gradient_checkpointing": True})
+    ((change, _, _),) = one.call(step, config, [[scored]])
+    assert relative_difference(change, expected_change(config, expected_gradients(config, scored))) < 1e-5
+
+
+def test_a_model_with_dropout_is_trained_without_it(one: Ranks, tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "dropout"
+    shutil.copytree(tiny_model, folder)
+    text = (folder / "config.json").read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5')
+    (folder / "config.json").write_text(text)
+    assert "0.5" in text
+    scored = make_scored(4)
+    ((change, _, _),) = one.call(step, smooth_config(folder), [[scored]])
+    config = smooth_config(tiny_model)
+    assert relative_difference(change, expected_change(config, expected_gradients(config, scored))) < 1e-5
+
+
+# --- several steps --------------------------------------------------------------------------------------------------
+
+
+def train(
+    rank: int, config: Config, scored: list[ScoredTrajectory], steps: int
+) -> tuple[dict[str, Tensor], list[StepReport]]:
+    """`steps` steps on the same answers, dealt out to the ranks."""
+    import torch.distributed as dist
+
+    from learner.trainer.engine import LearnerEngine
+
+    engine = LearnerEngine(config)
+    reports = []
+    for _ in range(steps):
+        engine.accumulate(scored[rank :: dist.get_world_size()])
+        reports.append(engine.finish_step(*totals(scored)))
+    return weights_now(engine), reports
+
+
+def test_stages_and_worlds_train_alike(one: Ranks, two: Ranks, tiny_model: Path) -> None:
+    """Five real AdamW steps with warm-up: the same losses, which fall, and the same learning rates."""
+    scored = make_scored(8)
+    runs = []
+    for stage in STAGES:
+        config = learner_config(tiny_model, learner={"zero_stage": stage, "warmup_steps": 4, "lr": 3e-3})
+        runs += [reports for ranks in (one, two) for _, reports in ranks.call(train, config, scored, 5)]
+    losses = np.array([[report.metrics["loss"] for report in reports] for reports in runs])
+    np.testing.assert_allclose(losses, losses[:1].repeat(len(losses), 0), rtol=2e-3)
+    assert losses[0, -1] < 0.9 * losses[0, 0]
+    assert [report.metrics["lr"] for report in runs[0]] == pytest.approx([0.75e-3, 1.5e-3, 2.25e-3, 3e-3, 3e-3])
+    assert [report.weight_version for report in runs[0]] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_bfloat16_trains_on_float32_sums(one: Ranks, tiny_model: Path, stage: int) -> None:
+    scored = make_scored(8)
+    config = learner_config(tiny_model, student={"dtype": "bfloat16"}, learner={"zero_stage": stage, "lr": 3e-3})
+    reference = learner_config(tiny_model, learner={"lr": 3e-3})
+    ((weights, reports),) = one.call(train, config, scored, 5)
+    ((_, expected),) = one.call(train, reference, scored, 5)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    got = [report.metrics["loss"] for report in reports]
+    assert got == pytest.approx([report.metrics["loss"] for report in expected], rel=0.05)
+
+
+# --- guards ---------------------------------------------------------------------------------------------------------
+
+
+def poison(item: ScoredTrajectory) -> ScoredTrajectory:
+    values = item.score.logprobs.copy()
+    values[0, 0] = np.nan
+    return replace(item, score=replace(item.score, logprobs=values))
+
+
+def guarded(rank: int, config: Config, bad: Cut, good: Cut) -> tuple[list[StepReport], list[float], float]:
+    """A poisoned step, then a clean one: (reports, largest weight change of each, difference to a clean run)."""
+    from learner.trainer.engine import LearnerEngine
+
+    engine = LearnerEngine(config)
+    reports, changes = [], []
+    for cut in (bad, good):
+        before = weights_now(engine)
+        engine.accumulate(cut[rank])
+        reports.append(engine.finish_step(*totals([item for part in cut for item in part])))
+        after = weights_now(engine)
+        changes.append(max((after[name] - before[name]).abs().max().item() for name in before))
+    clean = LearnerEngine(config)
+    clean.accumulate(good[rank])
+    clean.finish_step(*totals([item for part in good for item in part]))
+    return reports, changes, relative_difference(weights_now(engine), weights_now(clean))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_with_nan_is_skipped_on_all_ranks(two: Ranks, tiny_model: Path, stage: int, dtype: str) -> None:
+    """Only rank 1 holds the bad sample. Nothing moves, it is named, and the next step is as if it had not been."""
+    good = make_scored(4)
+    bad = [*good[:3], poison(good[3])]
+    config = learner_config(tiny_model, learner={"zero_stage": stage}, student={"dtype": dtype})
+    results = two.call(guarded, config, [bad[:2], bad[2:]], [good[:2], good[2:]])
+    for rank, (reports, changes, difference) in enumerate(results):
+        assert [report.applied for report in reports] == [False, True]
+        assert [report.skipped_in_a_row for report in reports] == [1, 0]
+        assert [report.weight_version for report in reports] == [1, 2]
+        assert reports[0].nonfinite == (() if rank == 0 else (good[3].trajectory.sample_id,))
+        assert changes[0] == 0
+        assert changes[1] > 0
+        assert difference < 1e-6
+
+
+ADAM = {"weight_decay": 0.1, "lr": 1e-3, "eps": 1e-8, "betas": (0.9, 0.999)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_update_norm_is_that_of_the_change(two: Ranks, tiny_model: Path, stage: int) -> None:
+    """Under AdamW's usual settings: both moments and their corrections matter."""
+    scored = make_scored(6)
+    config = smooth_config(tiny_model, stage, learner=ADAM)
+    for change, report, _ in two.call(step, config, [[scored[:3]], [scored[3:]]]):
+        norm = float(sum(tensor.double().square().sum() for tensor in change.values())) ** 0.5
+        assert report.metrics["update_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_samples_that_break_a_step_are_told_as_plain_values(one: Ranks, tiny_model: Path) -> None:
+    scored = make_scored(3)
+    bad = replace(scored[1], score=replace(scored[1].score, logprobs=np.full_like(scored[1].score.logprobs, np.nan)))
+    ((_, report, _),) = one.call(step, smooth_config(tiny_model), [[[scored[0], bad, scored[2]]]])
+    assert not report.applied
+    assert report.metrics["update_norm"] == 0
+    (told,) = report.records
+    assert told["sample_id"] == bad.trajectory.sample_id
+    assert told["response_ids"] == bad.trajectory.response_ids.tolist()
+    assert told["teacher_topk_logprobs"][0][0] == "nan"
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_single_tokens_are_told_as_the_learner_saw_them(two: Ranks, tiny_model: Path, deterministic: bool) -> None:
+    def told(rank: int, config: Config, cut: Cut) -> tuple[list[np.ndarray], tuple[TokenRecord, ...]]:
+        from learner.trainer.engine import LearnerEngine
+
+        engine = LearnerEngine(config)
+        before = engine.reader.logprobs([sequence_of(one) for part in cut for one in part])
+        for one in cut[rank]:  # a micro-batch each
+            engine.accumulate([one])
+        return before, engine.finish_step(*totals([one for part in cut for one in part])).tokens
+
+    scored = make_scored(7)
+    config = learner_config(
+        tiny_model, run={"name": "test", "token_samples": 3}, learner={"deterministic": deterministic}
+    )
+    (before, first), (_, second) = two.call(told, config, [scored[:4], scored[4:]])
+    kept = first_records([*first, *second], 3)
+    assert [one.sample_id for one in kept] == first_places([one.trajectory.sample_id for one in scored], 3)
+    seen = {one.trajectory.sample_id: (one, logprobs) for one, logprobs in zip(scored, before, strict=True)}
+    for record in kept:
+        one, logprobs = seen[record.sample_id]
+        assert record.values["student_logprobs"] == pytest.approx(logprobs, abs=2e-5)
+        assert record.values["teacher_logprobs"] == pytest.approx(one.score.sampled_logprob, abs=2e-5)
+        assert record.values["ids"] == one.trajectory.response_ids.tolist()
+
+
+def test_a_lost_answer_is_noticed(one: Ranks, tiny_model: Path) -> None:
+    def miscount(rank: int, config: Config, scored: list[ScoredTrajectory]) -> None:
+        from learner.trainer.engine import LearnerEngine
+
+        engine = LearnerEngine(config)
+        engine.accumulate(scored[1:])
+        engine.finish_step(*totals(scored))
+
+    with pytest.raises(ray.exceptions.RayTaskError, match="the ranks were given"):
+        one.call(miscount, learner_config(tiny_model), make_scored(3))
+
+
+def test_a_step_without_any_answer_is_skipped(two: Ranks, tiny_model: Path) -> None:
+    for stage in STAGES:
+        config = learner_config(tiny_model, learner={"zero_stage": stage})
+        for change, report, _ in two.call(step, config, [[[]], [[]]]):
+            assert not report.applied
+            assert max(tensor.abs().max().item() for tensor in change.values()) == 0
+
+
+def uncounted(rank: int, config: Config, steps: list[Cut]) -> tuple[list[StepReport], dict[str, Tensor]]:
+    """One engine through `steps`, each a cut of its own."""
+    from learner.trainer.engine import LearnerEngine
+
+    engine, reports = LearnerEngine(config), []
+    for cut in steps:
+        engine.accumulate(cut[rank])
+        reports.append(engine.finish_step(*totals([item for part in cut for item in part])))
+    return reports, weights_now(engine)
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_counts_no_token_says_why(two: Ranks, tiny_model: Path, stage: int, normalize: str) -> None:
+    """Its answers are shorter than what is skipped. It is no NaN, nothing moves, and nothing of it stays."""
+    short, long = make_scored(4, response_tokens=(2, 6)), make_scored(4, seed=1, response_tokens=(9, 12))
+    poor, good = [short[:3], short[3:]], [long[:2], long[2:]]
+    config = smooth_config(tiny_model, stage, loss={"skip_first_tokens": 6, "normalize": normalize})
+    longest = max(len(item.trajectory.response_ids) for item in short)
+    results = two.call(uncounted, config, [good, poor, poor, [[], []], good])
+    clean = two.call(uncounted, config, [good, good])
+    for (reports, weights), (_, expected) in zip(results, clean, strict=True):
+        assert [report.applied for report in reports] == [True, False, False, False, True]
+        assert [report.skipped_in_a_row for report in reports] == [0] * 5
+        assert [report.uncounted_in_a_row for report in reports] == [0, 1, 2, 3, 0]
+        why = f"no token was counted: loss.skip_first_tokens is 6, the longest answer has {longest}"
+        assert [report.uncounted for report in reports[:3]] == ["", why, why]
+        assert "0 answers" in reports[3].uncounted
+        assert reports[1].metrics["grad_norm"] == 0
+        assert relative_difference(weights, expected) < 1e-6
+
+
+def test_metrics_are_global_means(two: Ranks, one: Ranks, tiny_model: Path) -> None:
+    scored = make_scored(6)
+    config = learner_config(tiny_model)
+    ((_, alone, _),) = one.call(step, config, [[scored]])
+    for _, report, _ in two.call(step, config, [[scored[:1]], [scored[1:]]]):
+        assert report.metrics == pytest.approx(alone.metrics, rel=1e-4)
+    metrics = alone.metrics
+    assert metrics["kl/full_bound"] == pytest.approx(metrics["kl/support"] + metrics["kl/tail"], rel=1e-6)
+    assert metrics["loss"] == pytest.approx(metrics["kl/full_bound"], rel=1e-6)  # `tail`, reverse
+    assert 0 < metrics["mass/student_topk"] < 1
+    teacher = np.concatenate([np.exp(item.score.logprobs.astype(np.float64)).sum(-1) for item in scored])
+    assert metrics["mass/teacher_topk"] == pytest.approx(teacher.mean(), rel=1e-4)

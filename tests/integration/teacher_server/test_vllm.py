@@ -1,0 +1,132 @@
+"""The vLLM backend with a real engine on CPU, through the same service and HTTP server as the transformers one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.protocol.schema import ItemError, ItemScore, ScoreItem, ScoreMode
+from common.protocol.scoring import TeacherError
+from teacher_server.backends.vllm.backend import VllmBackend
+from teacher_server.client.handshake import handshake
+from tests.support.processes import alive, command_of, descendants
+from tests.support.teacher_oracle import Oracle, assert_score
+from tests.support.teacher_running import Running, items, process, put, running, scored, tokens
+
+pytestmark = pytest.mark.timeout(240)
+
+AGREE_NATS = 1e-4
+"""vLLM's kernels against transformers', float32."""
+
+
+def bare(batch: list[ScoreItem]) -> list[ScoreItem]:
+    """The same items without ids of their own."""
+    return [ScoreItem(item.context, item.prompt_ids, item.response_ids) for item in batch]
+
+
+def engines_below(pid: int) -> set[int]:
+    """Processes under `pid`, without Python's own tracker, which stays for the next one."""
+    return {child for child in descendants(pid) if "resource_tracker" not in command_of(child)}
+
+
+def gone(pids: set[int]) -> bool:
+    """Whether all of them end within ten seconds."""
+    for _ in range(100):
+        if not alive(pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model: Path) -> Iterator[Running]:
+    """Ends with the proof that stopping the server ends the engine."""
+    before = descendants(os.getpid())
+    with running(tiny_model, backend="vllm", max_k=512, context_cache_bytes=64 << 20) as server:
+        engines = engines_below(os.getpid()) - before
+        assert engines
+        yield server
+    assert gone(engines), "the engine outlived the server"
+
+
+@pytest.fixture(scope="module")
+def transformers_teacher(tiny_model: Path) -> Iterator[Running]:
+    with running(tiny_model) as server:
+        yield server
+
+
+def test_what_a_cpu_runner_cannot_do_is_not_offered(teacher: Running) -> None:
+    assert teacher.info.modes == {"teacher_topk": (1.0,), "sampled": (1.0,)}
+    assert (teacher.info.backend, teacher.info.vocab_size, teacher.info.max_sequence_tokens) == ("vllm", 512, 4095)
+    wanted = {
+        "tokenizer_fingerprint": teacher.info.tokenizer_fingerprint,
+        "k": 8,
+        "temperature": 1.0,
+        "longest_tokens": 100,
+    }
+    handshake(teacher.info, mode="teacher_topk", **wanted)
+    with pytest.raises(TeacherError, match=r"vllm backend cannot score in mode at_ids.*transformers backend"):
+        handshake(teacher.info, mode="at_ids", **wanted)
+
+
+@pytest.mark.parametrize(("mode", "k"), [("teacher_topk", 8), ("teacher_topk", 512), ("sampled", 0)])
+async def test_both_backends_agree(
+    teacher: Running, transformers_teacher: Running, tiny_model: Path, mode: ScoreMode, k: int
+) -> None:
+    """With and without a context, whose length fills whole blocks of the engine's cache, and asked twice."""
+    oracle = Oracle.load(tiny_model)
+    context = teacher.context(tokens(11, 256))
+    batch = bare([*items(21, 3, context=context.hash), *items(22, 2), *items(23, 1, prompt=0, context=context.hash)])
+    both = []
+    for one in (transformers_teacher, teacher, teacher):
+        async with one.http() as http:
+            assert (await put(http, context)).status_code == 200
+            both.append((await scored(http, batch, mode=mode, k=k)).results)
+    for item, expected, *found in zip(batch, *both, strict=True):
+        assert isinstance(expected, ItemScore)
+        before = context.ids if item.context else tokens(0, 0)
+        logprobs = oracle.logprobs(before, item.prompt_ids, item.response_ids)
+        for score in found:
+            assert isinstance(score, ItemScore), score
+            assert_score(score, logprobs, item, score.topk_ids)
+            for name in ("sampled_logprob", "tail_logprob"):
+                ours, theirs = getattr(score, name), getattr(expected, name)
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=AGREE_NATS)
+
+
+async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine reads it from its cache for every item, and for none of another tenant."""
+    backend = teacher.gate._backend
+    assert isinstance(backend, VllmBackend)
+    run, cached = backend._engine.run, []
+
+    def watched(asks):
+        outputs = run(asks)
+        cached.append([output.num_cached_tokens for output in outputs])
+        return outputs
+
+    monkeypatch.setattr(backend._engine, "run", watched)
+    context = teacher.context(tokens(12, 300))
+    batch = bare(items(31, 4, context=context.hash))
+    for tenant in ("red", "blue"):
+        async with teacher.http(tenant) as http:
+            await put(http, context)
+            for result in (await scored(http, batch, mode="sampled")).results:
+                assert not isinstance(result, ItemError)
+    prefill_red, red, prefill_blue, blue = cached
+    assert prefill_red == prefill_blue == [0]
+    block = backend._engine.block_tokens
+    assert red == blue == [300 // block * block] * 4
+
+
+def test_a_killed_server_takes_its_engine_along(tiny_model: Path) -> None:
+    with process(tiny_model, backend="vllm", max_k=8, context_cache_bytes=64 << 20) as (server, _):
+        engines = engines_below(server.pid)
+        assert engines
+        server.kill()
+        assert gone(engines)

@@ -1,0 +1,122 @@
+"""Actors that stand in for rollout workers in tests of the pool: no engine, the real outbox."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rollout_workers.pool.outbox import Order, Outbox
+
+
+def die_once(trap: Path) -> None:
+    """End the process if the file is still there: of those that find it only the one that takes it away."""
+    try:
+        trap.unlink()
+    except FileNotFoundError:
+        return
+    os._exit(1)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An order to `Echo`: how long it takes, and what happens at its end."""
+
+    seconds: float = 0.0
+    trap: str | None = None
+    error: str | None = None
+
+
+class Echo:
+    """Stands in for a worker: answers with its number, dies when it is told to. Its outbox is the real one."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.outbox = Outbox(self._ordered)
+        self.seen = {"calls": 0, "begun": 0, "cancelled": 0, "running": 0}
+        self.hangs = False
+
+    @ray.method(concurrency_group="exchange")
+    async def exchange(self, orders: Sequence[Order], cancelled: Sequence[int], most: int) -> list[Any]:
+        self.seen["calls"] += 1
+        return await self.outbox.exchange(orders, cancelled, most)
+
+    @ray.method(concurrency_group="control")
+    async def tell(self) -> dict[str, int]:
+        return self.seen
+
+    async def _ordered(self, order: Order) -> tuple[int, bytes]:
+        asked: Asked = order.sample
+        self.seen["begun"] += 1
+        self.seen["running"] += 1
+        try:
+            await asyncio.sleep(asked.seconds)
+        except asyncio.CancelledError:
+            self.seen["cancelled"] += 1
+            raise
+        finally:
+            self.seen["running"] -= 1
+        if asked.trap is not None:
+            die_once(Path(asked.trap))
+        if asked.error is not None:
+            raise LookupError(asked.error)
+        return self.number, b"item of %d" % self.number * 50_000  # too much for the reply itself
+
+    async def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    async def ready(self) -> str:
+        return f"worker {self.number}"
+
+    async def check_health(self) -> None:
+        if self.hangs:
+            await asyncio.sleep(3600)
+
+    async def hang(self) -> None:
+        self.hangs = True
+
+    async def work(self, seconds: float, dies: str | None = None) -> tuple[int, str]:
+        """Returns its number; `dies` is the path of a file: the first that finds it takes it away and dies."""
+        await asyncio.sleep(seconds)
+        if dies is not None:
+            die_once(Path(dies))
+        return self.number, "item"
+
+    async def deadly(self) -> tuple[int, str]:
+        os._exit(1)
+
+
+class NeverUp:
+    """A replacement that finds no place, or loads for ever."""
+
+    async def ready(self) -> None:
+        await asyncio.sleep(3600)
+
+
+class NotHere:
+    """A worker whose engine cannot start on its node."""
+
+    async def node(self) -> str:
+        return "here"
+
+    async def ready(self) -> None:
+        raise RuntimeError("the model does not fit")
+
+
+class DiesStarting:
+    """A worker whose process ends while its engine starts: killed for its memory, say."""
+
+    async def node(self) -> str:
+        return "here"
+
+    async def ready(self) -> None:
+        os._exit(1)
+
+
+def call(*arguments: Any) -> Any:
+    return lambda handle: tuple(handle.work.options(num_returns=2).remote(*arguments))

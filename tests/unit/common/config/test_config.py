@@ -1,0 +1,278 @@
+"""YAML and overrides into a run's configuration; what a mistake looks like."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from common.config.loader import dump_config, load_config, load_teacher_config
+from common.config.model import Config, ConfigError, LossConfig
+from learner.loop.run import check_exact
+from tests.support.paths import ROOT
+
+MINIMAL = """
+run: {name: small}
+student: {model: models/a}
+context: {text: "Answer in one word."}
+data: {train: train.jsonl}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file with nothing but the keys that have no default."""
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL)
+    return file
+
+
+def mistake(path: Path, *overrides: str) -> str:
+    """The one line that a bad configuration ends in."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_defaults_fill_what_is_not_said(path: Path) -> None:
+    config = load_config(path)
+    assert config.run.path == Path("runs/small")
+    assert (config.loss.form, config.loss.direction, config.loss.top_k) == ("tail", "reverse", 256)
+    assert config.student.template_date == date(2026, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "named", "nearest"),
+    [
+        ("learner.stesp=3", "learner.stesp=3", "learner.steps"),
+        ("rollout.tempersture=0.7", "rollout.tempersture=0.7", "rollout.temperature"),
+        ("rollout.zero_stage=3", "rollout.zero_stage=3", "learner.zero_stage"),  # right name, wrong section
+        ("leaner.lr=1e-5", "leaner", "learner"),  # misspelt section
+    ],
+)
+def test_an_unknown_key_names_the_nearest(path: Path, override: str, named: str, nearest: str) -> None:
+    line = mistake(path, override)
+    assert line.startswith(f"unknown key {named}")
+    assert line.endswith(f"did you mean {nearest}?")
+
+
+def test_an_unknown_key_with_nothing_near_lists_the_section(path: Path) -> None:
+    line = mistake(path, "eval.qqqq=1")
+    assert "unknown key eval.qqqq=1" in line
+    assert "every, grader, max_tokens" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("learner.lr=0", ("learner.lr=0", "greater than 0")),
+        ("learner.lr=fast", ("learner.lr='fast'", "number")),
+        ("learner.steps=1.5", ("learner.steps=1.5", "integer")),
+        ("learner.zero_stage=4", ("learner.zero_stage=4", "0, 1, 2 or 3")),
+        ("rollout.top_p=1.5", ("rollout.top_p=1.5", "less than or equal to 1")),
+        ("loss.form=tial", ("loss.form='tial'", "did you mean tail?")),
+        ("run.name=../up", ("run.name='../up'", "pattern")),
+    ],
+)
+def test_a_bad_value_names_key_value_and_what_is_valid(path: Path, override: str, parts: tuple[str, ...]) -> None:
+    line = mistake(path, override)
+    assert line.startswith("bad value ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("context.file=c.txt", "exactly one of context.text, context.file and context.pool"),
+        ("loss.top_k=2048", "loss.top_k 2048 is larger than teacher.max_k 1024"),
+        ("student.system=text", "student.system_text is set exactly when"),
+        ("learner.cpu_offload=true", "needs learner.zero_stage 1, 2 or 3"),
+    ],
+)
+def test_keys_that_do_not_go_together(path: Path, override: str, part: str) -> None:
+    assert part in mistake(path, override)
+
+
+def test_exact_is_over_the_whole_vocabulary(path: Path) -> None:
+    assert "so loss.support is `student`, not `union`" in mistake(path, "loss.form=exact", "loss.support=union")
+    exact, tail = LossConfig(form="exact", top_k=512), LossConfig(top_k=512)
+    check_exact(exact, 512, {"default": 512})
+    check_exact(tail, 640, {"default": 1024})
+    with pytest.raises(ConfigError, match=r"vocabulary of 640, loss.top_k is 512; set loss.top_k=640"):
+        check_exact(exact, 640, {})
+    with pytest.raises(ConfigError, match=r"the student has 512 outputs, teacher 'big' 1024"):
+        check_exact(exact, 512, {"default": 512, "big": 1024})
+
+
+def test_every_mistake_has_a_line_of_its_own(path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["learner.lr=0", "learner.stesp=3"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("key", ["run", "student", "context", "data"])
+def test_a_missing_section_is_named(path: Path, key: str) -> None:
+    tree = yaml.safe_load(MINIMAL)
+    del tree[key]
+    path.write_text(yaml.safe_dump(tree))
+    assert mistake(path) == f"missing key {key}"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-5", 1e-5), ("2.0e-5", 2e-5), ("1E-3", 1e-3), ("3", 3.0), (".5e-4", 5e-5)]
+)
+def test_numbers_are_read_as_people_write_them(path: Path, text: str, value: float) -> None:
+    assert load_config(path, [f"learner.lr={text}"]).learner.lr == value
+
+
+def test_a_text_that_only_looks_like_a_number_stays_text(path: Path) -> None:
+    assert load_config(path, ["context.text=none", "run.name=1e"]).run.name == "1e"
+
+
+def test_lists_and_texts_with_an_equals_sign(path: Path) -> None:
+    config = load_config(path, ['rollout.stop=["\\n", "Q:"]', "context.text=a=b"])
+    assert config.rollout.stop == ("\n", "Q:")
+    assert config.context.text == "a=b"
+
+
+def test_null_unsets_a_key(path: Path) -> None:
+    config = load_config(path, ["learner.lr=1e-3", "learner.lr=null", "context.text=null", "context.file=c.txt"])
+    assert config.learner.lr == 1e-6
+    assert (config.context.text, config.context.file) == (None, Path("c.txt"))
+    assert mistake(path, "run.name=null") == "missing key run.name"
+
+
+def test_later_overrides_win(path: Path) -> None:
+    assert load_config(path, ["learner.steps=2", "learner.steps=5"]).learner.steps == 5
+
+
+@pytest.mark.parametrize("override", ["learner.lr", "lr=1e-5", "=3", "learner.=3"])
+def test_an_override_that_is_none_says_how_one_looks(path: Path, override: str) -> None:
+    assert "expected section.key=value" in mistake(path, override)
+
+
+def test_a_value_is_no_section(path: Path) -> None:
+    assert "run.name.first=1" in mistake(path, "run.name.first=1")
+
+
+@pytest.mark.parametrize(("text", "part"), [("[1, 2]", "got list"), ("run: {name: a", "is not YAML"), ("", "NoneType")])
+def test_a_file_that_is_no_configuration(path: Path, text: str, part: str) -> None:
+    path.write_text(text)
+    assert part in mistake(path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert mistake(tmp_path / "none.yaml").startswith("cannot read ")
+
+
+def test_sections_are_closed_and_immutable(path: Path) -> None:
+    config = load_config(path)
+    sections = [value for _, value in config if isinstance(value, BaseModel)]
+    assert len(sections) == len(Config.model_fields) - 1  # `teachers` maps names to sections
+    for section in sections:
+        assert section.model_config["extra"] == "forbid"
+        assert section.model_config["frozen"] is True
+
+
+def test_a_dumped_configuration_loads_to_an_equal_one(path: Path, tmp_path: Path) -> None:
+    overrides = ["learner.lr=1e-5", 'rollout.stop=["\\n"]', "context.text=Äh\\n", "learner.betas=[0.9, 0.95]"]
+    config = load_config(path, overrides)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(again) == config
+
+
+def test_the_demo_resolves_and_survives_a_dump(tmp_path: Path) -> None:
+    config = load_config(ROOT / "deploy/configs/demo.yaml")
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(again) == config
+
+
+def test_the_teacher_falls_back_to_the_students_model(path: Path) -> None:
+    assert load_teacher_config(path).teacher.model == "models/a"
+    assert load_teacher_config(path, ["teacher.model=models/b"]).teacher.model == "models/b"
+    assert load_config(path).teacher_model == "models/a"
+    assert load_config(path, ["teacher.model=models/b"]).teacher_model == "models/b"
+
+
+def test_weights_go_into_the_runs_folder_unless_another_is_named(path: Path) -> None:
+    config = load_config(path, ["sync.backend=file"])
+    assert config.sync_in_run.folder == Path("runs/small/weights").absolute()
+    assert load_config(path, ["sync.backend=file", "sync.folder=/share/w"]).sync_in_run.folder == Path("/share/w")
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc", "file"])
+def test_deltas_go_over_gloo_only(path: Path, backend: str) -> None:
+    assert load_config(path, ["sync.delta=true"]).sync.delta
+    assert f"not `{backend}`" in mistake(path, "sync.delta=true", f"sync.backend={backend}")
+
+
+def test_a_teacher_needs_nothing_but_its_own_section(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.yaml"
+    path.write_text("teacher: {model: models/b, port: 8001}")
+    assert load_teacher_config(path).teacher.port == 8001
+    with pytest.raises(ConfigError, match=r"teacher\.model is missing"):
+        load_teacher_config(path, ["teacher.model=null"])
+    with pytest.raises(ConfigError, match=r"did you mean teacher\.port\?"):
+        load_teacher_config(path, ["teacher.prot=1"])
+
+
+def test_a_context_is_read_byte_for_byte(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "context.txt"
+    file.write_bytes(b"Q: dog\r\nA: dogs\n\n")
+    config = load_config(path, ["context.text=null", f"context.file={file}"])
+    assert config.context.read() == "Q: dog\r\nA: dogs\n\n"
+    file.unlink()
+    with pytest.raises(ConfigError, match="cannot read"):
+        config.context.read()
+
+
+def test_more_teachers_are_checked_like_the_first(path: Path) -> None:
+    config = load_config(path, ["teachers.big.model=models/b", "teachers.live.kind=self"])
+    assert {name: one.kind for name, one in config.named_teachers().items()} == {
+        "default": "frozen",
+        "big": "frozen",
+        "live": "self",
+    }
+    assert "teachers.live.kind `self`" in mistake(path, "teachers.live.kind=self", "teachers.live.url=http://x")
+    assert "did you mean" in mistake(path, "teachers.big.modle=x")
+    assert "`default` is the name" in mistake(path, "teachers.default.model=x")
+    assert "teachers.big.max_k 8" in mistake(path, "teachers.big.max_k=8")
+
+
+def test_a_teacher_that_follows_a_student_is_no_server(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.kind `ema` follows one run's student"):
+        load_teacher_config(path, ["teacher.kind=ema"])
+    assert "takes new weights" in mistake(path, "teacher.kind=self", "teacher.backend=vllm")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["teacher.kind=base"], "needs learner.lora"),
+        (["teacher.kind=base", "learner.lora.rank=4", "teachers.big.model=m"], "`teachers` must be empty"),
+        (["teachers.own.kind=base", "learner.lora.rank=4"], "only `teacher` can be it"),
+        (["teacher.kind=base", "learner.lora.rank=4", "loss.support=union"], "loss.support must be `student`"),
+        (["rollout.colocated=true", "rollout.workers=2"], "rollout.workers (2) must equal learner.ranks (1)"),
+        (["rollout.colocated=true", "rollout.max_staleness=1"], "takes turns"),
+        (["rollout.workers=3", "rollout.max_workers=2"], "rollout.max_workers (2) is less than rollout.workers (3)"),
+        (["rollout.colocated=true", "rollout.max_workers=2"], "no rank to share its GPU with"),
+        (["sync.delta=true", "sync.backend=file"], "not `file`"),
+        (["learner.ranks=2", "sync.timeout_s=1800"], "learner.collective_timeout_s (1800) must be longer than"),
+        (["rollout.topk_from=learner", "loss.support=teacher"], "does not use"),
+        (["eval.every=2", "data.valid=null"], "data.valid is not set"),
+    ],
+)
+def test_what_sections_must_be_to_each_other(path: Path, overrides: list[str], why: str) -> None:
+    assert why in mistake(path, *overrides)
+
+
+def test_a_base_teacher_with_adapters_is_fine(path: Path) -> None:
+    assert load_config(path, ["teacher.kind=base", "learner.lora.rank=4"]).teacher.kind == "base"

@@ -1,0 +1,103 @@
+"""Rows: what is accepted, what is refused with file and line, and the order they are trained in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.data.rows import DataError, batch_rows, read_rows
+from learner.data.games import fault_of
+
+
+def write(folder: Path, *lines: Any) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_raw_and_chat_rows_are_read_and_extra_columns_left_alone(tmp_path: Path) -> None:
+    rows = read_rows(
+        write(
+            tmp_path,
+            {"id": "a", "prompt": "p", "answer": "x", "source": "book"},
+            "",
+            {"id": 7, "messages": [{"role": "user", "content": "u"}]},
+        )
+    )
+    assert [row.id for row in rows] == ["a", "7"]
+    assert rows[0].answer == "x"
+
+
+def test_every_bad_row_is_reported_with_file_and_line(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"id": "a", "prompt": "p"},
+        {"id": "a", "prompt": "p"},
+        {"id": "b", "promt": "p"},
+        {"id": "c"},
+        "{nope",
+        {"id": "d", "messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}]},
+        {"id": "e", "messages": [{"role": "robot", "content": "u"}]},
+        {"id": "f", "prompt": ""},
+    )
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[1] for line in lines] == ["2", "3", "4", "5", "6", "7", "8"]
+    assert all(line.startswith(f"{path}:") for line in lines)
+    assert "did you mean 'prompt'" in lines[1]
+
+
+def test_a_long_list_of_faults_is_cut_and_counted(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="and 5 more"):
+        read_rows(write(tmp_path, *["x"] * 25))
+
+
+def test_answers_are_asked_for_where_they_are_needed(tmp_path: Path) -> None:
+    path = write(tmp_path, {"id": "a", "prompt": "p"})
+    assert read_rows(path)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: row 'a' has no `answer`"):
+        read_rows(path, need_answers=True)
+
+
+def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read"):
+        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="holds no row"):
+        read_rows(write(tmp_path, ""))
+
+
+def test_every_epoch_uses_every_row_once_in_an_order_of_its_own() -> None:
+    taken = [row for step in range(14) for row in batch_rows(step, batch_size=5, rows=7, seed=3)]
+    epochs = [taken[i : i + 7] for i in range(0, 70, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert batch_rows(3, batch_size=5, rows=7, seed=4) != batch_rows(3, batch_size=5, rows=7, seed=3)
+
+
+def test_a_game_has_options_and_a_seed_which_mean_something_else_elsewhere(tmp_path: Path) -> None:
+    game = {"id": "g", "environment": "FrozenLake", "options": {"size": 4}, "seed": 7}
+    quiz = {"id": "q", "prompt": "p", "options": ["a", "b"], "seed": "x", "answer": "a"}
+    first, second = read_rows(write(tmp_path, game, quiz), need_answers=True)
+    assert (first.environment, first.options, first.seed) == ("FrozenLake", {"size": 4}, 7)
+    assert second.options == {}
+    with pytest.raises(DataError, match="exactly one of"):
+        read_rows(write(tmp_path, {**game, "prompt": "p"}))
+
+
+def test_environments_are_tried_when_rows_are_read(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"id": "a", "environment": "FrozenLake"},
+        {"id": "b", "environment": "FrozenLaek"},
+        {"id": "c", "environment": "FrozenLake", "options": {"sizes": 3}},
+    )
+    with pytest.raises(DataError) as error:
+        read_rows(path, check=fault_of)
+    unknown, options = str(error.value).splitlines()
+    assert unknown.startswith(f"{path}:2: unknown environment")
+    assert options.startswith(f"{path}:3: ")
+    assert "sizes" in options

@@ -1,0 +1,276 @@
+"""The renderer: what each side sees, token by token."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any
+
+import pytest
+
+from common.config.model import StudentConfig
+from common.data.rendering import SEPARATOR, Renderer, check_lengths, common_prefix, teacher_sequence
+from common.data.rows import DataError, Row
+from common.protocol.schema import Prompt, context_hash
+from tests.support.tiny import CHAT_TEMPLATE, make_tokenizer
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHAT_TEMPLATE
+)
+
+
+def renderer(tokenizer: Any = None, *, context: str = "Rules.", placement: Any = None, **student: Any) -> Renderer:
+    return Renderer(
+        tokenizer or make_tokenizer(), context, StudentConfig(model="unused", **student), placement=placement
+    )
+
+
+def chat_row(*contents: str, system: str | None = None) -> Row:
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages += [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return Row.model_validate({"id": "r", "messages": messages})
+
+
+def sides(render: Renderer, row: Row) -> tuple[str, str, str]:
+    """(student, context, rest of the teacher) as text."""
+    prompt = render.render(row)
+    context = [] if prompt.context is None else render.contexts[prompt.context].ids.tolist()
+    decode = render.tokenizer.decode
+    return decode(prompt.student_ids.tolist()), decode(context), decode(prompt.teacher_ids.tolist())
+
+
+def test_raw_context_and_prompt_are_concatenated_with_nothing_between() -> None:
+    student, context, rest = sides(renderer(context="Q: a\nA: b\n"), Row(id="r", prompt="Q: cat\nA:"))
+    assert (student, context, rest) == ("Q: cat\nA:", "Q: a\nA: b\n", "Q: cat\nA:")
+
+
+def test_raw_has_exactly_one_bos_and_the_teacher_has_it_ahead_of_the_context() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    bos = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", bos)]
+    )
+    render = renderer(tokenizer, context="ctx")
+    prompt = render.render(Row(id="r", prompt="hi"))
+    assert prompt.student_ids.tolist().count(bos) == 1
+    assert prompt.student_ids[0] == bos
+    whole = teacher_sequence(prompt, render.contexts)
+    assert whole[0] == bos
+    assert whole.count(bos) == 1
+    assert bos not in prompt.teacher_ids
+
+
+def test_chat_context_is_the_system_turn_and_the_seam_lies_before_the_user_content() -> None:
+    student, context, rest = sides(renderer(), chat_row("Hi"))
+    assert student == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert context == "<|im_start|>system\nRules.<|im_end|>\n<|im_start|>user\n"
+    assert rest == "Hi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_rows_system_message_follows_the_context() -> None:
+    student, context, _ = sides(renderer(), chat_row("Hi", system="Own."))
+    assert student.startswith("<|im_start|>system\nOwn.<|im_end|>")
+    assert context.startswith("<|im_start|>system\nRules.\n\nOwn.<|im_end|>")
+
+
+def test_user_prefix_goes_before_the_first_user_content_of_a_conversation() -> None:
+    student, context, rest = sides(renderer(placement="user_prefix"), chat_row("Hi", "Yes?", "Bye"))
+    assert student == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert context == "<|im_start|>user\nRules.\n\n"
+    assert context + rest == student.replace("Hi", "Rules.\n\nHi", 1)
+
+
+@pytest.mark.parametrize("placement", ["system", "user_prefix"])
+def test_both_sides_are_the_same_tokens_from_the_last_user_content_on(placement: str) -> None:
+    render = renderer(placement=placement)
+    prompt = render.render(chat_row("One", "Two", "Three"))
+    tail = render.tokenizer("Three<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    assert prompt.student_ids.tolist()[-len(tail) :] == tail
+    assert prompt.teacher_ids.tolist()[-len(tail) :] == tail
+
+
+def test_templates_own_default_system_is_the_students_unless_told_otherwise() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = DEFAULT_SYSTEM
+    student, context, _ = sides(renderer(tokenizer), chat_row("Hi"))
+    assert student.startswith("<|im_start|>system\nBe kind.")
+    assert "Be kind." not in context
+    with pytest.raises(DataError, match=r"inserts a system turn.*student\.system=text"):
+        renderer(tokenizer, system="none").render(chat_row("Hi"))
+    student, _, _ = sides(renderer(tokenizer, system="text", system_text=""), chat_row("Hi"))
+    assert student.startswith("<|im_start|>system\n<|im_end|>")
+
+
+def test_system_none_is_accepted_where_the_template_adds_nothing() -> None:
+    student, _, _ = sides(renderer(system="none"), chat_row("Hi"))
+    assert student.startswith("<|im_start|>user")
+    with pytest.raises(DataError, match="row 'r' has a system message of its own"):
+        renderer(system="none").render(chat_row("Hi", system="Own."))
+    with pytest.raises(DataError, match="row 'r' has a system message of its own"):
+        renderer(system="text", system_text="Mine.").render(chat_row("Hi", system="Own."))
+
+
+def test_a_template_that_folds_the_system_into_the_user_turn_is_no_default_system() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% set lead = messages[0].content ~ '\n\n' if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}[INST] {{ lead if loop.first }}{{ m.content }}[/INST]{% endfor %}"
+    )
+    student, context, rest = sides(renderer(tokenizer, system="none"), chat_row("Hi"))
+    assert (student, context, rest) == ("[INST] Hi[/INST]", "[INST] Rules.\n\n", "Hi[/INST]")
+
+
+def test_a_user_content_that_merges_with_the_seam_is_sent_without_shared_context_but_whole() -> None:
+    merged = merging([("Ċ", "Ċ")])
+    render = renderer(merged)
+    prompt = render.render(chat_row("\nHi"))
+    assert prompt.context is None
+    assert render.without_shared_prefix == ["r"]
+    assert "Rules." in merged.decode(prompt.teacher_ids.tolist())
+
+
+def test_the_templates_date_is_pinned() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d.%m.%Y') }} {{ date_string }}\n" + CHAT_TEMPLATE
+    student, _, _ = sides(renderer(tokenizer, template_date=date(2025, 3, 4)), chat_row("Hi"))
+    assert student.startswith("04.03.2025 04 Mar 2025\n")
+
+
+def test_chat_template_kwargs_reach_the_template() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE + "{% if not enable_thinking %}<think></think>{% endif %}"
+    student, _, rest = sides(renderer(tokenizer, chat_template_kwargs={"enable_thinking": False}), chat_row("Hi"))
+    assert student.endswith("<think></think>")
+    assert rest.endswith("<think></think>")
+    tokenizer.chat_template = "{{ date_string }}" + CHAT_TEMPLATE
+    student, _, _ = sides(renderer(tokenizer, chat_template_kwargs={"date_string": "today"}), chat_row("Hi"))
+    assert student.startswith("today<|im_start|>")  # over the pinned one
+
+
+def test_a_template_that_renders_the_user_content_differently_under_context_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE + "{% if messages[0].role == 'system' %}!{% endif %}"
+    with pytest.raises(DataError, match="does not render the last user content the same"):
+        renderer(tokenizer).render(chat_row("Hi"))
+
+
+@pytest.mark.parametrize(("placement", "row"), [("prefix", chat_row("Hi")), ("system", Row(id="r", prompt="x"))])
+def test_a_placement_that_does_not_fit_the_row_is_refused(placement: str, row: Row) -> None:
+    with pytest.raises(DataError, match="row 'r'"):
+        renderer(placement=placement).render(row)
+
+
+def test_double_bos_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    with pytest.raises(DataError, match="two BOS"):
+        renderer(tokenizer).render(chat_row("Hi"))
+
+
+def test_each_context_has_the_prefix_of_its_own_text() -> None:
+    """One renderer under several contexts, as for a pool, and for rows with system messages of their own."""
+    render = renderer()
+    other = render.under("Other rules.")
+    for one, text in ((render, "Rules."), (other, "Other rules."), (render, "Rules.")):
+        for own in (None, "Own.", "Another."):
+            _, context, rest = sides(one, chat_row("Hi", system=own))
+            assert (
+                context
+                == f"<|im_start|>system\n{text}{'' if own is None else SEPARATOR + own}<|im_end|>\n<|im_start|>user\n"
+            )
+            assert rest.startswith("Hi")
+    assert len(render.contexts) == 6
+    assert other.contexts is render.contexts
+
+
+def test_a_tail_that_is_other_tokens_under_the_context_is_refused() -> None:
+    """The text is the same; the context's end, a content of one character and what follows merge into one token."""
+    tokenizer = merging([("Ċ", "7"), ("Ċ7", "]")])
+    tokenizer.chat_template = "{% for m in messages %}{{ '[' ~ m.content ~ ']' }}{% endfor %}"
+    with pytest.raises(DataError, match="the last 1 prompt tokens differ between student and teacher"):
+        renderer(tokenizer, placement="user_prefix").render(chat_row("7"))
+
+
+def test_a_content_that_is_other_tokens_under_the_context_is_fine() -> None:
+    """What must be equal are the tokens behind it: the answer's own beginnings."""
+    tokenizer = merging([("Ċ", "7")])
+    tokenizer.chat_template = "{% for m in messages %}{{ '[' ~ m.content ~ ']' }}{% endfor %}"
+    prompt = renderer(tokenizer, placement="user_prefix").render(chat_row("7"))
+    assert prompt.student_ids.tolist()[-2:] != prompt.teacher_ids.tolist()[-2:]
+    assert prompt.student_ids[-1] == prompt.teacher_ids[-1]
+
+
+def test_a_content_that_the_students_system_turn_holds_too_is_found_where_it_is_last() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = DEFAULT_SYSTEM
+    student, _, rest = sides(renderer(tokenizer), chat_row("kind"))
+    assert student.startswith("<|im_start|>system\nBe kind.")
+    assert rest.startswith("kind<|im_end|>")
+
+
+def test_an_answer_that_the_template_drops_has_no_follow_up() -> None:
+    tokenizer = make_tokenizer()
+    follow = renderer(tokenizer).follow_up("Down.")
+    assert tokenizer.decode(follow) == "<|im_end|>\n<|im_start|>user\nDown.<|im_end|>\n<|im_start|>assistant\n"
+    for role in ("assistant", "user"):
+        tokenizer.chat_template = f"{{% for m in messages if m.role != '{role}' %}}[{{{{ m.content }}}}]{{% endfor %}}"
+        with pytest.raises(DataError, match="does not render an answer and a user turn"):
+            renderer(tokenizer).follow_up("Down.")
+
+
+def merging(merges: list[tuple[str, str]]) -> Any:
+    """The tokenizer of bytes, with these pairs merged wherever they meet."""
+    from tokenizers import Tokenizer, models
+
+    tokenizer = make_tokenizer()
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    for place, (first, second) in enumerate(merges):
+        vocabulary[first + second] = 400 + place
+    tokenizer.backend_tokenizer.model = Tokenizer(models.BPE(vocab=vocabulary, merges=merges)).model
+    tokenizer.backend_tokenizer.pre_tokenizer.use_regex = False
+    return tokenizer
+
+
+def test_context_name_depends_on_tokens_and_tokenizer_only() -> None:
+    first, second = renderer(), renderer()
+    assert first.render(chat_row("Hi")).context == second.render(chat_row("Bye")).context
+    assert first.render(chat_row("Hi")).context != renderer(context="Rules!").render(chat_row("Hi")).context
+    ids = next(iter(first.contexts.values())).ids
+    assert context_hash("00" * 32, ids) != context_hash("11" * 32, ids)
+
+
+def test_over_long_rows_are_all_named_with_the_numbers() -> None:
+    with pytest.raises(DataError) as error:
+        check_lengths("teacher", {"a": 90, "b": 91, "c": 92}, max_tokens=10, limit=100)
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["row 'b'", "row 'c'"]
+    assert "101 tokens" in lines[0]
+    assert "teacher.max_sequence_tokens" in lines[0]
+    for count, last in ((20, "row '19'"), (21, "... and 1 more")):
+        with pytest.raises(DataError) as error:
+            check_lengths("student", {str(i): 100 for i in range(count)}, max_tokens=1, limit=100)
+        lines = str(error.value).splitlines()
+        assert len(lines) == count
+        assert lines[-1].startswith(last)
+
+
+def test_common_prefix() -> None:
+    assert common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)]) == (1, 2)
+    assert common_prefix([(1,), (2,)]) == ()
+
+
+@pytest.mark.parametrize("content", [{"prompt": "Hi"}, {"messages": [{"role": "user", "content": "Hi"}]}])
+def test_answer_and_teacher_of_a_row_go_along(content: dict[str, Any]) -> None:
+    prompt = renderer().render(Row.model_validate({"id": "r", "answer": "Yes", "teacher": "large", **content}))
+    assert (prompt.row_id, prompt.answer, prompt.teacher) == ("r", "Yes", "large")
+
+
+def test_prompt_ids_are_uint32() -> None:
+    prompt = renderer().render(chat_row("Hi"))
+    assert isinstance(prompt, Prompt)
+    assert prompt.student_ids.dtype == prompt.teacher_ids.dtype == "uint32"

@@ -1,0 +1,35 @@
+"""Texts of single tokens."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.data.token_text import pieces, text_of
+from tests.support.tiny import make_tokenizer
+
+TOKENIZER = make_tokenizer()  # every byte is a token
+
+
+def ids_of(text: str) -> list[int]:
+    return list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=30))
+def test_pieces_are_one_a_token_and_together_the_text(text: str) -> None:
+    ids = ids_of(text)
+    found = pieces(TOKENIZER, ids)
+    assert len(found) == len(ids)
+    assert "".join(found) == text_of(TOKENIZER, ids) == text
+
+
+def test_a_character_stands_at_the_token_that_completes_it() -> None:
+    assert pieces(TOKENIZER, ids_of("aé€b")) == ["a", "", "é", "", "", "€", "b"]
+
+
+def test_half_a_character_at_the_end_is_shown_as_such() -> None:
+    assert pieces(TOKENIZER, ids_of("aé")[:2]) == ["a", "\ufffd"]
+
+
+def test_special_tokens_are_text() -> None:
+    assert pieces(TOKENIZER, [TOKENIZER.eos_token_id, *ids_of(" x")]) == ["<|im_end|>", " ", "x"]

@@ -1,0 +1,150 @@
+"""Several answers to a row, changes paired by row, the gap closed: figures and their intervals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from common.evaluation.accuracy import (
+    Accuracy,
+    accuracy,
+    change,
+    gap_closed,
+    gap_closed_ci95,
+    pass_at_1,
+    wilson,
+)
+
+
+def drawn(rng: np.random.Generator, chances: np.ndarray, samples: int) -> Accuracy:
+    return pass_at_1({str(i): list(rng.random(samples) < chance) for i, chance in enumerate(chances)})
+
+
+def binary(values: str) -> Accuracy:
+    """``"1101"``: which rows were right."""
+    return accuracy([value == "1" for value in values])
+
+
+def test_pass_at_1_is_the_mean_of_the_rows_shares() -> None:
+    found = pass_at_1({"a": [True, True], "b": [True, False], "c": [False, False]})
+    assert found.accuracy == pytest.approx(0.5)
+    assert (found.n, found.samples) == (3, 2)
+    assert dict(found.rows) == {"a": 1.0, "b": 0.5, "c": 0.0}
+
+
+def test_answers_that_repeat_each_other_are_worth_one() -> None:
+    verdicts = [True] * 30 + [False] * 10
+    once = accuracy(verdicts)
+    repeated = pass_at_1({str(i): [right] * 8 for i, right in enumerate(verdicts)})
+    assert repeated.ci95 == pytest.approx(once.ci95)
+    assert once.ci95 == pytest.approx(wilson(0.75, 40))
+
+
+def test_answers_that_are_independent_are_all_worth_one() -> None:
+    """Every row with the same share: nothing but the answers' own chance is left."""
+    found = pass_at_1({str(i): [True, False] for i in range(50)})
+    assert found.ci95 == pytest.approx(wilson(0.5, 100))
+
+
+def test_where_all_are_right_the_rows_are_what_counts() -> None:
+    assert pass_at_1({str(i): [True] * 16 for i in range(20)}).ci95 == pytest.approx(wilson(1.0, 20))
+
+
+def test_the_interval_covers_the_truth_and_is_that_of_a_bootstrap_over_rows() -> None:
+    rng = np.random.default_rng(0)
+    covered, widths, bootstrapped = 0, [], []
+    for repeat in range(400):
+        chances = rng.beta(0.6, 0.9, 60)  # rows differ: a few are nearly always right, more nearly never
+        found = drawn(rng, chances, 4)
+        covered += found.ci95[0] <= 0.6 / 1.5 <= found.ci95[1]
+        if repeat < 20:
+            shares = np.array(list(found.rows.values()))
+            means = rng.choice(shares, (2000, len(shares))).mean(-1)
+            widths.append(found.ci95[1] - found.ci95[0])
+            bootstrapped.append(float(np.subtract(*np.quantile(means, (0.975, 0.025)))))
+    assert 0.92 <= covered / 400 <= 0.98
+    assert np.mean(widths) == pytest.approx(np.mean(bootstrapped), rel=0.06)
+
+
+@pytest.mark.parametrize("verdicts", [{}, {"a": []}, {"a": [True], "b": [True, False]}])
+def test_rows_with_other_numbers_of_answers_are_refused(verdicts: dict[str, list[bool]]) -> None:
+    with pytest.raises(ValueError, match="same number"):
+        pass_at_1(verdicts)
+
+
+def test_a_change_is_paired_so_rows_that_stayed_do_not_blur_it() -> None:
+    before, after = binary("1" * 50 + "0" * 50), binary("1" * 50 + "0" * 40 + "1" * 10)
+    found = change(before, after)
+    assert found.change == pytest.approx(0.1)
+    assert not found.covers_zero
+    assert before.ci95[1] > after.ci95[0]  # apart, the two intervals would hide it
+    mean, second = 10 / 102, 12 / 102  # Bonett and Price, by hand
+    half = 1.959964 * ((second - mean**2) / 102) ** 0.5
+    assert found.ci95 == pytest.approx((mean - half, mean + half))
+
+
+def test_a_change_of_nothing_may_still_have_been_one() -> None:
+    found = change(binary("1100"), binary("1100"))
+    assert found.change == 0.0
+    assert found.ci95[0] < -0.2 < 0.2 < found.ci95[1]
+
+
+def test_the_interval_of_a_change_covers_the_truth() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(600):
+        before, after = rng.random(40) < 0.3, np.zeros(40, bool)
+        after = np.where(before, rng.random(40) < 0.9, rng.random(40) < 0.4)
+        found = change(accuracy(list(before)), accuracy(list(after)))
+        covered += found.ci95[0] <= 0.3 * 0.9 + 0.7 * 0.4 - 0.3 <= found.ci95[1]
+    assert 0.93 <= covered / 600 <= 0.99
+
+
+def test_results_of_other_rows_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="different rows"):
+        change(binary("110"), binary("11"))
+
+
+def test_the_gap_closed_has_an_interval_where_there_is_a_gap() -> None:
+    base, teacher, final = binary("0" * 90 + "1" * 10), binary("0" * 10 + "1" * 90), binary("0" * 40 + "1" * 60)
+    value, found = gap_closed(base, teacher, final), gap_closed_ci95(base, teacher, final)
+    assert value == pytest.approx(50 / 80)
+    assert found is not None
+    assert found[0] < value < found[1]
+    assert found == gap_closed_ci95(base, teacher, final)  # seeded
+    assert found != gap_closed_ci95(base, teacher, final, seed=1)
+
+
+def test_the_gap_closeds_interval_is_the_delta_methods() -> None:
+    """Of 400 rows a ratio of means is nearly normal: both ends against the linearised variance."""
+    rng = np.random.default_rng(2)
+    base, teacher = rng.random(400) < 0.2, rng.random(400) < 0.8
+    final = np.where(rng.random(400) < 0.6, teacher, base)
+    results = [accuracy(list(values)) for values in (base, teacher, final)]
+    value, found = gap_closed(*results), gap_closed_ci95(*results)
+    assert value is not None
+    assert found is not None
+    gaps, gains = teacher.astype(float) - base, final.astype(float) - base
+    half = 1.96 * (gains - value * gaps).std() / gaps.mean() / 400**0.5
+    assert found == pytest.approx((value - half, value + half), abs=0.15 * half)
+
+
+def test_where_the_gap_may_be_zero_the_share_of_it_has_no_interval() -> None:
+    base, teacher = binary("0101010101"), binary("0101010111")
+    assert gap_closed(base, teacher, teacher) == pytest.approx(1.0)
+    assert gap_closed_ci95(base, teacher, teacher) is None
+
+
+def test_a_context_that_harms_has_a_gap_too() -> None:
+    base, teacher = binary("1" * 90 + "0" * 10), binary("1" * 10 + "0" * 90)
+    found = gap_closed_ci95(base, teacher, teacher)
+    assert found == pytest.approx((1.0, 1.0))
+
+
+def test_a_result_survives_its_way_through_json() -> None:
+    found = pass_at_1({"a": [True, True], "b": [True, False]})
+    assert Accuracy.of(json.loads(json.dumps(asdict(found)))) == found
+    assert "rows" not in found.summary()

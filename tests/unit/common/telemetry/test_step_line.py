@@ -1,0 +1,51 @@
+"""The line of progress that a run prints after each step, and the one that the quickstart shows."""
+
+from __future__ import annotations
+
+from common.telemetry.step_times import step_times
+from common.telemetry.trace import TraceSpan
+from learner.evaluation.summary import Tally, final_table, step_line
+from learner.loop.controller import speeds
+from tests.support.paths import ROOT
+
+METRICS = {
+    "kl/full_bound": 0.912,
+    "grad_norm": 9.81,
+    "tokens_per_s": 13.6,
+    "time/total_s": 6.13,
+    "time/rollout_s": 1.9,
+    "time/score_s": 1.1,
+    "time/accumulate_s": 1.2,
+    "time/step_s": 0.5,
+    "time/sync_s": 2.3,
+    "time/parity_s": 0.2,
+    "loop/depth/queue": 0.0,
+    "loop/depth/rollout": 3.2,
+    "loop/depth/score": 1.46,
+    "staleness/mean_age": 0.0,
+    "parity/max_nats": 6.1e-5,
+}
+
+
+def test_the_quickstarts_line_is_what_a_run_prints() -> None:
+    metrics = {**METRICS, **speeds(83, {"rollout": 1.9, "score": 1.1, "accumulate": 1.2, "step": 0.5})}
+    line = step_line(3, 20, metrics, left_s=104.2)
+    assert line in (ROOT / "docs/index.md").read_text()
+    assert "(rollout 1.9 at 44, score 1.1 at 75, accumulate 1.2 at 69, step 0.5, sync 2.3, parity 0.2)" in line
+    assert line.endswith("0:01:44 left")
+
+
+def test_a_stage_that_did_nothing_has_no_speed() -> None:
+    assert speeds(80, {"rollout": 2.0, "score": 0.0}) == {"tokens_per_s/rollout": 40.0}
+
+
+def test_the_last_table_names_the_bubble_and_what_it_waited_for_the_largest_first() -> None:
+    spans = [
+        TraceSpan("rollout", "worker 0", 0.0, 2.0, {}),
+        TraceSpan("score", "teacher", 2.0, 7.0, {}),
+        TraceSpan("accumulate", "rank 0", 7.0, 10.0, {}),
+    ]
+    tally = Tally(planned_steps=1)
+    tally.add_times(step_times(spans, (0.0, 10.0)))
+    *_, last = final_table(tally).splitlines()
+    assert last == "the learner waited for 70% of the steps' time: score 50%, rollout 20%"

@@ -1,0 +1,423 @@
+"""Comparing methods: which runs that takes, what is done again after an interrupt, and what the table says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from common.config.loader import dump_config
+from common.config.model import ConfigError
+from common.telemetry.run_files import Progress
+from deploy.compare.compare import compare, train_apart
+from deploy.compare.picture import picture
+from deploy.compare.plan import PlannedRun, can_resume, is_finished, plan, root_of
+from deploy.compare.table import Failed, Outcome, compared, markdown, read
+
+ALL = ("opcd", "offpolicy", "sequence", "pg", "in_context")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A configuration whose runs are never really started."""
+    settings = {
+        "run": {"name": "small", "dir": str(tmp_path / "runs")},
+        "student": {"model": "m"},
+        "context": {"text": "c"},
+        "data": {"train": "t", "eval": "e"},
+        "rollout": {"temperature": 0.7, "max_staleness": 1},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def leave_result(run: PlannedRun, right: str, *, outcome: str = "finished") -> None:
+    """What a run leaves behind: `right` says which of four rows its final answers got right."""
+    assert run.config is not None
+    folder = run.config.run.path
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(run.config))
+    share = sum(map(int, right)) / 4
+    summary: dict[str, Any] = {
+        "outcome": outcome,
+        "final": {"accuracy": share},
+        "gap_closed": share,
+        "kl_first": 2.0,
+        "kl_last": 0.5,
+        "time_s": {"total": 30.0},
+        "ood": {"other": {}},
+        "perplexity": {"prose": {"change": 0.1 * (run.seed + 1)}},
+    }
+    rows = {"base": "0000", "in_context": "1111", "final": right, "ood/other/before": "1111", "ood/other/after": "1110"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    named = {name: {f"row{i}": float(value) for i, value in enumerate(text)} for name, text in rows.items()}
+    (folder / "accuracy.json").write_text(json.dumps(named))
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_with_every_seed_and_the_rest_of_the_configuration_as_it_was(path: Path) -> None:
+    runs = plan(path, ["learner.steps=7"], ALL, [0, 3])
+    assert [run.name for run in runs] == [f"{m}-{s}" for s in (0, 3) for m in ("opcd", "offpolicy", "sequence", "pg")]
+    for run in runs:
+        assert run.config is not None, run.fault
+        assert run.config.run.seed == run.seed
+        assert run.config.learner.steps == 7
+        assert run.config.run.path == root_of(plan(path, [], ALL, [0])[0].config or run.config).parent / run.name
+    assert len({run.config.run.path for run in runs if run.config}) == len(runs)
+    opcd, offpolicy, sequence, pg = (run.config for run in runs[:4] if run.config)
+    assert (opcd.rollout.source, opcd.loss.direction, opcd.rollout.max_staleness) == ("student", "reverse", 1)
+    assert (offpolicy.rollout.source, offpolicy.loss.direction, offpolicy.loss.support) == (
+        "teacher",
+        "forward",
+        "teacher",
+    )
+    assert (sequence.rollout.source, sequence.loss.form) == ("teacher", "nll")
+    assert sequence.answers_path == offpolicy.answers_path
+    assert (pg.loss.form, pg.loss.temperature, pg.rollout.source) == ("policy_gradient", 0.7, "student")
+
+
+def test_seeds_do_not_share_answers(path: Path) -> None:
+    runs = plan(path, [], ["sequence"], [0, 1])
+    assert len({run.config.answers_path for run in runs if run.config}) == 2
+
+
+def test_a_method_that_the_configuration_does_not_allow_is_a_row_of_its_own(path: Path) -> None:
+    runs = {run.method: run for run in plan(path, ["teacher.url=http://127.0.0.1:1"], ALL, [0])}
+    assert runs["opcd"].config is not None
+    assert runs["offpolicy"].config is None
+    assert "teacher.model must say who answers" in (runs["offpolicy"].fault or "")
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "overrides", "named"),
+    [
+        (["ocpd"], [0], [], "unknown method 'ocpd': valid are opcd, offpolicy"),
+        (["opcd", "opcd"], [0], [], "--methods: each once"),
+        (["opcd"], [1, 1], [], "--seeds: each once, at least one; got 1, 1"),
+        (["opcd"], [], [], "--seeds: each once, at least one; got none"),
+        (["in_context"], [0], [], "opcd evaluate"),
+        (["opcd"], [0], ["data.eval=null"], r"data\.eval is not set"),
+        (["opcd"], [0], ["learner.lr=-1"], r"learner\.lr"),
+    ],
+)
+def test_a_comparison_that_makes_no_sense_is_refused(
+    path: Path, methods: list[str], seeds: list[int], overrides: list[str], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        plan(path, overrides, methods, seeds)
+
+
+def test_only_a_run_that_ended_under_this_very_configuration_is_finished(path: Path) -> None:
+    (run,) = plan(path, [], ["opcd"], [0])
+    assert not is_finished(run)
+    leave_result(run, "1100", outcome="interrupted")
+    assert not is_finished(run)
+    leave_result(run, "1100")
+    assert is_finished(run)
+    assert not is_finished(plan(path, ["learner.lr=1e-3"], ["opcd"], [0])[0])
+
+
+def test_a_run_that_was_cut_off_goes_on_from_its_own_checkpoint_only(path: Path) -> None:
+    (run,) = plan(path, [], ["opcd"], [0])
+    leave_result(run, "1100", outcome="interrupted")
+    assert not can_resume(run)
+    assert run.config is not None
+    manifest = run.config.run.path / "checkpoints/step-000002/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    assert can_resume(run)
+    assert not can_resume(plan(path, ["learner.lr=1e-3"], ["opcd"], [0])[0])
+
+
+def test_every_method_under_every_setting_is_an_arm(path: Path) -> None:
+    varied = ["loss.top_k=1, 16", "learner.lr=1e-3,1e-4"]
+    runs = plan(path, [], ["opcd", "sequence"], [0, 1], varied)
+    assert len(runs) == 16
+    assert runs[0].name == "opcd-top_k_1-lr_1e_3-0"
+    assert runs[0].arm == "opcd loss.top_k=1 learner.lr=1e-3"
+    assert {(run.config.loss.top_k, run.config.learner.lr) for run in runs if run.config} == {
+        (k, lr) for k in (1, 16) for lr in (1e-3, 1e-4)
+    }
+    assert len({run.config.run.path for run in runs if run.config}) == 16
+    # What the teacher answers may depend on what is varied.
+    assert len({run.config.answers_path for run in runs if run.config and run.method == "sequence"}) == 8
+
+
+def test_a_setting_is_there_before_a_method_looks_at_the_configuration(path: Path) -> None:
+    kinds = {run.settings: run for run in plan(path, [], ["offpolicy"], [0], ["teacher.kind=frozen,base"])}
+    supports = {s: run.config.loss.support if run.config else run.fault for s, run in kinds.items()}
+    assert supports[("teacher.kind=frozen",)] == "teacher"
+    assert supports[("teacher.kind=base",)] != "teacher"
+
+
+@pytest.mark.parametrize(
+    ("method", "varied", "runs"),
+    [
+        ("opcd", "loss.form=tail,raw", True),
+        ("pg", "loss.form=tail,raw", False),
+        ("offpolicy", "loss.direction=reverse,forward", False),
+        ("opcd", "run.seed=4,5", False),
+    ],
+)
+def test_a_row_never_names_a_value_that_the_method_replaces(
+    path: Path, method: str, varied: str, *, runs: bool
+) -> None:
+    found = plan(path, [], [method], [0], [varied])
+    assert [run.config is not None for run in found] == [runs, runs]
+    assert runs or all(f"{method} sets {varied.partition('=')[0]} itself" in (run.fault or "") for run in found)
+
+
+@pytest.mark.parametrize(
+    ("varied", "named"),
+    [
+        (["loss.top_k"], "KEY=VALUE,VALUE"),
+        (["loss.top_k=1,"], "KEY=VALUE,VALUE"),
+        (["loss.top_k=1,1"], "of one name"),
+        (["student.model=a/b,a_b"], "of one name"),
+    ],
+)
+def test_settings_that_cannot_be_told_apart_are_refused(path: Path, varied: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        plan(path, [], ["opcd"], [0], varied)
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def run_all(runs: list[PlannedRun], root: Path, train: Callable[[PlannedRun, Path, Any], None]) -> dict[str, Any]:
+    table = compare(runs, ALL, root, "opcd compare run.yaml", Progress(quiet=True), train)
+    assert table.is_file()
+    return json.loads((root / "compare.json").read_text())
+
+
+def test_what_is_finished_is_not_run_again_and_what_failed_is(path: Path, tmp_path: Path) -> None:
+    runs, started = plan(path, [], ["opcd", "pg"], [0, 1]), list[str]()
+
+    def train(run: PlannedRun, log: Path, hear: Any) -> None:
+        started.append(run.name)
+        log.write_text("step 1/2\nopcd: out of memory\nbye\n")
+        if run.method == "opcd":
+            leave_result(run, "1110")
+
+    result = run_all(runs, tmp_path / "root", train)
+    assert started == ["opcd-0", "pg-0", "opcd-1", "pg-1"]
+    assert result["arms"]["opcd"]["runs"] == 2
+    assert result["arms"]["pg"]["runs"] == 0
+    assert "out of memory" in result["arms"]["pg"]["faults"][0]
+    started.clear()
+    run_all(runs, tmp_path / "root", train)
+    assert started == ["pg-0", "pg-1"]
+
+
+def test_what_an_earlier_try_left_is_not_taken_for_a_result(path: Path, tmp_path: Path) -> None:
+    (old,) = plan(path, ["learner.lr=1e-3"], ["opcd"], [0])
+    leave_result(old, "1111")
+    (run,) = plan(path, [], ["opcd"], [0])
+    result = run_all([run], tmp_path / "root", lambda run, log, hear: log.write_text("opcd: no GPU\n") and None)
+    found = result["arms"]["opcd"]
+    assert (found["runs"], found["planned"], found["faults"]) == (0, 1, [f"seed 0: no GPU ({_log(tmp_path)})"])
+
+
+def _log(folder: Path) -> Path:
+    return folder / "root/logs/opcd-0.log"
+
+
+def test_the_table_is_there_after_every_run(path: Path, tmp_path: Path) -> None:
+    runs = plan(path, [], ["opcd", "pg"], [0])
+
+    def train(run: PlannedRun, log: Path, hear: Any) -> None:
+        if run.method == "pg":
+            raise KeyboardInterrupt
+        leave_result(run, "1110")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs, tmp_path / "root", train)
+    result = json.loads((tmp_path / "root/compare.json").read_text())
+    assert result["arms"]["opcd"]["accuracy"] == 0.75
+    assert result["arms"]["pg"]["faults"] == ["seed 0: not run yet"]
+
+
+def test_a_run_is_a_process_of_its_own_whose_lines_are_shown_and_kept(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = plan(path, [], ["opcd"], [0])
+    asked: list[list[str]] = []
+    popen = subprocess.Popen
+
+    def fake(command: list[str], **kwargs: Any) -> Any:
+        asked.append(command)
+        return popen(
+            [sys.executable, "-c", "import sys; print('step 1/2'); print('opcd: x', file=sys.stderr)"], **kwargs
+        )
+
+    monkeypatch.setattr(subprocess, "Popen", fake)
+    heard: list[str] = []
+    train_apart(run, tmp_path / "opcd-0.log", heard.append)
+    assert sorted(heard) == ["opcd: x", "step 1/2"]
+    assert sorted((tmp_path / "opcd-0.log").read_text().splitlines()) == sorted(heard)
+    assert asked == [[sys.executable, "-m", "learner.train", str(tmp_path / "opcd-0.yaml")]]
+    assert run.config is not None
+    assert (tmp_path / "opcd-0.yaml").read_text() == dump_config(run.config)
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outcomes(path: Path) -> list[Outcome]:
+    """Two seeds: on-policy better than off-policy on both, sequence-level failed once, policy gradient not allowed."""
+    runs = plan(path, [], ALL, [0, 1])
+    right = {"opcd": ("1110", "1111"), "offpolicy": ("1100", "1110"), "sequence": ("1000", "")}
+    found: list[Outcome] = []
+    for run in runs:
+        text = right.get(run.method, ("", ""))[run.seed]
+        if text:
+            leave_result(run, text)
+        found.append(read(run) if text else Failed(run, "failed: RunError: no"))
+    return found
+
+
+def test_means_are_over_seeds_and_rows(outcomes: list[Outcome]) -> None:
+    result = compared(outcomes, ALL)
+    methods = result["arms"]
+    assert methods["opcd"]["accuracy"] == pytest.approx(7 / 8)
+    assert methods["opcd"]["ci95"][0] < 7 / 8 < methods["opcd"]["ci95"][1]
+    assert methods["opcd"]["gap_closed"] == pytest.approx(7 / 8)
+    assert methods["offpolicy"]["against_reference"]["change"] == pytest.approx(-0.25)
+    against = methods["sequence"]["against_reference"]
+    assert (against["change"], against["seeds"]) == (pytest.approx(-0.5), 1)  # of the one seed that both have
+    assert methods["opcd"]["against_reference"] is None
+    assert methods["opcd"]["ood"]["other"]["change"] == pytest.approx(-0.25)
+    prose = methods["opcd"]["perplexity"]["prose"]
+    assert (prose["change"], prose["each"]) == (pytest.approx(0.15), pytest.approx([0.1, 0.2]))
+    assert (methods["sequence"]["runs"], methods["sequence"]["planned"]) == (1, 2)
+    assert (methods["pg"]["runs"], len(methods["pg"]["faults"])) == (0, 2)
+    base, in_context = result["before"]
+    assert (base["set"], base["accuracy"], base["seeds"]) == ("base", 0.0, 2)
+    assert (in_context["set"], in_context["accuracy"]) == ("in_context", 1.0)
+    assert [one["set"] for one in compared(outcomes, ["opcd"])["before"]] == ["base"]
+
+
+def test_the_page_has_a_line_for_every_method_and_says_what_failed(outcomes: list[Outcome]) -> None:
+    page = markdown(json.loads(json.dumps(compared(outcomes, ALL))), "opcd compare run.yaml")
+    lines = page.splitlines()
+    table = [line for line in lines if line.startswith("| ")]
+    assert len({line.count("|") for line in table[:8]}) == 1
+    (opcd,) = [line for line in table if line.startswith("| on-policy")]
+    assert "2/2 | 0.875 [" in opcd
+    assert "-0.250 [" in opcd  # on the other task
+    assert "+0.150" in opcd
+    (failed,) = [line for line in table if "policy gradient" in line]
+    assert "| 0/2 | failed |" in failed
+    assert "- sampled-token policy gradient, seed 1: failed: RunError: no" in lines
+    assert sum(line.startswith(("| opcd |", "| offpolicy |", "| sequence |")) for line in table) == 5
+    assert "`opcd compare run.yaml`" in lines
+
+
+def test_the_picture_has_the_rows_of_the_table_at_their_places(outcomes: list[Outcome]) -> None:
+    result = compared(outcomes, ALL)
+    drawn = picture(result)
+    assert drawn is not None
+    svg = ElementTree.fromstring(drawn)  # well-formed, style included
+    space = {"": "http://www.w3.org/2000/svg"}
+    rows = svg.findall("g", space)
+    titles = [row.findtext("text", namespaces=space) for row in rows]
+    finished = [one["title"] for one in result["arms"].values() if one["runs"]]
+    assert titles == [*(one["title"] for one in result["before"]), *finished]
+    ticks = {text.text: float(text.get("x", "")) for text in svg.findall("text", space)}
+    opcd = rows[len(result["before"])]
+    dot, whisker = opcd.find("circle", space), opcd.find("line", space)
+    assert dot is not None
+    assert whisker is not None
+
+    def place(share: float) -> float:
+        return ticks["0 %"] + share * (ticks["100 %"] - ticks["0 %"])
+
+    assert float(dot.get("cx", "")) == pytest.approx(place(7 / 8), abs=0.01)
+    assert float(whisker.get("x1", "")) == pytest.approx(place(result["arms"]["opcd"]["ci95"][0]), abs=0.01)
+
+
+def test_a_result_without_figures_has_no_picture(path: Path) -> None:
+    assert picture(compared([Failed(run, "no") for run in plan(path, [], ["opcd"], [0])], ["opcd"])) is None
+
+
+def test_settings_are_rows_compared_with_the_first(path: Path) -> None:
+    runs = plan(path, [], ["opcd"], [0, 1], ["loss.top_k=1,16"])
+    for run, right in zip(runs, ("1000", "1110", "1100", "1111"), strict=True):
+        leave_result(run, right)
+    result = compared([read(run) for run in runs], ALL)
+    first, second = result["arms"].values()
+    assert result["reference"] == "opcd loss.top_k=1"
+    assert (first["accuracy"], second["accuracy"]) == (pytest.approx(3 / 8), pytest.approx(7 / 8))
+    assert first["against_reference"] is None
+    assert second["against_reference"]["change"] == pytest.approx(0.5)
+    assert [one["title"] for one in result["before"]] == ["without context, before", "in context, not trained"]
+    page = markdown(json.loads(json.dumps(result)), "x")
+    assert "| against opcd loss.top_k=1 |" in page
+    assert "| on-policy context distillation, loss.top_k=16 | 2/2 | 0.875 [" in page
+
+
+def test_settings_that_change_what_is_known_before_have_their_own_rows(path: Path) -> None:
+    runs = plan(path, [], ["opcd"], [0], ["context.text=c,d"])
+    for run in runs:
+        leave_result(run, "1000")
+    assert runs[1].config is not None
+    rows = runs[1].config.run.path / "accuracy.json"
+    rows.write_text(rows.read_text().replace('"in_context": {"row0": 1.0', '"in_context": {"row0": 0.0'))
+    before = compared([read(run) for run in runs], ALL)["before"]
+    assert {one["title"]: one["accuracy"] for one in before if one["set"] == "in_context"} == {
+        "in context, not trained, context.text=c": 1.0,
+        "in context, not trained, context.text=d": 0.75,
+    }
+
+
+def test_a_result_of_only_failures_is_a_table_too(path: Path) -> None:
+    result = compared([Failed(run, "no") for run in plan(path, [], ALL, [0])], ALL)
+    assert result["before"] == []
+    assert markdown(result, "x").count("| failed |") == 4
+
+
+@pytest.mark.parametrize("name", ["summary.json", "accuracy.json"])
+def test_a_run_without_a_whole_result_has_failed(path: Path, name: str) -> None:
+    (run,) = plan(path, [], ["opcd"], [0])
+    leave_result(run, "1111")
+    assert run.config is not None
+    (run.config.run.path / name).unlink()
+    found = read(run)
+    assert isinstance(found, Failed)
+    assert name in found.why
+
+
+def test_the_command_refuses_what_it_cannot_read_as_seeds(path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from deploy.cli.main import app
+
+    result = CliRunner().invoke(app, ["compare", str(path), "--seeds", "0,x"])
+    assert result.exit_code == 2
+    assert "--seeds '0,x': whole numbers" in result.stderr
+
+
+def test_the_command_compares_what_it_is_asked_to(path: Path) -> None:
+    """Every run of the comparison is finished, so none is started: methods, seeds and settings found their way."""
+    from typer.testing import CliRunner
+
+    from deploy.cli.main import app
+
+    for run in plan(path, [], ["opcd", "pg"], [4], ["loss.top_k=1,16"]):
+        leave_result(run, "1110")
+    asked = ["--methods", "opcd,pg", "--seeds", "4", "--vary", "loss.top_k=1,16"]
+    result = CliRunner().invoke(app, ["compare", str(path), *asked])
+    assert result.exit_code == 0, result.output
+    for setting in ("loss.top_k=1 ", "loss.top_k=16 "):
+        assert setting in result.output

@@ -1,0 +1,252 @@
+"""Fits give back what a run was made of; what was not seen is said, not guessed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from common.config.loader import dump_config, validate
+from common.config.model import Config, ConfigError
+from common.telemetry.trace import TraceFile, read_trace
+from deploy.cli.main import app
+from deploy.simulator.config import SimulationConfig
+from deploy.simulator.file import load_simulation
+from deploy.simulator.fit import fit, served
+from deploy.simulator.simulate import Simulation, simulate
+
+TRUTH: dict[str, Any] = {
+    "steps": 6,
+    "samples_per_step": 24,
+    "prompt_tokens": 20,
+    "loop_s": 0.3,
+    "rollout": {
+        "workers": 2,
+        "concurrency": 8,
+        "answer_tokens": {"kind": "uniform", "mean": 60, "spread": 0.9},
+        "token_s": {"mean": 0.02},
+        "contention": 0.15,
+        "answer_s": 0.1,
+    },
+    "teacher": {"tokens_per_s": 700, "request_s": 0.05, "batch_tokens": 400, "window_s": 0.005},
+    "learner": {"tokens_per_s": 900, "micro_batch_tokens": 512, "micro_batch_s": 0.2, "step_s": 0.4},
+    "sync": {"seconds": 0.6, "parity_s": 0.25},
+}
+
+
+def config_of(truth: dict[str, Any]) -> Config:
+    """The run's configuration that says of sizes what `truth` says."""
+    rollout, teacher = truth["rollout"], truth["teacher"]
+    settings = {
+        "run": {"name": "measured"},
+        "student": {"model": "none"},
+        "context": {"text": "c"},
+        "data": {"train": "none"},
+        "rollout": {
+            "batch_size": truth["samples_per_step"],
+            "workers": rollout["workers"],
+            "concurrency": rollout["concurrency"],
+            "max_staleness": truth.get("max_staleness", 0),
+        },
+        "teacher": {"batch_tokens": teacher["batch_tokens"], "batch_window_ms": 1000 * teacher["window_s"]},
+        "learner": {
+            "steps": truth["steps"],
+            "micro_batch_tokens": truth["learner"]["micro_batch_tokens"],
+            "packing": "auto" if truth["learner"].get("packed") else "off",
+        },
+        "eval": {"every": 0},
+    }
+    return validate(Config, settings)
+
+
+def left_behind(folder: Path, truth: dict[str, Any]) -> Simulation:
+    """The files that a run made of `truth` leaves in `folder`."""
+    simulation = simulate(SimulationConfig.model_validate(truth))
+    (folder / "config.yaml").write_text(dump_config(config_of(truth)))
+    with TraceFile(folder / "trace.json") as trace:
+        trace.write(simulation.spans)
+    lines = [
+        {"step": step, "time/total_s": times.total_s, "loop/wait/other": times.wait_shares["other"]}
+        for step, times in enumerate(simulation.steps, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return simulation
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])  # at 1 answers are evicted, which the timeline does not show
+def test_a_fit_gives_back_what_the_run_was_made_of(tmp_path: Path, max_staleness: int) -> None:
+    slots = 8 if max_staleness == 0 else 64  # where all are always taken, nothing tells what contention costs
+    left_behind(tmp_path, merged(TRUTH, {"max_staleness": max_staleness, "rollout": {"concurrency": slots}}))
+    found = fit(tmp_path)
+    simulation = found.simulation
+    assert not found.notes
+    assert simulation.interference == 0
+    assert (simulation.steps, simulation.samples_per_step, simulation.max_staleness) == (6, 24, max_staleness)
+    assert simulation.prompt_tokens == 20
+    assert (simulation.rollout.workers, simulation.rollout.concurrency) == (2, slots)
+    assert simulation.rollout.contention == pytest.approx(0.15, abs=0.01)
+    assert simulation.rollout.token_s.mean == pytest.approx(0.02, rel=0.03)
+    assert simulation.rollout.answer_s == pytest.approx(0.1, abs=0.02)
+    assert simulation.rollout.answer_tokens.mean == pytest.approx(60, rel=0.1)
+    assert simulation.teacher.tokens_per_s == pytest.approx(700, rel=0.05)
+    assert simulation.teacher.request_s == pytest.approx(0.05, abs=0.03)
+    assert simulation.learner.tokens_per_s == pytest.approx(900, rel=0.01)
+    assert simulation.learner.micro_batch_s == pytest.approx(0.2, abs=0.01)
+    assert simulation.learner.step_s == pytest.approx(0.4, abs=1e-3)
+    assert (simulation.sync.seconds, simulation.sync.parity_s) == pytest.approx((0.6, 0.25), abs=1e-3)
+    assert simulation.loop_s == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"samples_per_step": 48},
+        {"rollout": {"workers": 4}},
+        {"rollout": {"answer_tokens": {"mean": 120}}},
+        {"learner": {"micro_batch_tokens": 2048}},
+    ],
+)
+def test_a_fit_predicts_runs_that_it_was_not_made_of(tmp_path: Path, change: dict[str, Any]) -> None:
+    left_behind(tmp_path, TRUTH)
+    other = simulate(SimulationConfig.model_validate(merged(TRUTH, change)))
+    fitted = fit(tmp_path).simulation.model_dump()
+    predicted = simulate(SimulationConfig.model_validate(merged(fitted, change)))
+    assert predicted.step_s == pytest.approx(other.step_s, rel=0.1)
+
+
+def test_packed_micro_batches_cost_their_tokens(tmp_path: Path) -> None:
+    packed = merged(TRUTH, {"learner": {"packed": True}})
+    truth = left_behind(tmp_path, packed)
+    found = fit(tmp_path).simulation
+    assert found.learner.packed
+    assert found.learner.tokens_per_s == pytest.approx(900, rel=0.02)
+    assert simulate(found).step_s == pytest.approx(truth.step_s, rel=0.05)
+    padded = simulate(SimulationConfig.model_validate(TRUTH))
+    assert truth.total.stage_s["accumulate"] < 0.9 * padded.total.stage_s["accumulate"]
+
+
+@pytest.mark.parametrize("interference", [0.3, 0.6, 1.0])
+def test_what_stages_on_the_same_cores_cost_each_other_is_told(tmp_path: Path, interference: float) -> None:
+    shared = merged(TRUTH, {"interference": interference})
+    left_behind(tmp_path, shared)
+    found = fit(tmp_path).simulation
+    assert found.interference == pytest.approx(interference, abs=0.15)
+    assert found.learner.tokens_per_s == pytest.approx(900, rel=0.1)
+    assert found.teacher.tokens_per_s == pytest.approx(700, rel=0.15)
+    for change in (
+        {"rollout": {"answer_tokens": {"mean": 20}}, "learner": {"micro_batch_tokens": 2048}},  # hardly any overlap
+        {"samples_per_step": 48},
+        {"interference": 0.0},  # a machine for each
+    ):
+        other = simulate(SimulationConfig.model_validate(merged(shared, change)))
+        predicted = simulate(SimulationConfig.model_validate(merged(found.model_dump(), change)))
+        assert predicted.step_s == pytest.approx(other.step_s, rel=0.1)
+
+
+def merged(tree: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    deeper = {key: merged(tree[key], value) if isinstance(value, dict) else value for key, value in change.items()}
+    return {**tree, **deeper}
+
+
+def test_noise_does_not_lead_the_fit_astray(tmp_path: Path) -> None:
+    noisy = merged(TRUTH, {"rollout": {"token_s": {"kind": "lognormal", "spread": 0.2}}})
+    truth = left_behind(tmp_path, noisy)
+    assert simulate(fit(tmp_path).simulation).step_s == pytest.approx(truth.step_s, rel=0.1)
+
+
+def test_contention_that_was_never_seen_is_said(tmp_path: Path) -> None:
+    """One at a time: nothing tells how answers slow each other down."""
+    left_behind(tmp_path, merged(TRUTH, {"rollout": {"concurrency": 1}}))
+    found = fit(tmp_path)
+    assert found.simulation.rollout.contention == 0
+    assert found.simulation.rollout.token_s.mean == pytest.approx(0.02, rel=0.03)
+    assert "could not be told" in found.notes[0]
+
+
+def test_batches_by_hand() -> None:
+    arrivals, tokens = np.array([0.0, 1.0, 1.5, 1.6, 9.0]), np.array([10.0, 10.0, 10.0, 30.0, 10.0])
+    # 10 tokens 0-1.1 (window 0.1); at 1.1 only the second is there; then the third and fourth are too many together.
+    ends = served(arrivals, tokens, rate=10, batch_tokens=30, window_s=0.1)
+    assert ends == pytest.approx([1.1, 2.1, 3.1, 6.1, 10.1])
+    assert served(arrivals, tokens, rate=10, batch_tokens=40, window_s=0.1) == pytest.approx([1.1, 2.1, 6.1, 6.1, 10.1])
+
+
+def test_a_folder_that_is_no_measured_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        fit(tmp_path)
+    left_behind(tmp_path, TRUTH)
+    text = (tmp_path / "trace.json").read_text().replace("response_tokens", "x")
+    (tmp_path / "trace.json").write_text(text)
+    with pytest.raises(ConfigError, match="response_tokens"):
+        fit(tmp_path)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["simulate", *arguments], env={"COLUMNS": "120"})
+
+
+def step_of(output: str) -> float:
+    return next(float(line.split()[1]) for line in output.splitlines() if line.split()[:1] == ["step"])
+
+
+def test_a_measured_run_is_simulated_on_other_machines(tmp_path: Path) -> None:
+    truth = left_behind(tmp_path, TRUTH)
+    config = str(tmp_path / "config.yaml")
+    same = command(config, "--from", str(tmp_path))
+    assert same.exit_code == 0, same.output
+    assert step_of(same.output) == pytest.approx(truth.step_s, rel=0.1)
+    larger = command(config, "--from", str(tmp_path), "--workers", "64", "--ranks", "8", "--teachers", "4")
+    assert step_of(larger.output) < 0.7 * step_of(same.output)
+    for part in ("64 workers", "8 ranks", "4 teachers", "bubble ratio", "queue: teacher", "busy: learner"):
+        assert part in larger.output
+    twice = command(config, "rollout.batch_size=48", "--from", str(tmp_path))
+    assert step_of(twice.output) > 1.5 * step_of(same.output)
+    longer = command(config, "rollout.max_tokens=1024", "--from", str(tmp_path))
+    assert "answers that ended there are taken 1024 long" in longer.stderr
+    slow = command(config, "simulation.sync.seconds=20", "--from", str(tmp_path))
+    assert step_of(slow.output) == pytest.approx(step_of(same.output) + 19.4, rel=0.02)
+
+
+def test_a_simulation_of_its_own_needs_no_run(tmp_path: Path) -> None:
+    path, trace = tmp_path / "plan.yaml", tmp_path / "trace.json"
+    path.write_text(yaml.safe_dump({"simulation": TRUTH}))
+    result = command(str(path), "--trace", str(trace))
+    assert result.exit_code == 0, result.output
+    expected = simulate(SimulationConfig.model_validate(TRUTH))
+    assert step_of(result.output) == pytest.approx(expected.step_s, rel=0.01)
+    drawn = [event for event in read_trace(trace) if event["ph"] == "X"]
+    assert Counter(event["name"] for event in drawn) == Counter(span.stage for span in expected.spans)
+
+
+def test_answers_that_were_cut_off_would_have_gone_on(tmp_path: Path) -> None:
+    """Half of them end at 512, half at 51."""
+    answers = {"kind": "observed", "mean": 281.5, "spread": 0, "shape": [512 / 281.5, 51 / 281.5]}
+    left_behind(tmp_path, merged(TRUTH, {"steps": 12, "rollout": {"answer_tokens": answers}}))
+    found = load_simulation(tmp_path / "config.yaml", ["rollout.max_tokens=1024"], tmp_path)
+    assert "512 in the measured run" in found.notes[-1]
+    lengths = found.simulation.rollout.answer_tokens
+    assert sorted({value * lengths.mean for value in lengths.shape}) == pytest.approx([51, 1024], rel=0.03)
+    less = load_simulation(tmp_path / "config.yaml", ["rollout.max_tokens=20"], tmp_path)
+    assert less.simulation.rollout.answer_tokens.mean == 20
+
+
+def test_what_cannot_be_simulated_is_refused_in_one_line(tmp_path: Path) -> None:
+    left_behind(tmp_path, TRUTH)
+    for arguments, reason in (
+        ([str(tmp_path / "config.yaml")], "not how fast they are"),
+        ([str(tmp_path / "config.yaml"), "--from", str(tmp_path / "other")], "there is no config.yaml"),
+        ([str(tmp_path / "config.yaml"), "simulation.worker=1", "--from", str(tmp_path)], "unknown key worker"),
+    ):
+        result = command(*arguments)
+        assert result.exit_code == 2
+        assert reason in result.stderr
+        assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,25 @@
+"""A rank's own decisions, without the engine that it passes calls on to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import learner.cluster.rank
+import learner.trainer.engine
+from learner.cluster.rank import LearnerRank
+from tests.support.scored import learner_config
+
+
+def test_ranks_wait_for_each_other_longer_than_for_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that takes long, or a short limit for lost engines, must not cost the ranks' group."""
+    joined: list[tuple[object, ...]] = []
+    monkeypatch.setattr(learner.cluster.rank, "join_ranks", lambda *args: joined.append(args))
+    monkeypatch.setattr(learner.trainer.engine, "LearnerEngine", lambda config: SimpleNamespace(info=lambda: "info"))
+    for keys, limit_s in (({}, 1800.0), ({"collective_timeout_s": 77}, 77.0)):
+        config = learner_config(Path("m"), learner=keys, sync={"timeout_s": 30})
+        assert LearnerRank(1, 2, config).setup("host", 7) == "info"
+        assert joined[-1][:4] == (1, 2, "host", 7)
+        assert joined[-1][-1] == limit_s

@@ -1,0 +1,182 @@
+"""What a step says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from common.config.model import Config
+from common.protocol.schema import Sample
+from learner.cluster.services import Services
+from learner.data.samples import SampleSource
+from learner.errors import RunError
+from learner.loop.controller import Controller
+from learner.loop.parity import ParityReport
+from learner.loop.run import Run
+from learner.trainer.reports import StepReport
+from tests.support.stub_loop import ROWS, TakesTurns, config_of
+
+
+class Conversations(TakesTurns):
+    """Of three response tokens an environment said one."""
+
+    counted = 0
+
+    def _summary(self, sample: Sample, version: int) -> Any:
+        summary = super()._summary(sample, version)
+        summary.student_tokens = summary.response_tokens - 1
+        return summary
+
+    async def finish_step(self, tokens: int, sequences: int) -> list[StepReport]:
+        self.counted = tokens
+        return await super().finish_step(tokens, sequences)
+
+
+async def test_tokens_are_the_students_and_the_learner_hears_of_all_in_the_sequences() -> None:
+    services, said = Conversations(), list[str]()
+    controller = Controller(config_of(), cast(Services, services), ROWS, said.append)
+
+    async def publish(version: int) -> ParityReport:
+        return ParityReport(0.0, 0.0, 0.0, 0.0)
+
+    controller._publisher.publish = publish
+    await controller.begin(0)
+    outcome = await controller.step(0)
+    await controller.close()
+    assert services.counted == 4 * 3
+    assert outcome.metrics["rollout/tokens"] == 4 * 2
+    assert outcome.metrics["rollout/mean_tokens"] == 2
+    assert outcome.metrics["tokens_per_s"] * outcome.metrics["time/total_s"] == pytest.approx(4 * 2)
+    assert said[-1] == "step 1: 8 tokens, learning"
+
+
+# --- steps that moved nothing ---------------------------------------------------------------------------------------
+
+
+class Skips(TakesTurns):
+    """Two ranks, no step of theirs is applied."""
+
+    def __init__(self, report: Callable[[int, int], StepReport]) -> None:
+        """`report`: of a rank after so many steps."""
+        super().__init__()
+        self.report = report
+        self.steps = 0
+
+    async def finish_step(self, tokens: int, sequences: int) -> list[StepReport]:
+        self.steps += 1
+        self.version = self.steps
+        return [self.report(rank, self.steps) for rank in range(2)]
+
+
+def controller_of(services: Skips, folder: Path, said: list[str]) -> tuple[Config, Controller]:
+    """With a run's own way to keep what broke a step, under `folder`."""
+    plain = config_of()
+    config = plain.model_copy(
+        update={
+            "run": plain.run.model_copy(update={"dir": folder}),
+            "learner": plain.learner.model_copy(update={"max_skipped_steps": 2}),
+        }
+    )
+    config.run.path.mkdir(parents=True)
+    run = cast(Run, SimpleNamespace(_config=config, _progress=SimpleNamespace(line=said.append)))
+    controller = Controller(
+        config, cast(Services, services), ROWS, lambda _: None, skipped=partial(Run._keep_skipped, run)
+    )
+
+    async def publish(version: int) -> ParityReport:
+        return ParityReport(0.0, 0.0, 0.0, 0.0)
+
+    controller._publisher.publish = publish
+    return config, controller
+
+
+def with_nan(rank: int, steps: int) -> StepReport:
+    """Rank 1 holds the bad sample."""
+    bad = f"s{steps}"
+    records = ({"sample_id": bad, "teacher_logprobs": ["nan"]},)
+    return StepReport(steps, False, steps, {}, (bad,) * rank, records * rank)
+
+
+async def test_too_many_steps_with_nan_in_a_row_end_the_run_and_their_samples_are_kept(tmp_path: Path) -> None:
+    said = list[str]()
+    config, controller = controller_of(Skips(with_nan), tmp_path, said)
+    await controller.begin(0)
+    for step in range(2):
+        assert (await controller.step(step)).version == step + 1
+    with pytest.raises(
+        RunError, match=r"NaN or infinite for 3 steps in a row \(learner.max_skipped_steps is 2\).* s3 "
+    ):
+        await controller.step(2)
+    await controller.close()
+    for number in (1, 2, 3):
+        path = config.run.path / f"skipped/step-{number:06d}.jsonl"
+        assert [json.loads(line)["sample_id"] for line in path.read_text().splitlines()] == [f"s{number}"]
+        assert str(path) in said[number - 1]
+    assert len(said) == 3
+
+
+async def test_where_only_the_gradient_is_nan_every_sample_of_the_step_is_named(tmp_path: Path) -> None:
+    config, controller = controller_of(Skips(lambda rank, steps: StepReport(steps, False, steps, {})), tmp_path, [])
+    await controller.begin(0)
+    trained = (await controller.step(0)).trained
+    await controller.step(1)
+    with pytest.raises(RunError, match="samples of the last one: none by itself"):
+        await controller.step(2)
+    await controller.close()
+    lines = (config.run.path / "skipped/step-000001.jsonl").read_text().splitlines()
+    assert tuple(json.loads(line)["sample_id"] for line in lines) == trained
+    assert all("the loss of no sample was" in line for line in lines)
+
+
+async def test_steps_that_count_no_token_end_the_run_by_their_own_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A NaN before them is not forgotten, and they are none."""
+    said, why = list[str](), "no token was counted: loss.skip_first_tokens is 9, the longest answer has 8"
+
+    def report(rank: int, steps: int) -> StepReport:
+        return StepReport(steps, False, 2, {}, uncounted=why, uncounted_in_a_row=steps)
+
+    config, controller = controller_of(Skips(report), tmp_path, said)
+    await controller.begin(0)
+    await controller.step(0)
+    await controller.step(1)
+    with pytest.raises(RunError, match=f"{why}, and so it was for 3 steps in a row"):
+        await controller.step(2)
+    await controller.close()
+    assert said == []
+    assert not (config.run.path / "skipped").exists()
+    assert [record.getMessage() for record in caplog.records] == [f"step {n} was skipped, {why}" for n in (1, 2, 3)]
+
+
+# --- answers without a score ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("unscored", "ends"), [(1, False), (2, True)])
+async def test_more_answers_without_a_score_than_allowed_end_the_run_with_the_reason(unscored: int, ends: bool) -> None:
+    plain = config_of()
+    config = plain.model_copy(update={"teacher": plain.teacher.model_copy(update={"max_failed_fraction": 0.25})})
+    services = TakesTurns()
+    source = SampleSource(config, ROWS)
+    services.unscored = {source[number].sample_id for number in range(unscored)}
+    controller = Controller(config, cast(Services, services), ROWS, lambda _: None)
+
+    async def publish(version: int) -> ParityReport:
+        return ParityReport(0.0, 0.0, 0.0, 0.0)
+
+    controller._publisher.publish = publish
+    await controller.begin(0)
+    if ends:
+        with pytest.raises(RunError, match=r"2 of 4 answers could not be scored, more than .* allows \(0.25\).*: no"):
+            await controller.step(0)
+    else:
+        outcome = await controller.step(0)
+        assert (len(outcome.trained), len(outcome.failed)) == (3, 1)
+        assert outcome.metrics["teacher/failed"] == 1
+    await controller.close()

@@ -1,0 +1,103 @@
+"""The parity gate on numbers: what passes, what must not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from learner.loop.parity import ParityError, ParityGate
+
+RNG = np.random.default_rng(0)
+TOKENS, NOISE = 200, 1e-6
+
+
+def split(values: np.ndarray) -> list[np.ndarray]:
+    return np.split(values.astype(np.float32), 4)
+
+
+def noisy(values: np.ndarray) -> list[np.ndarray]:
+    return split(values + RNG.normal(0, NOISE, TOKENS))
+
+
+def begun() -> tuple[ParityGate, np.ndarray]:
+    level = RNG.uniform(-5, -0.1, TOKENS)
+    gate = ParityGate(2e-4, 0.1)
+    gate.begin(noisy(level), split(level))
+    return gate, level
+
+
+def test_an_engine_that_follows_passes_at_every_size_of_step() -> None:
+    gate, level = begun()
+    for version, size in enumerate([1e-2, 1e-4, 1e-6, 1e-8], start=1):
+        level = level + RNG.normal(0, size, TOKENS)
+        report = gate.check(version, noisy(level), split(level))
+        assert report.max_nats < 1e-5
+        assert report.noise_nats == pytest.approx(NOISE, rel=0.2)
+
+
+def test_an_engine_whose_noise_grows_by_half_is_not_stopped() -> None:
+    gate, level = begun()
+    for version in range(1, 51):
+        level = level + RNG.normal(0, 1e-6, TOKENS)
+        gate.check(version, split(level + RNG.normal(0, 1.5 * NOISE, TOKENS)), split(level))
+
+
+def test_an_engine_that_keeps_its_old_weights_fails_though_the_level_is_within_the_bound() -> None:
+    gate, level = begun()
+    moved = level + RNG.normal(0, 2e-5, TOKENS)
+    with pytest.raises(ParityError, match="left with old weights"):
+        gate.check(1, noisy(level), split(moved))
+
+
+def test_one_stale_layer_of_several_fails() -> None:
+    gate, level = begun()
+    rest, layer = RNG.normal(0, 2e-5, TOKENS), RNG.normal(0, 5e-6, TOKENS)
+    with pytest.raises(ParityError, match="since version 0"):
+        gate.check(1, noisy(level + rest), split(level + rest + layer))
+
+
+def test_steps_below_the_noise_add_up_until_a_stale_layer_is_found() -> None:
+    gate, level = begun()
+    direction = RNG.normal(0, 5e-7, TOKENS)
+
+    def stale_for(versions: int) -> None:
+        for version in range(1, 1 + versions):
+            gate.check(version, noisy(level), split(level + version * direction))
+
+    stale_for(2)  # not yet visible
+    with pytest.raises(ParityError, match="since version 0"):
+        stale_for(20)
+
+
+def test_a_difference_beyond_the_bound_fails_and_names_the_numbers() -> None:
+    gate, level = begun()
+    off = level.copy()
+    off[7] += 3e-4
+    with pytest.raises(ParityError, match=r"weight version 3: .*3\.0\de-04 nats.*2\.00e-04"):
+        gate.check(3, split(off), split(level))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_a_number_fails(bad: float) -> None:
+    gate, level = begun()
+    broken = level.copy()
+    broken[0] = bad
+    with pytest.raises(ParityError):
+        gate.check(1, split(broken), split(level))
+    with pytest.raises(ParityError):
+        gate.check(1, split(level), split(broken))
+
+
+def test_missing_tokens_fail() -> None:
+    gate, level = begun()
+    with pytest.raises(ParityError, match="engine scored"):
+        gate.check(1, split(level)[:3], split(level))
+    with pytest.raises(ParityError):
+        gate.check(1, split(level)[:3], split(level)[:3])
+    with pytest.raises(ParityError):
+        ParityGate(1.0, 1.0).begin([], [])
+
+
+def test_a_check_without_a_floor_fails() -> None:
+    with pytest.raises(ParityError, match="version 0"):
+        ParityGate(1.0, 1.0).check(1, split(np.zeros(4)), split(np.zeros(4)))

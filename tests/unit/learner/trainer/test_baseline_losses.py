@@ -1,0 +1,151 @@
+"""The baselines' losses through the policy's own output layer, against plain transformers and the full formulas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.config.model import Config
+from common.protocol.schema import ItemScore, ScoredTrajectory, as_ids
+from learner.trainer.batching import training_batch
+from learner.trainer.objective import Objective
+from learner.trainer.policy import Policy
+from tests.support.scored import learner_config, make_scored
+
+CONTEXT = [7, 11, 13, 17, 19]
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def logits_of(model: Any, prompt: list[int], response: list[int]) -> Tensor:
+    """At the positions that predict the response, ``[T, V]``."""
+    ids = torch.tensor([[*prompt, *response]])
+    return model(ids).logits[0, len(prompt) - 1 : -1]
+
+
+def stored_answers() -> list[ScoredTrajectory]:
+    """Answers that the student did not make: no ids of its own, no log-probs."""
+    return [
+        replace(
+            item,
+            trajectory=replace(
+                item.trajectory,
+                topk_ids=as_ids(np.empty((len(item.trajectory.response_ids), 0))),
+                sampled_logprobs=np.full(len(item.trajectory.response_ids), np.nan, np.float32),
+            ),
+        )
+        for item in make_scored(4, seed=5)
+    ]
+
+
+def as_teacher(teacher: Any, items: list[ScoredTrajectory], k: int) -> list[ScoredTrajectory]:
+    """Scored in mode `teacher_topk` by a plain forward pass behind the context."""
+    scored = []
+    for item in items:
+        prompt, response = item.trajectory.prompt.student_ids.tolist(), item.trajectory.response_ids.tolist()
+        with torch.no_grad():
+            logprobs = logits_of(teacher, CONTEXT + prompt, response).log_softmax(-1)
+        best = logprobs.topk(k, dim=-1)
+        rest = logprobs.scatter(-1, best.indices, -torch.inf).logsumexp(-1) if k < logprobs.shape[1] else None
+        score = ItemScore(
+            logprobs=best.values.numpy().astype(np.float16),
+            sampled_logprob=logprobs[range(len(response)), response].numpy(),
+            tail_logprob=np.full(len(response), -1e4, np.float32) if rest is None else rest.numpy(),
+            topk_ids=as_ids(best.indices.numpy()),
+        )
+        scored.append(replace(item, score=score))
+    return scored
+
+
+def step(config: Config, model: Any, items: list[ScoredTrajectory]) -> tuple[float, dict[str, Tensor]]:
+    """(loss of the step, gradient by parameter), as the learner computes them."""
+    policy, batch = Policy(model, chunk_tokens=7), training_batch(items, config.loss)
+    value = policy(batch, Objective(batch, config.loss))
+    tokens = sum(len(item.trajectory.response_ids) for item in items)
+    (value / tokens).backward()
+    return value.item() / tokens, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def expected(model: Any, items: list[ScoredTrajectory], per_token: Any) -> tuple[float, dict[str, Tensor]]:
+    """The same of ``per_token(logits [T, V], item) -> [T]``, with autograd all the way."""
+    values = [
+        per_token(logits_of(model, i.trajectory.prompt.student_ids.tolist(), i.trajectory.response_ids.tolist()), i)
+        for i in items
+    ]
+    loss = torch.cat(values).mean()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(
+    found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]], rel: float = 1e-4
+) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=rel)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        assert (found[1][name] - gradient).norm() <= rel * gradient.norm() + 1e-7, name
+
+
+def test_nll_is_cross_entropy_on_the_stored_answers(tiny_model: Path, tiny_untied_model: Path) -> None:
+    items = as_teacher(load(tiny_untied_model), stored_answers(), k=8)
+    config = learner_config(
+        tiny_model, rollout={"source": "teacher"}, loss={"form": "nll", "support": "teacher", "top_k": 8}
+    )
+
+    def cross_entropy(logits: Tensor, item: ScoredTrajectory) -> Tensor:
+        targets = torch.from_numpy(item.trajectory.response_ids.astype("int64"))
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    assert_same(step(config, load(tiny_model), items), expected(load(tiny_model), items, cross_entropy))
+
+
+@pytest.mark.parametrize("k", [8, 512])
+def test_forward_kl_on_the_teachers_ids_is_the_full_formula(tiny_model: Path, tiny_untied_model: Path, k: int) -> None:
+    """KL(q‖p) over the whole vocabulary where the support is all of it; with what is left as one bucket where not."""
+    teacher, items = load(tiny_untied_model), stored_answers()
+    config = learner_config(
+        tiny_model,
+        rollout={"source": "teacher"},
+        loss={"direction": "forward", "support": "teacher", "top_k": k, "form": "tail"},
+    )
+
+    def forward_kl(logits: Tensor, item: ScoredTrajectory) -> Tensor:
+        prompt, response = item.trajectory.prompt.student_ids.tolist(), item.trajectory.response_ids.tolist()
+        with torch.no_grad():
+            log_q = logits_of(teacher, CONTEXT + prompt, response).log_softmax(-1)
+        log_p = logits.log_softmax(-1)
+        if k < log_q.shape[1]:
+            best = log_q.topk(k, dim=-1).indices
+            log_p, log_q = (
+                torch.cat([x.gather(-1, best), x.scatter(-1, best, -torch.inf).logsumexp(-1, keepdim=True)], dim=-1)
+                for x in (log_p, log_q)
+            )
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    found = step(config, load(tiny_model), as_teacher(teacher, items, k))
+    assert_same(found, expected(load(tiny_model), items, forward_kl), rel=3e-3)  # the teacher's values travel as f16
+
+
+def test_metrics_that_need_the_student_to_have_sampled_are_not_numbers(
+    tiny_model: Path, tiny_untied_model: Path
+) -> None:
+    """So that they cannot be taken for some; the learner's report leaves them out."""
+    items = as_teacher(load(tiny_untied_model), stored_answers(), k=8)
+    config = learner_config(tiny_model, rollout={"source": "teacher"}, loss={"support": "teacher", "top_k": 8})
+    batch = training_batch(items, config.loss)
+    objective = Objective(batch, config.loss)
+    Policy(load(tiny_model), chunk_tokens=7)(batch, objective)
+    sums = objective.metric_sums()
+    assert all(np.isnan(sums[name]) for name in ("overlap", "drift/abs", "drift/squared"))
+    assert all(np.isfinite(sums[name]) for name in ("loss", "kl/support", "kl/tail", "mass/teacher_topk", "entropy"))
+    assert objective.nonfinite_samples() == ()

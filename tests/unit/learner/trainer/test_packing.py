@@ -1,0 +1,146 @@
+"""Packed rows against rows of one sequence each: no sequence sees another, or the model is not packed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.config.model import LossConfig
+from common.protocol.schema import TokenSequence, as_ids
+from learner.trainer import packing
+from learner.trainer.batch_layout import PACKED, PADDED, SequenceBatch
+from learner.trainer.batching import training_batch
+from learner.trainer.objective import Objective
+from learner.trainer.packing import PackingError, pack, packed_attention
+from learner.trainer.policy import Policy
+from tests.support.learner_oracle import relative_difference
+from tests.support.scored import make_scored
+
+
+def model(kind: str = "llama", **settings: Any) -> Any:
+    """A random model of a family, its weights wide enough that whose tokens are seen matters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "initializer_range": 0.5,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **settings})).eval()
+
+
+def sequences(*lengths: tuple[int, int], seed: int = 1) -> list[TokenSequence]:
+    rng = np.random.default_rng(seed)
+    return [TokenSequence(*(as_ids(rng.integers(0, 64, n)) for n in pair)) for pair in lengths]
+
+
+def states(some: Any, batch: SequenceBatch) -> Tensor:
+    hidden = some.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[batch.positions].detach()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "granite", "cohere"])
+def test_packed_hidden_states_are_those_of_each_sequence_alone(kind: str) -> None:
+    some = model(kind)
+    three = sequences((4, 6), (1, 1), (9, 3))
+    alone = torch.cat([states(some, PADDED.lay_out([one])) for one in three])
+    assert pack(some) is PACKED
+    torch.testing.assert_close(states(some, PACKED.lay_out(three)), alone, rtol=1e-4, atol=1e-5)
+    # Of a neighbour not even the last bit is seen.
+    others = [*sequences((4, 6), seed=2), *three[1:]]
+    before, after = states(some, PACKED.lay_out(three)), states(some, PACKED.lay_out(others))
+    assert not torch.equal(before[:6], after[:6])
+    assert torch.equal(before[6:], after[6:])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_gradients_are_the_padded_ones(checkpointing: bool) -> None:
+    scored = make_scored(7, vocabulary=64, k=8)
+    grads = []
+    for packed in (False, True):
+        some = model("qwen3")
+        if checkpointing:
+            some.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy = Policy(some, 5)
+        policy.train()
+        layout = pack(some) if packed else PADDED
+        assert (layout is PACKED) == packed
+        batch = training_batch(scored, LossConfig(), layout)
+        policy(batch, Objective(batch, LossConfig())).backward()
+        grads.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
+    assert relative_difference(grads[1], grads[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        ("mistral", {"sliding_window": 4096}, "sliding_window"),
+        ("gemma2", {}, "sliding_attention"),
+        ("llama", {"attention_dropout": 0.5}, "dropout"),
+        ("mamba", {"state_size": 4}, "linear_attention"),
+        ("bloom", {"n_head": 2, "n_layer": 2}, "differ|Error"),
+    ],
+)
+def test_a_model_that_packing_would_change_is_padded_and_says_why(
+    kind: str, settings: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    some = model(kind, **settings)
+    three = sequences((4, 6), (1, 1), (9, 3))
+    before = states(some, PADDED.lay_out(three))
+    some.train(kind == "llama")  # where dropout acts
+    with caplog.at_level(logging.INFO, "learner.trainer.packing"):
+        assert pack(some) is PADDED
+    some.eval()
+    assert caplog.text.count("padded, not packed") == 1
+    assert re.search(reason, caplog.text)
+    assert torch.equal(states(some, PADDED.lay_out(three)), before)  # left as it was
+
+
+def test_attention_that_looks_across_a_border_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The self-check is what stands between a new version of transformers and silently wrong gradients."""
+
+    def leaky(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        whole = torch.tensor([0, query.shape[2]], dtype=torch.int32)
+        return packed_attention(
+            module, query, key, value, mask, scaling=kwargs["scaling"], cu_seq_lens_q=whole, max_length_q=int(whole[1])
+        )
+
+    monkeypatch.setattr(packing, "packed_attention", leaky)
+    with caplog.at_level(logging.INFO, "learner.trainer.packing"):
+        assert pack(model()) is PADDED
+    assert "hidden states differ" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"sliding_window": 8},
+        {"softcap": 30.0},
+        {"dropout": 0.1},
+        {"s_aux": torch.zeros(2)},
+        {"attention_mask": torch.zeros(1)},
+        {"cu_seq_lens_q": None},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_what_packed_attention_does_not_do_is_refused(extra: dict[str, Any]) -> None:
+    states = torch.zeros(1, 2, 5, 8)
+    given: dict[str, Any] = {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 2, 5]), "max_length_q": 3}
+    packed_attention(torch.nn.Identity(), states, states, states, **given)
+    with pytest.raises(PackingError):
+        packed_attention(torch.nn.Identity(), states, states, states, **{**given, **extra})

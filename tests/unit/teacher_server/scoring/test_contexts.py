@@ -1,0 +1,257 @@
+"""The context store and the cache of computed states, without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from common.protocol.schema import Context, Ids, as_ids, context_hash
+from teacher_server.backends.base import Backend
+from teacher_server.scoring.contexts import CacheFull, ContextRefused, ContextStore, Located, PrefixCache
+
+TOKENIZER = "ab" * 32
+
+
+def named(ids: Ids) -> str:
+    return context_hash(TOKENIZER, ids)
+
+
+def make(length: int, parent: Context | None = None) -> Context:
+    ids = as_ids(np.arange(length))
+    return Context(named(ids), ids, None if parent is None else parent.hash)
+
+
+@pytest.fixture
+def store() -> ContextStore:
+    return ContextStore(TOKENIZER, max_tokens=100, max_bytes=4 * 250)
+
+
+def test_put_and_get_with_parent(store: ContextStore) -> None:
+    whole = as_ids(np.arange(10))
+    store.put("t", named(whole[:6]), whole[:6], None)
+    child = store.put("t", named(whole), whole[6:], named(whole[:6]))
+    assert (child.ids == whole).all()
+    got = store.get("t", named(whole))
+    assert got is child
+    assert [parent.ids.size for parent in store.parents("t", child)] == [6]
+
+
+@pytest.mark.parametrize(
+    ("ids", "name", "parent", "code"),
+    [
+        (as_ids([1, 2]), "0" * 64, None, "hash_mismatch"),
+        (as_ids([1, 2]), named(as_ids([1, 2])), "0" * 64, "unknown_parent"),
+        (as_ids([]), named(as_ids([])), None, "too_long"),
+        (as_ids(np.arange(100)), named(as_ids(np.arange(100))), None, "too_long"),
+    ],
+)
+def test_refusals(store: ContextStore, ids: Ids, name: str, parent: str | None, code: str) -> None:
+    with pytest.raises(ContextRefused) as caught:
+        store.put("t", name, ids, parent)
+    assert caught.value.code == code
+    assert len(store) == 0
+
+
+def test_another_tokenizer_is_another_hash(store: ContextStore) -> None:
+    ids = as_ids([1, 2])
+    with pytest.raises(ContextRefused, match="another tokenizer"):
+        store.put("t", context_hash("cd" * 32, ids), ids, None)
+
+
+def test_tenants_do_not_see_each_other(store: ContextStore) -> None:
+    ids = as_ids([1, 2, 3])
+    store.put("a", named(ids), ids, None)
+    assert store.get("b", named(ids)) is None
+    more = as_ids([1, 2, 3, 4])
+    with pytest.raises(ContextRefused, match="put it first"):
+        store.put("b", named(more), more[3:], named(ids))
+
+
+def test_least_recently_used_leaves_first(store: ContextStore) -> None:
+    contexts = [as_ids(np.arange(start, start + 50)) for start in range(6)]
+    for ids in contexts[:5]:
+        store.put("t", named(ids), ids, None)
+    assert store.get("t", named(contexts[0])) is not None
+    store.put("t", named(contexts[5]), contexts[5], None)
+    assert store.get("t", named(contexts[0])) is not None
+    assert store.get("t", named(contexts[1])) is None
+    assert store.nbytes == 5 * 200
+
+
+def test_putting_again_changes_nothing(store: ContextStore) -> None:
+    ids = as_ids([1, 2, 3])
+    first = store.put("t", named(ids), ids, None)
+    assert store.put("t", named(ids), ids, None) is first
+    assert store.nbytes == ids.nbytes
+
+
+# --- computed states --------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class State:
+    parent: Any
+    total_tokens: int
+    nbytes: int
+
+
+class CountingBackend:
+    """States cost ten bytes a token; what was computed is written down."""
+
+    def __init__(self) -> None:
+        self.weight_version = 0
+        self.computed: list[tuple[int, int]] = []
+
+    def prefix_bytes(self, tokens: int) -> int:
+        return 10 * tokens
+
+    def prefill(self, ids: Ids, parent: State | None) -> State:
+        begin = 0 if parent is None else parent.total_tokens
+        self.computed.append((begin, begin + ids.size))
+        return State(parent, begin + int(ids.size), 10 * int(ids.size))
+
+
+@pytest.fixture
+def backend() -> CountingBackend:
+    return CountingBackend()
+
+
+@pytest.fixture
+def cache(backend: CountingBackend) -> PrefixCache:
+    return PrefixCache(cast(Backend, backend), max_bytes=1000)
+
+
+def use(cache: PrefixCache, *located: Located) -> None:
+    with cache.pinned() as pins:
+        for one in located:
+            pins.state(one)
+
+
+def test_computed_once(cache: PrefixCache, backend: CountingBackend) -> None:
+    one = Located("t", make(50))
+    use(cache, one, one)
+    use(cache, one)
+    assert backend.computed == [(0, 50)]
+    assert (cache.counts.hits, cache.counts.misses) == (1, 1)
+    assert (cache.counts.hit_tokens, cache.counts.computed_tokens) == (50, 50)
+
+
+def test_parents_are_computed_first_and_reused(cache: PrefixCache, backend: CountingBackend) -> None:
+    grand = make(10)
+    parent = make(30, grand)
+    child, sibling = make(50, parent), make(40, parent)
+    use(cache, Located("t", child, (parent, grand)))
+    use(cache, Located("t", sibling, (parent, grand)))
+    assert backend.computed == [(0, 10), (10, 30), (30, 50), (30, 40)]
+    assert cache.nbytes == 600
+
+
+def test_a_lost_parent_is_not_needed(cache: PrefixCache, backend: CountingBackend) -> None:
+    use(cache, Located("t", make(50, make(30))))
+    assert backend.computed == [(0, 50)]
+
+
+def test_another_tenant_computes_for_itself(cache: PrefixCache, backend: CountingBackend) -> None:
+    """A shared state would answer faster, and so tell that someone else has this context."""
+    use(cache, Located("a", make(50)))
+    use(cache, Located("b", make(50)))
+    assert backend.computed == [(0, 50), (0, 50)]
+
+
+def test_another_weight_version_computes_again(cache: PrefixCache, backend: CountingBackend) -> None:
+    use(cache, Located("t", make(50)))
+    backend.weight_version = 1
+    use(cache, Located("t", make(50)))
+    assert len(backend.computed) == 2
+
+
+def test_bounded_and_least_recently_used_first(cache: PrefixCache, backend: CountingBackend) -> None:
+    a, b, c = (Located("t", make(length)) for length in (40, 41, 42))
+    use(cache, a)
+    use(cache, b)
+    use(cache, a)
+    use(cache, c)
+    assert cache.nbytes <= 1000
+    backend.computed.clear()
+    use(cache, a)
+    assert backend.computed == []
+    use(cache, b)
+    assert backend.computed == [(0, 41)]
+
+
+def test_pinned_states_stay(cache: PrefixCache) -> None:
+    with cache.pinned() as pins:
+        pins.state(Located("t", make(60)))
+        with pytest.raises(CacheFull):
+            pins.state(Located("t", make(61)))
+        assert len(cache) == 1
+    use(cache, Located("t", make(61)))
+    assert cache.nbytes == 610
+
+
+def test_a_parent_outlives_its_children(cache: PrefixCache) -> None:
+    """Its memory is in use as long as a child's state refers to it: evicting it would only hide that."""
+    parent = make(50)
+    child = make(60, parent)
+    use(cache, Located("t", child, (parent,)))
+    use(cache, Located("t", make(45)))
+    assert cache.nbytes == 10 * 45 + 10 * 50
+    use(cache, Located("t", make(70)))
+    assert cache.nbytes == 700
+
+
+def test_failed_computation_leaves_no_pins(cache: PrefixCache, backend: CountingBackend) -> None:
+    parent = make(50)
+    use(cache, Located("t", parent))
+
+    def fail(ids: Ids, parent: State | None) -> State:
+        raise RuntimeError("out of memory")
+
+    backend.prefill = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        use(cache, Located("t", make(60, parent), (parent,)))
+    del backend.prefill
+    use(cache, Located("t", make(95)))
+    assert cache.nbytes == 950
+
+
+def test_a_context_that_never_fits(cache: PrefixCache) -> None:
+    assert cache.fits(Located("t", make(100)))
+    assert not cache.fits(Located("t", make(101)))
+
+
+@pytest.mark.parametrize("tokens", range(60, 101))
+def test_what_is_said_to_fit_does(tokens: int) -> None:
+    """A state has memory beside that of its tokens, each parent's too: not seen, the context would fail for ever."""
+
+    class Padded(CountingBackend):
+        def prefix_bytes(self, tokens: int) -> int:
+            return super().prefix_bytes(tokens) + 75
+
+        def prefill(self, ids: Ids, parent: State | None) -> State:
+            state = super().prefill(ids, parent)
+            state.nbytes += 75
+            return state
+
+    cache = PrefixCache(cast(Backend, Padded()), max_bytes=1000)
+    grand = make(10)
+    parent = make(30, grand)
+    located = Located("t", make(tokens, parent), (parent, grand))
+    use(cache, Located("t", make(50)))  # makes room
+    if cache.fits(located):
+        use(cache, located)
+        assert cache.nbytes == 10 * tokens + 3 * 75 <= 1000
+    else:
+        assert 10 * tokens + 3 * 75 > 1000
+
+
+def test_many_short_contexts_are_bounded_by_number(monkeypatch: pytest.MonkeyPatch, store: ContextStore) -> None:
+    monkeypatch.setattr("teacher_server.scoring.contexts.MAX_CONTEXTS", 3)
+    shorts = [as_ids([n]) for n in range(4)]
+    for ids in shorts:
+        store.put("t", named(ids), ids, None)
+    assert [store.get("t", named(ids)) is not None for ids in shorts] == [False, True, True, True]
+    assert (len(store), store.nbytes) == (3, 12)

@@ -1,0 +1,319 @@
+"""Batches, fairness and failures of the scheduler, with a backend that computes nothing but can be held."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from common.protocol.schema import Context, Ids, ItemError, ItemScore, ScoreItem, as_ids
+from teacher_server.backends.base import Backend, BackendLost, Work
+from teacher_server.scoring.contexts import Located
+from teacher_server.scoring.fair_queue import FairQueue
+from teacher_server.scoring.scheduler import BatchReport, QueueFull, Scheduler, SchedulerStopped, Versioned
+
+
+class Held:
+    """Answers at once while open; remembers its batches."""
+
+    weight_version = 0
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.batches: list[list[Work]] = []
+        self.prefills: list[int] = []
+
+    def prefix_bytes(self, tokens: int) -> int:
+        return 10 * tokens
+
+    def prefill(self, ids: Ids, parent: Any) -> Any:
+        self.prefills.append(ids.size)
+        return Prefix(int(ids.size))
+
+    def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
+        assert self.open.wait(10)
+        self.batches.append(list(batch))
+        if any(work.k == 13 for work in batch):
+            raise RuntimeError("injected")
+        nothing = np.empty(0, dtype=np.float32)
+        return [ItemScore(np.empty((0, 0), dtype=np.float16), nothing, nothing, floored=work.k) for work in batch]
+
+
+class Prefix:
+    def __init__(self, tokens: int) -> None:
+        self.total_tokens = tokens
+        self.nbytes = 10 * tokens
+
+
+@asynccontextmanager
+async def scheduler_of(backend: Held, **settings: Any) -> AsyncIterator[Scheduler]:
+    defaults = {"batch_tokens": 100, "window_s": 0.0, "max_queued_tokens": 1000, "context_cache_bytes": 1000}
+    scheduler = Scheduler(cast(Backend, backend), **{**defaults, **settings})
+    scheduler.start()
+    try:
+        yield scheduler
+    finally:
+        backend.open.set()
+        await scheduler.stop()
+
+
+def work(tokens: int, number: int = 0, context: Located | None = None) -> tuple[Work, Located | None]:
+    item = ScoreItem(None, as_ids(np.zeros(tokens)), as_ids([]))
+    return Work(item, None, "sampled", 1.0, number), context
+
+
+def context(tokens: int) -> Located:
+    return Located("t", Context(f"{tokens}", as_ids(np.zeros(tokens))))
+
+
+def numbers(results: Sequence[Versioned]) -> list[object]:
+    return [result.floored if isinstance(result, ItemScore) else result.code for result, _ in results]
+
+
+async def hold(backend: Held, scheduler: Scheduler) -> asyncio.Task[Any]:
+    """Occupy the thread with one small batch until the backend is opened."""
+    backend.open.clear()
+    first = asyncio.create_task(scheduler.submit("t", "first", [work(1)]))
+    for _ in range(5000):
+        if scheduler.running_items:
+            return first
+        await asyncio.sleep(0.001)
+    raise AssertionError("no batch was taken")
+
+
+async def test_batches_fill_up_to_the_budget_and_answers_keep_their_order() -> None:
+    backend = Held()
+    async with scheduler_of(backend) as scheduler:
+        first = await hold(backend, scheduler)
+        asked = asyncio.create_task(scheduler.submit("t", "r", [work(30, n) for n in range(7)]))
+        await asyncio.sleep(0.01)
+        backend.open.set()
+        assert numbers(await asked) == list(range(7))
+        await first
+    assert [len(batch) for batch in backend.batches] == [1, 3, 3, 1]
+
+
+async def test_batches_of_a_slow_model_are_cut_to_half_a_second() -> None:
+    backend = Held()
+    async with scheduler_of(backend, batch_tokens=10_000) as scheduler:
+        waiting = [await hold(backend, scheduler)]
+        waiting.append(asyncio.create_task(scheduler.submit("t", "r", [work(50) for _ in range(20)])))
+        await asyncio.sleep(0.3)  # one token took all of this, after a guess of 1,000 tokens/s
+        backend.open.set()
+        await asyncio.gather(*waiting)
+    assert 2 <= len(backend.batches[1]) <= 8
+
+
+async def test_batches_are_shorter_while_several_runs_wait() -> None:
+    """At 2,000 tokens a second: two seconds for one run, 0.15 s for several, never under the least."""
+    async with scheduler_of(Held(), batch_tokens=10_000) as scheduler:
+        scheduler._tokens_per_s = 2000.0
+        scheduler.queue.push("t", "one", cast(Any, None), 10)
+        assert scheduler._budget == 4000
+        for tenant, run in (("t", "two"), ("u", "one")):
+            scheduler.queue.push(tenant, run, cast(Any, None), 10)
+            assert scheduler._budget == 300
+        scheduler._tokens_per_s = 100.0
+        assert scheduler._budget == 128
+        scheduler.queue = FairQueue()
+
+
+async def test_batches_are_longer_while_there_is_one_run() -> None:
+    """Two seconds of work, until another run asks, and again a minute after that."""
+    async with scheduler_of(Held(), batch_tokens=10_000) as scheduler:
+        budgets = []
+        for run in ("one", "two", "one"):
+            await scheduler.submit("t", run, [work(1)])
+            scheduler._tokens_per_s = 1000.0
+            budgets.append(scheduler._budget)
+        assert budgets == [2000, 500, 500]
+        scheduler._asked_at["t", "two"] -= 61
+        assert scheduler._budget == 2000
+        assert list(scheduler._asked_at) == [("t", "one")]
+
+
+async def test_items_of_a_batch_can_be_bounded() -> None:
+    backend = Held()
+    async with scheduler_of(backend, batch_items=1, window_s=0.05) as scheduler:
+        assert numbers(await scheduler.submit("t", "r", [work(10, 1), work(10, 2), work(10, 3)])) == [1, 2, 3]
+    assert [len(batch) for batch in backend.batches] == [1, 1, 1]
+
+
+async def test_an_item_above_the_budget_goes_alone() -> None:
+    backend = Held()
+    async with scheduler_of(backend) as scheduler:
+        assert numbers(await scheduler.submit("t", "r", [work(500, 1), work(10, 2)])) == [1, 2]
+    assert [len(batch) for batch in backend.batches] == [1, 1]
+
+
+async def test_the_window_gathers_what_comes_close_together() -> None:
+    backend = Held()
+    async with scheduler_of(backend, window_s=0.2) as scheduler:
+        asked = []
+        for n in range(3):
+            asked.append(asyncio.create_task(scheduler.submit("t", f"{n}", [work(10, n)])))
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*asked)
+    assert [len(batch) for batch in backend.batches] == [3]
+
+
+async def test_a_flood_delays_a_single_request_by_one_batch() -> None:
+    """Three runs with everything the queue takes; the quiet run's request is in the very next batch."""
+    backend = Held()
+    async with scheduler_of(backend, max_queued_tokens=100_000) as scheduler:
+        first = await hold(backend, scheduler)
+        floods = [
+            asyncio.create_task(scheduler.submit("t", f"flood-{n}", [work(20, 1) for _ in range(500)]))
+            for n in range(3)
+        ]
+        await asyncio.sleep(0.05)
+        quiet = asyncio.create_task(scheduler.submit("t", "quiet", [work(20, 7)]))
+        await asyncio.sleep(0.01)
+        backend.open.set()
+        await quiet
+        assert [item.k for item in backend.batches[1]].count(7) == 1
+        await asyncio.gather(first, *floods)
+
+
+async def test_a_full_queue_refuses_and_names_a_time() -> None:
+    backend = Held()
+    async with scheduler_of(backend, max_queued_tokens=100) as scheduler:
+        first = await hold(backend, scheduler)
+        whole = asyncio.create_task(
+            scheduler.submit("t", "large", [work(500)])
+        )  # larger than the queue, which is empty
+        await asyncio.sleep(0.01)
+        with pytest.raises(QueueFull) as caught:
+            await scheduler.submit("other", "r", [work(1)])
+        assert 0.1 <= caught.value.retry_after_s <= 60
+        backend.open.set()
+        await asyncio.gather(first, whole)
+
+
+async def test_a_run_leaves_room_for_others() -> None:
+    """A quarter of the queue for a run, half for a tenant, once they have something waiting."""
+    backend = Held()
+    async with scheduler_of(backend) as scheduler:
+        first = await hold(backend, scheduler)
+        waiting = [asyncio.create_task(scheduler.submit("t", "a", [work(200)]))]
+        await asyncio.sleep(0.01)
+        with pytest.raises(QueueFull):
+            await scheduler.submit("t", "a", [work(100)])
+        waiting.append(asyncio.create_task(scheduler.submit("t", "b", [work(200)])))
+        await asyncio.sleep(0.01)
+        with pytest.raises(QueueFull):
+            await scheduler.submit("t", "c", [work(200)])
+        waiting.append(asyncio.create_task(scheduler.submit("u", "c", [work(200)])))
+        await asyncio.sleep(0.01)
+        backend.open.set()
+        await asyncio.gather(first, *waiting)
+
+
+async def test_one_bad_item_is_alone_with_its_failure() -> None:
+    backend = Held()
+    async with scheduler_of(backend) as scheduler:
+        results = await scheduler.submit("t", "r", [work(10, 1), work(10, 13), work(10, 2)])
+    assert numbers(results) == [1, "internal", 2]
+
+
+async def test_a_backend_that_is_lost_ends_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items would fail one by one for ever, behind a health check that says all is well."""
+    backend = Held()
+
+    def lost(_: Sequence[Work]) -> list[ItemScore | ItemError]:
+        raise BackendLost("the engine died")
+
+    monkeypatch.setattr(backend, "score", lost)
+    async with scheduler_of(backend) as scheduler:
+        with pytest.raises(SchedulerStopped, match="BackendLost the engine died"):
+            await asyncio.wait_for(scheduler.submit("t", "r", [work(10), work(10)]), 5)
+        assert scheduler.failure is not None
+
+
+async def test_cancelled_items_are_not_computed() -> None:
+    backend = Held()
+    async with scheduler_of(backend) as scheduler:
+        first = await hold(backend, scheduler)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(scheduler.submit("t", "r", [work(10, 5) for _ in range(4)]), 0.01)
+        assert scheduler.queue.tokens == 0
+        backend.open.set()
+        await first
+        await scheduler.submit("t", "r", [work(10, 6)])
+    assert not any(item.k == 5 for batch in backend.batches for item in batch)
+
+
+async def test_contexts_that_do_not_fit_together_take_several_passes() -> None:
+    backend = Held()
+    async with scheduler_of(backend, batch_tokens=10_000) as scheduler:
+        first = await hold(backend, scheduler)
+        asked = asyncio.create_task(scheduler.submit("t", "r", [work(10, n, context(60 + n % 3)) for n in range(6)]))
+        await asyncio.sleep(0.01)
+        backend.open.set()
+        assert numbers(await asked) == list(range(6))
+        await first
+        assert scheduler.cache.nbytes <= 1000
+
+
+async def test_contexts_to_be_computed_count_for_the_budget() -> None:
+    """A batch does not take on several long contexts at once: those who wait behind it would wait for all of them."""
+    backend = Held()
+    async with scheduler_of(backend) as scheduler:
+        first = await hold(backend, scheduler)
+        asked = asyncio.create_task(scheduler.submit("t", "r", [work(10, n, context(80 + n)) for n in range(3)]))
+        await asyncio.sleep(0.01)
+        backend.open.set()
+        await asyncio.gather(first, asked)
+    assert [len(batch) for batch in backend.batches] == [1, 1, 1, 1]
+
+
+async def test_stop_finishes_what_is_queued() -> None:
+    backend = Held()
+    async with scheduler_of(backend) as scheduler:
+        first = await hold(backend, scheduler)
+        asked = asyncio.create_task(scheduler.submit("t", "r", [work(60, n) for n in range(5)]))
+        await asyncio.sleep(0.01)
+        stopped = asyncio.create_task(scheduler.stop())
+        await asyncio.sleep(0.01)
+        assert not stopped.done()
+        backend.open.set()
+        await stopped
+        assert first.done()
+        assert numbers(asked.result()) == list(range(5))
+
+
+async def test_a_backend_that_loses_a_result_gives_nobody_anothers_score() -> None:
+    class Loses(Held):
+        def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
+            return [result for result in super().score(batch) if numbers([(result, 0)]) != [5]]
+
+    async with scheduler_of(Loses(), window_s=0.01) as scheduler:
+        results = await scheduler.submit("t", "r", [work(10, n) for n in (4, 5, 6)])
+    assert numbers(results) == [4, "internal", 6]
+
+
+async def test_whoever_waits_hears_that_no_batches_are_made_any_more() -> None:
+    """The computed, the queued and the next to come: none may wait for a loop that is gone."""
+    backend = Held()
+
+    def faulty(report: BatchReport) -> None:
+        raise KeyError("a series that is not there")
+
+    async with scheduler_of(backend, on_batch=faulty) as scheduler:
+        first = await hold(backend, scheduler)
+        queued = asyncio.create_task(scheduler.submit("t", "r", [work(60), work(60)]))
+        await asyncio.sleep(0.01)
+        assert scheduler.failure is None
+        backend.open.set()
+        for waiting in (first, queued):
+            with pytest.raises(SchedulerStopped, match="a series that is not there"):
+                await asyncio.wait_for(waiting, 5)
+        with pytest.raises(SchedulerStopped):
+            await scheduler.submit("t", "r", [work(1)])
+        assert len(scheduler.queue) == 0
