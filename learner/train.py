@@ -32,7 +32,7 @@ from learner.errors import ServiceLost
 from learner.evaluation.evaluate import evaluate_rows
 from learner.evaluation.held_out import accuracy_line
 from learner.evaluation.report_process import reported
-from learner.evaluation.summary import Tally, final_table
+from learner.evaluation.summary import RunSummary, final_table
 from learner.loop.checkpoints import CheckpointError, Checkpoints
 from learner.loop.controller import beside
 from learner.loop.run import Resumed, Run
@@ -75,7 +75,7 @@ def run(config: Config, *, resume: bool = False, accept_changes: bool = False, q
     return 0
 
 
-def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resumed | None) -> Tally:
+def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resumed | None) -> RunSummary:
     """From the start, or from `resumed`, to the end."""
     after = None if resumed is None else resumed.manifest.step
     with (

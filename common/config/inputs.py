@@ -17,7 +17,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     dir: Path = Path("runs")
     seed: NonNegative = 0
-    patience_s: Annotated[float, Field(ge=0)] = 0
+    placement_timeout_s: Annotated[float, Field(ge=0)] = 0
     """How long a run waits for its GPUs to be there, as with an autoscaler. 0: it is refused at once where the cluster
     has no room. One that goes on from a checkpoint waits for 10 minutes at least."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
@@ -74,8 +74,8 @@ class TeacherConfig(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """0: any free one."""
-    kind: Literal["frozen", "self", "ema", "base"] = "frozen"
-    """`frozen` keeps its weights. `self` and `ema` belong to one run and start from the student: they take every
+    kind: Literal["frozen", "live", "ema", "base"] = "frozen"
+    """`frozen` keeps its weights. `live` and `ema` belong to one run and start from the student: they take every
     version that the learner publishes, or an exponential moving average of them. `base` is the student without its
     adapters (`learner.lora`), computed by the learner itself: no other copy of the weights, and no server."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -105,14 +105,14 @@ class TeacherConfig(Section):
     """Bound on cached key-value state, least recently used contexts leave first. With `vllm` on CPU it is the engine's
     whole key-value cache; on GPUs the engine has what `gpu_memory_utilization` leaves it, and what it evicts by itself
     it computes again."""
-    keys_file: Path | None = None
+    server_keys_file: Path | None = None
     """Of a server: who may ask, one ``TENANT SHA256`` a line (``opcd key`` makes them)."""
     allow_anonymous: bool = False
     """Of a server on a loopback address: serve anybody, as one tenant."""
     tls_certificate: Path | None = None
     """Of a server: PEM chain; with `tls_key` it speaks HTTPS."""
     tls_key: Path | None = None
-    key_file: Path | None = None
+    client_key_file: Path | None = None
     """Of a run with a `url`: the file that holds its key, nothing else."""
     ca_file: Path | None = None
     """Of a run with an ``https`` `url`: PEM bundle to trust instead of the system's."""
@@ -126,7 +126,7 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _weights_need_transformers(self) -> TeacherConfig:
-        if self.kind in ("self", "ema") and self.backend != "transformers":
+        if self.kind in ("live", "ema") and self.backend != "transformers":
             raise ValueError(f"kind `{self.kind}` takes new weights, which backend `{self.backend}` does not")
         return self
 

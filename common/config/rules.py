@@ -47,10 +47,10 @@ def _source(config: Config) -> Iterator[str]:
             "rollout.source `teacher`: loss.form `policy_gradient` and loss.importance_clip compare the student with "
             "the one that sampled, which is not the student here"
         )
-    if rollout.max_staleness or rollout.over_issue:
-        yield "rollout.source `teacher` has its answers from the start: rollout.max_staleness and over_issue must be 0"
-    if config.teachers or teacher.kind in ("self", "ema"):
-        yield "rollout.source `teacher` takes one teacher that keeps its weights: no `teachers`, `self` or `ema`"
+    if rollout.max_staleness or rollout.oversample_fraction:
+        yield "rollout.source `teacher` has its answers from the start: rollout.max_staleness and oversample_fraction must be 0"
+    if config.teachers or teacher.kind in ("live", "ema"):
+        yield "rollout.source `teacher` takes one teacher that keeps its weights: no `teachers`, `live` or `ema`"
     if teacher.url is not None and teacher.model is None:
         yield "rollout.source `teacher`: the server at teacher.url scores only, teacher.model must say who answers"
 

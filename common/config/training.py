@@ -54,7 +54,7 @@ class RolloutConfig(Section):
     trains. Less hardware, no overlap. On GPUs only."""
     max_staleness: NonNegative = 0
     """Optimiser steps that rollouts may run ahead: 0 trains each step on answers of the very weights it changes."""
-    over_issue: Annotated[float, Field(ge=0)] = 0.0
+    oversample_fraction: Annotated[float, Field(ge=0)] = 0.0
     """Share of prompts asked beyond a step's batch; the step takes the first answers and cuts the stragglers off, which
     favours short answers. They are counted (`staleness/discarded`)."""
 
@@ -93,7 +93,7 @@ class LossConfig(Section):
     """Weight every token's divergence by how likely the answer up to it is under the current weights over how likely it
     was when it was sampled, cut at this value (truncated importance sampling): for `rollout.max_staleness` above 0, and
     for engines of another precision. Null: no weights. The ratio is a product over tokens, so watch
-    `importance/effective_share`."""
+    `importance/ess_ratio`."""
 
 
 class LoraConfig(Section):

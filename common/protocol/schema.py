@@ -244,5 +244,5 @@ class TeacherInfo(BaseModel):
     max_body_bytes: int
     modes: dict[ScoreMode, tuple[float, ...] | None]
     """Mode -> temperatures it can do; None: any positive one. A mode that is absent cannot be done."""
-    kind: Literal["frozen", "self", "ema"]
+    kind: Literal["frozen", "live", "ema"]
     weight_version: int

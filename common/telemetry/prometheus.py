@@ -22,7 +22,7 @@ PREFIX = "opcd_run_"
 
 
 def gauge_name(name: str) -> str:
-    """``kl/full_bound`` becomes ``opcd_run_kl_full_bound``."""
+    """``kl/lower_bound`` becomes ``opcd_run_kl_lower_bound``."""
     return PREFIX + re.sub(r"[^a-zA-Z0-9]+", "_", name).strip("_")
 
 

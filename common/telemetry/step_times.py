@@ -30,19 +30,19 @@ class StepTimes:
     """Seconds of one step, or of several added up (`+`).
 
     ``stage_s``: covered by a stage, overlapping spans once. ``span_s``: of all its spans, added up. ``wait_s``: part of
-    the step in which no rank computed, by the stage that was waited for; it sums to ``bubble_s``.
+    the step in which no rank computed, by the stage that was waited for; it sums to ``trainer_idle_s``.
     """
 
     total_s: float = 0.0
-    bubble_s: float = 0.0
+    trainer_idle_s: float = 0.0
     stage_s: Mapping[str, float] = field(default_factory=dict)
     span_s: Mapping[str, float] = field(default_factory=dict)
     wait_s: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def bubble_ratio(self) -> float:
+    def trainer_idle_ratio(self) -> float:
         """Share of the step in which no rank computed."""
-        return self._share(self.bubble_s)
+        return self._share(self.trainer_idle_s)
 
     @property
     def wait_shares(self) -> dict[str, float]:
@@ -60,17 +60,22 @@ class StepTimes:
         return {stage: self._share(self.span_s.get(stage, 0.0)) for stage in DEPTHS}
 
     def metrics(self) -> dict[str, float]:
-        """``loop/bubble_ratio``, ``loop/overlap_ratio`` and ``loop/wait/STAGE``, all shares of the step, and
-        ``loop/depth/STAGE`` in answers.
+        """``time/trainer_idle_ratio``, ``time/overlap_ratio`` and ``time/wait_ratio/STAGE``, all shares of the step, and
+        ``queue_depth/STAGE`` in answers.
         """
-        waits = {f"loop/wait/{stage}": share for stage, share in self.wait_shares.items()}
-        depths = {f"loop/depth/{stage}": depth for stage, depth in self.depths.items()}
-        return {"loop/bubble_ratio": self.bubble_ratio, "loop/overlap_ratio": self.overlap_ratio, **waits, **depths}
+        waits = {f"time/wait_ratio/{stage}": share for stage, share in self.wait_shares.items()}
+        depths = {f"queue_depth/{stage}": depth for stage, depth in self.depths.items()}
+        return {
+            "time/trainer_idle_ratio": self.trainer_idle_ratio,
+            "time/overlap_ratio": self.overlap_ratio,
+            **waits,
+            **depths,
+        }
 
     def __add__(self, other: StepTimes) -> StepTimes:
         return StepTimes(
             total_s=self.total_s + other.total_s,
-            bubble_s=self.bubble_s + other.bubble_s,
+            trainer_idle_s=self.trainer_idle_s + other.trainer_idle_s,
             stage_s=_added(self.stage_s, other.stage_s),
             span_s=_added(self.span_s, other.span_s),
             wait_s=_added(self.wait_s, other.wait_s),
@@ -94,14 +99,14 @@ def step_times(spans: Iterable[TraceSpan], window: Span) -> StepTimes:
         span_s[span.stage] = span_s.get(span.stage, 0.0) + covered_s(inside)
     computing = [interval for stage in COMPUTE for interval in by_stage.get(stage, [])]
     idle = difference([window], computing)
-    bubble_s = covered_s(idle)
+    trainer_idle_s = covered_s(idle)
     wait_s: dict[str, float] = {}
     for stage in _wait_order(by_stage):
         wait_s[stage] = covered_s(intersection(idle, by_stage[stage]))
         idle = difference(idle, by_stage[stage])
     return StepTimes(
         total_s=max(0.0, window[1] - window[0]),
-        bubble_s=bubble_s,
+        trainer_idle_s=trainer_idle_s,
         stage_s={stage: covered_s(intervals) for stage, intervals in by_stage.items()},
         span_s=span_s,
         wait_s={**wait_s, OTHER: covered_s(idle)},

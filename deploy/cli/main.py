@@ -130,7 +130,7 @@ def simulate(
 ) -> None:
     """Predict step time, bubbles and queues of a run, on machines that need not be there.
 
-    The loop's own rules over stages that only take time. Left out: over-issued prompts (rollout.over_issue), ranks of
+    The loop's own rules over stages that only take time. Left out: over-issued prompts (rollout.oversample_fraction), ranks of
     ZeRO 2 and 3 waiting for each other in every micro-batch, samples under several contexts, processes that share
     cores in another way than in the measured run, evaluation and checkpoints.
     """
@@ -201,10 +201,10 @@ def _prepare(model: Model, folder: Path) -> bool:
 def key(
     tenant: Annotated[str, typer.Argument(help="The team the key belongs to.")],
     out: Annotated[
-        Path | None, typer.Option(help="New file for the key (teacher.key_file of a run); default: show it.")
+        Path | None, typer.Option(help="New file for the key (teacher.client_key_file of a run); default: show it.")
     ] = None,
 ) -> None:
-    """Make a key for a teacher server. Prints the line for its teacher.keys_file: opcd key TEAM >> keys."""
+    """Make a key for a teacher server. Prints the line for its teacher.server_keys_file: opcd key TEAM >> keys."""
     from teacher_server.http.auth import new_key
 
     secret, digest = new_key()

@@ -152,7 +152,7 @@ def _keys(config: Config, method: Method, answers: Path) -> list[str]:
         # Off-policy and sequence-level learn from the very same answers.
         f"rollout.answers_file={answers}",
         "rollout.max_staleness=0",
-        "rollout.over_issue=0",
+        "rollout.oversample_fraction=0",
         "loss.importance_clip=null",
     ]
     if config.teacher.kind == "base":  # the learner scores, at ids of its own choice

@@ -20,7 +20,7 @@ COLOURS = 8
 """Lines that have a colour of their own, ``s0`` and so on; further runs take them again."""
 
 CURVES: tuple[tuple[str, str, str], ...] = (
-    ("kl/full_bound", "KL", "nats a token"),
+    ("kl/lower_bound", "KL", "nats a token"),
     ("loss", "Loss", "a token"),
     ("tokens_per_s", "Speed", "the student's tokens trained a second"),
     ("rollout/mean_tokens", "Length of answers", "tokens"),

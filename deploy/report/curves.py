@@ -40,7 +40,7 @@ WELL = (
     Curve("tokens_per_s", "Speed", "the student's tokens trained a second"),
     Curve("staleness/mean_age", "Staleness", "mean age of trained tokens, steps"),
     Curve("support_coverage", "Coverage of the support", "student’s mass on the stored ids"),
-    Curve("drift/rms", "Engine against learner", "rms of the log-prob, nats"),
+    Curve("mismatch/rms", "Engine against learner", "rms of the log-prob, nats"),
     Curve("env/success", "Games won", "share of the episodes trained on"),
 )
 """Smaller charts, each shown where the run has the metric."""
@@ -58,7 +58,7 @@ def points(lines: Sequence[Record], metric: str) -> list[tuple[float, float]]:
 def curves_section(run: RunData) -> Html:
     """KL and accuracy large, the rest small."""
     kl = line_chart(
-        "Reverse KL of student and teacher by step", [Series("KL", "student", points(run.steps, "kl/full_bound"))]
+        "Reverse KL of student and teacher by step", [Series("KL", "student", points(run.steps, "kl/lower_bound"))]
     )
     small = [
         figure(
@@ -80,7 +80,7 @@ def curves_section(run: RunData) -> Html:
                 kl,
                 curve_table(
                     "KL by step",
-                    [(name, points(run.steps, f"kl/{name}")) for name in ("full_bound", "support", "tail")],
+                    [(name, points(run.steps, f"kl/{name}")) for name in ("lower_bound", "support", "tail")],
                 ),
                 note="student to teacher, nats a token, on the step’s own answers",
             ),

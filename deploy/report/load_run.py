@@ -12,7 +12,7 @@ import yaml
 
 Record = dict[str, Any]
 
-STEP_MARK = "kl/full_bound"
+STEP_MARK = "kl/lower_bound"
 """A line of ``metrics.jsonl`` with this is a training step's; the others are evaluations."""
 
 

@@ -29,13 +29,13 @@ DOING = {"topk": "computing", "accumulate": "computing", "step": "computing"}
 
 def parts_of(line: Record) -> dict[str, float]:
     """Seconds of one step by part; they sum to its length. Empty where the line does not say."""
-    total, bubble = line.get("time/total_s"), line.get("loop/bubble_ratio")
+    total, bubble = line.get("time/total_s"), line.get("time/trainer_idle_ratio")
     if not isinstance(total, int | float) or not isinstance(bubble, int | float):
         return {}
     waits = {
-        key.removeprefix("loop/wait/"): float(value) * total
+        key.removeprefix("time/wait_ratio/"): float(value) * total
         for key, value in line.items()
-        if key.startswith("loop/wait/") and isinstance(value, int | float)
+        if key.startswith("time/wait_ratio/") and isinstance(value, int | float)
     }
     return {"computing": total * (1 - bubble), **waits}
 

@@ -61,7 +61,7 @@ class SimulatedTeacher(Section):
     context_tokens: NonNegative = 0
     """Of the context, which every replica computes once, before its first answer."""
     context_every_version: bool = False
-    """A teacher that follows the student (`self`, `ema`) computes its context again after every step."""
+    """A teacher that follows the student (`live`, `ema`) computes its context again after every step."""
     request_s: Seconds = 0.0
     """Latency of an answer that keeps no replica busy: network, waiting for a batch."""
 

@@ -19,7 +19,7 @@ def summary(config: SimulationConfig, simulation: Simulation) -> Table:
     table.add_row("step", f"{simulation.step_s:.3g} s")
     table.add_row("slowest stage", f"{simulation.slowest_stage_s:.3g} s: no overlap gets a step below")
     table.add_row("response tokens", f"{simulation.tokens_per_s:,.0f} /s")
-    table.add_row("bubble ratio", f"{total.bubble_ratio:.1%} of a step no rank computes")
+    table.add_row("bubble ratio", f"{total.trainer_idle_ratio:.1%} of a step no rank computes")
     for stage, share in total.wait_shares.items():
         if share > 5e-4:
             table.add_row(f"  waits for {stage}", f"{share:.1%}")

@@ -100,7 +100,7 @@ def measured(folder: Path) -> Measured:
         syncs=tuple(_span(event) for event in spans if event["name"] == "sync"),
         sync_s=tuple(event["dur"] / 1e6 for event in closing["sync"]),
         parity_s=tuple(event["dur"] / 1e6 for event in closing["parity"]),
-        loop_s=tuple(line["time/total_s"] * line.get("loop/wait/other", 0.0) for line in later),
+        loop_s=tuple(line["time/total_s"] * line.get("time/wait_ratio/other", 0.0) for line in later),
     )
 
 

@@ -70,11 +70,11 @@ class Cluster:
 
     def check(self, config: Config) -> None:
         """Whether the run fits on the cluster with nothing else on it. Raises PlacementError with what is missing. Of a
-        run that waits for nodes to come (``run.patience_s``) only what no cluster can hold is refused.
+        run that waits for nodes to come (``run.placement_timeout_s``) only what no cluster can hold is refused.
         """
         bundles = bundles_of(config)
         why = impossible(bundles)
-        if why is None and bundles and not config.run.patience_s:
+        if why is None and bundles and not config.run.placement_timeout_s:
             why = shortfall(bundles, self.gpus())
         if why is not None:
             raise PlacementError(f"the cluster at {self.address}, if it were free: {why}")

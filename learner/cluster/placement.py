@@ -118,24 +118,24 @@ class Placement:
             self._group = placement_group([{"GPU": bundle.gpus} for bundle in bundles], strategy="PACK")
 
     @classmethod
-    def reserve(cls, config: Config, *, workers_only: bool = False, patience_s: float = 0.0) -> Placement:
+    def reserve(cls, config: Config, *, workers_only: bool = False, placement_timeout_s: float = 0.0) -> Placement:
         """Reserve what the run, or its workers alone, ask for and wait until it is there.
 
-        Raises PlacementError where it cannot be: at once, or after `patience_s`, where nodes may come (an autoscaler's,
+        Raises PlacementError where it cannot be: at once, or after `placement_timeout_s`, where nodes may come (an autoscaler's,
         one that is being replaced) or GPUs be given back. The placement group is there meanwhile: it is what an
         autoscaler sees.
         """
         bundles = bundles_of(config, workers_only=workers_only)
-        why = impossible(bundles) if patience_s else shortfall(bundles, free_gpus())
+        why = impossible(bundles) if placement_timeout_s else shortfall(bundles, free_gpus())
         if why is not None:
             raise PlacementError(why)
         placement = cls(bundles)
-        limit_s = patience_s or START_TIMEOUT_S
+        limit_s = placement_timeout_s or START_TIMEOUT_S
         if placement._group is not None and not placement._group.wait(limit_s):
             why = shortfall(bundles, free_gpus())  # a group that waits holds nothing
             placement.release()
             asked = sum(bundle.gpus for bundle in bundles)
-            what = f"{asked:g} GPUs were not free together within {limit_s:.0f} s (run.patience_s)"
+            what = f"{asked:g} GPUs were not free together within {limit_s:.0f} s (run.placement_timeout_s)"
             raise PlacementError(what if why is None else f"{what}: {why}")
         return placement
 

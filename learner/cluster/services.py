@@ -81,12 +81,14 @@ class Services:
 
     # --- start and stop ---------------------------------------------------------------------------------------------
 
-    def reserve(self, *, workers_only: bool = False, patience_s: float = 0.0) -> None:
+    def reserve(self, *, workers_only: bool = False, placement_timeout_s: float = 0.0) -> None:
         """Reserve the places of all actors, or of the workers, before any is started. Raises PlacementError, where they
-        are not free at once, or within `patience_s` or ``run.patience_s``, whichever is longer.
+        are not free at once, or within `placement_timeout_s` or ``run.placement_timeout_s``, whichever is longer.
         """
-        patience_s = max(patience_s, self.config.run.patience_s)
-        self.placement = Placement.reserve(self.config, workers_only=workers_only, patience_s=patience_s)
+        placement_timeout_s = max(placement_timeout_s, self.config.run.placement_timeout_s)
+        self.placement = Placement.reserve(
+            self.config, workers_only=workers_only, placement_timeout_s=placement_timeout_s
+        )
 
     async def start_workers(self, model: str, scorer: ScorerFactory | None, count: int) -> None:
         """Place `count` rollout workers and wait until their engines answer."""

@@ -1,7 +1,7 @@
 """The teachers of one run: its own as actors, others by address; which one scores what, and who gets weights.
 
 A teacher of the run's own that dies is started again at the same address: scorers wait for it and hand their contexts
-over again. One that takes weights (`self`, `ema`) cannot: what it had is gone. Neither can one whose node is gone: the
+over again. One that takes weights (`live`, `ema`) cannot: what it had is gone. Neither can one whose node is gone: the
 address was the node's.
 """
 
@@ -60,7 +60,7 @@ class Teacher:
     @property
     def takes_weights(self) -> bool:
         """Whether the learner publishes to it."""
-        return self.section.kind in ("self", "ema")
+        return self.section.kind in ("live", "ema")
 
 
 class Teachers:
@@ -78,7 +78,7 @@ class Teachers:
             if section.kind == "base":  # the learner itself
                 continue
             if section.url is not None:
-                key = None if section.key_file is None else read_key(section.key_file)
+                key = None if section.client_key_file is None else read_key(section.client_key_file)
                 self.all[name] = Teacher(name, section, url=section.url, key=key)
                 continue
             whole = section.model_copy(update={"model": section.model or self._config.student.model})

@@ -14,7 +14,7 @@ from common.telemetry.run_files import Progress, RunFiles, write_json
 from learner.cluster.services import Services
 from learner.data.inputs import Inputs
 from learner.evaluation.evaluate import evaluate_rows
-from learner.evaluation.summary import Tally
+from learner.evaluation.summary import RunSummary
 from learner.loop.controller import beside
 
 ROWS = "accuracy.json"
@@ -31,7 +31,7 @@ class HeldOut:
         inputs: Inputs,
         files: RunFiles,
         progress: Progress,
-        tally: Tally,
+        tally: RunSummary,
         keep_workers: Callable[[int], Coroutine[Any, Any, None]],
     ) -> None:
         """`keep_workers`: what runs beside an evaluation at a step, so that lost workers are replaced."""

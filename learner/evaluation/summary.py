@@ -26,7 +26,7 @@ class Best:
 
 
 @dataclass
-class Tally:
+class RunSummary:
     """Filled while the run goes on, so that an interrupted run has a summary too. `seconds`: beside the steps."""
 
     planned_steps: int
@@ -120,7 +120,7 @@ class Tally:
         return {"ood": tasks, "perplexity": texts}
 
 
-def summary_of(tally: Tally) -> dict[str, Any]:
+def summary_of(tally: RunSummary) -> dict[str, Any]:
     """The content of ``summary.json``. Stages overlap: their seconds need not add up to the total."""
     gap = tally.in_context_gap()
     return {
@@ -138,7 +138,7 @@ def summary_of(tally: Tally) -> dict[str, Any]:
         "kl_first": tally.kl[0] if tally.kl else None,
         "kl_last": tally.kl[-1] if tally.kl else None,
         "time_s": {name: round(value, 3) for name, value in {**tally.times.stage_s, **tally.seconds}.items()},
-        **{name.removeprefix("loop/"): round(value, 4) for name, value in tally.times.metrics().items()},
+        **{name.removeprefix("time/"): round(value, 4) for name, value in tally.times.metrics().items()},
         "parity_max_nats": tally.parity_max_nats,
         "failed_checkpoints": tally.failed_checkpoints,
         "versions": {"weights": tally.steps, **package_versions()},
@@ -164,16 +164,16 @@ def step_line(step: int, planned: int, metrics: Mapping[str, Any], left_s: float
         at = "" if speed is None else f" at {speed:.0f}"
         return f"{name} {metrics.get(f'time/{name}_s', 0.0):.1f}{at}"
 
-    depths = ", ".join(f"{name} {metrics[f'loop/depth/{name}']:.1f}" for name in DEPTHS)
+    depths = ", ".join(f"{name} {metrics[f'queue_depth/{name}']:.1f}" for name in DEPTHS)
     return (
-        f"step {step}/{planned}  kl {metrics['kl/full_bound']:.4f}  grad {metrics['grad_norm']:.2f}  "
+        f"step {step}/{planned}  kl {metrics['kl/lower_bound']:.4f}  grad {metrics['grad_norm']:.2f}  "
         f"{metrics['tokens_per_s']:.0f} tok/s  {metrics['time/total_s']:.1f} s ({', '.join(map(stage, STAGES))})  "
         f"depth ({depths})  age {metrics['staleness/mean_age']:.1f}  parity {metrics['parity/max_nats']:.1e}  "
         f"{timedelta(seconds=round(left_s))} left"
     )
 
 
-def final_table(tally: Tally) -> str:
+def final_table(tally: RunSummary) -> str:
     """The result as a table, then where the time went."""
     rows = [
         ("without context, before", tally.base),
@@ -204,5 +204,5 @@ def final_table(tally: Tally) -> str:
     waits = {stage: share for stage, share in tally.times.wait_shares.items() if share >= WORTH_A_WORD}
     if waits:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in sorted(waits.items(), key=lambda one: -one[1]))
-        lines += ["", f"the learner waited for {tally.times.bubble_ratio:.0%} of the steps' time: {shares}"]
+        lines += ["", f"the learner waited for {tally.times.trainer_idle_ratio:.0%} of the steps' time: {shares}"]
     return "\n".join(lines)

@@ -32,7 +32,7 @@ from learner.data.teacher_answers import Offline
 from learner.errors import RunError
 from learner.loop.micro_batcher import MicroBatchFiller
 from learner.loop.parity import ParityReport
-from learner.loop.stream import Answered, Stream
+from learner.loop.rollout_pipeline import RolloutPipeline, ScoredRollout
 from learner.loop.weight_publisher import Publisher
 from learner.trainer.reports import AccumulateReport, StepReport
 from learner.trainer.token_records import TokenRecord, first_records
@@ -78,7 +78,7 @@ class _Trained:
     episodes: list[EpisodeSummary] = field(default_factory=list)
     spans: list[TraceSpan] = field(default_factory=list)
 
-    def add(self, answered: Answered) -> None:
+    def add(self, answered: ScoredRollout) -> None:
         """One more answer."""
         self.tokens += answered.summary.response_tokens
         self.student_tokens += answered.summary.student_tokens
@@ -141,7 +141,7 @@ class Controller:
         self._source = SampleSource(config, prompts, draw)
         self._publisher = Publisher(config, services, status)
         self._offline = offline
-        self._stream: Stream | None = None
+        self._stream: RolloutPipeline | None = None
 
     async def begin_parity(self) -> ParityReport:
         """Join learner and engines, which hold the initial weights; measure what they differ by."""
@@ -152,7 +152,7 @@ class Controller:
         if version:
             await self._publisher.publish(version)
         where = position or {"next": version * self._source.per_step, "again": []}
-        self._stream = Stream(
+        self._stream = RolloutPipeline(
             self._config, self._services, self._source, version, where["next"], where["again"], self._offline
         )
 
@@ -166,7 +166,7 @@ class Controller:
             await self._stream.close()
 
     @property
-    def _running(self) -> Stream:
+    def _running(self) -> RolloutPipeline:
         if self._stream is None:
             raise RuntimeError("the controller was used before begin")
         return self._stream
@@ -245,12 +245,12 @@ class Controller:
             raise RunError(f"step {step}: {trained.sequences} sequences were dealt out, the learner saw {seen}")
         return trained
 
-    async def _answers(self, trained: _Trained) -> AsyncIterator[Answered]:
+    async def _answers(self, trained: _Trained) -> AsyncIterator[ScoredRollout]:
         """The step's answers as they come; or all together in the order of their numbers, where arrival must not matter
         or learner and engines take turns.
         """
 
-        def failed(answered: Answered) -> None:
+        def failed(answered: ScoredRollout) -> None:
             trained.failures[answered.sample.sample_id] = str(answered.error)
             self._check_failures(trained.failures)
 

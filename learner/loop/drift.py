@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from common.config.model import SyncConfig
 
-RMS, OUTSIDE = "drift/rms", "drift/outside"
+RMS, OUTSIDE = "mismatch/rms", "mismatch/outside"
 """Metrics of a step: root mean square of engine minus learner log-prob, in nats; share of tokens whose probability
 ratio, learner over engine, lies outside [0.9, 1.1]."""
 

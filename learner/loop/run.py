@@ -22,7 +22,7 @@ from learner.data.inputs import Inputs
 from learner.data.teacher_answers import open_offline
 from learner.errors import ServiceLost
 from learner.evaluation.held_out import HeldOut
-from learner.evaluation.summary import Best, Tally, step_line, summary_of
+from learner.evaluation.summary import Best, RunSummary, step_line, summary_of
 from learner.loop.checkpoints import (
     LEARNER,
     CheckpointError,
@@ -38,7 +38,7 @@ from learner.loop.kl_alarm import KlAlarm
 from learner.loop.user_errors import KNOWN_ERRORS, plain_error
 from learner.trainer.token_records import ShownFiles
 
-PATIENCE_S = 600.0
+PLACEMENT_TIMEOUT_S = 600.0
 """How long a run that goes on waits for its GPUs: a lost node may have to be replaced first."""
 BEST = "best.json"
 """In ``best/``: the step whose weights lie there, and its accuracy."""
@@ -77,7 +77,7 @@ class Run:
         self._resumed = resumed
         self._checkpoints = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep)
         self._began = time.time()
-        self.tally = Tally(planned_steps=config.learner.steps)
+        self.tally = RunSummary(planned_steps=config.learner.steps)
         self._held_out = HeldOut(config, self._services, inputs, files, progress, self.tally, self._keep_workers)
         self._shown = ShownFiles(files, config.student.model, inputs.contexts)
         if resumed is None:
@@ -128,7 +128,7 @@ class Run:
         config, services, started = self._config, self._services, time.time()
         local_teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
         self._progress.status("reserving places")
-        services.reserve(patience_s=PATIENCE_S if self._resumed else 0.0)
+        services.reserve(placement_timeout_s=PLACEMENT_TIMEOUT_S if self._resumed else 0.0)
         to_evaluate = self._resumed is None and bool(self._inputs.eval)
         to_answer = self._offline is not None and bool(self._offline.missing())
         if local_teacher not in (None, config.student.model) and (to_evaluate or to_answer):
@@ -224,7 +224,7 @@ class Run:
     def _note(self, outcome: StepOutcome) -> None:
         tally = self.tally
         tally.steps = outcome.version
-        tally.kl.append(outcome.metrics["kl/full_bound"])
+        tally.kl.append(outcome.metrics["kl/lower_bound"])
         tally.parity_max_nats = max(tally.parity_max_nats, outcome.parity.max_nats)
         tally.add_times(outcome.times)
         self._files.metrics(outcome.version, outcome.metrics)
@@ -235,7 +235,7 @@ class Run:
         self._progress.line(step_line(outcome.version, tally.planned_steps, outcome.metrics, left_s))
         for warning in (
             self._drift.check(outcome.version, outcome.metrics),
-            self._alarm.observe(outcome.metrics["kl/full_bound"]),
+            self._alarm.observe(outcome.metrics["kl/lower_bound"]),
         ):
             if warning is not None:
                 self._progress.line(f"WARNING: {warning}")

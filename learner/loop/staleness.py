@@ -81,14 +81,14 @@ class StalenessTracker:
     StalenessError.
 
     A step has ``samples_per_step`` places, filled by trained and failed samples; the first answers to finish are
-    trained first, older ones ahead. While a step has room, `over_issue` samples beyond the places may be on their way;
+    trained first, older ones ahead. While a step has room, `oversample` samples beyond the places may be on their way;
     whoever issues them discards as many stragglers. A resumed run starts at its `version`, with the places of the steps
     before it filled. A run of `steps` (None: of any number) has no places beyond them, and nothing is issued for such.
     """
 
     max_staleness: int
     samples_per_step: int
-    over_issue: int = 0
+    oversample: int = 0
     version: int = 0
     steps: int | None = None
     filled: int = field(init=False)
@@ -102,9 +102,9 @@ class StalenessTracker:
     _ages: Counter[int] = field(default_factory=Counter, init=False)
 
     def __post_init__(self) -> None:
-        if self.max_staleness < 0 or self.samples_per_step < 1 or self.over_issue < 0 or self.version < 0:
+        if self.max_staleness < 0 or self.samples_per_step < 1 or self.oversample < 0 or self.version < 0:
             raise ValueError(
-                f"max_staleness {self.max_staleness}, over_issue {self.over_issue} and version {self.version} must not "
+                f"max_staleness {self.max_staleness}, oversample {self.oversample} and version {self.version} must not "
                 f"be negative, samples_per_step {self.samples_per_step} must be positive"
             )
         self.filled = self.version * self.samples_per_step
@@ -117,7 +117,7 @@ class StalenessTracker:
         Places up to step ``version + max_staleness`` that are neither filled nor spoken for: what is issued under these
         weights can then be trained before it is too old, unless later ones overtake it.
         """
-        return max(0, self._unspoken() + (self.over_issue if self.room() else 0))
+        return max(0, self._unspoken() + (self.oversample if self.room() else 0))
 
     def issue(self, sample_id: str) -> None:
         """Note that a new sample is on its way to an engine that holds version `version` or a later one."""

@@ -232,9 +232,9 @@ class LearnerEngine:
         self._version += 1
         count = max(totals["loss_tokens"], 1)
         means = {name: sums[name] / count for name in METRICS}
-        means["drift/rms"] = means.pop("drift/squared") ** 0.5
+        means["mismatch/rms"] = means.pop("mismatch/squared") ** 0.5
         squared = means.pop("importance/squared")
-        means["importance/effective_share"] = means["importance/mean"] ** 2 / squared if squared else 0.0
+        means["importance/ess_ratio"] = means["importance/mean"] ** 2 / squared if squared else 0.0
         for name in self._unknown_metrics():
             del means[name]
         report = StepReport(
@@ -286,14 +286,14 @@ class LearnerEngine:
         sampler = self._config.rollout
         foreign = sampler.source == "teacher"
         if self._config.loss.support == "student" or (foreign and sampler.topk_from == "engine"):
-            yield "overlap"
+            yield "topk_overlap"
         # Under `teacher` only those of the student's ids are looked at that the teacher picked, too.
         if self._config.loss.support == "teacher" or (foreign and sampler.topk_from == "engine"):
             yield "support_coverage"
         if self._config.loss.importance_clip is None:
-            yield from ("importance/mean", "importance/effective_share")
+            yield from ("importance/mean", "importance/ess_ratio")
         if foreign or self._config.loss.temperature != sampler.temperature or sampler.top_p != 1:
-            yield from ("drift/abs", "drift/rms", "drift/outside")
+            yield from ("mismatch/abs", "mismatch/rms", "mismatch/outside")
 
     def _keep_bad(self, batch: Sequence[ScoredTrajectory], nonfinite: Sequence[str]) -> None:
         self._bad += [item for item in batch if item.trajectory.sample_id in nonfinite]

@@ -24,27 +24,27 @@ METRICS = (
     "loss",
     "kl/support",
     "kl/tail",
-    "kl/full_bound",
+    "kl/lower_bound",
     "mass/student_topk",
     "mass/teacher_topk",
     "support_coverage",
-    "overlap",
+    "topk_overlap",
     "entropy",
-    "drift/abs",
-    "drift/squared",
-    "drift/outside",
+    "mismatch/abs",
+    "mismatch/squared",
+    "mismatch/outside",
     "importance/mean",
     "importance/squared",
 )
 """Per-token values, in this order, summed over the loss's tokens.
 
 ``loss``: the value minimised, before the weights. ``kl/support`` and ``kl/tail``: the parts of the reverse KL on the
-support and in the tail bucket, whatever the form; ``kl/full_bound`` their sum, a lower bound of the full KL.
+support and in the tail bucket, whatever the form; ``kl/lower_bound`` their sum, a lower bound of the full KL.
 ``mass/*``: mass of either side on the support. ``support_coverage``: the student's mass, under the weights that are
 being trained, on the ids picked when the answer was made, as far as the support holds them (not all of them where the
-teacher picks it). ``overlap``: share of the teacher's top k among the student's (NaN where only the student picks).
-``entropy`` of the student on the support and the tail bucket. ``drift/*``: |.| and
-square of engine minus learner log-prob of the sampled token (where both are at one temperature); ``drift/outside``: 1
+teacher picks it). ``topk_overlap``: share of the teacher's top k among the student's (NaN where only the student picks).
+``entropy`` of the student on the support and the tail bucket. ``mismatch/*``: |.| and
+square of engine minus learner log-prob of the sampled token (where both are at one temperature); ``mismatch/outside``: 1
 where the ratio of their probabilities lies outside [0.9, 1.1]. ``importance/*``: the weight of what stands before the
 token (``loss.importance_clip``; 1 without it), and its square.
 """

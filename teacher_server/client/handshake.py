@@ -45,11 +45,11 @@ def handshake(
 
 
 def read_key(path: Path) -> str:
-    """The key in a file (``teacher.key_file``); raises TeacherError, which never shows what is in it."""
+    """The key in a file (``teacher.client_key_file``); raises TeacherError, which never shows what is in it."""
     try:
         key = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher.key_file {path} cannot be read: {type(error).__name__}") from error
+        raise TeacherError(f"teacher.client_key_file {path} cannot be read: {type(error).__name__}") from error
     if not key or not key.isascii() or len(key.split()) != 1:
-        raise TeacherError(f"teacher.key_file {path} must hold one key and nothing else")
+        raise TeacherError(f"teacher.client_key_file {path} must hold one key and nothing else")
     return key

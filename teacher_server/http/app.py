@@ -40,7 +40,7 @@ LONGEST_DEADLINE_S = 3600.0
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
-class _Face:
+class TeacherApi:
     """The routes' common parts: who asks, reading, answering."""
 
     def __init__(self, service: TeacherService, auth: Authenticator) -> None:
@@ -144,7 +144,7 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
         yield
         await service.stop()
 
-    face = _Face(service, auth or Authenticator())
+    face = TeacherApi(service, auth or Authenticator())
     app = FastAPI(title="opcd teacher", version="1", lifespan=lifespan)
     app.state.service = service
     keyed = [Security(KEY)]

@@ -80,7 +80,7 @@ def read_keys(path: Path) -> Authenticator:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher.keys_file {path} cannot be read: {error}") from error
+        raise TeacherError(f"teacher.server_keys_file {path} cannot be read: {error}") from error
     return Authenticator(tuple(_parse(lines, str(path))))
 
 
@@ -90,29 +90,29 @@ def single_key(key: str, tenant: str = "run") -> Authenticator:
 
 
 def authenticator(
-    host: str, keys_file: Path | None, *, allow_anonymous: bool, environ: Mapping[str, str] = os.environ
+    host: str, server_keys_file: Path | None, *, allow_anonymous: bool, environ: Mapping[str, str] = os.environ
 ) -> Authenticator:
     """From the configuration and the environment.
 
     Raises TeacherError where everybody could score and nobody said so, or where it is unclear which keys are meant.
     """
     text = environ.get(KEYS_VARIABLE)
-    if keys_file is not None and text is not None:
-        raise TeacherError(f"teacher.keys_file and {KEYS_VARIABLE} are both set: keep one of them")
-    if keys_file is not None:
-        return _with_keys(read_keys(keys_file), f"teacher.keys_file {keys_file}")
+    if server_keys_file is not None and text is not None:
+        raise TeacherError(f"teacher.server_keys_file and {KEYS_VARIABLE} are both set: keep one of them")
+    if server_keys_file is not None:
+        return _with_keys(read_keys(server_keys_file), f"teacher.server_keys_file {server_keys_file}")
     if text is not None:
         lines = text.replace(",", "\n").splitlines()
         return _with_keys(Authenticator(tuple(_parse(lines, KEYS_VARIABLE))), KEYS_VARIABLE)
     if not allow_anonymous:
         raise TeacherError(
-            f"this teacher has no keys: set teacher.keys_file or {KEYS_VARIABLE} (`opcd key TENANT` makes one), "
+            f"this teacher has no keys: set teacher.server_keys_file or {KEYS_VARIABLE} (`opcd key TENANT` makes one), "
             "or teacher.allow_anonymous=true on a loopback address"
         )
     if host not in LOOPBACK:
         raise TeacherError(
             f"teacher.allow_anonymous is for loopback addresses, teacher.host is {host}: "
-            f"set teacher.keys_file or {KEYS_VARIABLE}"
+            f"set teacher.server_keys_file or {KEYS_VARIABLE}"
         )
     return Authenticator()
 

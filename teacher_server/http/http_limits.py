@@ -76,7 +76,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.cycle.more_body = False
 
     def on_response_complete(self) -> None:
-        """Answered before the body's end (it was refused): the rest is thrown away, for a while.
+        """ScoredRollout before the body's end (it was refused): the rest is thrown away, for a while.
 
         Closing at once would reset the connection under a client that is still sending and has not read the answer.
         """

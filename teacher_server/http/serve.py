@@ -82,13 +82,13 @@ def build_app(config: TeacherServerConfig) -> FastAPI:
     Raises TeacherError, also where there are no keys: Serve's proxy listens, on an address that nothing tells here.
     """
     section = config.teacher
-    if section.allow_anonymous and section.keys_file is None and KEYS_VARIABLE not in os.environ:
+    if section.allow_anonymous and section.server_keys_file is None and KEYS_VARIABLE not in os.environ:
         raise TeacherError(
             "teacher.allow_anonymous is refused under Ray Serve: its proxy listens on the address of Serve's "
-            f"http_options, not on teacher.host={section.host}; set teacher.keys_file or {KEYS_VARIABLE} "
+            f"http_options, not on teacher.host={section.host}; set teacher.server_keys_file or {KEYS_VARIABLE} "
             "(`opcd key TENANT` makes a key)"
         )
-    auth = authenticator(section.host, section.keys_file, allow_anonymous=False)
+    auth = authenticator(section.host, section.server_keys_file, allow_anonymous=False)
     return create_app(build_service(section), auth)
 
 
@@ -125,7 +125,7 @@ def serve(config: TeacherServerConfig, *, announce: Callable[[str], None] = prin
     Raises TeacherError, also where what was begun was not finished in `DRAIN_S`.
     """
     section = config.teacher
-    auth = authenticator(section.host, section.keys_file, allow_anonymous=section.allow_anonymous)
+    auth = authenticator(section.host, section.server_keys_file, allow_anonymous=section.allow_anonymous)
     service = build_service(section)
     listener = _listen(section)
     server = _server(service, section, auth)

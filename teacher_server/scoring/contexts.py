@@ -100,7 +100,7 @@ class ContextStore:
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class ContextRef:
     """A context with its ancestors (nearest first) and its tenant: all that computing its state takes."""
 
     tenant: str
@@ -152,11 +152,11 @@ class PrefixCache:
         self.nbytes = 0
         self.counts = CacheCounts()
 
-    def fits(self, located: Located) -> bool:
+    def fits(self, located: ContextRef) -> bool:
         """Whether the state of a context can be held at all, with those of its parents, which it refers to."""
         return sum(map(self._backend.prefix_bytes, located.own_tokens())) <= self._max_bytes
 
-    def holds(self, located: Located) -> bool:
+    def holds(self, located: ContextRef) -> bool:
         """Whether the state is here (may be asked from any thread; true only for the moment)."""
         return self._key(located.tenant, located.context) in self._entries
 
@@ -169,7 +169,7 @@ class PrefixCache:
         finally:
             pins.release()
 
-    def acquire(self, located: Located) -> _Entry:
+    def acquire(self, located: ContextRef) -> _Entry:
         """The entry of a context, computed if it is not here, pinned once. Raises CacheFull."""
         entry = self._entries.get(self._key(located.tenant, located.context))
         if entry is not None:
@@ -189,7 +189,7 @@ class PrefixCache:
                 del self._entries[entry.key]
                 self.nbytes -= entry.state.nbytes
 
-    def _compute(self, located: Located) -> _Entry:
+    def _compute(self, located: ContextRef) -> _Entry:
         parent: _Entry | None = None
         lineage = (*reversed(located.parents), located.context)
         for context in lineage:
@@ -248,7 +248,7 @@ class Pins:
         self._cache = cache
         self._entries: dict[Name, _Entry] = {}
 
-    def state(self, located: Located) -> Any:
+    def state(self, located: ContextRef) -> Any:
         """The state of `located`, pinned until the scope ends. Raises CacheFull."""
         if located.name not in self._entries:
             self._entries[located.name] = self._cache.acquire(located)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from common.protocol.schema import ItemError, ItemScore
 from teacher_server.backends.base import Backend, BackendLost, Work
-from teacher_server.scoring.contexts import CacheFull, Located, PrefixCache
+from teacher_server.scoring.contexts import CacheFull, ContextRef, PrefixCache
 from teacher_server.scoring.fair_queue import FairQueue
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Job:
     tenant: str
     run: str
     work: Work
-    located: Located | None
+    located: ContextRef | None
     future: asyncio.Future[Versioned]
     queued_at: float = field(default_factory=time.monotonic)
 
@@ -138,7 +138,7 @@ class Scheduler:
             await asyncio.wait([self._loop_task])
         self._thread.shutdown(wait=True)
 
-    async def submit(self, tenant: str, run: str, works: Sequence[tuple[Work, Located | None]]) -> list[Versioned]:
+    async def submit(self, tenant: str, run: str, works: Sequence[tuple[Work, ContextRef | None]]) -> list[Versioned]:
         """Queue items and wait for all of them. Raises QueueFull and SchedulerStopped; a cancelled caller's items leave
         the queue.
         """

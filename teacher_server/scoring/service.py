@@ -23,7 +23,7 @@ from common.protocol.schema import (
 from common.weight_sync.collective import SyncError
 from teacher_server.backends.base import Backend, LiveBackend, Work
 from teacher_server.scoring.checks import RequestRefused, check_item, check_request
-from teacher_server.scoring.contexts import ContextRefused, ContextStore, Located
+from teacher_server.scoring.contexts import ContextRef, ContextRefused, ContextStore
 from teacher_server.scoring.metrics import Metrics
 from teacher_server.scoring.scheduler import RUN_SHARE, BatchReport, QueueFull, Scheduler, SchedulerStopped
 
@@ -236,10 +236,10 @@ class TeacherService:
 
     def _prepare(
         self, tenant: str, request: ScoreRequest, info: TeacherInfo, scheduler: Scheduler
-    ) -> tuple[list[ItemError | None], list[tuple[Work, Located | None]]]:
+    ) -> tuple[list[ItemError | None], list[tuple[Work, ContextRef | None]]]:
         """Per item its fault or None; the work of those without one."""
         faults: list[ItemError | None] = []
-        works: list[tuple[Work, Located | None]] = []
+        works: list[tuple[Work, ContextRef | None]] = []
         for item in request.items:
             located = self._locate(tenant, item)
             context = None if located is None else located.context
@@ -255,9 +255,9 @@ class TeacherService:
                 works.append((Work(item, None, request.mode, request.temperature, request.k), located))
         return faults, works
 
-    def _locate(self, tenant: str, item: ScoreItem) -> Located | None:
+    def _locate(self, tenant: str, item: ScoreItem) -> ContextRef | None:
         context = None if item.context is None else self.contexts.get(tenant, item.context)
-        return None if context is None else Located(tenant, context, self.contexts.parents(tenant, context))
+        return None if context is None else ContextRef(tenant, context, self.contexts.parents(tenant, context))
 
     def _observe(self, report: BatchReport) -> None:
         metrics = self.metrics
@@ -291,7 +291,7 @@ def _shutting_down() -> RequestRefused:
 
 
 async def _of_one_version(
-    scheduler: Scheduler, tenant: str, run: str, works: Sequence[tuple[Work, Located | None]]
+    scheduler: Scheduler, tenant: str, run: str, works: Sequence[tuple[Work, ContextRef | None]]
 ) -> tuple[list[ItemScore | ItemError], int | None]:
     """Results that were all computed with one version of the weights, and which: a reply has one stamp.
 

@@ -121,7 +121,7 @@ class StubRank(LearnerRank):
     def finish_step(self, tokens: int, sequences: int) -> StepReport:
         time.sleep(Latencies.here().step)
         self._version += 1
-        return StepReport(self._version, True, 0, {"kl/full_bound": 1.0, "grad_norm": 1.0})
+        return StepReport(self._version, True, 0, {"kl/lower_bound": 1.0, "grad_norm": 1.0})
 
     def logprobs(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[Any]:
         return [np.full(len(sequence.response_ids), -1.0, np.float32) for sequence in sequences]

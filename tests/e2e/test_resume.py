@@ -44,8 +44,8 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(write_config: Callable[.
     assert "resumed from" in output
     assert weights_of(cut) == weights_of(whole)
     assert [line["weight_version"] for line in metric_lines(cut)] == [1, 2, 3, 4]
-    assert [line["kl/full_bound"] for line in metric_lines(cut)] == [
-        line["kl/full_bound"] for line in metric_lines(whole)
+    assert [line["kl/lower_bound"] for line in metric_lines(cut)] == [
+        line["kl/lower_bound"] for line in metric_lines(whole)
     ]
     resumed, through = (json.loads((run / "summary.json").read_text()) for run in (cut, whole))
     for name in ("base", "in_context", "final", "best_on_valid", "kl_first", "kl_last", "steps"):

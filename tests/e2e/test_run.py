@@ -52,7 +52,7 @@ def test_kl_falls_over_a_whole_run(write_config: Callable[..., Path], tmp_path: 
     assert summary["base"]["n"] == summary["in_context"]["n"] == summary["final"]["n"] == 4
     assert 0 < summary["parity_max_nats"] <= 2e-4
     assert set(summary["time_s"]) >= {"rollout", "score", "accumulate", "step", "sync", "parity", "total"}
-    assert max(line["drift/rms"] for line in lines) < 1e-4  # engine and learner see the same tokens and positions
+    assert max(line["mismatch/rms"] for line in lines) < 1e-4  # engine and learner see the same tokens and positions
     assert "gap closed" in output
     assert_nothing_left(children)
 

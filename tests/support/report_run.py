@@ -59,7 +59,7 @@ def _metrics(steps: int, finished: bool) -> Iterable[dict[str, Any]]:
     for step in range(1, steps + 1):
         yield {
             "step": step,
-            "kl/full_bound": kl(step),
+            "kl/lower_bound": kl(step),
             "kl/support": kl(step) * 0.95,
             "kl/tail": kl(step) * 0.05,
             "loss": kl(step),
@@ -70,14 +70,14 @@ def _metrics(steps: int, finished: bool) -> Iterable[dict[str, Any]]:
             "tokens_per_s": 12 + step / 3,
             "staleness/mean_age": 0.0,
             "support_coverage": 0.96,
-            "drift/rms": 3e-5,
+            "mismatch/rms": 3e-5,
             "time/total_s": 6.0,
-            "loop/bubble_ratio": 0.75,
-            "loop/wait/rollout": 0.25,
-            "loop/wait/score": 0.125,
-            "loop/wait/sync": 0.25,
-            "loop/wait/parity": 0.1,
-            "loop/wait/other": 0.025,
+            "time/trainer_idle_ratio": 0.75,
+            "time/wait_ratio/rollout": 0.25,
+            "time/wait_ratio/score": 0.125,
+            "time/wait_ratio/sync": 0.25,
+            "time/wait_ratio/parity": 0.1,
+            "time/wait_ratio/other": 0.025,
         }
         if step % 4 == 0:
             yield {"step": step, "accuracy/valid": 1 - kl(step) / 2}

@@ -41,7 +41,7 @@ def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:
     """Until ``metrics.jsonl`` has the line of `step`."""
     while process.poll() is None:
         path = run / "metrics.jsonl"
-        if path.exists() and any("kl/full_bound" in line and f'"step": {step},' in line for line in path.open()):
+        if path.exists() and any("kl/lower_bound" in line and f'"step": {step},' in line for line in path.open()):
             return
         time.sleep(0.1)
     raise AssertionError(f"the run ended early: {process.communicate()}")
@@ -49,7 +49,7 @@ def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:
 
 def metric_lines(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "kl/full_bound" in line]
+    return [line for line in lines if "kl/lower_bound" in line]
 
 
 WORDS = ("cat", "dog", "sun", "map", "cup", "hat", "pen", "box", "key", "car", "bus", "bed")

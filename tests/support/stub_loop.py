@@ -114,4 +114,4 @@ class TakesTurns(StubServices):
 
     async def finish_step(self, tokens: int, sequences: int) -> list[StepReport]:
         self.order.append("step")
-        return [StepReport(1, True, 0, {"kl/full_bound": 1.0})]
+        return [StepReport(1, True, 0, {"kl/lower_bound": 1.0})]

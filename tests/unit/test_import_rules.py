@@ -98,7 +98,7 @@ def test_every_import_keeps_the_rules() -> None:
         ("teacher_server/x.py", "from deploy.tasks.gguf import prepare_smollm2"),
         ("deploy/x.py", "from learner.engine import LearnerEngine"),
         ("deploy/x.py", "from learner.loop.staleness import StalenessTracker"),
-        ("deploy/simulator/simulate.py", "from learner.loop.stream import Stream"),
+        ("deploy/simulator/simulate.py", "from learner.loop.rollout_pipeline import RolloutPipeline"),
     ],
 )
 def test_a_forbidden_import_is_seen(file: str, source: str) -> None:

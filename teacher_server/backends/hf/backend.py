@@ -58,7 +58,7 @@ class TransformersBackend:
         *,
         model_name: str,
         prefill_tokens: int = 8192,
-        kind: Literal["frozen", "self", "ema"] = "frozen",
+        kind: Literal["frozen", "live", "ema"] = "frozen",
         ema_decay: float = 0.0,
     ) -> None:
         """`model` is a loaded ``*ForCausalLM``; contexts are computed `prefill_tokens` at a time."""
@@ -87,7 +87,7 @@ class TransformersBackend:
         dtype: str = "auto",
         device_map: str | None = None,
         prefill_tokens: int = 8192,
-        kind: Literal["frozen", "self", "ema"] = "frozen",
+        kind: Literal["frozen", "live", "ema"] = "frozen",
         ema_decay: float = 0.0,
     ) -> TransformersBackend:
         """From a Hugging Face folder or hub name; `dtype` ``auto`` is bfloat16 on a GPU, float32 on CPU."""
@@ -148,7 +148,7 @@ class TransformersBackend:
         return tokens * self._token_bytes + self._hidden_bytes
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the weights of `version` (of a `self` or `ema` teacher). Raises SyncError, and is unusable then."""
+        """Take the weights of `version` (of a `live` or `ema` teacher). Raises SyncError, and is unusable then."""
         if self._live is None:
             raise SyncError(f"{self.model_name} is a frozen teacher: it takes no weights")
         self._live.load(tensors, again=version == self.weight_version)

@@ -1,4 +1,4 @@
-"""New weights into a teacher that follows its student: every version as it is (`self`) or averaged (`ema`)."""
+"""New weights into a teacher that follows its student: every version as it is (`live`) or averaged (`ema`)."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("serve")
     (folder / "keys").write_text("".join(f"{tenant} {key_digest(key)}\n" for tenant, key in KEYS.items()))
     path = folder / "teacher.yaml"
-    path.write_text(f"teacher: {{model: {tiny_model}, threads: 1, keys_file: {folder / 'keys'}}}\n")
+    path.write_text(f"teacher: {{model: {tiny_model}, threads: 1, server_keys_file: {folder / 'keys'}}}\n")
     return str(path)
 
 
@@ -234,7 +234,7 @@ def test_nobody_is_anonymous_behind_serves_proxy(host: str, monkeypatch: pytest.
     """It listens where its own options say, whatever teacher.host is."""
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     section = TeacherConfig(model="is not loaded", host=host, allow_anonymous=True)
-    with pytest.raises(TeacherError, match=r"allow_anonymous is refused under Ray Serve.*set teacher.keys_file"):
+    with pytest.raises(TeacherError, match=r"allow_anonymous is refused under Ray Serve.*set teacher.server_keys_file"):
         build_app(TeacherServerConfig(teacher=section))
 
 

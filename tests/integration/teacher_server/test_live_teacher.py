@@ -1,4 +1,4 @@
-"""Teachers that follow their student (`self`, `ema`): weights from a real sender, scores against plain forwards."""
+"""Teachers that follow their student (`live`, `ema`): weights from a real sender, scores against plain forwards."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def served(tiny_model: Path) -> Iterator[Any]:
 
 
 def test_a_self_teacher_scores_with_every_version_under_a_context_it_had_cached(served: Any, tiny_model: Path) -> None:
-    server = served("self")
+    server = served("live")
     item = item_under_context(server.service)
     before, version = server.score(item)
     assert version == 0
@@ -122,7 +122,7 @@ def test_a_self_teacher_scores_with_every_version_under_a_context_it_had_cached(
         assert_score(score, logprobs, item)
         assert np.abs(score.sampled_logprob - before.sampled_logprob).max() > 0.1  # old keys and values would show
     info = server.service.info()
-    assert (info.kind, info.weight_version, info.model_fingerprint) == ("self", 2, fingerprint)
+    assert (info.kind, info.weight_version, info.model_fingerprint) == ("live", 2, fingerprint)
     sender.close()
 
 
@@ -159,7 +159,7 @@ def test_an_ema_teacher_holds_the_closed_form_and_takes_a_repeated_version_once(
 
 
 def test_a_teacher_whose_weights_did_not_arrive_whole_scores_nothing_any_more(served: Any, tiny_model: Path) -> None:
-    server = served("self")
+    server = served("live")
     item = item_under_context(server.service)
     sender = server.join()
     weights = weights_of(tiny_model, seed=1)
@@ -180,8 +180,8 @@ def test_a_teacher_whose_weights_did_not_arrive_whole_scores_nothing_any_more(se
 
 def test_a_request_that_an_update_cuts_in_two_is_scored_with_one_version(tiny_model: Path) -> None:
     """Two items in two batches; the weights change between them."""
-    backend = TransformersBackend.load(str(tiny_model), kind="self")
-    section = TeacherConfig(model=str(tiny_model), kind="self", batch_items=1, batch_window_ms=0)
+    backend = TransformersBackend.load(str(tiny_model), kind="live")
+    section = TeacherConfig(model=str(tiny_model), kind="live", batch_items=1, batch_window_ms=0)
     service = TeacherService(backend, section, TokenizerIdentity("0" * 64, "0" * 64))
     weights = weights_of(tiny_model, seed=4)
     rng = np.random.default_rng(2)
@@ -220,8 +220,8 @@ def test_what_waited_while_an_update_failed_is_not_scored_with_the_mixture(
     tiny_model: Path, failure: Exception
 ) -> None:
     """One item is being computed, one waits, and the weights break off between the two."""
-    backend = TransformersBackend.load(str(tiny_model), kind="self")
-    section = TeacherConfig(model=str(tiny_model), kind="self", batch_items=1, batch_window_ms=0)
+    backend = TransformersBackend.load(str(tiny_model), kind="live")
+    section = TeacherConfig(model=str(tiny_model), kind="live", batch_items=1, batch_window_ms=0)
     service = TeacherService(backend, section, TokenizerIdentity("0" * 64, "0" * 64))
     rng = np.random.default_rng(2)
     first, second = (random_item(rng, prompt=4, response=5) for _ in range(2))

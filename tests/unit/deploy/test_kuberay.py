@@ -222,7 +222,7 @@ def test_a_run_fits_into_its_pods(name: str, tmp_path: Path) -> None:
     assert config.run.metrics_host == "0.0.0.0"
     for pod in pods:
         mounts = [mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"]]
-        for path in (config.student.model, config.run.dir, *filter(None, [config.teacher.key_file])):
+        for path in (config.student.model, config.run.dir, *filter(None, [config.teacher.client_key_file])):
             assert any(str(path).startswith(f"{mount}/") for mount in mounts)
 
 
@@ -256,8 +256,8 @@ def test_the_shared_teacher_fits_into_its_pods(tmp_path: Path) -> None:
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert str(Path(asked.config).parent) in mounts
     config = load_teacher_config(config_file(manifests, Path(asked.config).name, tmp_path), asked.overrides).teacher
-    assert config.keys_file is not None
-    assert str(config.keys_file.parent) in mounts
+    assert config.server_keys_file is not None
+    assert str(config.server_keys_file.parent) in mounts
     assert str(config.model).startswith("/data/")
     limits = container["resources"]["limits"]
     assert (config.gpus, asked.min_replicas, asked.max_replicas) == (

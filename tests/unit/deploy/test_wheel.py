@@ -42,7 +42,7 @@ def test_every_module_is_in_it_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     report = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deploy/report/assets").iterdir()}
     assert len(report) == 2  # style and script of the page that every run writes
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    templates = {f"rollout_workers/experience/templates/{name}.txt" for name in ("extract", "extract_game", "context")}
+    templates = {f"learner/experience/templates/{name}.txt" for name in ("extract", "extract_game", "context")}
     assert inside == modules | report | templates
     assert {name.split("/")[0] for name in inside} == set(PACKAGES)
 

@@ -46,11 +46,11 @@ def test_actors_get_the_places_that_were_reserved_and_give_them_back(cluster: No
 
 def test_a_run_that_goes_on_waits_until_those_that_died_let_go(cluster: None) -> None:
     config = config_of(rollout={"gpus_per_worker": 3})
-    before = Placement.reserve(config, patience_s=30)  # the test before has just let go
+    before = Placement.reserve(config, placement_timeout_s=30)  # the test before has just let go
     threading.Timer(1.5, before.release).start()
     with pytest.raises(PlacementError):
         Placement.reserve(config)
-    Placement.reserve(config, patience_s=30).release()
+    Placement.reserve(config, placement_timeout_s=30).release()
 
 
 def test_a_run_that_has_patience_shows_its_demand_while_it_waits(cluster: None) -> None:
@@ -63,17 +63,19 @@ def test_a_run_that_has_patience_shows_its_demand_while_it_waits(cluster: None) 
 
     threading.Timer(1.5, look).start()
     config = config_of(rollout={"gpus_per_worker": 4})
-    with pytest.raises(PlacementError, match=r"4 GPUs were not .* within 3 s \(run.patience_s\): .* free are 3 \("):
-        Placement.reserve(config, patience_s=3)
+    with pytest.raises(
+        PlacementError, match=r"4 GPUs were not .* within 3 s \(run.placement_timeout_s\): .* free are 3 \("
+    ):
+        Placement.reserve(config, placement_timeout_s=3)
     assert seen == ["PENDING"]
-    services = Services(config_of(run={"name": "r", "patience_s": 1}, rollout={"gpus_per_worker": 4}))
+    services = Services(config_of(run={"name": "r", "placement_timeout_s": 1}, rollout={"gpus_per_worker": 4}))
     with pytest.raises(PlacementError, match="within 1 s"):
         services.reserve()
 
 
 def test_what_no_cluster_can_hold_is_not_waited_for(cluster: None) -> None:
     with pytest.raises(PlacementError, match=r"worker 0 asks for 1.5 GPUs"):
-        Placement.reserve(config_of(rollout={"gpus_per_worker": 1.5}), patience_s=3600)
+        Placement.reserve(config_of(rollout={"gpus_per_worker": 1.5}), placement_timeout_s=3600)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(cluster: None) -> None:

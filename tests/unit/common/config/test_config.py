@@ -235,13 +235,13 @@ def test_a_context_is_read_byte_for_byte(path: Path, tmp_path: Path) -> None:
 
 
 def test_more_teachers_are_checked_like_the_first(path: Path) -> None:
-    config = load_config(path, ["teachers.big.model=models/b", "teachers.live.kind=self"])
+    config = load_config(path, ["teachers.big.model=models/b", "teachers.live.kind=live"])
     assert {name: one.kind for name, one in config.named_teachers().items()} == {
         "default": "frozen",
         "big": "frozen",
-        "live": "self",
+        "live": "live",
     }
-    assert "teachers.live.kind `self`" in mistake(path, "teachers.live.kind=self", "teachers.live.url=http://x")
+    assert "teachers.live.kind `live`" in mistake(path, "teachers.live.kind=live", "teachers.live.url=http://x")
     assert "did you mean" in mistake(path, "teachers.big.modle=x")
     assert "`default` is the name" in mistake(path, "teachers.default.model=x")
     assert "teachers.big.max_k 8" in mistake(path, "teachers.big.max_k=8")
@@ -250,7 +250,7 @@ def test_more_teachers_are_checked_like_the_first(path: Path) -> None:
 def test_a_teacher_that_follows_a_student_is_no_server(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.kind `ema` follows one run's student"):
         load_teacher_config(path, ["teacher.kind=ema"])
-    assert "takes new weights" in mistake(path, "teacher.kind=self", "teacher.backend=vllm")
+    assert "takes new weights" in mistake(path, "teacher.kind=live", "teacher.backend=vllm")
 
 
 @pytest.mark.parametrize(

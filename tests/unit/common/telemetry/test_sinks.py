@@ -70,17 +70,17 @@ def test_a_run_asks_for_no_sink_by_default(tmp_path: Path) -> None:
 def test_gauges_show_the_newest_value_of_each_number() -> None:
     sink = PrometheusSink("r", "127.0.0.1", 0)
     try:
-        sink.write(1, {"kl/full_bound": 0.5, "accuracy/base": 0.25})
-        sink.write(2, {"kl/full_bound": 0.125, "loop/wait/rollout": math.inf})
+        sink.write(1, {"kl/lower_bound": 0.5, "accuracy/base": 0.25})
+        sink.write(2, {"kl/lower_bound": 0.125, "time/wait_ratio/rollout": math.inf})
         found = scraped(sink.url)
     finally:
         sink.close()
     assert found.pop("opcd_run_updated_timestamp_seconds") == pytest.approx(time.time(), abs=60)
     assert found == {
         "opcd_run_step": 2,
-        "opcd_run_kl_full_bound": 0.125,
+        "opcd_run_kl_lower_bound": 0.125,
         "opcd_run_accuracy_base": 0.25,
-        "opcd_run_loop_wait_rollout": math.inf,
+        "opcd_run_time_wait_ratio_rollout": math.inf,
     }
 
 
@@ -127,7 +127,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
 
 
 def test_names_are_those_of_prometheus() -> None:
-    assert gauge_name("loop/wait/rollout") == "opcd_run_loop_wait_rollout"
+    assert gauge_name("time/wait_ratio/rollout") == "opcd_run_time_wait_ratio_rollout"
     assert gauge_name("a  b-c/") == "opcd_run_a_b_c"
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from common.telemetry.step_times import step_times
 from common.telemetry.trace import TraceSpan
-from learner.evaluation.summary import Tally, final_table, step_line
+from learner.evaluation.summary import RunSummary, final_table, step_line
 from learner.loop.controller import speeds
 from tests.support.paths import ROOT
 
 METRICS = {
-    "kl/full_bound": 0.912,
+    "kl/lower_bound": 0.912,
     "grad_norm": 9.81,
     "tokens_per_s": 13.6,
     "time/total_s": 6.13,
@@ -19,9 +19,9 @@ METRICS = {
     "time/step_s": 0.5,
     "time/sync_s": 2.3,
     "time/parity_s": 0.2,
-    "loop/depth/queue": 0.0,
-    "loop/depth/rollout": 3.2,
-    "loop/depth/score": 1.46,
+    "queue_depth/queue": 0.0,
+    "queue_depth/rollout": 3.2,
+    "queue_depth/score": 1.46,
     "staleness/mean_age": 0.0,
     "parity/max_nats": 6.1e-5,
 }
@@ -45,7 +45,7 @@ def test_the_last_table_names_the_bubble_and_what_it_waited_for_the_largest_firs
         TraceSpan("score", "teacher", 2.0, 7.0, {}),
         TraceSpan("accumulate", "rank 0", 7.0, 10.0, {}),
     ]
-    tally = Tally(planned_steps=1)
+    tally = RunSummary(planned_steps=1)
     tally.add_times(step_times(spans, (0.0, 10.0)))
     *_, last = final_table(tally).splitlines()
     assert last == "the learner waited for 70% of the steps' time: score 50%, rollout 20%"

@@ -28,7 +28,7 @@ def test_a_serial_step() -> None:
         (0, 10),
     )
     assert times.stage_s["rollout"] == 4
-    assert times.bubble_ratio == pytest.approx(0.75)
+    assert times.trainer_idle_ratio == pytest.approx(0.75)
     assert times.wait_shares == pytest.approx(
         {"rollout": 0.4, "score": 0.2, "sync": 0.05, "parity": 0.025, "other": 0.075}
     )
@@ -47,13 +47,13 @@ def test_a_stage_is_waited_for_only_while_none_before_it_works() -> None:
         ],
         (0, 10),
     )
-    assert times.bubble_s == pytest.approx(8)
+    assert times.trainer_idle_s == pytest.approx(8)
     assert times.wait_s == pytest.approx({"rollout": 5, "score": 2, "queue": 1, "other": 0})
 
 
 def test_an_idle_moment_is_one_in_which_no_rank_computes() -> None:
     times = step_times([span("accumulate", 0, 4, "rank 0"), span("accumulate", 3, 8, "rank 1")], (0, 10))
-    assert times.bubble_ratio == pytest.approx(0.2)
+    assert times.trainer_idle_ratio == pytest.approx(0.2)
     assert times.stage_s == {"accumulate": 8}
 
 
@@ -67,14 +67,14 @@ def test_depth_is_how_many_answers_were_at_a_stage_in_the_mean() -> None:
     ]
     times = step_times(spans, (0, 10))
     assert times.depths == pytest.approx({"queue": 0.5, "rollout": 0.8, "score": 0.1})
-    assert times.metrics()["loop/depth/rollout"] == pytest.approx(0.8)
+    assert times.metrics()["queue_depth/rollout"] == pytest.approx(0.8)
     assert (times + StepTimes(total_s=10)).depths["rollout"] == pytest.approx(0.4)
 
 
 def test_perfect_overlap_counts_the_stages() -> None:
     times = step_times([span("rollout", 0, 2), span("score", 0, 2), span("accumulate", 0, 2)], (0, 2))
     assert times.overlap_ratio == pytest.approx(3)
-    assert times.bubble_ratio == 0
+    assert times.trainer_idle_ratio == 0
 
 
 def test_lying_in_a_queue_is_no_work() -> None:
@@ -97,11 +97,11 @@ def test_steps_add_up_by_their_seconds() -> None:
     short = step_times([span("rollout", 0, 1)], (0, 1))
     both = total_times([long, short])
     assert both.total_s == 10
-    assert both.bubble_ratio == pytest.approx(0.1)
+    assert both.trainer_idle_ratio == pytest.approx(0.1)
     assert both.wait_shares == pytest.approx({"rollout": 0.1, "other": 0})
-    assert both.metrics()["loop/wait/rollout"] == pytest.approx(0.1)
+    assert both.metrics()["time/wait_ratio/rollout"] == pytest.approx(0.1)
     assert total_times([]) == StepTimes()
-    assert StepTimes().bubble_ratio == 0
+    assert StepTimes().trainer_idle_ratio == 0
 
 
 spans = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)).map(lambda t: (t[0], t[0] + t[1])), max_size=6)
@@ -129,5 +129,5 @@ def test_interval_arithmetic_is_set_arithmetic(first: list[Span], second: list[S
 )
 def test_waits_add_up_to_the_bubble(work: list[tuple[str, list[Span]]]) -> None:
     times = step_times([span(stage, *interval) for stage, intervals in work for interval in intervals], (0, 30))
-    assert sum(times.wait_s.values()) == pytest.approx(times.bubble_s)
-    assert 0 <= times.bubble_ratio <= 1
+    assert sum(times.wait_s.values()) == pytest.approx(times.trainer_idle_s)
+    assert 0 <= times.trainer_idle_ratio <= 1

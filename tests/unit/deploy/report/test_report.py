@@ -189,10 +189,10 @@ def test_a_run_that_ended_early_says_so(run: Path, outcome: str) -> None:
 def test_a_step_that_was_done_again_counts_once(run: Path) -> None:
     """A killed run may leave a step's line, and the resumed one writes its own."""
     with (run / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 12, "kl/full_bound": 0.5}\n')
+        stream.write('{"step": 12, "kl/lower_bound": 0.5}\n')
     steps = read_run(run).steps
     assert [line["step"] for line in steps] == list(range(1, 13))
-    assert steps[-1]["kl/full_bound"] == 0.5
+    assert steps[-1]["kl/lower_bound"] == 0.5
 
 
 def test_the_barest_folder_has_a_page(tmp_path: Path) -> None:

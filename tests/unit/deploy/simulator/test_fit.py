@@ -72,7 +72,7 @@ def left_behind(folder: Path, truth: dict[str, Any]) -> Simulation:
     with TraceFile(folder / "trace.json") as trace:
         trace.write(simulation.spans)
     lines = [
-        {"step": step, "time/total_s": times.total_s, "loop/wait/other": times.wait_shares["other"]}
+        {"step": step, "time/total_s": times.total_s, "time/wait_ratio/other": times.wait_shares["other"]}
         for step, times in enumerate(simulation.steps, 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

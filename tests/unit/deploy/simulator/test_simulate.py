@@ -56,7 +56,7 @@ def test_one_of_each_takes_the_sum(follows: bool, second: float) -> None:
         {"rollout": 1.5, "score": 3.75, "accumulate": 3, "step": 0.5, "sync": 1, "parity": 0.25}
     )
     assert first.wait_s == pytest.approx({"rollout": 1.5, "score": 3.75, "sync": 1, "parity": 0.25, "other": 0})
-    assert first.bubble_ratio == pytest.approx(0.65)
+    assert first.trainer_idle_ratio == pytest.approx(0.65)
     assert simulation.tokens_per_s == pytest.approx(20 / (10 + second))
 
 
@@ -267,7 +267,7 @@ def test_every_run_trains_each_answer_once_and_keeps_its_bounds(config: dict[str
     assert len(trained) == config["steps"] * config["samples_per_step"]
     assert simulation.evicted == 0 or config["max_staleness"] > 0
     for step in simulation.steps:
-        assert sum(step.wait_s.values()) == pytest.approx(step.bubble_s)
+        assert sum(step.wait_s.values()) == pytest.approx(step.trainer_idle_s)
         assert step.wait_s["other"] == pytest.approx(0, abs=1e-9)  # somebody is always at work
     total = simulation.total.total_s
     assert total >= simulation.slowest_stage_s * config["steps"] - 1e-9

@@ -151,9 +151,9 @@ def test_every_path_of_a_configuration_is_sorted_by_its_use() -> None:
         run={"name": "r", "dir": "runs"},
         teacher={
             "url": "http://t",
-            "key_file": "team.key",
+            "client_key_file": "team.key",
             "ca_file": "ca.pem",
-            "keys_file": "keys",
+            "server_keys_file": "keys",
             "tls_key": "tls.key",
             "tls_certificate": "tls.pem",
         },
@@ -166,9 +166,9 @@ def test_every_path_of_a_configuration_is_sorted_by_its_use() -> None:
     assert {file.key: file.use for file in named_files(config)} == {
         "run.dir": "output",
         "student.model": "model",
-        "teacher.key_file": "secret",
+        "teacher.client_key_file": "secret",
         "teacher.ca_file": "input",
-        "teacher.keys_file": "secret",
+        "teacher.server_keys_file": "secret",
         "teacher.tls_key": "secret",
         "teacher.tls_certificate": "input",
         "sync.folder": "output",
@@ -193,7 +193,11 @@ def test_what_a_job_would_not_find_is_named_with_the_remedy(folder: Path) -> Non
     assert faults_of(folder, context={"file": "/on/the/cluster.txt"}) == []
     for key, sections, part in (
         ("run.dir", {"run": {"name": "r"}}, "run.dir=/shared/runs"),
-        ("teacher.key_file", {"teacher": {"url": "http://t", "key_file": "team.key"}}, "secrets are not uploaded"),
+        (
+            "teacher.client_key_file",
+            {"teacher": {"url": "http://t", "client_key_file": "team.key"}},
+            "secrets are not uploaded",
+        ),
         ("student.model", {"student": {"model": "models/m"}}, "student.model=/shared/models/m"),
         ("context.file", {"context": {"file": "notes/secret.txt"}}, "left out of the upload"),
         ("context.file", {"context": {"file": "../up.txt"}}, "outside of the submitted folder"),
@@ -271,7 +275,7 @@ def test_a_run_that_the_cluster_cannot_hold_is_not_sent(folder: Path, monkeypatc
     assert sent == []
     assert submitted("learner.gpus_per_rank=1", "--id", "fits").stdout == "fits\n"
     assert submitted("learner.gpus_per_rank=2", "--no-check-gpus", "--id", "forced").stdout == "forced\n"
-    waits = ("learner.gpus_per_rank=2", "run.patience_s=60")  # for nodes that an autoscaler has yet to start
+    waits = ("learner.gpus_per_rank=2", "run.placement_timeout_s=60")  # for nodes that an autoscaler has yet to start
     assert submitted(*waits, "--id", "waits").stdout == "waits\n"
     assert [job.submission_id for job in sent] == ["fits", "forced", "waits"]
     with pytest.raises(PlacementError):

@@ -20,7 +20,7 @@ from learner.cluster.services import Services
 from learner.data.samples import SampleSource
 from learner.data.teacher_answers import AnswerFile, Offline, made_by
 from learner.errors import RunError
-from learner.loop.stream import Answered, Stream
+from learner.loop.rollout_pipeline import RolloutPipeline, ScoredRollout
 from tests.support.stub_loop import ROWS, StubServices
 
 STEPS = 3
@@ -206,9 +206,9 @@ class Scores(StubServices):
         return await super().score(sample, item)
 
 
-async def trained_on(config: Config, services: StubServices, offline: Offline) -> list[Answered]:
-    stream = Stream(config, cast(Services, services), SampleSource(config, ROWS), 0, 0, [], offline)
-    trained: list[Answered] = []
+async def trained_on(config: Config, services: StubServices, offline: Offline) -> list[ScoredRollout]:
+    stream = RolloutPipeline(config, cast(Services, services), SampleSource(config, ROWS), 0, 0, [], offline)
+    trained: list[ScoredRollout] = []
     for _ in range(config.learner.steps):
         step = [answered async for answered in stream.step(lambda failed: None)]
         assert len(step) == 8
@@ -257,7 +257,7 @@ async def test_the_learner_can_pick_its_own_ids_on_the_teachers_answers(tmp_path
         ({"loss": {"form": "policy_gradient"}}, "policy_gradient"),
         ({"loss": {"importance_clip": 2.0}}, r"loss\.importance_clip"),
         ({"rollout": {"max_staleness": 1}}, r"rollout\.max_staleness"),
-        ({"rollout": {"over_issue": 0.5}}, "over_issue"),
+        ({"rollout": {"oversample_fraction": 0.5}}, "oversample_fraction"),
         ({"teacher": {"kind": "ema"}}, "one teacher"),
         ({"teachers": {"other": {}}}, "one teacher"),
         ({"teacher": {"url": "http://127.0.0.1:1"}}, r"teacher\.model must say who answers"),

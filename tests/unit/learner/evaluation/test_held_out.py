@@ -21,7 +21,7 @@ from common.telemetry.run_files import Progress, RunFiles
 from learner.cluster.services import Services
 from learner.data.inputs import read_inputs
 from learner.evaluation.held_out import HeldOut
-from learner.evaluation.summary import Tally, final_table, summary_of
+from learner.evaluation.summary import RunSummary, final_table, summary_of
 from tests.support.runs import run_settings
 
 
@@ -54,7 +54,7 @@ class Judged:
 
     config: Config
     services: StubServices
-    tally: Tally = field(default_factory=lambda: Tally(planned_steps=2))
+    tally: RunSummary = field(default_factory=lambda: RunSummary(planned_steps=2))
 
     async def run(self, after: Callable[[list[int], Sampling], str], nats: float = 2.0) -> None:
         inputs = read_inputs(self.config)
@@ -190,7 +190,7 @@ async def test_a_resumed_run_reports_what_was_measured_before(
     judged = Judged(config, StubServices(knows()))
     await judged.run(knows())
     state = json.loads(json.dumps(judged.tally.state()))
-    again = Tally(planned_steps=2)
+    again = RunSummary(planned_steps=2)
     again.restore(state)
     assert summary_of(again) | {"outcome": 0} == summary_of(judged.tally) | {"outcome": 0}
     assert again.row_scores() == judged.tally.row_scores()

@@ -121,7 +121,7 @@ def identity(parts: dict[str, Any] | None = None, **sections: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("before", "here", "said"),
     [
-        (identity(), identity(teacher={"kind": "self"}), "kind: the checkpoint has frozen, this run has self"),
+        (identity(), identity(teacher={"kind": "live"}), "kind: the checkpoint has frozen, this run has live"),
         (identity(), identity(teacher=EMA), "ema_decay: the checkpoint has None, this run has 0.99"),
         (
             identity(teacher=EMA),
@@ -130,8 +130,8 @@ def identity(parts: dict[str, Any] | None = None, **sections: dict[str, Any]) ->
         ),
         (
             identity(teachers={"big": {"kind": "frozen"}}),
-            identity(teachers={"big": {"kind": "self"}}),
-            "teaching.big.kind: the checkpoint has frozen, this run has self",
+            identity(teachers={"big": {"kind": "live"}}),
+            "teaching.big.kind: the checkpoint has frozen, this run has live",
         ),
         (identity(), identity({"tokenizer": "u"}), "tokenizer: the checkpoint has t, this run has u"),
         (identity(), identity({"teachers": {"default": "g"}}), "teachers.default: the checkpoint has f"),

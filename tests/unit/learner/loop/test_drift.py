@@ -28,8 +28,8 @@ def test_the_objective_counts_tokens_whose_probability_is_off_by_a_tenth() -> No
     support = torch.full((9, 4), -3.0)
     objective(ChunkView(slice(0, 9), support, torch.full((9,), -1.0), torch.tensor(learner, dtype=torch.float32)))
     sums = objective.metric_sums()
-    assert sums["drift/outside"] == 4  # 1.101, 0.899, 2.0 and what is no number; the masked one is not looked at
-    assert math.isnan(sums["drift/squared"])
+    assert sums["mismatch/outside"] == 4  # 1.101, 0.899, 2.0 and what is no number; the masked one is not looked at
+    assert math.isnan(sums["mismatch/squared"])
 
 
 def gate(**bounds: float | None) -> DriftGate:
@@ -38,7 +38,7 @@ def gate(**bounds: float | None) -> DriftGate:
 
 
 def metrics(rms: float, outside: float = 0.0, **others: float) -> dict[str, float]:
-    return {"drift/rms": rms, "drift/outside": outside, **others}
+    return {"mismatch/rms": rms, "mismatch/outside": outside, **others}
 
 
 @pytest.mark.parametrize(

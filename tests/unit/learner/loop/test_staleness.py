@@ -90,7 +90,7 @@ def test_a_straggler_that_others_overtook_is_evicted_when_it_ends() -> None:
 
 
 def test_ready_answers_that_grow_too_old_leave_at_the_sync() -> None:
-    tracker = StalenessTracker(max_staleness=0, samples_per_step=1, over_issue=1)
+    tracker = StalenessTracker(max_staleness=0, samples_per_step=1, oversample=1)
     filled_with(tracker, "ab")
     for name in "ab":
         assert tracker.finish(name, [(0, 0)], 3) is Verdict.READY
@@ -139,7 +139,7 @@ def test_a_failed_sample_makes_the_step_smaller() -> None:
 
 
 def test_over_issued_samples_make_up_for_stragglers_and_failures() -> None:
-    tracker = StalenessTracker(max_staleness=0, samples_per_step=2, over_issue=2)
+    tracker = StalenessTracker(max_staleness=0, samples_per_step=2, oversample=2)
     filled_with(tracker, "abcd")
     assert tracker.may_issue() == 0
     tracker.fail("a")
@@ -156,7 +156,7 @@ def test_over_issued_samples_make_up_for_stragglers_and_failures() -> None:
 
 
 def test_with_rollouts_ahead_the_late_ones_of_the_step_are_cut_off_and_not_the_next_steps() -> None:
-    tracker = StalenessTracker(max_staleness=1, samples_per_step=2, over_issue=2)
+    tracker = StalenessTracker(max_staleness=1, samples_per_step=2, oversample=2)
     filled_with(tracker, "abcdef")  # two steps' and two more
     for name in "be":
         tracker.finish(name, [(0, 0)], 1)
@@ -168,7 +168,7 @@ def test_with_rollouts_ahead_the_late_ones_of_the_step_are_cut_off_and_not_the_n
 
 
 def test_nothing_is_issued_beyond_the_last_step() -> None:
-    tracker = StalenessTracker(max_staleness=2, samples_per_step=2, over_issue=1, version=1, steps=3)
+    tracker = StalenessTracker(max_staleness=2, samples_per_step=2, oversample=1, version=1, steps=3)
     assert tracker.may_issue() == 5  # of steps 1 and 2, and one more
     filled_with(tracker, "abcde")
     for name in "abc":
@@ -272,15 +272,15 @@ def spans_of(versions: list[int]) -> list[tuple[int, int]]:
 @given(
     max_staleness=st.integers(0, 3),
     samples_per_step=st.integers(1, 4),
-    over_issue=st.integers(0, 3),
+    oversample=st.integers(0, 3),
     seed=st.integers(0, 2**32 - 1),
     moves=st.integers(20, 150),
 )
 def test_any_order_of_events_keeps_the_promises(
-    max_staleness: int, samples_per_step: int, over_issue: int, seed: int, moves: int
+    max_staleness: int, samples_per_step: int, oversample: int, seed: int, moves: int
 ) -> None:
     rng = random.Random(seed)
-    tracker = StalenessTracker(max_staleness, samples_per_step, over_issue)
+    tracker = StalenessTracker(max_staleness, samples_per_step, oversample)
     trained = Trained(tracker)
     started: dict[str, int] = {}
     issued = failed = discarded = 0

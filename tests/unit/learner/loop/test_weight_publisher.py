@@ -35,7 +35,7 @@ def services_of(rank: Any, workers: list[Any], teacher: Any = None) -> tuple[Ser
     services.ranks = [answers(rank)]
     services.group = [Worker(number, number, answers(result)) for number, result in enumerate(workers)]
     if teacher is not None:
-        services.teachers.all["live"] = Teacher("live", TeacherConfig(kind="self"), handle=answers(teacher))
+        services.teachers.all["live"] = Teacher("live", TeacherConfig(kind="live"), handle=answers(teacher))
     lost: list[int] = []
     services.pool.lose = lambda worker, why: lost.append(worker.number)
     return services, lost

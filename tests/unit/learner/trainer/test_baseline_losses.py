@@ -146,6 +146,6 @@ def test_metrics_that_need_the_student_to_have_sampled_are_not_numbers(
     objective = Objective(batch, config.loss)
     Policy(load(tiny_model), chunk_tokens=7)(batch, objective)
     sums = objective.metric_sums()
-    assert all(np.isnan(sums[name]) for name in ("overlap", "drift/abs", "drift/squared"))
+    assert all(np.isnan(sums[name]) for name in ("topk_overlap", "mismatch/abs", "mismatch/squared"))
     assert all(np.isfinite(sums[name]) for name in ("loss", "kl/support", "kl/tail", "mass/teacher_topk", "entropy"))
     assert objective.nonfinite_samples() == ()

@@ -56,7 +56,7 @@ def test_a_bad_line_is_named_and_not_shown(tmp_path: Path, line: str) -> None:
 
 
 def test_nobody_scores_anonymously_by_accident(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="keys_file"):
+    with pytest.raises(TeacherError, match="server_keys_file"):
         authenticator("127.0.0.1", None, allow_anonymous=False)
     with pytest.raises(TeacherError, match="loopback"):
         authenticator("0.0.0.0", None, allow_anonymous=True)

@@ -10,7 +10,7 @@ import pytest
 
 from common.protocol.schema import Context, Ids, as_ids, context_hash
 from teacher_server.backends.base import Backend
-from teacher_server.scoring.contexts import CacheFull, ContextRefused, ContextStore, Located, PrefixCache
+from teacher_server.scoring.contexts import CacheFull, ContextRef, ContextRefused, ContextStore, PrefixCache
 
 TOKENIZER = "ab" * 32
 
@@ -124,14 +124,14 @@ def cache(backend: CountingBackend) -> PrefixCache:
     return PrefixCache(cast(Backend, backend), max_bytes=1000)
 
 
-def use(cache: PrefixCache, *located: Located) -> None:
+def use(cache: PrefixCache, *located: ContextRef) -> None:
     with cache.pinned() as pins:
         for one in located:
             pins.state(one)
 
 
 def test_computed_once(cache: PrefixCache, backend: CountingBackend) -> None:
-    one = Located("t", make(50))
+    one = ContextRef("t", make(50))
     use(cache, one, one)
     use(cache, one)
     assert backend.computed == [(0, 50)]
@@ -143,33 +143,33 @@ def test_parents_are_computed_first_and_reused(cache: PrefixCache, backend: Coun
     grand = make(10)
     parent = make(30, grand)
     child, sibling = make(50, parent), make(40, parent)
-    use(cache, Located("t", child, (parent, grand)))
-    use(cache, Located("t", sibling, (parent, grand)))
+    use(cache, ContextRef("t", child, (parent, grand)))
+    use(cache, ContextRef("t", sibling, (parent, grand)))
     assert backend.computed == [(0, 10), (10, 30), (30, 50), (30, 40)]
     assert cache.nbytes == 600
 
 
 def test_a_lost_parent_is_not_needed(cache: PrefixCache, backend: CountingBackend) -> None:
-    use(cache, Located("t", make(50, make(30))))
+    use(cache, ContextRef("t", make(50, make(30))))
     assert backend.computed == [(0, 50)]
 
 
 def test_another_tenant_computes_for_itself(cache: PrefixCache, backend: CountingBackend) -> None:
     """A shared state would answer faster, and so tell that someone else has this context."""
-    use(cache, Located("a", make(50)))
-    use(cache, Located("b", make(50)))
+    use(cache, ContextRef("a", make(50)))
+    use(cache, ContextRef("b", make(50)))
     assert backend.computed == [(0, 50), (0, 50)]
 
 
 def test_another_weight_version_computes_again(cache: PrefixCache, backend: CountingBackend) -> None:
-    use(cache, Located("t", make(50)))
+    use(cache, ContextRef("t", make(50)))
     backend.weight_version = 1
-    use(cache, Located("t", make(50)))
+    use(cache, ContextRef("t", make(50)))
     assert len(backend.computed) == 2
 
 
 def test_bounded_and_least_recently_used_first(cache: PrefixCache, backend: CountingBackend) -> None:
-    a, b, c = (Located("t", make(length)) for length in (40, 41, 42))
+    a, b, c = (ContextRef("t", make(length)) for length in (40, 41, 42))
     use(cache, a)
     use(cache, b)
     use(cache, a)
@@ -184,11 +184,11 @@ def test_bounded_and_least_recently_used_first(cache: PrefixCache, backend: Coun
 
 def test_pinned_states_stay(cache: PrefixCache) -> None:
     with cache.pinned() as pins:
-        pins.state(Located("t", make(60)))
+        pins.state(ContextRef("t", make(60)))
         with pytest.raises(CacheFull):
-            pins.state(Located("t", make(61)))
+            pins.state(ContextRef("t", make(61)))
         assert len(cache) == 1
-    use(cache, Located("t", make(61)))
+    use(cache, ContextRef("t", make(61)))
     assert cache.nbytes == 610
 
 
@@ -196,31 +196,31 @@ def test_a_parent_outlives_its_children(cache: PrefixCache) -> None:
     """Its memory is in use as long as a child's state refers to it: evicting it would only hide that."""
     parent = make(50)
     child = make(60, parent)
-    use(cache, Located("t", child, (parent,)))
-    use(cache, Located("t", make(45)))
+    use(cache, ContextRef("t", child, (parent,)))
+    use(cache, ContextRef("t", make(45)))
     assert cache.nbytes == 10 * 45 + 10 * 50
-    use(cache, Located("t", make(70)))
+    use(cache, ContextRef("t", make(70)))
     assert cache.nbytes == 700
 
 
 def test_failed_computation_leaves_no_pins(cache: PrefixCache, backend: CountingBackend) -> None:
     parent = make(50)
-    use(cache, Located("t", parent))
+    use(cache, ContextRef("t", parent))
 
     def fail(ids: Ids, parent: State | None) -> State:
         raise RuntimeError("out of memory")
 
     backend.prefill = fail
     with pytest.raises(RuntimeError, match="out of memory"):
-        use(cache, Located("t", make(60, parent), (parent,)))
+        use(cache, ContextRef("t", make(60, parent), (parent,)))
     del backend.prefill
-    use(cache, Located("t", make(95)))
+    use(cache, ContextRef("t", make(95)))
     assert cache.nbytes == 950
 
 
 def test_a_context_that_never_fits(cache: PrefixCache) -> None:
-    assert cache.fits(Located("t", make(100)))
-    assert not cache.fits(Located("t", make(101)))
+    assert cache.fits(ContextRef("t", make(100)))
+    assert not cache.fits(ContextRef("t", make(101)))
 
 
 @pytest.mark.parametrize("tokens", range(60, 101))
@@ -239,8 +239,8 @@ def test_what_is_said_to_fit_does(tokens: int) -> None:
     cache = PrefixCache(cast(Backend, Padded()), max_bytes=1000)
     grand = make(10)
     parent = make(30, grand)
-    located = Located("t", make(tokens, parent), (parent, grand))
-    use(cache, Located("t", make(50)))  # makes room
+    located = ContextRef("t", make(tokens, parent), (parent, grand))
+    use(cache, ContextRef("t", make(50)))  # makes room
     if cache.fits(located):
         use(cache, located)
         assert cache.nbytes == 10 * tokens + 3 * 75 <= 1000

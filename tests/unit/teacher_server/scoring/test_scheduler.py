@@ -13,7 +13,7 @@ import pytest
 
 from common.protocol.schema import Context, Ids, ItemError, ItemScore, ScoreItem, as_ids
 from teacher_server.backends.base import Backend, BackendLost, Work
-from teacher_server.scoring.contexts import Located
+from teacher_server.scoring.contexts import ContextRef
 from teacher_server.scoring.fair_queue import FairQueue
 from teacher_server.scoring.scheduler import BatchReport, QueueFull, Scheduler, SchedulerStopped, Versioned
 
@@ -63,13 +63,13 @@ async def scheduler_of(backend: Held, **settings: Any) -> AsyncIterator[Schedule
         await scheduler.stop()
 
 
-def work(tokens: int, number: int = 0, context: Located | None = None) -> tuple[Work, Located | None]:
+def work(tokens: int, number: int = 0, context: ContextRef | None = None) -> tuple[Work, ContextRef | None]:
     item = ScoreItem(None, as_ids(np.zeros(tokens)), as_ids([]))
     return Work(item, None, "sampled", 1.0, number), context
 
 
-def context(tokens: int) -> Located:
-    return Located("t", Context(f"{tokens}", as_ids(np.zeros(tokens))))
+def context(tokens: int) -> ContextRef:
+    return ContextRef("t", Context(f"{tokens}", as_ids(np.zeros(tokens))))
 
 
 def numbers(results: Sequence[Versioned]) -> list[object]:

@@ -14,21 +14,21 @@ from common.config.model import Config
 from common.protocol.schema import Sample
 from learner.cluster.services import Services
 from learner.data.samples import SampleSource
-from learner.loop.stream import Answered, Stream
+from learner.loop.rollout_pipeline import RolloutPipeline, ScoredRollout
 from tests.support.stub_loop import ROWS, StubServices, config_of
 
 
 def stream_of(
     config: Config, services: StubServices, version: int = 0, begin: tuple[int, list[int]] = (0, [])
-) -> Stream:
-    return Stream(config, cast(Services, services), SampleSource(config, ROWS), version, *begin)
+) -> RolloutPipeline:
+    return RolloutPipeline(config, cast(Services, services), SampleSource(config, ROWS), version, *begin)
 
 
-async def take(stream: Stream, failed: list[Answered] | None = None) -> list[Answered]:
+async def take(stream: RolloutPipeline, failed: list[ScoredRollout] | None = None) -> list[ScoredRollout]:
     return [answered async for answered in stream.step((failed if failed is not None else []).append)]
 
 
-def ids(answers: list[Answered]) -> list[str]:
+def ids(answers: list[ScoredRollout]) -> list[str]:
     return [answered.sample.sample_id for answered in answers]
 
 
@@ -95,7 +95,7 @@ async def test_an_answer_that_became_too_old_is_made_again() -> None:
 
 
 async def test_stragglers_beyond_the_batch_are_cut_off_and_counted() -> None:
-    config = config_of(over_issue=0.5)
+    config = config_of(oversample_fraction=0.5)
     source = SampleSource(config, ROWS)
     services = StubServices(slow={source[1].sample_id, source[2].sample_id})
     stream = stream_of(config, services)
@@ -120,7 +120,7 @@ async def test_what_is_longest_is_asked_for_first() -> None:
 
     config = config_of(max_tokens=8)
     services = Lengths()
-    stream = Stream(config, cast(Services, services), SampleSource(config, ROWS[:6]), 0, 0, [])
+    stream = RolloutPipeline(config, cast(Services, services), SampleSource(config, ROWS[:6]), 0, 0, [])
     known: dict[str, int] = {}
     for version in range(4):
         services.version = version
@@ -135,7 +135,7 @@ async def test_what_is_longest_is_asked_for_first() -> None:
 
 
 async def test_with_rollouts_ahead_the_cut_is_of_the_late_ones() -> None:
-    config = config_of(over_issue=0.5, max_staleness=1)
+    config = config_of(oversample_fraction=0.5, max_staleness=1)
     source = SampleSource(config, ROWS)
     late = {source[1].sample_id, source[2].sample_id}
     services = StubServices(slow={*late, *(source[number].sample_id for number in (6, 7, 8, 9))})
@@ -175,7 +175,7 @@ async def test_between_steps_nothing_is_issued() -> None:
 async def test_a_sample_without_a_score_leaves_its_place_empty() -> None:
     config = config_of()
     services = StubServices(unscored={SampleSource(config, ROWS)[2].sample_id})
-    failed: list[Answered] = []
+    failed: list[ScoredRollout] = []
     assert len(await take(stream_of(config, services), failed)) == 3
     assert [answered.error for answered in failed] == ["no"]
 

@@ -29,7 +29,7 @@ from learner.loop.staleness import StalenessTracker, Verdict
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class ScoredRollout:
     """An answer that went all the way: `item` is the reference to what the learner trains on. `error` says why there
     is no score; `spans` are where its time went.
     """
@@ -60,7 +60,7 @@ class Answered:
         return 1 if self.episode is None else self.episode.sequences
 
 
-class Stream:
+class RolloutPipeline:
     """The samples of a run on their way, as far ahead of training as `rollout.max_staleness` allows.
 
     Used on one event loop. A resumed run begins at `next_number`, the numbers in `again` before it. With `offline` the
@@ -85,16 +85,16 @@ class Stream:
         self.tracker = StalenessTracker(
             max_staleness=config.rollout.max_staleness,
             samples_per_step=per_step,
-            over_issue=round(config.rollout.over_issue * per_step),
+            oversample=round(config.rollout.oversample_fraction * per_step),
             version=version,
             steps=config.learner.steps,
         )
         self._next = next_number
         self._again = list(again)
-        self._tasks: dict[str, asyncio.Task[Answered]] = {}
+        self._tasks: dict[str, asyncio.Task[ScoredRollout]] = {}
         self._in_flight: dict[str, Sample] = {}
-        self._finished: asyncio.Queue[asyncio.Task[Answered]] = asyncio.Queue()
-        self._ready: dict[str, Answered] = {}
+        self._finished: asyncio.Queue[asyncio.Task[ScoredRollout]] = asyncio.Queue()
+        self._ready: dict[str, ScoredRollout] = {}
         self._evicted: dict[str, Sample] = {}
         self._lengths: dict[str, int] = {}
         self._unpassed: set[str] = set()
@@ -102,7 +102,7 @@ class Stream:
 
     # --- for the loop -----------------------------------------------------------------------------------------------
 
-    async def step(self, failed: Callable[[Answered], None]) -> AsyncIterator[Answered]:
+    async def step(self, failed: Callable[[ScoredRollout], None]) -> AsyncIterator[ScoredRollout]:
         """The answers to train on in this step, as they come; `failed` hears of those that cannot be scored."""
         self._fill()
         while self.tracker.room():
@@ -167,7 +167,7 @@ class Stream:
         self.tracker.issue(sample.sample_id)
         return sample
 
-    def _settle(self, answered: Answered, failed: Callable[[Answered], None]) -> None:
+    def _settle(self, answered: ScoredRollout, failed: Callable[[ScoredRollout], None]) -> None:
         sample, summary = answered.sample, answered.summary
         if self._in_flight.pop(sample.sample_id, None) is None:
             return  # discarded while its answer lay in the queue
@@ -192,7 +192,7 @@ class Stream:
 
     # --- one answer -------------------------------------------------------------------------------------------------
 
-    async def _answer(self, sample: Sample) -> Answered:
+    async def _answer(self, sample: Sample) -> ScoredRollout:
         issued, config = time.time(), self._config
         by_engine = config.rollout.topk_from == "engine" and config.teacher.kind != "base"
         if by_engine and self._offline is None:
@@ -234,7 +234,7 @@ class Stream:
 
 def _answered(
     sample: Sample, issued: float, summary: Any, score: Any, item: Any, prepared: Prepared | None = None
-) -> Answered:
+) -> ScoredRollout:
     args = {"sample": sample.sample_id}
     spans = []
     if not isinstance(summary, Replayed):
@@ -249,4 +249,4 @@ def _answered(
     if score is not None:
         spans.append(TraceSpan("score", "teacher", score.started, score.ended, args))
     agreement = None if prepared is None else prepared.agreement
-    return Answered(sample, summary, item, score and score.error, tuple(spans), agreement)
+    return ScoredRollout(sample, summary, item, score and score.error, tuple(spans), agreement)
