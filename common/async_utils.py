@@ -1,23 +1,40 @@
-"""Object references (anything with a ``future()``) as what asyncio waits for."""
+"""Helpers for asyncio: awaiting object references, and work in the background of a block."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 
 def value_of(reference: Any) -> Awaitable[Any]:
-    """An object reference as something that asyncio's functions accept."""
+    """Awaitable value of an object reference (any object with ``future()``)."""
     return asyncio.wrap_future(reference.future())
 
 
 async def all_of(references: Sequence[Any]) -> list[Any]:
-    """Values of object references, in their order; raises what the first one to fail raised."""
+    """Values of object references, in order; raises the error of the first one that fails."""
     return list(await asyncio.gather(*map(value_of, references)))
 
 
 async def within(seconds: float, awaitable: Any) -> Any:
-    """The value of a coroutine or reference; raises TimeoutError after `seconds`."""
+    """Value of a coroutine or object reference; raises TimeoutError after `seconds`."""
     work = awaitable if asyncio.iscoroutine(awaitable) else value_of(awaitable)
     return await asyncio.wait_for(work, seconds)
+
+
+@asynccontextmanager
+async def run_in_background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `coroutines` while the block runs, and cancel them at its end.
+
+    An error of one coroutine cancels the block and is raised here, outside any ExceptionGroup.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+            yield
+            for task in tasks:
+                task.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None

@@ -19,6 +19,7 @@ from types import FrameType
 
 import ray
 
+from common.async_utils import run_in_background
 from common.config.loader import dump_config, load_config
 from common.config.model import Config, ConfigError
 from common.openmp import share_cores
@@ -34,7 +35,6 @@ from learner.evaluation.held_out import accuracy_line
 from learner.evaluation.report_process import reported
 from learner.evaluation.summary import RunSummary, final_table
 from learner.loop.checkpoints import CheckpointError, Checkpoints
-from learner.loop.controller import beside
 from learner.loop.run import Resumed, Run
 from learner.loop.user_errors import KNOWN_ERRORS
 
@@ -122,7 +122,7 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
             sets = [("without context", inputs.eval, False), ("with context", inputs.eval, True)]
             sets += [(f"ood/{name}", rows, False) for name, rows in inputs.ood.items()]
             for name, rows, with_context in sets:
-                async with beside(services.admit_replacements()):
+                async with run_in_background(services.admit_replacements()):
                     result = await evaluate_rows(services, config, inputs, rows, name, 0, files, with_context)
                 progress.line(accuracy_line(name, result))
         finally:

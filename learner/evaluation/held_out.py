@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from common.async_utils import run_in_background
 from common.config.model import Config
 from common.evaluation.accuracy import Accuracy, change
 from common.evaluation.perplexity import perplexity
@@ -15,7 +16,6 @@ from learner.cluster.services import Services
 from learner.data.inputs import Inputs
 from learner.evaluation.evaluate import evaluate_rows
 from learner.evaluation.summary import RunSummary
-from learner.loop.controller import beside
 
 ROWS = "accuracy.json"
 """Of a run's folder: set -> row id -> the row's share of right answers."""
@@ -86,7 +86,7 @@ class HeldOut:
             return None
         started = time.time()
         self._progress.status(f"evaluating: {name}, {len(rows)} rows")
-        async with beside(self._keep_workers(step)):
+        async with run_in_background(self._keep_workers(step)):
             result = await evaluate_rows(
                 self._services, self._config, self._inputs, rows, name, step, self._files, with_context
             )

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 
+from common.async_utils import run_in_background
 from common.config.model import Config, ConfigError
 from common.telemetry.run_files import Progress, RunFiles
 from learner import train
@@ -13,7 +14,6 @@ from learner.cluster.services import Services
 from learner.experience.extract import extraction_of, folder, solver, without_context
 from learner.experience.pool import POOL, SELECTED, Selection, candidates, consolidation_of, write_pool, write_selected
 from learner.loop.checkpoints import Checkpoints
-from learner.loop.controller import beside
 from learner.train import KNOWN_ERRORS
 
 __all__ = ["KNOWN_ERRORS", "accumulate", "consolidate", "extract", "rounds", "select"]
@@ -127,7 +127,7 @@ def _over_workers(config: Config, model: str, progress: Progress, work: Callable
             progress.status(f"starting {model}")
             services.reserve(workers_only=True)
             await services.start_workers(model, None, config.rollout.workers)
-            async with beside(services.admit_replacements()):
+            async with run_in_background(services.admit_replacements()):
                 await work(services)
         finally:
             services.close()

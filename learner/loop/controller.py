@@ -13,15 +13,13 @@ fills. The optimiser step is the only barrier. This process holds ids and object
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from common.async_utils import all_of
+from common.async_utils import all_of, run_in_background
 from common.config.model import Config
 from common.protocol.schema import Prompt
 from common.telemetry.step_times import StepTimes, step_times
@@ -178,7 +176,7 @@ class Controller:
         started = time.time()
         pool = self._services.pool
         workers = len(pool.members)
-        async with beside(pool.watch(), self._services.teachers.watch(), self.keep_workers(step)):
+        async with run_in_background(pool.watch(), self._services.teachers.watch(), self.keep_workers(step)):
             trained = await self._train(step)
         closing = time.time()
         reports = await self._services.finish_step(trained.tokens, trained.sequences)
@@ -268,7 +266,7 @@ class Controller:
 
     async def keep_workers(self, version: int) -> None:
         """For ever: where every worker was lost, the first replacement takes part at once, with `version`, not at the
-        next step. Run it `beside` whatever waits for answers.
+        next step. Run it with `run_in_background`, around code that waits for answers.
         """
         while True:
             await self._services.pool.only_replacements()
@@ -323,16 +321,3 @@ def speeds(tokens: int, stage_s: Mapping[str, float]) -> dict[str, float]:
     """``tokens_per_s/STAGE`` while the stage was at work, for those that go through every token."""
     seconds = {stage: stage_s.get(stage, 0.0) for stage in ("rollout", "score", "accumulate")}
     return {f"tokens_per_s/{stage}": tokens / value for stage, value in seconds.items() if value}
-
-
-@asynccontextmanager
-async def beside(*background: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `background` while the body runs; what one of them raises ends the body and is raised here."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work) for work in background]
-            yield
-            for task in tasks:
-                task.cancel()
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from common.async_utils import run_in_background
 from common.config.model import Config, ConfigError, LossConfig
 from common.data.rendering import check_lengths, teacher_sequence
 from common.telemetry.run_files import Progress, RunFiles, write_json
@@ -32,7 +33,7 @@ from learner.loop.checkpoints import (
     identity_of,
     refuse_other_run,
 )
-from learner.loop.controller import Controller, StepOutcome, beside
+from learner.loop.controller import Controller, StepOutcome
 from learner.loop.drift import DriftGate, drift_bounds
 from learner.loop.kl_alarm import KlAlarm
 from learner.loop.user_errors import KNOWN_ERRORS, plain_error
@@ -197,7 +198,7 @@ class Run:
         if self._offline is None or not self._offline.missing():
             return
         started, inputs, services = time.time(), self._inputs, self._services
-        async with beside(services.admit_replacements()):
+        async with run_in_background(services.admit_replacements()):
             await self._offline.collect(
                 lambda sample: teacher_sequence(sample.prompt, inputs.contexts), services.answer, self._progress.status
             )
