@@ -32,7 +32,7 @@ from learner.data.inputs import Inputs, read_inputs
 from learner.errors import ServiceLost
 from learner.evaluation.evaluate import evaluate_rows
 from learner.evaluation.held_out import accuracy_line
-from learner.evaluation.report_process import reported
+from learner.evaluation.report_process import report_at_end
 from learner.evaluation.summary import RunSummary, final_table
 from learner.loop.checkpoints import CheckpointError, Checkpoints
 from learner.loop.run import Resumed, Run
@@ -53,12 +53,12 @@ def run(config: Config, *, resume: bool = False, accept_changes: bool = False, q
     resumed = _find_checkpoint(config, resume=resume, accept_changes=accept_changes)
     progress.status("reading data")
     inputs = read_inputs(config)
-    with reported(config.run.path, progress.line), interruptible(), cluster() as dashboard:
+    with report_at_end(config.run.path, progress.line), interruptible(), cluster() as dashboard:
         if dashboard is not None:
             progress.line(f"Ray's dashboard: {dashboard}")
         for restart in itertools.count(1):
             try:
-                tally = _run_once(config, inputs, progress, resumed)
+                summary = _run_once(config, inputs, progress, resumed)
             except KeyboardInterrupt:
                 return INTERRUPTED
             except ServiceLost as error:
@@ -69,7 +69,7 @@ def run(config: Config, *, resume: bool = False, accept_changes: bool = False, q
                 progress.line(f"{error}\ngoing on from step {newest[1].step}, restart {restart}")
             else:
                 break
-    progress.line(final_table(tally))
+    progress.line(final_table(summary))
     files = "report.html, summary.json, metrics.jsonl, samples.jsonl, trace.json, checkpoint/"
     progress.line(f"\nwritten to {config.run.path}/: {files}")
     return 0
@@ -86,7 +86,7 @@ def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resum
         (config.run.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         write_json(config.run.path / "environment.json", environment())
         asyncio.run(one.run())
-        return one.tally
+        return one.summary
 
 
 def _find_checkpoint(config: Config, *, resume: bool, accept_changes: bool) -> Resumed | None:

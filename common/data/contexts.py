@@ -67,7 +67,7 @@ def pool_digest(pool: Pool) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def drawn(seed: int, key: str, count: int) -> int:
+def context_index(seed: int, key: str, count: int) -> int:
     """Which of `count` contexts `key` (a sample's id, which names step, row and repeat) has: a function of its
     arguments alone, so that a resumed run draws the same.
     """

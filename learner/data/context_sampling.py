@@ -1,50 +1,50 @@
-"""Rows under the contexts of a pool: which sample has which, and what it looks like to the teacher."""
+"""Sampling of contexts from a pool, and rows rendered with the sampled context."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from common.data.contexts import Pool, drawn
+from common.data.contexts import Pool, context_index
 from common.data.rendering import Renderer
 from common.data.rows import DataError
 from common.protocol.schema import Prompt
-from learner.data.games import Turn
+from learner.data.games import FirstTurn
 
 STAND_IN_CHARACTERS = 256
-"""Of a context, at least: see `end_of`."""
+"""Minimum characters of a context's end, see `end_of`."""
 
 Kind = tuple[bool, str | None]
-"""Rows whose prompts share a context's tokens: raw text or not, the system message of a chat."""
+"""Rows of one kind share a context's tokens: (raw text or chat, system message of the chat)."""
 
 
-class ContextDraw:
-    """Renders rows under contexts of a pool; called with (row's index, sample's id) it gives that sample's prompt.
+class ContextSampler:
+    """Renders rows with contexts of a pool; a call with (row index, sample id) returns that sample's prompt.
 
-    What is drawn is a function of the run's seed and the key (`common.data.contexts.drawn`). All contexts that training
-    rows can name are in ``renderer.contexts`` from the start, so that a teacher can be given them once.
+    The context is a function of the run's seed and the sample id (`common.data.contexts.context_index`). Construction
+    fills ``renderer.contexts`` with every context that a training row can name, so the teacher gets them once.
 
-    A context of 16,384 tokens takes a tokenizer 0.1 s, and a step draws hundreds. So a row is rendered behind the last
-    characters of its context, and the prefix of the whole put before it: where a row of its kind, rendered both ways,
-    shows that this is the same.
+    Tokenizing a context of 16,384 tokens takes 0.1 s, and a step samples hundreds. So a row is rendered with only the
+    end of its context, and then gets the prefix of the whole context. This needs equal teacher tokens after the prefix,
+    which the constructor checks once for each kind of row and context.
     """
 
-    def __init__(self, pool: Pool, renderer: Renderer, seed: int, turns: Sequence[Turn]) -> None:
-        """`renderer` under any context; `turns` are what is trained on. Raises DataError as `Renderer.render`."""
+    def __init__(self, pool: Pool, renderer: Renderer, seed: int, turns: Sequence[FirstTurn]) -> None:
+        """`renderer` may have any context; `turns` are the training rows. Raises DataError as `Renderer.render`."""
         self._pool = pool
         self._seed = seed
         self._turns = turns
-        self._renderers = [renderer.under(one.text) for one in pool]
-        apart = replace(renderer, contexts={}, without_shared_prefix=[])
-        self._short = [apart.under(end_of(one.text)) for one in pool]
+        self._renderers = [renderer.with_context(entry.text) for entry in pool]
+        separate = replace(renderer, contexts={}, without_shared_prefix=[])
+        self._short_renderers = [separate.with_context(end_of(entry.text)) for entry in pool]
         self._prefixes: dict[tuple[int, Kind], str] = {}
         lengths = [0] * len(pool)
-        for kind, turn in _one_of_each_kind(turns):
+        for kind, turn in {_kind(turn): turn for turn in reversed(turns)}.items():
             for index in range(len(pool)):
-                short, whole = turn.render(self._short[index]), turn.render(self._renderers[index])
+                short, whole = turn.render(self._short_renderers[index]), turn.render(self._renderers[index])
                 shared = 0 if whole.context is None else len(renderer.contexts[whole.context].ids)
                 lengths[index] = max(lengths[index], shared + len(whole.teacher_ids))
                 if whole.context is not None and np.array_equal(whole.teacher_ids, short.teacher_ids):
@@ -53,31 +53,31 @@ class ContextDraw:
         self._known = frozenset(renderer.contexts)
 
     def __call__(self, index: int, sample_id: str) -> Prompt:
-        """The prompt of a training sample."""
-        prompt = self._under(drawn(self._seed, sample_id, len(self._pool)), self._turns[index])
+        """Prompt of a training sample. Raises DataError for a context that the teacher did not get at the start."""
+        prompt = self._render(context_index(self._seed, sample_id, len(self._pool)), self._turns[index])
         if prompt.context is not None and prompt.context not in self._known:
             raise DataError(
-                f"sample {sample_id}: under context {prompt.context_id!r} of the pool it starts with tokens that the "
-                "teacher was not told of when the run began"
+                f"sample {sample_id}: with context {prompt.context_id!r} of the pool it starts with tokens that the "
+                "teacher did not get when the run began"
             )
         return prompt
 
-    def longest(self, turn: Turn) -> Prompt:
-        """A row under the context that takes most tokens: what must fit."""
-        return self._under(self._longest, turn)
+    def with_longest_context(self, turn: FirstTurn) -> Prompt:
+        """The row with the context of most tokens, for length checks."""
+        return self._render(self._longest, turn)
 
-    def held_out(self, turn: Turn) -> Prompt:
-        """A held-out row under the one context that it is evaluated with, whenever it is."""
-        return self._under(drawn(self._seed, f"held-out/{turn.row.id}", len(self._pool)), turn)
+    def held_out(self, turn: FirstTurn) -> Prompt:
+        """A held-out row with its context, which is the same in every evaluation."""
+        return self._render(context_index(self._seed, f"held-out/{turn.row.id}", len(self._pool)), turn)
 
-    def under(self, context_id: str, turn: Turn) -> Prompt:
-        """A row under the context of that id."""
-        return self._under([one.id for one in self._pool].index(context_id), turn)
+    def with_context(self, context_id: str, turn: FirstTurn) -> Prompt:
+        """The row with the context of that id."""
+        return self._render([entry.id for entry in self._pool].index(context_id), turn)
 
-    def _under(self, index: int, turn: Turn) -> Prompt:
+    def _render(self, index: int, turn: FirstTurn) -> Prompt:
         prefix = self._prefixes.get((index, _kind(turn)))
-        short = None if prefix is None else turn.render(self._short[index])
-        if short is None or short.context is None:  # its first token merges with the context's last
+        short = None if prefix is None else turn.render(self._short_renderers[index])
+        if short is None or short.context is None:  # the row's first token merges with the context's last
             prompt = turn.render(self._renderers[index])
         else:
             prompt = replace(short, context=prefix)
@@ -86,10 +86,9 @@ class ContextDraw:
 
 
 def end_of(text: str) -> str:
-    """So much of a context's end that a tokenizer does there what it does at the end of the whole.
+    """The end of a context, long enough that its last tokens equal those of the whole text.
 
-    Tokens reach back to a blank between words at most. So the end has one, not counting the blanks that it ends with,
-    however many those are.
+    A token reaches back to a blank between words at most. So the end holds one such blank, trailing blanks excluded.
     """
     words = len(text.rstrip())
     length = STAND_IN_CHARACTERS
@@ -98,11 +97,7 @@ def end_of(text: str) -> str:
     return text[max(words - length, 0) :]
 
 
-def _one_of_each_kind(turns: Sequence[Turn]) -> Iterator[tuple[Kind, Turn]]:
-    yield from {_kind(turn): turn for turn in reversed(turns)}.items()
-
-
-def _kind(turn: Turn) -> Kind:
+def _kind(turn: FirstTurn) -> Kind:
     messages = turn.row.messages or ()
     system = messages[0].content if messages and messages[0].role == "system" else None
     return not messages, system

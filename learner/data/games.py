@@ -1,7 +1,4 @@
-"""Rows that are played: checked, and rendered as far as they can be before anything is played.
-
-Besides the wiring this is the only file of the learner that knows of environments: they are tried in this process.
-"""
+"""Game rows: validated and rendered as their first turn, with environments that run in this process."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.config.model import Config, ConfigError
+from common.config.model import ConfigError, RolloutConfig, TeacherConfig
 from common.data.rendering import Renderer
 from common.data.rows import DataError, Message, Row
 from common.protocol.schema import Game, Prompt
@@ -17,25 +14,20 @@ from rollout_workers.environments.registry import make_environment
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """A row as the turn that is rendered; of a game its first one, with what is played."""
+class FirstTurn:
+    """The row to render: a prompt, or the first observation of `game`."""
 
     row: Row
     game: Game | None = None
 
     def render(self, renderer: Renderer) -> Prompt:
-        """As tokens, under the renderer's context."""
+        """Tokens of the row with the renderer's context."""
         prompt = renderer.render(self.row)
         return prompt if self.game is None else replace(prompt, game=self.game)
 
 
-def game_of(row: Row) -> Game | None:
-    """What is played for `row`; None where it is a prompt."""
-    return None if row.environment is None else Game(row.environment, row.options, row.seed)
-
-
-def fault_of(row: Row) -> str | None:
-    """Why the environment that `row` names cannot be made; None where it can, or where the row is a prompt."""
+def environment_error(row: Row) -> str | None:
+    """Error of making the environment that `row` names; None if it can be made or the row is a prompt."""
     if row.environment is None:
         return None
     try:
@@ -45,34 +37,26 @@ def fault_of(row: Row) -> str | None:
     return None
 
 
-def render(row: Row, renderer: Renderer) -> Prompt:
-    """`row` as tokens; a game as its first turn, which names the context that all its turns have.
-
-    Raises DataError for an environment that cannot begin.
-    """
-    return first_turn(row).render(renderer)
-
-
-def first_turn(row: Row) -> Turn:
-    """What is rendered of `row`; a game is begun for it. Raises DataError for an environment that cannot begin."""
-    game = game_of(row)
-    if game is None:
-        return Turn(row)
+def first_turn(row: Row) -> FirstTurn:
+    """The row itself, or the first observation of its game. Raises DataError for an environment that cannot begin."""
+    if row.environment is None:
+        return FirstTurn(row)
+    game = Game(row.environment, row.options, row.seed)
     try:
         observation = asyncio.run(make_environment(game.environment, game.options).reset(game.seed))
     except (ValueError, TypeError) as error:
         raise DataError(f"row {row.id!r}: {game.environment} cannot begin at seed {game.seed}: {error}") from error
-    turn = Row(id=row.id, messages=(Message(role="user", content=observation),), answer=row.answer, teacher=row.teacher)
-    return Turn(turn, game)
+    message = Message(role="user", content=observation)
+    return FirstTurn(Row(id=row.id, messages=(message,), answer=row.answer, teacher=row.teacher), game)
 
 
-def refuse_unplayable(config: Config, prompts: Sequence[Prompt]) -> None:
-    """Raise ConfigError where games are to be trained in a way that takes single answers only."""
+def refuse_games_if_unsupported(prompts: Sequence[Prompt], rollout: RolloutConfig, teacher: TeacherConfig) -> None:
+    """Raise ConfigError if `prompts` hold games and the settings take single answers only."""
     if not any(prompt.game for prompt in prompts):
         return
-    if config.rollout.source == "teacher":
+    if rollout.source == "teacher":
         raise ConfigError("data.train has games, which the teacher does not play: rollout.source must be `student`")
-    if config.rollout.topk_from == "learner" or config.teacher.kind == "base":
+    if rollout.topk_from == "learner" or teacher.kind == "base":
         raise ConfigError(
             "data.train has games, whose answers the rollout workers have scored: rollout.topk_from must be `engine`, "
             "and teacher.kind not `base`"

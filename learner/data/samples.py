@@ -1,25 +1,25 @@
-"""Which answers a run asks for, as a function of their number alone: nothing of it has to be remembered to resume."""
+"""The samples of a run. Each is a function of its number alone, so a resumed run needs no stored order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import xxhash
 
 from common.config.model import Config
 from common.data.rows import batch_rows
 from common.protocol.schema import Prompt, Sample, Sampling
-
-Draw = Callable[[int, str], Prompt]
-"""(row's index, sample's id) -> the sample's prompt."""
+from learner.data.context_sampling import ContextSampler
 
 
 class SampleSource:
-    """The samples of a run by number: ``batch_size * samples_per_prompt`` a step, a prompt's samples together."""
+    """Samples of a run by number: ``batch_size * samples_per_prompt`` a step, samples of one prompt adjacent."""
 
-    def __init__(self, config: Config, prompts: Sequence[Prompt], draw: Draw | None = None) -> None:
-        """`draw`: what `prompts` look like under the context of one sample, where each has one of its own."""
-        self._draw = draw
+    def __init__(
+        self, config: Config, prompts: Sequence[Prompt], context_sampler: ContextSampler | None = None
+    ) -> None:
+        """`context_sampler` re-renders a prompt with the context of its sample; None keeps `prompts`."""
+        self._context_sampler = context_sampler
         self._config = config
         self._prompts = prompts
         self.per_step = config.rollout.batch_size * config.rollout.samples_per_prompt
@@ -27,32 +27,29 @@ class SampleSource:
 
     def __getitem__(self, number: int) -> Sample:
         config, rollout = self._config, self._config.rollout
-        step, inside = divmod(number, self.per_step)
-        place, repeat = divmod(inside, rollout.samples_per_prompt)
+        step, within_step = divmod(number, self.per_step)
+        position, repeat = divmod(within_step, rollout.samples_per_prompt)
         if self._rows[0] != step:
             rows = batch_rows(step, batch_size=rollout.batch_size, rows=len(self._prompts), seed=config.run.seed)
             self._rows = (step, rows)
-        index = self._rows[1][place]
+        index = self._rows[1][position]
         prompt = self._prompts[index]
-        sample_id = f"{step}/{place}/{prompt.row_id}/{repeat}"
-        if self._draw is not None:
-            prompt = self._draw(index, sample_id)
+        sample_id = f"{step}/{position}/{prompt.row_id}/{repeat}"
+        if self._context_sampler is not None:
+            prompt = self._context_sampler(index, sample_id)
+        # If the learner picks the ids, the engine returns its own only for the first sample of a step, to compare.
+        by_learner = rollout.topk_from == "learner"
         sampling = Sampling(
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
-            top_k=self._own_topk(number),
+            top_logprobs=0 if by_learner and within_step else config.loss.top_k,
             stop=rollout.stop,
             seed=sample_seed(config.run.name, config.run.seed, sample_id),
         )
         return Sample(number, step, sample_id, prompt, sampling)
 
-    def _own_topk(self, number: int) -> int:
-        """How many ids the engine returns: where the learner picks them, the first of a step only, to compare."""
-        by_learner = self._config.rollout.topk_from == "learner"
-        return 0 if by_learner and number % self.per_step else self._config.loss.top_k
-
 
 def sample_seed(run: str, seed: int, sample_id: str) -> int:
-    """Seed of one answer: a function of the run, the step, the row and the sample, not of scheduling."""
+    """Seed of one answer: a function of run, seed and sample id, independent of scheduling."""
     return xxhash.xxh32_intdigest(f"{run}/{seed}/{sample_id}".encode()) & 0x7FFFFFFF

@@ -1,12 +1,12 @@
-"""Answers that the teacher made with the context: sampled once into a file, then trained on like the student's own.
+"""Off-policy training: answers of the teacher with the context, sampled once into a file, then trained on.
 
 ::
 
-    collect ──► a rollout pool of the teacher's weights, prompts with the context ──► offpolicy.jsonl
+    collect ──► rollout pool with the teacher's weights, prompts with the context ──► offpolicy.jsonl
                                                                                           │
-    stream ◄── trajectories of the student's prompts (no context) and the stored answers ◄┘  each once, in its step
+    pipeline ◄── trajectories: student's prompt (no context) and stored answer, once each ◄┘
 
-The file is plain JSON lines: a header that says what made it, then one answer a line, in the order in which they ended.
+The file is JSON lines: a header with the answers' origin, then one answer a line, in order of completion.
 """
 
 from __future__ import annotations
@@ -30,34 +30,27 @@ from learner.errors import RunError
 FORMAT = 1
 
 
-class Made(Protocol):
-    """An answer of an engine (`rollout_workers.actor.Answer`)."""
+class GeneratedAnswer(Protocol):
+    """An engine's answer: token ids, stop included, and finish reason (see `rollout_workers.actor`)."""
 
     @property
-    def ids(self) -> list[int]:
-        """Its tokens, the stop included."""
-        ...
+    def ids(self) -> list[int]: ...
 
     @property
-    def finish_reason(self) -> FinishReason:
-        """Why it ended."""
-        ...
+    def finish_reason(self) -> FinishReason: ...
 
 
 class AnswerFile:
-    """Stored answers by the number of their sample. Close it; more can be added to one that was closed.
+    """Stored answers by sample number. Memory holds their offsets in the file, not the answers."""
 
-    Memory holds where each answer lies, not the answers.
-    """
+    def __init__(self, path: Path, origin: dict[str, Any]) -> None:
+        """Open or create `path`. A last line that a crash cut short is dropped.
 
-    def __init__(self, path: Path, made_by: dict[str, Any]) -> None:
-        """Open `path`, or begin it. A last line that a crash cut short is dropped.
-
-        Raises RunError for a file that something else than `made_by` (JSON values) made, or that is none of these.
+        Raises RunError for a file of another `origin` (JSON values) or another format.
         """
         self.path = path
-        self._places: dict[int, int] = {}
-        header = {"format": FORMAT, **made_by}
+        self._offsets: dict[int, int] = {}
+        header = {"format": FORMAT, **origin}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
             self._read(header)
@@ -67,22 +60,22 @@ class AnswerFile:
             self._write(header)
 
     def __contains__(self, number: int) -> bool:
-        return number in self._places
+        return number in self._offsets
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """The line of one answer: ``number``, ``sample_id``, ``response_ids``, ``finish_reason``."""
-        self._stream.seek(self._places[number])
+        """One answer: ``number``, ``sample_id``, ``response_ids``, ``finish_reason``."""
+        self._stream.seek(self._offsets[number])
         return cast(dict[str, Any], json.loads(self._stream.readline()))
 
-    def add(self, sample: Sample, answer: Made) -> None:
-        """Write down the answer to `sample`, at once. Raises RunError for a second one."""
-        if sample.number in self._places:
-            raise RunError(f"{self.path}: sample {sample.number} was answered already")
+    def add(self, sample: Sample, answer: GeneratedAnswer) -> None:
+        """Append the answer to `sample` and flush. Raises RunError for a second answer."""
+        if sample.number in self._offsets:
+            raise RunError(f"{self.path}: sample {sample.number} already has an answer")
         self._stream.seek(0, 2)
-        self._places[sample.number] = self._stream.tell()
+        self._offsets[sample.number] = self._stream.tell()
         self._write(
             {
                 "number": sample.number,
@@ -93,7 +86,7 @@ class AnswerFile:
         )
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file; it can be opened and extended again."""
         self._stream.close()
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -101,7 +94,7 @@ class AnswerFile:
         self._stream.flush()
 
     def _read(self, header: dict[str, Any]) -> None:
-        end = 0
+        offset = 0
         with self.path.open("rb+") as stream:
             for number, line in enumerate(stream):
                 if not line.endswith(b"\n"):
@@ -109,13 +102,13 @@ class AnswerFile:
                 try:
                     found = json.loads(line)
                     if number:
-                        self._places[found["number"]] = end
+                        self._offsets[found["number"]] = offset
                 except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise RunError(f"{self.path}:{number + 1} is no stored answer: {error}") from error
+                    raise RunError(f"{self.path}:{number + 1} is not a stored answer: {error}") from error
                 if not number:
                     self._refuse_other(found, header)
-                end += len(line)
-            stream.truncate(end)
+                offset += len(line)
+            stream.truncate(offset)
 
     def _refuse_other(self, found: Any, header: dict[str, Any]) -> None:
         if not isinstance(found, dict) or "format" not in found:
@@ -128,18 +121,18 @@ class AnswerFile:
         ]
         if different:
             raise RunError(
-                f"{self.path} holds answers made by something else: {'; '.join(different)}. Remove it, or choose "
-                "another rollout.answers_file"
+                f"{self.path} holds answers of another origin: {'; '.join(different)}. Remove it, or choose another "
+                "rollout.answers_file"
             )
 
 
-def made_by(config: Config, *, contexts: Sequence[str], data: str) -> dict[str, Any]:
-    """What decides the answers, as JSON values; `contexts` are their hashes, `data` the sha256 of the training rows.
+def answers_origin(config: Config, *, contexts: Sequence[str], data: str) -> dict[str, Any]:
+    """Everything that determines the answers, as JSON values; `contexts` are hashes, `data` is the rows' sha256.
 
-    Of a model that is a folder also its files, with sizes and times: one that was trained anew is another.
+    For a model folder this includes sizes and times of its files, so a retrained model has another origin.
     """
     rollout = config.rollout
-    asked = {"max_tokens", "temperature", "top_p", "stop", "batch_size", "samples_per_prompt"}
+    sampling = {"max_tokens", "temperature", "top_p", "stop", "batch_size", "samples_per_prompt"}
     folder = Path(config.teacher_model)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return {
@@ -148,12 +141,12 @@ def made_by(config: Config, *, contexts: Sequence[str], data: str) -> dict[str, 
         "contexts": hashlib.sha256("".join(sorted(contexts)).encode()).hexdigest(),
         "data": data,
         "seed": config.run.seed,
-        **rollout.model_dump(mode="json", include=asked),
+        **rollout.model_dump(mode="json", include=sampling),
     }
 
 
-class Offline:
-    """The stored answers of one run: what is missing, how it is made, and each as a trajectory."""
+class TeacherAnswers:
+    """The stored answers of one run: collects missing ones and returns each as a trajectory."""
 
     def __init__(self, config: Config, source: SampleSource, file: AnswerFile) -> None:
         self._source = source
@@ -161,46 +154,46 @@ class Offline:
         self._count = config.learner.steps * source.per_step
 
     def missing(self) -> list[Sample]:
-        """Samples of the run, to its last step, that have no answer yet."""
+        """Samples of all steps that have no answer yet."""
         return [self._source[number] for number in range(self._count) if number not in self._file]
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
     async def collect(
         self,
         prompt_of: Callable[[Sample], list[int]],
-        generate: Callable[[Sample, Sequence[int]], Coroutine[Any, Any, Made]],
+        generate: Callable[[Sample, Sequence[int]], Coroutine[Any, Any, GeneratedAnswer]],
         status: Callable[[str], None],
     ) -> None:
-        """Have every missing answer made: `prompt_of` gives the tokens with the context, `generate` answers them.
+        """Generate every missing answer: `prompt_of` returns prompt tokens with the context, `generate` the answer.
 
-        The first failure ends it and is raised; what was answered by then stays.
+        Raises the first failure; answers before it stay in the file.
         """
 
-        async def one(sample: Sample) -> None:
-            asked = replace(sample, sampling=replace(sample.sampling, top_k=0))
-            self._file.add(sample, await generate(asked, prompt_of(sample)))
+        async def answer(sample: Sample) -> None:
+            without_ids = replace(sample, sampling=replace(sample.sampling, top_logprobs=0))
+            self._file.add(sample, await generate(without_ids, prompt_of(sample)))
             status(f"the teacher answers: {len(self._file)}/{self._count}")
 
         try:
             async with asyncio.TaskGroup() as group:
                 for sample in self.missing():
-                    group.create_task(one(sample))
+                    group.create_task(answer(sample))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
     def trajectory(self, sample: Sample, version: int) -> Trajectory:
-        """The stored answer as one to the student's prompt, to be trained under weights `version`.
+        """The student's prompt with the stored answer, for training at weights `version`.
 
-        Its log-probs under the engine that made it are unknown (NaN): they are of the teacher, and of no use to a loss
-        that may be asked for here. Raises RunError for an answer that was made to another sample.
+        Sampled log-probs are NaN: the teacher sampled the answer, and no loss that off-policy training allows needs
+        them. Raises RunError if the stored answer belongs to another sample.
         """
         found = self._file[sample.number]
         if found["sample_id"] != sample.sample_id:
             raise RunError(
-                f"{self._file.path}: answer {sample.number} is to {found['sample_id']!r}, not {sample.sample_id!r}"
+                f"{self._file.path}: answer {sample.number} belongs to {found['sample_id']!r}, not {sample.sample_id!r}"
             )
         ids = as_ids(found["response_ids"])
         return Trajectory(
@@ -215,21 +208,18 @@ class Offline:
         )
 
 
-def open_offline(config: Config, inputs: Inputs) -> Offline | None:
-    """The stored answers that a run is trained on; None where it is trained on the student's own.
-
-    Raises RunError for a file that something else made.
-    """
+def open_teacher_answers(config: Config, inputs: Inputs) -> TeacherAnswers | None:
+    """The stored answers of the run; None if it trains on the student's own. Raises RunError as `AnswerFile`."""
     if config.rollout.source == "student":
         return None
-    origin = made_by(config, contexts=tuple(inputs.contexts), data=inputs.data_digest)
-    source = SampleSource(config, inputs.train, inputs.draw)
-    return Offline(config, source, AnswerFile(config.answers_path, origin))
+    origin = answers_origin(config, contexts=tuple(inputs.contexts), data=inputs.data_digest)
+    source = SampleSource(config, inputs.train, inputs.context_sampler)
+    return TeacherAnswers(config, source, AnswerFile(config.answers_path, origin))
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What the loop hears of a stored answer, as it hears of one that a worker made (`RolloutSummary`)."""
+    """Summary of a stored answer, in place of a worker's `RolloutSummary`."""
 
     prompt_tokens: int
     response_tokens: int
@@ -240,7 +230,7 @@ class Replayed:
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Replayed:
-        """Its sizes."""
+        """Summary of `trajectory`."""
         return cls(
             len(trajectory.prompt.student_ids),
             len(trajectory.response_ids),

@@ -1,4 +1,4 @@
-"""Answers on held-out rows, greedy or several a row, graded and written down."""
+"""Generates, grades and stores answers to held-out rows."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from common.telemetry.run_files import RunFiles
 from learner.data.inputs import Inputs
 from learner.data.samples import sample_seed
 
-Asked = list[tuple[Prompt, int]]
-"""(row, number of the answer) of every answer that is wanted."""
+Requested = list[tuple[Prompt, int]]
+"""(row, answer number) of each answer to generate."""
 
 
-class Answers(Protocol):
-    """What an evaluation needs of the services (`learner.cluster.services.Services`)."""
+class EvaluationServices(Protocol):
+    """The part of `learner.cluster.services.Services` that an evaluation uses."""
 
-    async def generate(self, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[Any]:
-        """Answers to token prompts."""
+    async def generate(self, prompts: Sequence[tuple[Sequence[int], Sampling]], /) -> list[Any]:
+        """Answer token prompts."""
         ...
 
-    async def play(self, asked: Sequence[tuple[Prompt, Sampling]], *, in_context: bool) -> list[Any]:
-        """Games, played."""
+    async def play(self, games: Sequence[tuple[Prompt, Sampling]], /, *, in_context: bool) -> list[Any]:
+        """Play games."""
         ...
 
 
 async def evaluate_rows(
-    services: Answers,
+    services: EvaluationServices,
     config: Config,
     inputs: Inputs,
     rows: Sequence[Prompt],
@@ -40,69 +40,64 @@ async def evaluate_rows(
     files: RunFiles,
     with_context: bool,
 ) -> Accuracy:
-    """``eval.samples`` answers to each row, graded, each written down; games are played, and right where they were won.
+    """Accuracy over ``eval.samples`` answers to each row; every answer goes to ``samples.jsonl``. A won game is right.
 
-    Every answer has a seed of its own, a function of the run's seed, the row and its number: the same before and after
-    training, whatever the number of workers.
+    Each answer's seed is a function of the run's seed, the row and the answer's number: equal before and after training
+    for any number of workers.
     """
-    asked = [(row, number) for row in rows for number in range(config.eval.samples)]
-    prompts = [one for one in asked if one[0].game is None]
-    games = [one for one in asked if one[0].game is not None]
+    requested = [(row, number) for row in rows for number in range(config.eval.samples)]
+    prompts = [(row, number) for row, number in requested if row.game is None]
+    games = [(row, number) for row, number in requested if row.game is not None]
     labels = {"set": name, "step": step}
     verdicts: dict[str, list[bool]] = {row.row_id: [] for row in rows}
+    right: list[bool] = []
     if prompts:
-        for (row, _), right in zip(
-            prompts, await _answer(services, config, inputs, prompts, labels, files, with_context), strict=True
-        ):
-            verdicts[row.row_id].append(right)
+        right += await _answer(services, config, inputs, prompts, labels, files, with_context)
     if games:
-        played = await _play(services, config, games, labels, files, with_context)
-        for (row, _), right in zip(games, played, strict=True):
-            verdicts[row.row_id].append(right)
+        right += await _play(services, config, games, labels, files, with_context)
+    for (row, _), verdict in zip([*prompts, *games], right, strict=True):
+        verdicts[row.row_id].append(verdict)
     return pass_at_1(verdicts)
 
 
 def eval_sampling(config: Config, row_id: str, number: int) -> Sampling:
-    """How answer `number` to a row is made: greedy, or drawn as ``eval`` says."""
+    """Sampling parameters of answer `number` to a row: greedy, or as ``eval`` says, with the answer's seed."""
     settings = config.eval
     return Sampling(
         max_tokens=settings.max_tokens or config.rollout.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
-        draw_from=settings.top_k,
+        top_k=settings.top_k,
         stop=config.rollout.stop,
         seed=sample_seed("eval", config.run.seed, f"{row_id}/{number}") if settings.temperature else None,
     )
 
 
-def context_named(row: Prompt) -> dict[str, str]:
-    """Which of a pool's contexts goes with the row; nothing where there is no pool."""
-    return {} if row.context_id is None else {"context_id": row.context_id}
+def _labels(row: Prompt, number: int, labels: dict[str, Any]) -> dict[str, Any]:
+    context = {} if row.context_id is None else {"context_id": row.context_id}
+    return {**labels, "id": row.row_id, **context, "sample": number}
 
 
 async def _answer(
-    services: Answers,
+    services: EvaluationServices,
     config: Config,
     inputs: Inputs,
-    asked: Asked,
+    requested: Requested,
     labels: dict[str, Any],
     files: RunFiles,
     with_context: bool,
 ) -> list[bool]:
     sequences = [
-        teacher_sequence(row, inputs.contexts) if with_context else row.student_ids.tolist() for row, _ in asked
+        teacher_sequence(row, inputs.contexts) if with_context else row.student_ids.tolist() for row, _ in requested
     ]
-    samplings = [eval_sampling(config, row.row_id, number) for row, number in asked]
+    samplings = [eval_sampling(config, row.row_id, number) for row, number in requested]
     answers = await services.generate(list(zip(sequences, samplings, strict=True)))
     verdicts = []
-    for (row, number), answer in zip(asked, answers, strict=True):
+    for (row, number), answer in zip(requested, answers, strict=True):
         verdicts.append(inputs.grader(answer.text, str(row.answer)))
         files.sample(
             {
-                **labels,
-                "id": row.row_id,
-                **context_named(row),
-                "sample": number,
+                **_labels(row, number, labels),
                 "answer": answer.text,
                 "expected": row.answer,
                 "right": verdicts[-1],
@@ -113,17 +108,19 @@ async def _answer(
 
 
 async def _play(
-    services: Answers, config: Config, asked: Asked, labels: dict[str, Any], files: RunFiles, with_context: bool
+    services: EvaluationServices,
+    config: Config,
+    requested: Requested,
+    labels: dict[str, Any],
+    files: RunFiles,
+    with_context: bool,
 ) -> list[bool]:
-    games = [(row, eval_sampling(config, row.row_id, number)) for row, number in asked]
+    games = [(row, eval_sampling(config, row.row_id, number)) for row, number in requested]
     episodes = await services.play(games, in_context=with_context)
-    for (row, number), episode in zip(asked, episodes, strict=True):
+    for (row, number), episode in zip(requested, episodes, strict=True):
         files.sample(
             {
-                **labels,
-                "id": row.row_id,
-                **context_named(row),
-                "sample": number,
+                **_labels(row, number, labels),
                 "exchanges": [asdict(exchange) for exchange in episode.exchanges],
                 "outcome": episode.outcome,
                 "reward": episode.reward,

@@ -1,4 +1,4 @@
-"""What a run is judged by: accuracy before and after, in context, on other tasks, and how well texts are predicted."""
+"""Held-out evaluation of a run: accuracy before, after, with the context and on other tasks; perplexity of texts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from learner.data.inputs import Inputs
 from learner.evaluation.evaluate import evaluate_rows
 from learner.evaluation.summary import RunSummary
 
-ROWS = "accuracy.json"
-"""Of a run's folder: set -> row id -> the row's share of right answers."""
+ROW_SCORES_FILE = "accuracy.json"
+"""File in the run's folder: set -> row id -> share of right answers."""
 
 
-class HeldOut:
-    """Evaluates one run and keeps what came out in its tally."""
+class HeldOutEvaluator:
+    """Evaluates one run and stores the results in its `RunSummary`."""
 
     def __init__(
         self,
@@ -31,40 +31,40 @@ class HeldOut:
         inputs: Inputs,
         files: RunFiles,
         progress: Progress,
-        tally: RunSummary,
+        summary: RunSummary,
         keep_workers: Callable[[int], Coroutine[Any, Any, None]],
     ) -> None:
-        """`keep_workers`: what runs beside an evaluation at a step, so that lost workers are replaced."""
+        """`keep_workers(step)` replaces lost workers while an evaluation runs."""
         self._config = config
         self._services = services
         self._inputs = inputs
         self._files = files
         self._progress = progress
-        self._tally = tally
+        self._summary = summary
         self._keep_workers = keep_workers
 
     async def in_context(self) -> None:
-        """Accuracy of the engines' weights under the context: what the student is to become."""
-        self._tally.in_context = await self.accuracy("in_context", 0, self._inputs.eval, with_context=True)
+        """Measure accuracy with the context in the prompt: the level that the student should reach without it."""
+        self._summary.in_context = await self.accuracy("in_context", 0, self._inputs.eval, with_context=True)
 
     async def before(self) -> None:
-        """Everything that is reported without the context, of the initial weights."""
-        tally = self._tally
-        tally.base = await self.accuracy("base", 0, self._inputs.eval)
-        tally.ood_before = await self._elsewhere(0)
-        tally.perplexity_before = await self._texts(0)
+        """Measure the initial weights without the context."""
+        summary = self._summary
+        summary.base = await self.accuracy("base", 0, self._inputs.eval)
+        summary.ood_before = await self._other_tasks(0)
+        summary.perplexity_before = await self._perplexities(0)
 
     async def after(self, step: int) -> None:
-        """The same of the final weights, once."""
-        tally = self._tally
-        tally.final = await self.accuracy("final", step, self._inputs.eval)
-        tally.ood_after = await self._elsewhere(step)
-        tally.perplexity_after = await self._texts(step)
-        write_json(self._config.run.path / ROWS, tally.row_scores())
+        """Measure the final weights without the context, and write all row scores."""
+        summary = self._summary
+        summary.final = await self.accuracy("final", step, self._inputs.eval)
+        summary.ood_after = await self._other_tasks(step)
+        summary.perplexity_after = await self._perplexities(step)
+        write_json(self._config.run.path / ROW_SCORES_FILE, summary.row_scores())
 
-    def warn_of_no_gap(self) -> None:
-        """Say it where the context does not change the accuracy: there is nothing to distil then."""
-        base, in_context = self._tally.base, self._tally.in_context
+    def warn_if_no_gap(self) -> None:
+        """Warn if the context does not raise accuracy, so there is nothing to distil."""
+        base, in_context = self._summary.base, self._summary.in_context
         if base is None or in_context is None:
             return
         gap = change(base, in_context)
@@ -79,9 +79,7 @@ class HeldOut:
     async def accuracy(
         self, name: str, step: int, rows: Sequence[Prompt], *, with_context: bool = False
     ) -> Accuracy | None:
-        """Accuracy of the engines' current weights on `rows`, None where there are none; every answer goes to
-        ``samples.jsonl``.
-        """
+        """Accuracy of the engines' current weights on `rows`; None if `rows` is empty."""
         if not rows:
             return None
         started = time.time()
@@ -90,12 +88,12 @@ class HeldOut:
             result = await evaluate_rows(
                 self._services, self._config, self._inputs, rows, name, step, self._files, with_context
             )
-        self._tally.add_seconds({"evaluation": time.time() - started})
+        self._summary.add_seconds({"evaluation": time.time() - started})
         self._files.metrics(step, {f"accuracy/{name}": result.accuracy})
         self._progress.line(accuracy_line(name, result))
         return result
 
-    async def _elsewhere(self, step: int) -> dict[str, Accuracy]:
+    async def _other_tasks(self, step: int) -> dict[str, Accuracy]:
         results = {}
         for name, rows in self._inputs.ood.items():
             found = await self.accuracy(f"ood/{name}", step, rows)
@@ -103,13 +101,13 @@ class HeldOut:
             results[name] = found
         return results
 
-    async def _texts(self, step: int) -> dict[str, Any]:
+    async def _perplexities(self, step: int) -> dict[str, Any]:
         results = {}
         for name, chunks in self._inputs.texts.items():
             started = time.time()
             self._progress.status(f"perplexity: {name}, {len(chunks)} chunks")
             found = results[name] = perplexity(await self._services.probe_learner(chunks))
-            self._tally.add_seconds({"evaluation": time.time() - started})
+            self._summary.add_seconds({"evaluation": time.time() - started})
             self._files.metrics(step, {f"nats_per_token/{name}": found.nats})
             self._progress.line(f"text {name:<15} {found.nats:.4f} nats a token ({found.tokens} tokens)")
         return results

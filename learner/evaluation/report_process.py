@@ -1,4 +1,4 @@
-"""The page at the end of a run, written by a process of its own: a page must never cost a run."""
+"""Writes a run's report in a child process, so that a failing report never fails the run."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ TIMEOUT_S = 300.0
 
 
 @contextmanager
-def reported(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Whatever way the block ends, `folder` gets its page where it is a run's by then; `say` hears why it did not."""
+def report_at_end(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Write the report of `folder` when the block ends, if it holds a run by then; `say` gets a failure's reason."""
     try:
         yield
     finally:
         if (folder / "config.yaml").is_file():
-            fault = write_report_apart(folder)
-            if fault is not None:
-                say(f"WARNING: {fault}")
+            error = write_report(folder)
+            if error is not None:
+                say(f"WARNING: {error}")
 
 
-def write_report_apart(folder: Path) -> str | None:
-    """Write ``report.html`` of the run in `folder`; why there is none, or None where it is there. Never raises for
-    what is wrong with the page.
-    """
+def write_report(folder: Path) -> str | None:
+    """Write ``report.html`` of the run in `folder`. Returns the reason of a failure, None on success."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
-        done = subprocess.run(
+        child = subprocess.run(
             [sys.executable, "-m", "deploy.report", str(folder.absolute())],
             capture_output=True,
             text=True,
@@ -40,6 +38,6 @@ def write_report_apart(folder: Path) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return f"report.html was not written within {TIMEOUT_S:.0f} s"
-    if done.returncode == 0:
+    if child.returncode == 0:
         return None
-    return f"report.html was not written: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    return f"report.html was not written: {(child.stderr.strip().splitlines() or ['no message'])[-1]}"

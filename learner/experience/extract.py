@@ -23,7 +23,7 @@ from common.data.rendering import Renderer, load_tokenizer
 from common.data.rows import Message, Row, read_rows
 from common.protocol.schema import Prompt, Sampling
 from common.telemetry.run_files import Progress
-from learner.data.games import fault_of
+from learner.data.games import environment_error
 from learner.data.inputs import Inputs, read_inputs
 from learner.data.samples import sample_seed
 from learner.evaluation.evaluate import Answers
@@ -215,5 +215,5 @@ def _groups(problems: Sequence[Problem], size: int) -> list[Sequence[Problem]]:
 def extraction_of(config: Config) -> Extraction:
     """What `extract` does, everything read and checked. Raises ConfigError and DataError."""
     plain = without_context(config)
-    rows = read_rows(config.data.train, config.data, check=fault_of)
+    rows = read_rows(config.data.train, config.data, check=environment_error)
     return Extraction(config, load_templates(config.experience.templates), read_inputs(plain), rows)

@@ -12,9 +12,9 @@ from common.data.rendering import SEPARATOR, load_tokenizer
 from common.data.rows import read_rows
 from common.evaluation.accuracy import Accuracy
 from common.telemetry.run_files import Progress, RunFiles
-from learner.data.games import fault_of, first_turn
+from learner.data.games import environment_error, first_turn
 from learner.data.inputs import read_inputs
-from learner.evaluation.evaluate import Answers, evaluate_rows
+from learner.evaluation.evaluate import EvaluationServices, evaluate_rows
 from learner.experience.accumulate import accumulate
 from learner.experience.choose import at_random, best
 from learner.experience.extract import EXTRACTED, folder
@@ -34,7 +34,7 @@ def write_pool(config: Config) -> int:
     settings = config.experience
     lines = read_stage(folder(config) / EXTRACTED, "extract")
     templates, tokenizer = load_templates(settings.templates), load_tokenizer(config.student.model)
-    rows = read_rows(config.data.train, config.data, check=fault_of)
+    rows = read_rows(config.data.train, config.data, check=environment_error)
     behind = SEPARATOR if any(row.prompt is not None for row in rows) else ""  # raw text begins where the context ends
     pool: list[dict[str, Any]] = []
     for seed in sorted({line["seed"] for line in lines}):
@@ -102,16 +102,16 @@ class Selection:
         """Whether every candidate was tried."""
         return set(self._names) <= {line["id"] for line in self._scores.rows}
 
-    async def run(self, services: Answers, files: RunFiles, progress: Progress) -> None:
+    async def run(self, services: EvaluationServices, files: RunFiles, progress: Progress) -> None:
         """Try what was not tried yet."""
         done = {line["id"]: line["accuracy"] for line in self._scores.rows}
-        draw = self._inputs.draw
+        draw = self._inputs.context_sampler
         assert draw is not None
         for name in self._names:
             if name in done:
                 continue
             progress.status(f"selecting: {len(done)} of {len(self._names)} contexts")
-            rows = [draw.under(name, turn) for turn in self._turns]
+            rows = [draw.with_context(name, turn) for turn in self._turns]
             found = await evaluate_rows(services, self._config, self._inputs, rows, name, 0, files, True)
             self._scores.add([{"id": name, "accuracy": found.accuracy, "n": found.n, "ci95": list(found.ci95)}])
             done[name] = found.accuracy

@@ -20,10 +20,10 @@ from common.telemetry.trace import TraceFile
 from common.weight_sync.collective import SyncError
 from learner.cluster.services import Services
 from learner.data.inputs import Inputs
-from learner.data.teacher_answers import open_offline
+from learner.data.teacher_answers import open_teacher_answers
 from learner.errors import ServiceLost
-from learner.evaluation.held_out import HeldOut
-from learner.evaluation.summary import Best, RunSummary, step_line, summary_of
+from learner.evaluation.held_out import HeldOutEvaluator
+from learner.evaluation.summary import Best, RunSummary, step_line, summary_json
 from learner.loop.checkpoints import (
     LEARNER,
     CheckpointError,
@@ -73,27 +73,29 @@ class Run:
         self._progress = progress
         self._services = Services(config)
         self._controller: Controller | None = None
-        self._offline = open_offline(config, inputs)
+        self._teacher_answers = open_teacher_answers(config, inputs)
         self._alarm = KlAlarm(config.learner.kl_alarm_ratio)
         self._resumed = resumed
         self._checkpoints = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep)
         self._began = time.time()
-        self.tally = RunSummary(planned_steps=config.learner.steps)
-        self._held_out = HeldOut(config, self._services, inputs, files, progress, self.tally, self._keep_workers)
+        self.summary = RunSummary(planned_steps=config.learner.steps)
+        self._held_out = HeldOutEvaluator(
+            config, self._services, inputs, files, progress, self.summary, self._keep_workers
+        )
         self._shown = ShownFiles(files, config.student.model, inputs.contexts)
         if resumed is None:
             self._shown.questions(inputs.eval)
         else:
-            self.tally.restore(resumed.manifest.loop["tally"])
+            self.summary.restore(resumed.manifest.loop["summary"])
             self._forget_other_best()
             self._refuse_changes(resumed, resumed.manifest.identity.teachers)
 
     def _forget_other_best(self) -> None:
         """A run that was cut off after its checkpoint may have put later weights into ``best/``: then choose anew."""
-        path, best = self._config.run.path / "best" / BEST, self.tally.best
+        path, best = self._config.run.path / "best" / BEST, self.summary.best
         if best is not None and (not path.exists() or json.loads(path.read_text()) != asdict(best)):
             self._progress.line(f"WARNING: best/ does not hold the weights of step {best.step} any more; chosen anew")
-            self.tally.best = None
+            self.summary.best = None
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -106,24 +108,24 @@ class Run:
             await self._start()
             await self._train()
             await self._finish()
-            self.tally.outcome = "finished"
+            self.summary.outcome = "finished"
         except asyncio.CancelledError:
-            self.tally.outcome = "interrupted"
+            self.summary.outcome = "interrupted"
             await self._keep_interrupted()
             raise
         except (*KNOWN_ERRORS, ray.exceptions.RayError) as error:
             plain = await explained(error, self._services)
-            self.tally.outcome = f"failed: {type(plain).__name__}: {plain}".splitlines()[0]
+            self.summary.outcome = f"failed: {type(plain).__name__}: {plain}".splitlines()[0]
             raise plain from (None if isinstance(plain, KNOWN_ERRORS) else error)
         finally:
             self._progress.status("stopping")
-            self.tally.add_seconds({"total": time.time() - self._began})
-            write_json(self._config.run.path / "summary.json", summary_of(self.tally))
+            self.summary.add_seconds({"total": time.time() - self._began})
+            write_json(self._config.run.path / "summary.json", summary_json(self.summary))
             if self._controller is not None:
                 await self._controller.close()
             self._services.close()
-            if self._offline is not None:
-                self._offline.close()
+            if self._teacher_answers is not None:
+                self._teacher_answers.close()
 
     async def _start(self) -> None:
         config, services, started = self._config, self._services, time.time()
@@ -131,7 +133,7 @@ class Run:
         self._progress.status("reserving places")
         services.reserve(placement_timeout_s=PLACEMENT_TIMEOUT_S if self._resumed else 0.0)
         to_evaluate = self._resumed is None and bool(self._inputs.eval)
-        to_answer = self._offline is not None and bool(self._offline.missing())
+        to_answer = self._teacher_answers is not None and bool(self._teacher_answers.missing())
         if local_teacher not in (None, config.student.model) and (to_evaluate or to_answer):
             self._progress.line(f"starting {local_teacher}, which sees the context")
             await services.start_workers(str(local_teacher), None, config.rollout.workers if to_answer else 1)
@@ -170,39 +172,39 @@ class Run:
             self._inputs.train,
             self._progress.status,
             self._keep_skipped,
-            self._inputs.draw,
-            self._offline,
+            self._inputs.context_sampler,
+            self._teacher_answers,
         )
         parity = await self._controller.begin_parity()
-        self.tally.parity_max_nats = max(self.tally.parity_max_nats, parity.max_nats)
-        self.tally.add_seconds({"start": time.time() - started})
+        self.summary.parity_max_nats = max(self.summary.parity_max_nats, parity.max_nats)
+        self.summary.add_seconds({"start": time.time() - started})
         self._progress.line(
             f"started in {time.time() - started:.0f} s; engine and learner agree to {parity.max_nats:.1e} nats"
         )
         services.invite_workers()
         if self._resumed is not None:
             await services.load_state(str((self._resumed.path / LEARNER).absolute()))
-            await self._controller.begin(self.tally.steps, self._resumed.manifest.loop["position"])
+            await self._controller.begin(self.summary.steps, self._resumed.manifest.loop["position"])
             self._progress.line(
-                f"resumed from {self._resumed.path}: {self.tally.steps} of {config.learner.steps} steps"
+                f"resumed from {self._resumed.path}: {self.summary.steps} of {config.learner.steps} steps"
             )
             return
         await self._controller.begin(0)
         await self._held_out.before()
         if local_teacher == config.student.model:
             await self._held_out.in_context()
-        self._held_out.warn_of_no_gap()
+        self._held_out.warn_if_no_gap()
 
     async def _collect(self) -> None:
         """Have the engines as they are make those of the teacher's answers that are missing."""
-        if self._offline is None or not self._offline.missing():
+        if self._teacher_answers is None or not self._teacher_answers.missing():
             return
         started, inputs, services = time.time(), self._inputs, self._services
         async with run_in_background(services.admit_replacements()):
-            await self._offline.collect(
+            await self._teacher_answers.collect(
                 lambda sample: teacher_sequence(sample.prompt, inputs.contexts), services.answer, self._progress.status
             )
-        self.tally.add_seconds({"teacher answers": time.time() - started})
+        self.summary.add_seconds({"teacher answers": time.time() - started})
         self._progress.line(f"the teacher's answers are in {self._config.answers_path}")
 
     def _check_teacher_lengths(self) -> None:
@@ -216,24 +218,24 @@ class Run:
     async def _train(self) -> None:
         controller = self._controller
         assert controller is not None
-        for step in range(self.tally.steps, self._config.learner.steps):
+        for step in range(self.summary.steps, self._config.learner.steps):
             outcome = await controller.step(step)
             self._note(outcome)
             await self._validate(outcome.version)
             await self._keep(outcome.version)
 
     def _note(self, outcome: StepOutcome) -> None:
-        tally = self.tally
-        tally.steps = outcome.version
-        tally.kl.append(outcome.metrics["kl/lower_bound"])
-        tally.parity_max_nats = max(tally.parity_max_nats, outcome.parity.max_nats)
-        tally.add_times(outcome.times)
+        summary = self.summary
+        summary.steps = outcome.version
+        summary.kl.append(outcome.metrics["kl/lower_bound"])
+        summary.parity_max_nats = max(summary.parity_max_nats, outcome.parity.max_nats)
+        summary.add_times(outcome.times)
         self._files.metrics(outcome.version, outcome.metrics)
         self._files.audit(outcome.version, outcome.trained, outcome.failed, outcome.contexts)
         self._shown.tokens(outcome.version, outcome.tokens)
         self._trace.write(outcome.spans)
-        left_s = (tally.planned_steps - tally.steps) * tally.times.total_s / tally.steps
-        self._progress.line(step_line(outcome.version, tally.planned_steps, outcome.metrics, left_s))
+        left_s = (summary.planned_steps - summary.steps) * summary.times.total_s / summary.steps
+        self._progress.line(step_line(outcome.version, summary.planned_steps, outcome.metrics, left_s))
         for warning in (
             self._drift.check(outcome.version, outcome.metrics),
             self._alarm.observe(outcome.metrics["kl/lower_bound"]),
@@ -250,15 +252,15 @@ class Run:
 
     async def _validate(self, version: int) -> None:
         """Accuracy on ``data.valid``, which alone chooses ``best/``; a tie stays with the earlier step."""
-        config, best = self._config, self.tally.best
+        config, best = self._config, self.summary.best
         if not config.eval.every or (version % config.eval.every and version < config.learner.steps):
             return
         found = await self._held_out.accuracy("valid", version, self._inputs.valid)
         if found is not None and (best is None or found.accuracy > best.accuracy):
             folder = config.run.path / "best"
             await self._services.save(str(folder.absolute()))
-            self.tally.best = Best(step=version, accuracy=found.accuracy)
-            write_json(folder / BEST, asdict(self.tally.best))
+            self.summary.best = Best(step=version, accuracy=found.accuracy)
+            write_json(folder / BEST, asdict(self.summary.best))
 
     async def _keep(self, version: int) -> None:
         """The exports and the checkpoint that are due after step `version`."""
@@ -273,7 +275,7 @@ class Run:
         manifest = Manifest(
             step=version,
             identity=self._identity(self._services.teachers.fingerprints()),
-            loop={"tally": self.tally.state(), "position": self._controller.position()},
+            loop={"summary": self.summary.state(), "position": self._controller.position()},
         )
         try:
             with self._checkpoints.writing(manifest) as folder:
@@ -281,9 +283,9 @@ class Run:
         except CheckpointError as error:
             await self._services.check_ranks()  # what the others say of one that died reads like a disk's error
             # Hours of training are not thrown away for a full disk: the last checkpoint is still there.
-            self.tally.failed_checkpoints += 1
+            self.summary.failed_checkpoints += 1
             self._progress.line(f"WARNING: {error}; going on without it")
-        self.tally.add_seconds({"checkpoint": time.time() - started})
+        self.summary.add_seconds({"checkpoint": time.time() - started})
 
     def _identity(self, teachers: dict[str, str]) -> Identity:
         inputs = self._inputs
@@ -301,13 +303,13 @@ class Run:
             refuse_other_run(resumed.manifest, resumed.path, self._identity(teachers))
 
     async def _finish(self) -> None:
-        await self._held_out.after(self.tally.steps)
+        await self._held_out.after(self.summary.steps)
         self._progress.status("saving")
         await self._services.save(str((self._config.run.path / "checkpoint").absolute()))
 
     async def _keep_interrupted(self) -> None:
         """The weights of the last whole step, where there was one. A second interrupt gives up on it."""
-        steps, folder = self.tally.steps, self._config.run.path / "checkpoint"
+        steps, folder = self.summary.steps, self._config.run.path / "checkpoint"
         self._progress.line(f"interrupted after {steps} of {self._config.learner.steps} steps")
         if steps:
             self._progress.line(f"saving the weights of step {steps} to {folder}; interrupt again to leave without")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common.data.contexts import drawn
+from common.data.contexts import context_index
 from common.evaluation.accuracy import accuracy
 from tests.support.runs import metric_lines, started_run
 
@@ -38,7 +38,7 @@ def test_whole_conversations_of_older_weights_weighted_by_their_ratio(
     config = write_config(
         context={"text": "P is you, G the goal, H a hole."},
         rollout={"batch_size": 4, "max_tokens": 8, "stop": [], "max_staleness": 1},
-        environment={"max_turns": 3, "samples": "conversation"},
+        environment={"max_turns": 3, "sample_format": "conversation"},
         loss={"importance_clip": 1.5},
         learner={"steps": 4, "micro_batch_tokens": 1024},
         eval={"every": 0},
@@ -91,13 +91,13 @@ def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path)
     audit = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
     assert [len(line["trained"]) for line in audit] == [4, 4]  # episodes
     by_sample = {one: name for line in audit for one, name in zip(line["trained"], line["contexts"], strict=True)}
-    assert by_sample == {one: list(pool)[drawn(0, one, 2)] for one in by_sample}
+    assert by_sample == {one: list(pool)[context_index(0, one, 2)] for one in by_sample}
     assert [line["context/distinct"] for line in lines] == [len(set(line["contexts"])) for line in audit]
     played = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert {line["set"] for line in played} == {"base", "in_context", "final"}
     assert len(played) == 9
     for line in played:
-        assert line["context_id"] == list(pool)[drawn(0, f"held-out/{line['id']}", 2)]
+        assert line["context_id"] == list(pool)[context_index(0, f"held-out/{line['id']}", 2)]
         first, *_ = line["exchanges"]
         assert "[Game]" in first["observation"]
         assert line["right"] == (line["reward"] == 1.0)

@@ -110,7 +110,7 @@ async def test_a_rank_that_dies_while_the_state_is_written_is_no_full_disk(
     run._services, run._checkpoints = services, Checkpoints(tmp_path, keep=1)
     run._progress = SimpleNamespace(status=said.append, line=said.append)
     run._controller, run._identity = SimpleNamespace(position=dict), lambda teachers: None
-    run.tally = SimpleNamespace(state=dict, failed_checkpoints=0, add_seconds=lambda seconds: None)
+    run.summary = SimpleNamespace(state=dict, failed_checkpoints=0, add_seconds=lambda seconds: None)
     ranks[1].reduce.remote(True)
     with pytest.raises(ServiceLost, match="rank 1 of 2"):
         await run._keep(1)

@@ -12,11 +12,11 @@ import yaml
 
 from common.config.loader import load_config
 from common.config.model import Config, ConfigError, ContextConfig, StudentConfig
-from common.data.contexts import PoolContext, check_context, drawn, pool_digest, read_pool
+from common.data.contexts import PoolContext, check_context, context_index, pool_digest, read_pool
 from common.data.rendering import Renderer, teacher_sequence
 from common.data.rows import DataError, Row
-from learner.data.context_sampling import STAND_IN_CHARACTERS, ContextDraw, end_of
-from learner.data.games import Turn, first_turn
+from learner.data.context_sampling import STAND_IN_CHARACTERS, ContextSampler, end_of
+from learner.data.games import FirstTurn, first_turn
 from learner.data.inputs import read_inputs
 from learner.data.samples import SampleSource
 from learner.loop.checkpoints import identity_of
@@ -37,9 +37,9 @@ def chat(name: str, content: str, system: str | None = None) -> Row:
     return Row.model_validate({"id": name, "messages": [*head, {"role": "user", "content": content}]})
 
 
-def draw_over(rows: list[Row], seed: int = 0) -> tuple[ContextDraw, Renderer]:
+def draw_over(rows: list[Row], seed: int = 0) -> tuple[ContextSampler, Renderer]:
     renderer = Renderer(make_tokenizer(), TEXTS["other"], StudentConfig(model="unused"))
-    return ContextDraw(POOL, renderer, seed, [first_turn(row) for row in rows]), renderer
+    return ContextSampler(POOL, renderer, seed, [first_turn(row) for row in rows]), renderer
 
 
 @pytest.fixture
@@ -108,9 +108,9 @@ def test_a_digest_knows_texts_ids_and_order() -> None:
 
 def test_the_draw_is_even_and_a_function_of_seed_and_key() -> None:
     keys = [f"{step}/{place}/row/{repeat}" for step in range(50) for place in range(16) for repeat in range(2)]
-    picks = [drawn(7, key, 4) for key in keys]
-    assert picks == [drawn(7, key, 4) for key in keys]
-    assert picks != [drawn(8, key, 4) for key in keys]
+    picks = [context_index(7, key, 4) for key in keys]
+    assert picks == [context_index(7, key, 4) for key in keys]
+    assert picks != [context_index(8, key, 4) for key in keys]
     # 1,600 draws over 4: 400 each, standard deviation 17.
     assert all(abs(count - 400) < 70 for count in Counter(picks).values())
     assert len(set(picks)) == 4
@@ -123,7 +123,7 @@ def test_a_drawn_prompt_is_the_row_under_the_drawn_text() -> None:
     for key in range(40):
         for index, row in enumerate(rows):
             prompt = draw(index, f"{key}")
-            name = POOL[drawn(0, f"{key}", 3)].id
+            name = POOL[context_index(0, f"{key}", 3)].id
             assert prompt.context_id == name
             seen.add(name)
             alone = Renderer(make_tokenizer(), TEXTS[name], StudentConfig(model="unused"))
@@ -174,11 +174,11 @@ def test_a_context_put_before_a_row_is_what_rendering_the_whole_gives(split: boo
     starts = ("How", "\nHello", "\n\n7", "(", " x", "=\n", "Zzz", "\u00e9t\u00e9", "7")
     rows = [chat(f"r{i}", f"{start} is it? {i}") for i, start in enumerate(starts)]
     renderer = Renderer(tokenizer, "unused", StudentConfig(model="unused"), placement)
-    draw = ContextDraw(pool, renderer, 0, [first_turn(row) for row in rows])
+    draw = ContextSampler(pool, renderer, 0, [first_turn(row) for row in rows])
     for one in pool:
         alone = Renderer(tokenizer, one.text, StudentConfig(model="unused"), placement)
         for row in rows:
-            prompt, whole = draw.under(one.id, first_turn(row)), alone.render(row)
+            prompt, whole = draw.with_context(one.id, first_turn(row)), alone.render(row)
             assert teacher_sequence(prompt, renderer.contexts) == teacher_sequence(whole, alone.contexts)
             assert prompt.context == whole.context
             assert prompt.student_ids.tolist() == whole.student_ids.tolist()
@@ -187,7 +187,7 @@ def test_a_context_put_before_a_row_is_what_rendering_the_whole_gives(split: boo
 def test_a_long_context_is_not_rendered_again_for_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = [PoolContext(id=name, text=f"{name} rules.\n" * 400) for name in ("a", "b")]
     renderer = Renderer(make_tokenizer(), "unused", StudentConfig(model="unused"))
-    draw = ContextDraw(pool, renderer, 0, [Turn(chat(f"r{i}", f"Hi {i}")) for i in range(4)])
+    draw = ContextSampler(pool, renderer, 0, [FirstTurn(chat(f"r{i}", f"Hi {i}")) for i in range(4)])
     lengths: list[int] = []
     tokens = Renderer._tokens
 
@@ -216,11 +216,11 @@ def test_a_template_that_looks_at_the_whole_context_is_given_the_whole() -> None
     pool = [PoolContext(id=name, text=f"{name} rules. " * 99) for name in ("first", "other")]
     renderer = Renderer(tokenizer, "unused", StudentConfig(model="unused"))
     row = chat("a", "Hi")
-    draw = ContextDraw(pool, renderer, 0, [Turn(row)])
+    draw = ContextSampler(pool, renderer, 0, [FirstTurn(row)])
     for one in pool:
         alone = Renderer(tokenizer, one.text, StudentConfig(model="unused"))
         whole = teacher_sequence(alone.render(row), alone.contexts)
-        assert teacher_sequence(draw.under(one.id, Turn(row)), renderer.contexts) == whole
+        assert teacher_sequence(draw.with_context(one.id, FirstTurn(row)), renderer.contexts) == whole
 
 
 def test_every_context_is_known_before_the_first_draw() -> None:
@@ -236,14 +236,14 @@ def test_every_context_is_known_before_the_first_draw() -> None:
 
 def test_a_context_that_no_teacher_was_told_of_is_refused() -> None:
     draw, _ = draw_over([chat("a", "Hi")])
-    draw._turns = [Turn(chat("b", "Ho", system="Be a bot."))]  # what only a fault in the code brings about
-    with pytest.raises(DataError, match="not told of"):
+    draw._turns = [FirstTurn(chat("b", "Ho", system="Be a bot."))]  # what only a fault in the code brings about
+    with pytest.raises(DataError, match="did not get when the run began"):
         draw(0, "0")
 
 
 def test_what_must_fit_is_the_row_under_the_longest_context() -> None:
     draw, renderer = draw_over([chat("a", "Hi")])
-    longest = draw.longest(first_turn(chat("a", "Hi")))
+    longest = draw.with_longest_context(first_turn(chat("a", "Hi")))
     assert longest.context_id == "long"
     lengths = [len(teacher_sequence(draw(0, f"{key}"), renderer.contexts)) for key in range(40)]
     assert max(lengths) == len(teacher_sequence(longest, renderer.contexts))
@@ -276,15 +276,15 @@ def test_a_worker_renders_a_game_under_the_context_that_it_brings(config: Config
 
 def test_samples_draw_anew_in_every_step_and_the_same_when_asked_again(config: Config) -> None:
     inputs = read_inputs(config)
-    source = SampleSource(config, inputs.train, inputs.draw)
+    source = SampleSource(config, inputs.train, inputs.context_sampler)
     numbers = range(8 * 12)
     first = [source[number] for number in numbers]
-    again = SampleSource(config, inputs.train, read_inputs(config).draw)
+    again = SampleSource(config, inputs.train, read_inputs(config).context_sampler)
     for number in reversed(numbers):  # a resumed run comes from elsewhere
         sample = again[number]
         assert sample.prompt.context_id == first[number].prompt.context_id
         assert sample.prompt.context == first[number].prompt.context
-        assert sample.prompt.context_id == POOL[drawn(3, sample.sample_id, 3)].id
+        assert sample.prompt.context_id == POOL[context_index(3, sample.sample_id, 3)].id
     of_row: dict[str, set[str | None]] = {}
     for sample in first:
         of_row.setdefault(sample.prompt.row_id, set()).add(sample.prompt.context_id)
@@ -295,16 +295,16 @@ def test_held_out_rows_have_one_context_each_whatever_the_step(config: Config) -
     first, again = read_inputs(config), read_inputs(config)
     names = [prompt.context_id for prompt in first.eval]
     assert names == [prompt.context_id for prompt in again.eval]
-    assert names == [POOL[drawn(3, f"held-out/eval{i}", 3)].id for i in range(6)]
+    assert names == [POOL[context_index(3, f"held-out/eval{i}", 3)].id for i in range(6)]
     assert len(set(names)) > 1
 
 
 def test_rows_of_one_context_are_as_they_were(config: Config, tmp_path: Path) -> None:
     one = load_config(tmp_path / "run.yaml", ["context.pool=null", f"context.text={json.dumps(TEXTS['long'])}"])
     inputs = read_inputs(one)
-    assert inputs.draw is None
+    assert inputs.context_sampler is None
     assert len(inputs.contexts) == 1
-    source = SampleSource(one, inputs.train, inputs.draw)
+    source = SampleSource(one, inputs.train, inputs.context_sampler)
     assert source[0].prompt is inputs.train[next(i for i, p in enumerate(inputs.train) if p is source[0].prompt)]
     assert {prompt.context_id for prompt in (*inputs.train, *inputs.eval)} == {None}
 

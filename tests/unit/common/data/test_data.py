@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.data.rows import DataError, batch_rows, read_rows
-from learner.data.games import fault_of
+from learner.data.games import environment_error
 
 
 def write(folder: Path, *lines: Any) -> Path:
@@ -96,7 +96,7 @@ def test_environments_are_tried_when_rows_are_read(tmp_path: Path) -> None:
         {"id": "c", "environment": "FrozenLake", "options": {"sizes": 3}},
     )
     with pytest.raises(DataError) as error:
-        read_rows(path, check=fault_of)
+        read_rows(path, check=environment_error)
     unknown, options = str(error.value).splitlines()
     assert unknown.startswith(f"{path}:2: unknown environment")
     assert options.startswith(f"{path}:3: ")

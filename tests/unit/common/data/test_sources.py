@@ -12,7 +12,7 @@ import pytest
 from common.config.model import DataConfig
 from common.data.rows import DataError, Row, digest, read_rows
 from common.data.sources import is_file
-from learner.data.games import fault_of
+from learner.data.games import environment_error
 
 TABLE: list[dict[str, Any]] = [
     {"question": "2 + 2?", "opa": "3", "opb": "4", "cop": 1, "truth": {"value": "4"}},
@@ -123,13 +123,13 @@ def test_a_dataset_needs_name_and_split(source: str) -> None:
 
 
 def test_games_are_rows_with_seeds_of_their_own() -> None:
-    rows = read_rows(Path("game:FrozenLake?rows=3&seed=7&size=4"), need_answers=True, check=fault_of)
+    rows = read_rows(Path("game:FrozenLake?rows=3&seed=7&size=4"), need_answers=True, check=environment_error)
     assert [(row.id, row.environment, row.seed) for row in rows] == [
         (f"FrozenLake-{s}", "FrozenLake", s) for s in (7, 8, 9)
     ]
     assert rows[0].options == {"size": 4}
     with pytest.raises(DataError, match="sizes"):
-        read_rows(Path("game:FrozenLake?sizes=4"), check=fault_of)
+        read_rows(Path("game:FrozenLake?sizes=4"), check=environment_error)
     with pytest.raises(DataError, match="expected NAME"):
         read_rows(Path("game:FrozenLake?size"))
 

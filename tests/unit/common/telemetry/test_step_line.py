@@ -45,7 +45,7 @@ def test_the_last_table_names_the_bubble_and_what_it_waited_for_the_largest_firs
         TraceSpan("score", "teacher", 2.0, 7.0, {}),
         TraceSpan("accumulate", "rank 0", 7.0, 10.0, {}),
     ]
-    tally = RunSummary(planned_steps=1)
-    tally.add_times(step_times(spans, (0.0, 10.0)))
-    *_, last = final_table(tally).splitlines()
+    summary = RunSummary(planned_steps=1)
+    summary.add_times(step_times(spans, (0.0, 10.0)))
+    *_, last = final_table(summary).splitlines()
     assert last == "the learner waited for 70% of the steps' time: score 50%, rollout 20%"

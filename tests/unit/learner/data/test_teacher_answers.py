@@ -1,4 +1,4 @@
-"""Answers of the teacher: stored once, taken up where collecting stopped, each trained exactly once."""
+"""Answers of the teacher: stored once, collection resumed after a crash, each answer trained exactly once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from common.config.model import Config, ConfigError
 from common.protocol.schema import Sample, Trajectory
 from learner.cluster.services import Services
 from learner.data.samples import SampleSource
-from learner.data.teacher_answers import AnswerFile, Offline, made_by
+from learner.data.teacher_answers import AnswerFile, TeacherAnswers, answers_origin
 from learner.errors import RunError
 from learner.loop.rollout_pipeline import RolloutPipeline, ScoredRollout
 from tests.support.stub_loop import ROWS, StubServices
@@ -48,19 +48,19 @@ class Answer:
 
 
 def answer_to(sample: Sample) -> Answer:
-    """Unlike any other sample's."""
+    """An answer that no other sample has."""
     return Answer([sample.number + 1, *range(sample.number % 5)])
 
 
 def opened(path: Path, config: Config, **origin: Any) -> AnswerFile:
-    return AnswerFile(path, {**made_by(config, contexts=("a", "b"), data="d"), **origin})
+    return AnswerFile(path, {**answers_origin(config, contexts=("a", "b"), data="d"), **origin})
 
 
-def offline_of(path: Path, config: Config) -> Offline:
-    return Offline(config, SampleSource(config, ROWS), opened(path, config))
+def answers_of(path: Path, config: Config) -> TeacherAnswers:
+    return TeacherAnswers(config, SampleSource(config, ROWS), opened(path, config))
 
 
-async def collected(offline: Offline, asked: list[Sample] | None = None) -> None:
+async def collected(answers: TeacherAnswers, asked: list[Sample] | None = None) -> None:
     async def generate(sample: Sample, prompt: Sequence[int]) -> Answer:
         if asked is not None:
             asked.append(sample)
@@ -68,7 +68,7 @@ async def collected(offline: Offline, asked: list[Sample] | None = None) -> None
         await asyncio.sleep(0)
         return answer_to(sample)
 
-    await offline.collect(lambda sample: [9, *sample.prompt.student_ids.tolist()], generate, lambda text: None)
+    await answers.collect(lambda sample: [9, *sample.prompt.student_ids.tolist()], generate, lambda text: None)
 
 
 def stored(path: Path) -> list[dict[str, Any]]:
@@ -80,29 +80,29 @@ def stored(path: Path) -> list[dict[str, Any]]:
 
 async def test_every_sample_of_the_run_is_answered_once_with_the_context(tmp_path: Path) -> None:
     config, asked = config_of(), list[Sample]()
-    offline = offline_of(tmp_path / "x/offpolicy.jsonl", config)
-    await collected(offline, asked)
+    answers = answers_of(tmp_path / "x/offpolicy.jsonl", config)
+    await collected(answers, asked)
     assert sorted(sample.number for sample in asked) == list(range(STEPS * 8))
     assert len({sample.sampling.seed for sample in asked}) == STEPS * 8
-    assert {sample.sampling.top_k for sample in asked} == {0}  # ids of the teacher's engine are of no use
-    assert offline.missing() == []
+    assert {sample.sampling.top_logprobs for sample in asked} == {0}  # ids of the teacher's engine are of no use
+    assert answers.missing() == []
 
 
-async def test_what_was_collected_before_a_crash_is_not_made_again(tmp_path: Path) -> None:
+async def test_answers_from_before_a_crash_are_not_generated_again(tmp_path: Path) -> None:
     path, config, asked = tmp_path / "offpolicy.jsonl", config_of(), list[Sample]()
-    await collected(offline_of(path, config_of(learner={"steps": 1})))
+    await collected(answers_of(path, config_of(learner={"steps": 1})))
     path.write_bytes(path.read_bytes()[:-5])  # the last line was cut short
     cut = json.loads(path.read_text().splitlines()[-2])
-    again = offline_of(path, config)
+    again = answers_of(path, config)
     await collected(again, asked)
     assert len(asked) == STEPS * 8 - 7
     assert cut["number"] not in {sample.number for sample in asked}
     assert sorted(line["number"] for line in stored(path)) == list(range(STEPS * 8))
 
 
-async def test_a_failure_ends_the_collection_and_keeps_what_is_there(tmp_path: Path) -> None:
+async def test_a_failure_ends_the_collection_and_keeps_earlier_answers(tmp_path: Path) -> None:
     path = tmp_path / "offpolicy.jsonl"
-    offline = offline_of(path, config_of())
+    answers = answers_of(path, config_of())
 
     async def generate(sample: Sample, prompt: Sequence[int]) -> Answer:
         if sample.number == 5:
@@ -113,7 +113,7 @@ async def test_a_failure_ends_the_collection_and_keeps_what_is_there(tmp_path: P
         return answer_to(sample)
 
     with pytest.raises(RunError, match="no worker is left"):
-        await offline.collect(lambda sample: [1], generate, lambda text: None)
+        await answers.collect(lambda sample: [1], generate, lambda text: None)
     assert [line["number"] for line in stored(path)] == [0, 1, 2, 3, 4]
 
 
@@ -129,7 +129,7 @@ async def test_a_failure_ends_the_collection_and_keeps_what_is_there(tmp_path: P
         ({}, {"files": {"model.safetensors": [1, 2]}}, "files is"),
     ],
 )
-def test_answers_made_by_something_else_are_refused(
+def test_answers_of_another_origin_are_refused(
     tmp_path: Path, sections: dict[str, Any], origin: dict[str, Any], named: str
 ) -> None:
     path = tmp_path / "offpolicy.jsonl"
@@ -138,7 +138,7 @@ def test_answers_made_by_something_else_are_refused(
         opened(path, config_of(**sections), **origin)
 
 
-def test_a_model_that_was_trained_anew_is_another(tmp_path: Path) -> None:
+def test_a_retrained_model_is_another_origin(tmp_path: Path) -> None:
     weights = tmp_path / "model" / "model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"one")
@@ -152,7 +152,7 @@ def test_a_model_that_was_trained_anew_is_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}\n', "[]\n", '{"format": 1'])
-def test_a_file_of_something_else_is_not_written_over(tmp_path: Path, content: str) -> None:
+def test_a_file_of_another_format_is_not_overwritten(tmp_path: Path, content: str) -> None:
     path = tmp_path / "offpolicy.jsonl"
     path.write_text(content)
     if content.endswith("\n"):
@@ -168,7 +168,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     config, path = config_of(), tmp_path / "offpolicy.jsonl"
     opened(path, config).close()
     path.write_text(path.read_text() + "{}\n")
-    with pytest.raises(RunError, match=r"offpolicy.jsonl:2 is no stored answer"):
+    with pytest.raises(RunError, match=r"offpolicy.jsonl:2 is not a stored answer"):
         opened(path, config)
 
 
@@ -176,7 +176,7 @@ def test_a_sample_is_stored_once(tmp_path: Path) -> None:
     config = config_of()
     file, sample = opened(tmp_path / "offpolicy.jsonl", config), SampleSource(config, ROWS)[3]
     file.add(sample, Answer([1]))
-    with pytest.raises(RunError, match="sample 3 was answered already"):
+    with pytest.raises(RunError, match="sample 3 already has an answer"):
         file.add(sample, Answer([2]))
 
 
@@ -186,15 +186,15 @@ def test_an_answer_to_another_sample_is_not_trained_on(tmp_path: Path) -> None:
     file = opened(path, config)
     file.add(source[3], Answer([1]))
     other = SampleSource(config_of(run={"seed": 1}), ROWS)
-    with pytest.raises(RunError, match="answer 3 is to"):
-        Offline(config, other, file).trajectory(other[3], 0)
+    with pytest.raises(RunError, match="answer 3 belongs to"):
+        TeacherAnswers(config, other, file).trajectory(other[3], 0)
 
 
-# --- in the stream --------------------------------------------------------------------------------------------------
+# --- in the pipeline --------------------------------------------------------------------------------------------------
 
 
 class Scores(StubServices):
-    """Remembers which answers were sent to be scored; makes none itself."""
+    """Records the answers that are sent to scoring; generates none."""
 
     scored: list[Trajectory]
 
@@ -206,24 +206,24 @@ class Scores(StubServices):
         return await super().score(sample, item)
 
 
-async def trained_on(config: Config, services: StubServices, offline: Offline) -> list[ScoredRollout]:
-    stream = RolloutPipeline(config, cast(Services, services), SampleSource(config, ROWS), 0, 0, [], offline)
+async def trained_on(config: Config, services: StubServices, answers: TeacherAnswers) -> list[ScoredRollout]:
+    pipeline = RolloutPipeline(config, cast(Services, services), SampleSource(config, ROWS), 0, 0, [], answers)
     trained: list[ScoredRollout] = []
     for _ in range(config.learner.steps):
-        step = [answered async for answered in stream.step(lambda failed: None)]
+        step = [answered async for answered in pipeline.step(lambda failed: None)]
         assert len(step) == 8
         trained += step
         if len(trained) < config.learner.steps * 8:
-            stream.advance()
-    await stream.close()
+            pipeline.advance()
+    await pipeline.close()
     return trained
 
 
 async def test_a_replayed_run_trains_exactly_the_stored_answers_once_each(tmp_path: Path) -> None:
     config, services = config_of(), Scores()
-    offline = offline_of(tmp_path / "offpolicy.jsonl", config)
-    await collected(offline)
-    trained = await trained_on(config, services, offline)
+    answers = answers_of(tmp_path / "offpolicy.jsonl", config)
+    await collected(answers)
+    trained = await trained_on(config, services, answers)
     lines = {line["sample_id"]: line for line in stored(tmp_path / "offpolicy.jsonl")}
     assert Counter(one.sample.sample_id for one in trained) == Counter(dict.fromkeys(lines, 1))
     assert [one.sample.step for one in trained] == sorted(one.sample.step for one in trained)
@@ -240,14 +240,14 @@ async def test_a_replayed_run_trains_exactly_the_stored_answers_once_each(tmp_pa
 
 async def test_the_learner_can_pick_its_own_ids_on_the_teachers_answers(tmp_path: Path) -> None:
     config = config_of(rollout={"topk_from": "learner"}, loss={"support": "student", "direction": "reverse"})
-    offline = offline_of(tmp_path / "offpolicy.jsonl", config)
-    await collected(offline)
+    answers = answers_of(tmp_path / "offpolicy.jsonl", config)
+    await collected(answers)
     services = Scores()
-    await trained_on(config, services, offline)
+    await trained_on(config, services, answers)
     assert sum(len(share) for group in services.groups for share in group) == STEPS * 8
 
 
-# --- what goes with it ----------------------------------------------------------------------------------------------
+# --- settings that go with it -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ async def test_the_learner_can_pick_its_own_ids_on_the_teachers_answers(tmp_path
         ({"rollout": {"source": "student", "answers_file": "x"}}, r"rollout\.answers_file"),
     ],
 )
-def test_what_does_not_go_with_the_teachers_answers_is_refused(sections: dict[str, Any], named: str) -> None:
+def test_settings_that_do_not_go_with_the_teachers_answers_are_refused(sections: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         config_of(**sections)
 

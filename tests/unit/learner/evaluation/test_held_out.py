@@ -1,4 +1,4 @@
-"""What a run is judged by, on a stub of its services: which answers are asked for, and what is said of them."""
+"""Held-out evaluation against stub services: requested answers, and the reported results."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from common.protocol.schema import Sampling, TokenSequence
 from common.telemetry.run_files import Progress, RunFiles
 from learner.cluster.services import Services
 from learner.data.inputs import read_inputs
-from learner.evaluation.held_out import HeldOut
-from learner.evaluation.summary import RunSummary, final_table, summary_of
+from learner.evaluation.held_out import HeldOutEvaluator
+from learner.evaluation.summary import RunSummary, final_table, summary_json
 from tests.support.runs import run_settings
 
 
 @dataclass
 class StubServices:
-    """Says what `answer` makes of an asked prompt; predicts texts at `nats` a token."""
+    """Answers prompts with `answer`; predicts texts at `nats` a token."""
 
     answer: Callable[[list[int], Sampling], str]
     nats: float = 2.0
@@ -50,21 +50,21 @@ async def forever(step: int) -> None:
 
 @dataclass
 class Judged:
-    """A run that is evaluated and nothing else."""
+    """A run that is only evaluated."""
 
     config: Config
     services: StubServices
-    tally: RunSummary = field(default_factory=lambda: RunSummary(planned_steps=2))
+    summary: RunSummary = field(default_factory=lambda: RunSummary(planned_steps=2))
 
     async def run(self, after: Callable[[list[int], Sampling], str], nats: float = 2.0) -> None:
         inputs = read_inputs(self.config)
         with RunFiles(self.config.run.path) as files:
-            held_out = HeldOut(
-                self.config, cast(Services, self.services), inputs, files, Progress(), self.tally, forever
+            held_out = HeldOutEvaluator(
+                self.config, cast(Services, self.services), inputs, files, Progress(), self.summary, forever
             )
             await held_out.before()
             await held_out.in_context()
-            held_out.warn_of_no_gap()
+            held_out.warn_if_no_gap()
             self.services.answer, self.services.nats = after, nats
             await held_out.after(2)
 
@@ -81,12 +81,12 @@ def configured(tmp_path: Path, tiny_model: Path) -> Callable[..., Config]:
 
 
 def knows(*words: str) -> Callable[[list[int], Sampling], str]:
-    """Right for the prompts of `words`, and in context (a longer prompt) always."""
+    """Right for the prompts of `words`, and for every prompt with the context, which is longer."""
     lengths = {len(f"Q: {word}\nA:") for word in words}
     return lambda ids, sampling: "x" if len(ids) > 12 or len(ids) in lengths else "-"
 
 
-async def test_each_answer_has_a_seed_of_its_own_the_same_before_and_after(configured: Callable[..., Config]) -> None:
+async def test_each_answer_has_its_own_seed_equal_before_and_after(configured: Callable[..., Config]) -> None:
     config = configured(eval={"samples": 3, "temperature": 0.7, "top_p": 0.8, "top_k": 20})
     judged = Judged(config, StubServices(knows()))
     await judged.run(knows("pens"))
@@ -96,14 +96,14 @@ async def test_each_answer_has_a_seed_of_its_own_the_same_before_and_after(confi
     assert len({sampling.seed for _, sampling in before}) == 12
     assert [s.seed for _, s in before] == [s.seed for _, s in after] == [s.seed for _, s in in_context]
     assert before == after
-    assert {(s.temperature, s.top_p, s.draw_from, s.top_k) for _, s in asked} == {(0.7, 0.8, 20, 0)}
+    assert {(s.temperature, s.top_p, s.top_k, s.top_logprobs) for _, s in asked} == {(0.7, 0.8, 20, 0)}
     assert all(len(longer[0]) > len(bare[0]) for longer, bare in zip(in_context, before, strict=True))
     lines = judged.lines("samples.jsonl")
     assert [line["sample"] for line in lines[:4]] == [0, 1, 2, 0]
-    assert summary_of(judged.tally)["base"] == {
+    assert summary_json(judged.summary)["base"] == {
         "accuracy": 0.0,
         "n": 4,
-        "ci95": list(judged.tally.base.ci95) if judged.tally.base else None,
+        "ci95": list(judged.summary.base.ci95) if judged.summary.base else None,
         "samples": 3,
     }
 
@@ -111,7 +111,7 @@ async def test_each_answer_has_a_seed_of_its_own_the_same_before_and_after(confi
 async def test_greedy_answers_have_no_seed(configured: Callable[..., Config]) -> None:
     judged = Judged(configured(), StubServices(knows()))
     await judged.run(knows())
-    assert {(s.temperature, s.seed, s.draw_from) for _, s in judged.services.asked} == {(0.0, None, 0)}
+    assert {(s.temperature, s.seed, s.top_k) for _, s in judged.services.asked} == {(0.0, None, 0)}
 
 
 @pytest.mark.parametrize("key", ["samples", "top_k", "top_p"])
@@ -120,14 +120,14 @@ def test_greedy_answers_cannot_differ(configured: Callable[..., Config], key: st
         configured(eval={key: 0.5 if key == "top_p" else 4})
 
 
-async def test_where_the_context_helps_nothing_is_said(
+async def test_no_warning_if_the_context_helps(
     configured: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     await Judged(configured(), StubServices(knows())).run(knows())
     assert "WARNING" not in capsys.readouterr().out
 
 
-async def test_where_the_context_changes_nothing_there_is_a_warning_with_the_numbers(
+async def test_a_context_that_changes_nothing_is_a_warning_with_the_numbers(
     configured: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     judged = Judged(configured(), StubServices(lambda ids, sampling: "-"))
@@ -137,10 +137,10 @@ async def test_where_the_context_changes_nothing_there_is_a_warning_with_the_num
         "nothing to distil: 0.000 right with the context, 0.000 without, a gap of +0.000 (-0.462 to +0.462, n = 4)"
         in warning
     )
-    assert summary_of(judged.tally)["gap_closed_ci95"] is None
+    assert summary_json(judged.summary)["gap_closed_ci95"] is None
 
 
-async def test_what_was_forgotten_is_in_the_summary(configured: Callable[..., Config], tmp_path: Path) -> None:
+async def test_forgetting_is_in_the_summary(configured: Callable[..., Config], tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"id": word, "prompt": f"{word}?", "answer": "y"} for word in ("one", "three", "seventeen")
     ]
@@ -157,14 +157,14 @@ async def test_what_was_forgotten_is_in_the_summary(configured: Callable[..., Co
     assert all(len(chunk.response_ids) <= 15 for chunk in inputs.texts["fox"])
     judged = Judged(config, StubServices(lambda ids, sampling: "y"))
     await judged.run(lambda ids, sampling: "y" if len(ids) < 6 else "-", nats=2.5)
-    found = summary_of(judged.tally)
+    found = summary_json(judged.summary)
     assert found["ood"]["other"]["before"]["accuracy"] == 1.0
     assert found["ood"]["other"]["after"]["accuracy"] == pytest.approx(1 / 3)
     assert found["ood"]["other"]["change"] == pytest.approx(-2 / 3)
     assert found["ood"]["other"]["ci95"][0] < -2 / 3 < found["ood"]["other"]["ci95"][1]
     assert found["perplexity"]["fox"]["change"] == pytest.approx(0.5)
     assert found["perplexity"]["fox"]["ci95"] == pytest.approx((0.5, 0.5))
-    assert "change on other" in final_table(judged.tally)
+    assert "change on other" in final_table(judged.summary)
     rows_of = json.loads((config.run.path / "accuracy.json").read_text())
     assert rows_of["ood/other/after"] == {"one": 1.0, "three": 0.0, "seventeen": 0.0}
     assert set(rows_of) == {"base", "in_context", "final", "ood/other/before", "ood/other/after"}
@@ -172,28 +172,26 @@ async def test_what_was_forgotten_is_in_the_summary(configured: Callable[..., Co
     assert [(line["step"], line["nats_per_token/fox"]) for line in metrics] == [(0, 2.0), (2, 2.5)]
 
 
-def test_no_teacher_hears_of_another_task(configured: Callable[..., Config], tmp_path: Path) -> None:
-    """A chat row would bring a context of its own."""
+def test_rows_of_other_tasks_add_no_context(configured: Callable[..., Config], tmp_path: Path) -> None:
+    """A chat row of another task adds no context."""
     row = {"id": "a", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": "y"}
     (tmp_path / "other.jsonl").write_text(json.dumps(row))
     inputs = read_inputs(configured(eval={"ood": {"other": str(tmp_path / "other.jsonl")}}))
     assert set(inputs.contexts) == {row.context for row in inputs.eval}
 
 
-async def test_a_resumed_run_reports_what_was_measured_before(
-    configured: Callable[..., Config], tmp_path: Path
-) -> None:
+async def test_a_resumed_run_reports_earlier_measurements(configured: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one two three")
     config = configured(
         eval={"perplexity": {"t": str(tmp_path / "text.txt")}, "ood": {"o": str(tmp_path / "eval.jsonl")}}
     )
     judged = Judged(config, StubServices(knows()))
     await judged.run(knows())
-    state = json.loads(json.dumps(judged.tally.state()))
+    state = json.loads(json.dumps(judged.summary.state()))
     again = RunSummary(planned_steps=2)
     again.restore(state)
-    assert summary_of(again) | {"outcome": 0} == summary_of(judged.tally) | {"outcome": 0}
-    assert again.row_scores() == judged.tally.row_scores()
+    assert summary_json(again) | {"outcome": 0} == summary_json(judged.summary) | {"outcome": 0}
+    assert again.row_scores() == judged.summary.row_scores()
 
 
 def test_a_text_that_cannot_be_read_is_named_before_anything_starts(

@@ -1,4 +1,4 @@
-"""The page at the end of a run: written whatever way the run ends, and never the reason for one to end."""
+"""The report at the end of a run: written on every way out, and never a reason for the run to fail."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ import pytest
 
 from common.telemetry.environment import commit, environment
 from learner.evaluation import report_process
-from learner.evaluation.report_process import reported, write_report_apart
+from learner.evaluation.report_process import report_at_end, write_report
 from tests.support.report_run import write_run
 
 
 def test_a_run_that_raises_has_its_page(tmp_path: Path) -> None:
-    run, said = tmp_path / "run", list[str]()
+    run, messages = tmp_path / "run", list[str]()
 
     def fail() -> None:
-        with reported(run, said.append):
+        with report_at_end(run, messages.append):
             write_run(run)
             raise RuntimeError("the run's own")
 
     with pytest.raises(RuntimeError, match="the run's own"):
         fail()
     assert "<h1>" in (run / "report.html").read_text()
-    assert said == []
+    assert messages == []
 
 
-def test_what_never_became_a_run_has_none(tmp_path: Path) -> None:
-    said = list[str]()
-    with reported(tmp_path / "run", said.append):
+def test_a_folder_without_a_run_gets_no_report(tmp_path: Path) -> None:
+    messages = list[str]()
+    with report_at_end(tmp_path / "run", messages.append):
         pass
-    assert said == []
+    assert messages == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
-    said = list[str]()
+    messages = list[str]()
     run = write_run(tmp_path / "run")
     (run / "report.html").mkdir()
-    with reported(run, said.append):
+    with report_at_end(run, messages.append):
         pass
-    (line,) = said
+    (line,) = messages
     assert line.startswith("WARNING: report.html was not written: ")
     assert "report.html" in line.partition("written: ")[2]
 
 
 def test_a_page_that_takes_too_long_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_process, "TIMEOUT_S", 0.01)
-    assert "was not written within" in str(write_report_apart(write_run(tmp_path / "run")))
+    assert "was not written within" in str(write_report(write_run(tmp_path / "run")))
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -247,7 +247,11 @@ def test_a_random_selection_is_a_pool_that_a_run_takes(config: Config, path: Pat
     run = consolidation_of(config)
     assert run.context == config.context  # what the file names is what the stage wrote
     inputs = read_inputs(run)
-    assert {inputs.draw(0, f"{key}").context_id for key in range(30)} == set(candidates(two)) if inputs.draw else False
+    assert (
+        {inputs.context_sampler(0, f"{key}").context_id for key in range(30)} == set(candidates(two))
+        if inputs.context_sampler
+        else False
+    )
 
 
 def test_selection_keeps_the_context_under_which_most_rows_are_right(path: Path, tmp_path: Path) -> None:
