@@ -1,7 +1,7 @@
-"""A rollout worker: one engine in one Ray actor, each answer scored beside it the moment it ends.
+"""A rollout worker: a Ray actor that runs one student engine and has each answer scored as soon as it ends.
 
-Ray gives every concurrency group of an async actor an event loop of its own, and an engine (like an HTTP client)
-belongs to the loop it was made in. So all work happens on one loop of the worker's own, and the actor's methods wait.
+Ray runs every concurrency group of an async actor on a separate event loop, but a vLLM engine and an HTTP client belong
+to the loop that made them. The worker therefore does all its work on one private loop; the actor's methods wait for it.
 """
 
 from __future__ import annotations
@@ -11,24 +11,16 @@ import logging
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import ray
 
 from common.config.model import Config
 from common.data.rendering import Renderer, load_tokenizer
-from common.protocol.schema import (
-    F32,
-    FinishReason,
-    Prompt,
-    Sample,
-    Sampling,
-    ScoredTrajectory,
-    TokenSequence,
-    Trajectory,
-)
+from common.protocol.schema import F32, FinishReason, Prompt, Sample, ScoredTrajectory, TokenSequence, Trajectory
 from common.protocol.scoring import Scorer, ScorerFactory, ScoringError
 from common.weight_sync.manifest import SyncManifest
 from rollout_workers.engine.stops import cut_text
@@ -41,27 +33,28 @@ from rollout_workers.environments.playing import (
     trajectories_of,
 )
 from rollout_workers.pool.failures import EngineLost
-from rollout_workers.pool.outbox import Order, Outbox
 
 if TYPE_CHECKING:
-    from rollout_workers.engine.engine import RolloutEngine
+    from rollout_workers.engine.engine import Generation, RolloutEngine
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-RENDERERS = 32
-"""Of contexts of a pool, kept by a worker: each holds a context's tokens."""
+MAX_RENDERERS = 32
+"""Renderers a worker keeps, one per context of a pool; each holds the tokens of its context."""
 
-CONTROL, EXCHANGE = "control", "exchange"
-"""Concurrency groups: of calls that must not wait behind answers in flight, and of those that bring orders."""
-GROUPS = {CONTROL: 8, EXCHANGE: 4}
-"""Calls at a time. Of `EXCHANGE` one waits for answers, others leave at once."""
+CONTROL = "control"
+"""Concurrency group of calls that must not wait behind answers in flight."""
+GROUPS = {CONTROL: 8}
+
+Output = Literal["trajectory", "scored", "text"]
+"""Second value of `RolloutWorker.rollout`: the trajectory, the trajectory with the teacher's scores, or plain text."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """An engine that is up."""
+    """Facts about a running engine."""
 
     limit_tokens: int
     weight_version: int
@@ -69,9 +62,7 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ScoreSummary:
-    """What the controller hears of one scoring. Times are seconds since the epoch; `error` says why there is no
-    score.
-    """
+    """Times of one scoring, in seconds since the epoch; `error` is the reason if there is no score."""
 
     started: float
     ended: float
@@ -80,8 +71,10 @@ class ScoreSummary:
 
 @dataclass(frozen=True, slots=True)
 class RolloutSummary:
-    """What the controller hears of one answer; the answer itself stays in the object store. Times are seconds since
-    the epoch; `score` is None where it was not scored yet.
+    """Sizes and times of one rollout, for the driver; the tokens stay in the object store.
+
+    Times are seconds since the epoch. `student_tokens` leaves out what an environment said inside the response. For a
+    game, token counts are sums over its sequences. `score` is None for a rollout that was not scored.
     """
 
     sample_id: str
@@ -89,27 +82,25 @@ class RolloutSummary:
     prompt_tokens: int
     response_tokens: int
     student_tokens: int
-    """Of the response: all but what an environment said in it."""
     finish_reason: FinishReason
     versions: tuple[tuple[int, int], ...]
     started: float
     ended: float
     score: ScoreSummary | None = None
     episode: EpisodeSummary | None = None
-    """Of a game. Tokens are then sums over its sequences, and the item is the list of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A generated answer as text (special tokens and the stop left out) and as tokens."""
+class TextAnswer:
+    """A generated answer as text, without special tokens and stop string, and as tokens."""
 
     text: str
     ids: list[int]
     finish_reason: FinishReason
 
 
-Made = Trajectory | list[Trajectory]
-"""An answer, or the sequences of an episode."""
+Unscored = Trajectory | list[Trajectory]
+"""One answer, or the sequences of one episode."""
 Scored = ScoredTrajectory | list[ScoredTrajectory]
 
 
@@ -126,13 +117,89 @@ class RolloutWorker:
         self._scorer_factory = scorer_factory
         self._scorer: Scorer | None = None
         self._engine: RolloutEngine | None = None
-        self._renderer: Renderer | None = None
-        self._renderers: dict[str, Renderer] = {}
+        self._tokenizer: Any = None
+        self._renderers: OrderedDict[str | None, Renderer] = OrderedDict()
         self._starting = asyncio.Lock()
         self._closed = False
-        self._outbox = Outbox(self._ordered)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
+
+    # --- rollouts ---------------------------------------------------------------------------------------------------
+
+    @ray.method(num_returns=2)
+    async def rollout(self, sample: Sample, output: Output, in_context: bool = False) -> tuple[RolloutSummary, Any]:
+        """Answer `sample`, or play its game; the two values become two object references.
+
+        With `output` `scored` the second value is None if the teacher has no score (the summary holds the error). With
+        `text` it is a `TextAnswer`, or a `Played` for a game. `in_context`: the player of a game sees the context.
+        """
+        return await self._on_loop(self._rollout(sample, output, in_context))
+
+    async def _rollout(self, sample: Sample, output: Output, in_context: bool) -> tuple[RolloutSummary, Any]:
+        engine, started = await self._running(), time.time()
+        item: Unscored
+        text: TextAnswer | Played
+        if sample.prompt.game is None:
+            generation = await engine.generate(sample.prompt.student_ids, sample.sampling, sample.sample_id)
+            item = _trajectory(sample, generation)
+            summary = _summary(self._number, [item], started)
+            if output == "text":
+                ids = generation.response_ids.tolist()
+                text = TextAnswer(cut_text(engine.decode(ids), sample.sampling.stop), ids, generation.finish_reason)
+                return summary, text
+        else:
+            renderer = self._renderer(sample.prompt)
+            episode = await play_sample(engine, renderer, self._config.environment, sample, in_context=in_context)
+            item = trajectories_of(episode, sample)
+            totals = EpisodeSummary(len(item), len(episode.exchanges), episode.reward, episode.success)
+            summary = replace(_summary(self._number, item, started), sample_id=sample.sample_id, episode=totals)
+            if output == "text":
+                return summary, Played(episode.exchanges, episode.outcome, episode.reward, episode.success)
+        if output == "trajectory":
+            return summary, item
+        score, scored = await self._score(item)
+        return replace(summary, score=score), scored
+
+    @ray.method(num_returns=2)
+    async def score(self, item: Unscored) -> tuple[ScoreSummary, Scored | None]:
+        """Have an unscored rollout scored; the two values become two object references."""
+        return await self._on_loop(self._score(item))
+
+    async def _score(self, item: Unscored) -> tuple[ScoreSummary, Scored | None]:
+        if self._scorer is None:
+            if self._scorer_factory is None:
+                raise RuntimeError("this worker was started without a scorer: it can only generate")
+            self._scorer = self._scorer_factory()
+        started = time.time()
+        scored: Scored
+        try:
+            if isinstance(item, list):
+                # An episode is trained whole or not at all: part of one would be another game.
+                scored = list(await asyncio.gather(*map(self._scorer.score, item)))
+            else:
+                scored = await self._scorer.score(item)
+        except ScoringError as failure:
+            return ScoreSummary(started, time.time(), str(failure)), None
+        return ScoreSummary(started, time.time()), scored
+
+    def _renderer(self, prompt: Prompt) -> Renderer:
+        """The renderer of a game's turns, under the game's context or else the run's."""
+        context = None if prompt.game is None else prompt.game.context
+        if context not in self._renderers:
+            self._renderers[context] = self._make_renderer(context)
+            if len(self._renderers) > MAX_RENDERERS:
+                self._renderers.popitem(last=False)
+        return self._renderers[context]
+
+    def _make_renderer(self, context: str | None) -> Renderer:
+        config = self._config
+        if context is None:
+            context = "" if config.context.pool else config.context.read()  # with a pool, every game has a context
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(config.student.model)
+        return Renderer(self._tokenizer, context, config.student, config.context.placement)
+
+    # --- control ----------------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group=CONTROL)
     async def ready(self) -> WorkerInfo:
@@ -142,174 +209,42 @@ class RolloutWorker:
 
     @ray.method(concurrency_group=CONTROL)
     async def node(self) -> str:
-        """Ray's name of the node that it was placed on."""
+        """Ray's id of the node that runs this worker."""
         return str(ray.get_runtime_context().get_node_id())
-
-    @ray.method(concurrency_group=EXCHANGE)
-    async def exchange(self, orders: Sequence[Order], cancelled: Sequence[int], most: int) -> list[Any]:
-        """Take orders for answers (or episodes) and give what ended, as `Outbox.exchange` says. Of an answer that is
-        to be scored and cannot be, the item is None and the summary has the error; TeacherError is its outcome's.
-        """
-        return await self._on_loop(self._outbox.exchange(orders, cancelled, most))
-
-    @ray.method(num_returns=2)
-    async def score(self, trajectory: Made) -> tuple[ScoreSummary, Scored | None]:
-        """Have an answer scored that was ordered unscored; the two values are two references."""
-        return await self._on_loop(self._score(trajectory))
-
-    async def _ordered(self, order: Order) -> tuple[RolloutSummary, Made | Scored | None]:
-        summary, trajectory = await self._rollout(order.sample)
-        if not order.scored:
-            return summary, trajectory
-        score, scored = await self._score(trajectory)
-        return replace(summary, score=score), scored
-
-    async def _rollout(self, sample: Sample) -> tuple[RolloutSummary, Made]:
-        engine = await self._running()
-        started = time.time()
-        if sample.prompt.game is not None:
-            return await self._rollout_episode(engine, sample, started)
-        answer = await engine.generate(sample.prompt.student_ids, sample.sampling, sample.sample_id)
-        trajectory = Trajectory(
-            sample_id=sample.sample_id,
-            step=sample.step,
-            prompt=sample.prompt,
-            response_ids=answer.response_ids,
-            sampled_logprobs=answer.sampled_logprobs,
-            topk_ids=answer.topk_ids,
-            finish_reason=answer.finish_reason,
-            versions=answer.versions,
-        )
-        summary = RolloutSummary(
-            sample_id=sample.sample_id,
-            worker=self._number,
-            prompt_tokens=len(sample.prompt.student_ids),
-            response_tokens=len(answer.response_ids),
-            student_tokens=len(answer.response_ids),
-            finish_reason=answer.finish_reason,
-            versions=answer.versions,
-            started=started,
-            ended=time.time(),
-        )
-        return summary, trajectory
-
-    async def _rollout_episode(
-        self, engine: RolloutEngine, sample: Sample, started: float
-    ) -> tuple[RolloutSummary, list[Trajectory]]:
-        renderer = self._rendering(sample.prompt)
-        episode = await play_sample(engine, renderer, self._config.environment, sample)
-        made = trajectories_of(episode, sample)
-        summary = RolloutSummary(
-            sample_id=sample.sample_id,
-            worker=self._number,
-            prompt_tokens=sum(len(one.prompt.student_ids) for one in made),
-            response_tokens=sum(len(one.response_ids) for one in made),
-            student_tokens=student_tokens(made),
-            finish_reason=made[-1].finish_reason,
-            versions=spans_of(made),
-            started=started,
-            ended=time.time(),
-            episode=EpisodeSummary(len(made), len(episode.exchanges), episode.reward, episode.success),
-        )
-        return summary, made
-
-    def _rendering(self, prompt: Prompt) -> Renderer:
-        """What the turns of a game are rendered by, under the context that goes with it."""
-        if self._renderer is None:
-            config = self._config
-            # Of a pool no text is the run's: each game brings its own.
-            text = "" if config.context.pool else config.context.read()
-            self._renderer = Renderer(
-                load_tokenizer(config.student.model), text, config.student, config.context.placement
-            )
-        own = None if prompt.game is None else prompt.game.context
-        if own is None:
-            return self._renderer
-        if own not in self._renderers:
-            if len(self._renderers) == RENDERERS:
-                self._renderers.pop(next(iter(self._renderers)))
-            self._renderers[own] = self._renderer.under(own)
-        return self._renderers[own]
-
-    async def _score(self, trajectory: Made) -> tuple[ScoreSummary, Scored | None]:
-        if self._scorer is None:
-            if self._scorer_factory is None:
-                raise RuntimeError("this worker was started without a scorer: it can only generate")
-            self._scorer = self._scorer_factory()
-        started = time.time()
-        scored: Scored
-        try:
-            if isinstance(trajectory, list):
-                # Of an episode everything is trained, or nothing: the ones that are left would not be the same game.
-                scored = list(await asyncio.gather(*map(self._scorer.score, trajectory)))
-            else:
-                scored = await self._scorer.score(trajectory)
-        except ScoringError as failure:
-            return ScoreSummary(started, time.time(), str(failure)), None
-        return ScoreSummary(started, time.time()), scored
-
-    async def generate(self, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
-        """Answers to token prompts, each under its own sampling, in their order."""
-        return await self._on_loop(self._generate(asked))
-
-    async def _generate(self, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
-        engine = await self._running()
-
-        async def one(index: int, prompt: Sequence[int], sampling: Sampling) -> Answer:
-            answer = await engine.generate(prompt, sampling, f"generate-{time.monotonic_ns()}-{index}")
-            ids = answer.response_ids.tolist()
-            return Answer(cut_text(engine.decode(ids), sampling.stop), ids, answer.finish_reason)
-
-        return list(await asyncio.gather(*(one(i, *pair) for i, pair in enumerate(asked))))
-
-    async def play(self, asked: Sequence[tuple[Prompt, Sampling]], in_context: bool) -> list[Played]:
-        """Games of prompts, each under its own sampling, played to their end, in their order; `in_context`: by a
-        student that sees the context.
-        """
-        return await self._on_loop(self._play(asked, in_context))
-
-    async def _play(self, asked: Sequence[tuple[Prompt, Sampling]], in_context: bool) -> list[Played]:
-        engine, name = await self._running(), f"play-{time.monotonic_ns()}"
-        samples = [Sample(i, 0, f"{name}-{i}", *pair) for i, pair in enumerate(asked)]
-        settings = self._config.environment
-        episodes = await asyncio.gather(
-            *(play_sample(engine, self._rendering(one.prompt), settings, one, in_context=in_context) for one in samples)
-        )
-        return [Played(one.exchanges, one.outcome, one.reward, one.success) for one in episodes]
 
     @ray.method(concurrency_group=CONTROL)
     async def probe(self, sequences: Sequence[TokenSequence]) -> list[F32]:
         """The engine's log-probs of fixed responses, ``[T]`` each."""
-        return await self._on_loop(self._called(lambda engine: engine.logprobs(sequences)))
+        return await self._on_loop(self._call(lambda engine: engine.logprobs(sequences)))
 
     @ray.method(concurrency_group=CONTROL)
     async def check_health(self) -> None:
-        """Returns where the engine lives; where it does not, this actor ends too, so that the loop replaces both."""
-        await self._on_loop(self._called(lambda engine: engine.check_health()))
+        """Return if the engine lives; if it is dead, end this actor, so that the pool replaces both."""
+        await self._on_loop(self._call(lambda engine: engine.check_health()))
 
     @ray.method(concurrency_group=CONTROL)
     async def sleep(self) -> None:
-        """Give the engine's GPU memory back until `wake`."""
-        await self._on_loop(self._called(lambda engine: engine.sleep()))
+        """Free the engine's GPU memory until `wake`."""
+        await self._on_loop(self._call(lambda engine: engine.sleep()))
 
     @ray.method(concurrency_group=CONTROL)
     async def wake(self) -> None:
-        """Take it again."""
-        await self._on_loop(self._called(lambda engine: engine.wake()))
+        """Take the GPU memory again."""
+        await self._on_loop(self._call(lambda engine: engine.wake()))
 
     @ray.method(concurrency_group=CONTROL)
     async def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
-        """Join the weight group with `rank` as this engine's first."""
-        await self._on_loop(self._called(lambda engine: engine.join_sync(host, port, rank, world_size)))
+        """Join the weight group; `rank` is the first of this engine's ranks."""
+        await self._on_loop(self._call(lambda engine: engine.join_sync(host, port, rank, world_size)))
 
     @ray.method(concurrency_group=CONTROL)
     async def receive_weights(self, manifest: SyncManifest, version: int) -> None:
-        """Take the weights of `version`."""
-        await self._on_loop(self._called(lambda engine: engine.receive(manifest, version)))
+        """Load the weights of `version`."""
+        await self._on_loop(self._call(lambda engine: engine.receive(manifest, version)))
 
     @ray.method(concurrency_group=CONTROL)
     async def close(self) -> None:
-        """Stop the engine and let go of the teacher."""
+        """Stop the engine and close the teacher's client."""
         await self._on_loop(self._close())
 
     async def _close(self) -> None:
@@ -327,9 +262,9 @@ class RolloutWorker:
             return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
         except EngineLost as error:
             log.critical("%s: this worker ends with it", error)
-            os._exit(1)  # an actor without an engine is of no use, and its death is what the pool watches for
+            os._exit(1)  # an actor without an engine is useless, and the pool watches for its death
 
-    async def _called(self, call: Callable[[RolloutEngine], Coroutine[Any, Any, R]]) -> R:
+    async def _call(self, call: Callable[[RolloutEngine], Coroutine[Any, Any, R]]) -> R:
         return await call(await self._running())
 
     async def _running(self) -> RolloutEngine:
@@ -341,3 +276,30 @@ class RolloutWorker:
 
                 self._engine = await RolloutEngine.start(self._model, self._config, max_logprobs=self._max_logprobs)
             return self._engine
+
+
+def _trajectory(sample: Sample, generation: Generation) -> Trajectory:
+    return Trajectory(
+        sample_id=sample.sample_id,
+        step=sample.step,
+        prompt=sample.prompt,
+        response_ids=generation.response_ids,
+        sampled_logprobs=generation.sampled_logprobs,
+        topk_ids=generation.topk_ids,
+        finish_reason=generation.finish_reason,
+        versions=generation.versions,
+    )
+
+
+def _summary(worker: int, trajectories: Sequence[Trajectory], started: float) -> RolloutSummary:
+    return RolloutSummary(
+        sample_id=trajectories[0].sample_id,
+        worker=worker,
+        prompt_tokens=sum(len(one.prompt.student_ids) for one in trajectories),
+        response_tokens=sum(len(one.response_ids) for one in trajectories),
+        student_tokens=student_tokens(trajectories),
+        finish_reason=trajectories[-1].finish_reason,
+        versions=spans_of(trajectories),
+        started=started,
+        ended=time.time(),
+    )

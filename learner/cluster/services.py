@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import time
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import ray
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from common.async_utils import all_of, value_of, within
 from common.config.model import Config
-from common.protocol.schema import Context, Prompt, Sample, Sampling, TokenSequence
+from common.protocol.schema import Context, Prompt, Sample, Sampling, TokenSequence, as_ids
 from common.protocol.scoring import ScorerFactory
 from common.telemetry.trace import TraceSpan
 from common.weight_sync.collective import SyncError
@@ -28,7 +29,15 @@ from learner.cluster.rank import LearnerRank
 from learner.cluster.teachers import START_TIMEOUT_S, Teachers
 from learner.errors import ServiceLost
 from learner.trainer.reports import LearnerInfo, PassReport, StepReport
-from rollout_workers.actor import GROUPS, Answer, RolloutSummary, RolloutWorker, ScoreSummary, WorkerInfo
+from rollout_workers.actor import (
+    GROUPS,
+    Output,
+    RolloutSummary,
+    RolloutWorker,
+    ScoreSummary,
+    TextAnswer,
+    WorkerInfo,
+)
 from rollout_workers.environments.playing import EpisodeSummary, Played
 from rollout_workers.pool.failures import ACTOR_LOST, short
 from rollout_workers.pool.pool import PoolError, Worker, WorkerPool
@@ -36,8 +45,6 @@ from rollout_workers.pool.pool import PoolError, Worker, WorkerPool
 __all__ = ["ACTOR_LOST", "Arrays", "EpisodeSummary", "PoolError", "Prepared", "Services", "Worker", "short"]
 
 log = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
 
 STOP_TIMEOUT_S = 30.0
 RANK_ANSWERS_S = 30.0
@@ -76,7 +83,7 @@ class Services:
         self.placement = Placement([])
         self.teachers = Teachers(self.config)
         self.pool = WorkerPool(
-            slots=rollout.concurrency, max_restarts=rollout.max_restarts, start_timeout_s=START_TIMEOUT_S
+            max_in_flight=rollout.concurrency, max_restarts=rollout.max_restarts, start_timeout_s=START_TIMEOUT_S
         )
 
     # --- start and stop ---------------------------------------------------------------------------------------------
@@ -209,21 +216,44 @@ class Services:
         for actor in actors:
             ray.kill(actor)
 
-    # --- answers ----------------------------------------------------------------------------------------------------
+    # --- rollouts ---------------------------------------------------------------------------------------------------
 
-    async def rollout_scored(self, sample: Sample) -> tuple[RolloutSummary, Any]:
-        """(summary, reference to the scored trajectory) of one answer."""
-        return await self.pool.order(sample.prompt.row_id, sample.most_tokens, sample, scored=True)
-
-    async def rollout(self, sample: Sample) -> tuple[RolloutSummary, Any]:
-        """(summary, reference to the trajectory) of one answer, unscored."""
-        return await self.pool.order(sample.prompt.row_id, sample.most_tokens, sample, scored=False)
-
-    async def score(self, sample: Sample, trajectory: Any) -> tuple[ScoreSummary, Any]:
-        """(summary, reference to the scored trajectory) of an answer that `rollout` gave, or of a stored one itself."""
+    async def rollout(
+        self, sample: Sample, output: Output = "trajectory", *, in_context: bool = False
+    ) -> tuple[RolloutSummary, Any]:
+        """(summary, reference to what `output` names) of one answer or episode (`RolloutWorker.rollout`)."""
         return await self.pool.run(
-            sample.prompt.row_id, sample.most_tokens, lambda worker: worker.score.remote(trajectory)
+            sample.prompt.row_id, sample.max_tokens, lambda worker: worker.rollout.remote(sample, output, in_context)
         )
+
+    async def score(self, sample: Sample, item: Any) -> tuple[ScoreSummary, Any]:
+        """(summary, reference to the scored trajectory) of an unscored one: a reference, or the trajectory itself."""
+        return await self.pool.run(sample.prompt.row_id, sample.max_tokens, lambda worker: worker.score.remote(item))
+
+    async def generate(self, requests: Sequence[tuple[Sequence[int], Sampling]]) -> list[TextAnswer]:
+        """Answers to token prompts, in their order."""
+        names = (f"generate-{time.monotonic_ns()}-{index}" for index in range(len(requests)))
+        return await self._texts(
+            [
+                Sample(0, 0, name, Prompt(name, as_ids(ids), as_ids(ids), None), sampling)
+                for name, (ids, sampling) in zip(names, requests, strict=True)
+            ]
+        )
+
+    async def play(self, games: Sequence[tuple[Prompt, Sampling]], *, in_context: bool) -> list[Played]:
+        """Games played to their end, in their order; `in_context`: by a student that sees the context."""
+        names = (f"play-{time.monotonic_ns()}-{index}" for index in range(len(games)))
+        samples = [Sample(0, 0, name, *game) for name, game in zip(names, games, strict=True)]
+        return await self._texts(samples, in_context=in_context)
+
+    async def _texts(self, samples: Sequence[Sample], *, in_context: bool = False) -> list[Any]:
+        async def one(sample: Sample) -> Any:
+            _, text = await self.rollout(sample, "text", in_context=in_context)
+            return await value_of(text)
+
+        return list(await asyncio.gather(*map(one, samples)))
+
+    # --- passes of the learner over unscored answers ----------------------------------------------------------------
 
     def prepare(self, group: Sequence[Sequence[Any]]) -> Coroutine[Any, Any, list[Prepared]]:
         """What only the learner can do for unscored answers (`LearnerRank.prepare`), a share of them by each rank; in
@@ -251,52 +281,9 @@ class Services:
     def _pass_stage(self) -> str:
         return "score" if self.config.teacher.kind == "base" else "topk"
 
-    async def generate(self, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
-        """Answers to token prompts, dealt out to the workers, in the order of the prompts."""
-        return await self._dealt_out(
-            asked,
-            lambda one: len(one[0]) + one[1].max_tokens,
-            lambda worker, mine: worker.generate.remote(mine),
-        )
-
-    async def answer(self, sample: Sample, prompt: Sequence[int]) -> Answer:
-        """The answer of a worker to `sample`, asked by the tokens of `prompt` instead of its own."""
-        asked = [(list(prompt), sample.sampling)]
-        cost = len(prompt) + sample.sampling.max_tokens
-        done, _ = await self.pool.run(sample.prompt.row_id, cost, lambda worker: (worker.generate.remote(asked), None))
-        (answer,) = done
-        return cast(Answer, answer)
-
-    async def play(self, asked: Sequence[tuple[Prompt, Sampling]], *, in_context: bool) -> list[Played]:
-        """Games dealt out to the workers and played, in the order of the rows."""
-        return await self._dealt_out(
-            asked,
-            lambda one: len(one[0].student_ids) + one[1].max_tokens,
-            lambda worker, mine: worker.play.remote(mine, in_context),
-        )
-
-    async def _dealt_out(
-        self,
-        items: Sequence[Item],
-        tokens_of: Callable[[Item], int],
-        call: Callable[[Any, list[Item]], Any],
-    ) -> list[Any]:
-        count = max(1, len(self.pool.members))  # where nobody is left, the work waits for a replacement
-
-        async def share(first: int) -> list[Any]:
-            mine = list(items[first::count])
-            cost = sum(map(tokens_of, mine))
-            done, _ = await self.pool.run(f"generate {first}", cost, lambda worker: (call(worker, mine), None))
-            return list(done)
-
-        results: list[Any] = [None] * len(items)
-        for first, done in enumerate(await asyncio.gather(*(share(first) for first in range(count)))):
-            results[first::count] = done
-        return results
-
     async def sleep(self) -> None:
         """Engines give their GPU memory to the learner (``rollout.colocated``), once replacements have taken theirs."""
-        await self.pool.settled()
+        await self.pool.wait_started()
         await all_of([worker.handle.sleep.remote() for worker in (*self.pool.members, *self.pool.ready)])
 
     async def wake(self) -> None:

@@ -1,49 +1,54 @@
-"""Answers that wait for a pass of the learner (its top-k ids, the base model's score), a micro-batch per rank each."""
+"""Forward passes of the learner over unscored rollouts: for its top-k ids, or for the base model's scores."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from common.config.model import Config
+from common.config.model import LearnerConfig
 from learner.cluster.services import Prepared, Services
-from learner.loop.micro_batcher import MicroBatchFiller
+from learner.loop.micro_batcher import MicroBatcher
 
-Place = tuple[asyncio.Task[list[Prepared]], int]
-"""The task of a group's pass, and an answer's place in its result."""
+Waiting = asyncio.Future[tuple[asyncio.Task[list[Prepared]], int]]
+"""Resolves to the task of a group's pass and the rollout's index in its result, once the pass has started."""
 
 
-class LearnerPasses:
-    """Groups answers as they come; every rank takes its part of a group, since a pass may be a collective."""
+class LearnerScoring:
+    """Groups rollouts as they arrive, one micro-batch a rank, since a pass may be a collective of all ranks."""
 
-    def __init__(self, config: Config, services: Services) -> None:
+    def __init__(self, learner: LearnerConfig, services: Services) -> None:
         self._services = services
-        self._filler: MicroBatchFiller[tuple[Any, asyncio.Future[Place]]] = MicroBatchFiller(
-            config.learner.ranks, config.learner.micro_batch_tokens
-        )
+        self._batcher: MicroBatcher[tuple[Any, Waiting]] = MicroBatcher(learner.ranks, learner.micro_batch_tokens)
 
     def __len__(self) -> int:
-        """Answers that wait for a group to be full."""
-        return len(self._filler)
+        """Rollouts that wait for a full group."""
+        return len(self._batcher)
 
-    def add(self, tokens: int, item: Any) -> asyncio.Future[Place]:
-        """Take the reference to an unscored answer of `tokens` tokens (prompt + response); resolves when the group is
-        full, or after `flush`.
+    def add(self, tokens: int, item: Any) -> Waiting:
+        """Take the reference to a rollout of `tokens` tokens (prompt + response). Its pass starts when the group is
+        full, or at `flush`.
         """
-        future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        for group in self._filler.add(tokens, (item, future)):
+        waiting: Waiting = asyncio.get_running_loop().create_future()
+        for group in self._batcher.add(tokens, (item, waiting)):
             self._start(group)
-        return future
+        return waiting
 
     def flush(self) -> None:
-        """Do what waits: nobody else comes, or nobody else is needed."""
-        for group in self._filler.flush():
+        """Start the pass of every group that is not full."""
+        for group in self._batcher.flush():
             self._start(group)
 
-    def _start(self, group: list[list[tuple[Any, asyncio.Future[Place]]]]) -> None:
-        # The ranks are asked here, not in the task: all of them get all groups in one order.
-        asked = self._services.prepare([[item for item, _ in share] for share in group])
-        task = asyncio.get_running_loop().create_task(asked)
-        for place, future in enumerate(future for share in group for _, future in share):
-            if not future.done():
-                future.set_result((task, place))
+    @staticmethod
+    async def result(waiting: Waiting) -> Prepared:
+        """Wait for the pass of a rollout that `add` took; raises what the pass raised."""
+        task, index = await waiting
+        return (await asyncio.shield(task))[index]
+
+    def _start(self, group: list[list[tuple[Any, Waiting]]]) -> None:
+        # The ranks are called here, not in the task: every rank must get the groups in the same order.
+        task = asyncio.get_running_loop().create_task(
+            self._services.prepare([[item for item, _ in share] for share in group])
+        )
+        for index, waiting in enumerate(waiting for share in group for _, waiting in share):
+            if not waiting.done():  # cancelled with its rollout
+                waiting.set_result((task, index))

@@ -1,4 +1,4 @@
-"""When scored answers become micro-batches: as soon as every rank has a full one."""
+"""Forms micro-batches out of scored rollouts: a group of one per rank, as soon as every rank has a full one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class MicroBatchFiller(Generic[T]):
-    """Collects answers as they arrive and deals out groups of `ranks` micro-batches.
+class MicroBatcher(Generic[T]):
+    """Collects items as they arrive and deals out groups of `ranks` micro-batches.
 
-    A micro-batch holds answers of like length, at most ``budget_tokens`` tokens padding included (a longer answer is
-    one by itself). Every rank gets one micro-batch of each group, an empty one where there are too few.
+    A micro-batch holds items of similar length, at most ``budget_tokens`` tokens with padding (a longer item is a
+    micro-batch by itself). Every rank gets one micro-batch of each group, an empty one if there are too few.
     """
 
     def __init__(self, ranks: int, budget_tokens: int) -> None:
@@ -21,14 +21,14 @@ class MicroBatchFiller(Generic[T]):
         self._longest = 0
 
     def __len__(self) -> int:
-        """Answers that wait for a group to be full."""
+        """Items that wait for a full group."""
         return len(self._waiting)
 
     def add(self, tokens: int, item: T) -> list[list[list[T]]]:
-        """Take an answer of `tokens` tokens (prompt + response); groups that are full now, usually none."""
+        """Take an item of `tokens` tokens (prompt + response); returns the groups that are now full, usually none."""
         self._waiting.append((tokens, item))
         self._longest = max(self._longest, tokens)
-        # A batch is full when its longest times one more than it holds is over the budget: so many are not there yet.
+        # A micro-batch is full when one more item of its longest length would exceed the budget.
         if self._longest * (len(self._waiting) + self._ranks) <= self._budget * self._ranks:
             return []
         full = self._cut()
@@ -44,7 +44,7 @@ class MicroBatchFiller(Generic[T]):
         return groups
 
     def flush(self) -> list[list[list[T]]]:
-        """Everything that is left, dealt out evenly."""
+        """Groups of all items that are left, dealt out evenly."""
         batches = [[item for _, item in batch] for batch in self._cut()] if self._waiting else []
         self._waiting, self._longest = [], 0
         missing = -len(batches) % self._ranks
@@ -52,7 +52,7 @@ class MicroBatchFiller(Generic[T]):
         return [batches[i : i + self._ranks] for i in range(0, len(batches), self._ranks)]
 
     def _cut(self) -> list[list[tuple[int, T]]]:
-        """The waiting answers, longest first, cut where the padded size would pass the budget."""
+        """The waiting items, longest first, cut where the padded size would exceed the budget."""
         self._waiting.sort(key=lambda pair: -pair[0])
         batches: list[list[tuple[int, T]]] = [[]]
         for pair in self._waiting:

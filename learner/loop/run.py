@@ -33,9 +33,9 @@ from learner.loop.checkpoints import (
     identity_of,
     refuse_other_run,
 )
-from learner.loop.controller import Controller, StepOutcome
-from learner.loop.drift import DriftGate, drift_bounds
 from learner.loop.kl_alarm import KlAlarm
+from learner.loop.mismatch import MismatchGate, mismatch_bounds
+from learner.loop.training_loop import StepOutcome, TrainingLoop
 from learner.loop.user_errors import KNOWN_ERRORS, plain_error
 from learner.trainer.token_records import ShownFiles
 
@@ -72,7 +72,7 @@ class Run:
         self._trace = trace
         self._progress = progress
         self._services = Services(config)
-        self._controller: Controller | None = None
+        self._controller: TrainingLoop | None = None
         self._teacher_answers = open_teacher_answers(config, inputs)
         self._alarm = KlAlarm(config.learner.kl_alarm_ratio)
         self._resumed = resumed
@@ -161,12 +161,12 @@ class Run:
             await services.give_contexts(self._inputs.contexts)
         assert services.learner_info is not None
         check_exact(config.loss, services.learner_info.vocab_size, services.teachers.vocab_sizes())
-        bounds = drift_bounds(
+        bounds = mismatch_bounds(
             config.sync, dtype=services.learner_info.dtype, max_staleness=config.rollout.max_staleness
         )
-        self._drift = DriftGate(bounds)
+        self._drift = MismatchGate(bounds)
         await self._collect()  # by the student's initial weights, which are the teacher's, if nobody else has
-        self._controller = Controller(
+        self._controller = TrainingLoop(
             config,
             services,
             self._inputs.train,

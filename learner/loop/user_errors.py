@@ -12,7 +12,7 @@ from learner.cluster.placement import PlacementError
 from learner.cluster.services import ACTOR_LOST, PoolError, short
 from learner.errors import RunError, ServiceLost
 from learner.loop.checkpoints import CheckpointError
-from learner.loop.drift import DriftError
+from learner.loop.mismatch import MismatchError
 from learner.loop.parity import ParityError
 
 KNOWN_ERRORS = (
@@ -20,7 +20,7 @@ KNOWN_ERRORS = (
     DataError,
     RunError,
     ParityError,
-    DriftError,
+    MismatchError,
     SyncError,
     TeacherError,
     CheckpointError,

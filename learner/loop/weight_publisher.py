@@ -1,4 +1,4 @@
-"""Every version of the weights into every engine, and the proof that they are there."""
+"""Publishes every version of the weights to every engine, and checks that they arrived."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from common.weight_sync.collective import SyncError
 from learner.cluster.services import Arrays, Services, Worker
 from learner.loop.parity import ParityGate, ParityReport
 
-ATTEMPTS = 3
-"""Syncs of one version, each without the workers that the last one lost."""
+MAX_ATTEMPTS = 3
+"""Syncs of one version; each leaves out the workers that died in the one before."""
 
 
-class Publisher:
-    """Publishes versions to the pool's workers; those that wait for the current weights take part and are admitted."""
+class WeightPublisher:
+    """Publishes versions to the pool's workers, and admits those that waited for the current weights."""
 
     def __init__(self, config: Config, services: Services, status: Callable[[str], None]) -> None:
         self._config = config
@@ -30,11 +30,13 @@ class Publisher:
         self._learner_at_0: Arrays = []
         self._gates: dict[int, ParityGate] = {}
         self._lock = asyncio.Lock()
-        self.spans: list[TraceSpan] = []
-        """Of the syncs so far, until the loop takes them."""
+        self._spans: list[TraceSpan] = []
 
     async def begin(self, prompts: Sequence[Prompt]) -> ParityReport:
-        """Choose the probe (answers of the engine at version 0) and measure the pairs' noise floors on it."""
+        """Choose the probe (the engine's answers at version 0) and measure each engine's distance from the learner.
+
+        Returns the worst pair's report; raises ParityError.
+        """
         sync, services = self._config.sync, self._services
         assert services.worker_info is not None
         chosen = prompts[: sync.probe_prompts]
@@ -51,28 +53,33 @@ class Publisher:
         return _worst(await self._begin_gates(services.pool.members))
 
     async def publish(self, version: int) -> ParityReport:
-        """The learner's weights into every engine as `version`, then parity; the worst report.
+        """Send the learner's weights to every engine as `version` and check parity; returns the worst report.
 
-        Where workers are lost on the way it is tried again with the others, and with those that got ready.
-        Raises ParityError, or SyncError where nobody was lost: trying again would change nothing.
+        If workers die meanwhile, it tries again with the others and with those that became ready. Raises ParityError,
+        and SyncError if no worker died: then another try would change nothing.
         """
         async with self._lock:
-            for _ in range(ATTEMPTS - 1):
-                lost = self._services.pool.losses
+            for _ in range(MAX_ATTEMPTS - 1):
+                failures = self._services.pool.failures
                 try:
                     return await self._publish(version)
                 except (SyncError, ray.exceptions.RayError) as error:
                     await self._services.pool.check_health()
-                    if self._services.pool.losses == lost:
+                    if self._services.pool.failures == failures:
                         raise
                     self._status(f"weight sync of version {version} again: {error}")
             return await self._publish(version)
+
+    def take_spans(self) -> list[TraceSpan]:
+        """Spans of the syncs since the last call, for the trace."""
+        spans, self._spans = self._spans, []
+        return spans
 
     async def _publish(self, version: int) -> ParityReport:
         services = self._services
         if not services.pool.members:
             await services.pool.next_ready()
-        workers = [*services.pool.members, *services.pool.ready]  # more may become ready while these are looked at
+        workers = [*services.pool.members, *services.pool.ready]  # a snapshot: more may become ready meanwhile
         if services.group != workers:
             await self._begin_gates(workers)
             await services.open_sync(workers)
@@ -87,13 +94,13 @@ class Publisher:
             for worker, engine in zip(services.group, engines, strict=True)
         ]
         for stage, start, end in (("sync", started, published), ("parity", published, time.time())):
-            self.spans.append(TraceSpan(stage, "controller", start, end, {"version": version}))
+            self._spans.append(TraceSpan(stage, "controller", start, end, {"version": version}))
         for worker in set(services.pool.ready) & set(services.group):
             services.pool.admit(worker)
         return _worst(reports)
 
     async def _begin_gates(self, workers: Sequence[Worker]) -> list[ParityReport]:
-        """Gates for those of `workers` that have none: their engines hold the initial weights. Raises ParityError."""
+        """Gates for new `workers`, whose engines hold the initial weights. Raises ParityError."""
         sync, info = self._config.sync, self._services.learner_info
         assert info is not None
         nats = sync.parity_nats or (2e-4 if info.dtype == "float32" else 0.1)

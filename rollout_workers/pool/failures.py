@@ -1,23 +1,23 @@
-"""How it shows that a process is gone. Apart from the engine, whose module imports vLLM's world."""
+"""Errors that mean a worker process died. Kept out of engine.py, which imports vLLM."""
 
 from __future__ import annotations
 
 import ray
 
 ACTOR_LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
-"""What every call of an actor raises whose process is gone. The second, which is none of the first, is of one that Ray
-itself ended because its node ran out of memory."""
-MOST_WORDS = 300
-"""Characters of an error in one line: Ray's go on for pages."""
+"""Errors that a call raises when the actor's process is gone. Ray raises OutOfMemoryError, which is no RayActorError,
+for a process that Ray itself killed because its node ran out of memory."""
+MAX_CHARACTERS = 300
+"""Length of an error in one line: Ray's texts go on for pages."""
 
 
 class EngineLost(RuntimeError):
-    """The engine's processes are gone: nothing this worker does will succeed again."""
+    """The engine's processes are gone: no later call of this worker can succeed."""
 
 
 def short(error: BaseException) -> str:
-    """What an error says, in one line; of a traceback that came over from an actor, its last line."""
+    """An error's text in one line; for a traceback from an actor, its last line."""
     text = str(error)
     if isinstance(error, ray.exceptions.RayTaskError):
         text = text.rstrip().rpartition("\n")[2]
-    return " ".join(text.split())[:MOST_WORDS] or type(error).__name__
+    return " ".join(text.split())[:MAX_CHARACTERS] or type(error).__name__

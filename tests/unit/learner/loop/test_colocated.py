@@ -9,15 +9,15 @@ from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from learner.cluster.services import Services
-from learner.loop.controller import Controller
 from learner.loop.parity import ParityReport
+from learner.loop.training_loop import TrainingLoop
 from tests.support.stub_loop import ROWS, TakesTurns, config_of
 
 
 async def test_engines_sleep_while_the_learner_trains_and_wake_for_the_new_weights() -> None:
     config = config_of(colocated=True)
     services = TakesTurns()
-    controller = Controller(config, cast(Services, services), ROWS, lambda _: None)
+    controller = TrainingLoop(config, cast(Services, services), ROWS, lambda _: None)
 
     async def publish(version: int) -> Any:
         services.order.append("publish")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.loop.micro_batcher import MicroBatchFiller
+from learner.loop.micro_batcher import MicroBatcher
 
 
 @given(
@@ -14,7 +14,7 @@ from learner.loop.micro_batcher import MicroBatchFiller
     budget=st.integers(1, 120),
 )
 def test_every_answer_is_dealt_out_once_within_the_budget(lengths: list[int], ranks: int, budget: int) -> None:
-    filler: MicroBatchFiller[int] = MicroBatchFiller(ranks, budget)
+    filler: MicroBatcher[int] = MicroBatcher(ranks, budget)
     groups = [group for index, tokens in enumerate(lengths) for group in filler.add(tokens, index)]
     streamed = len(groups)
     groups += filler.flush()
@@ -29,7 +29,7 @@ def test_every_answer_is_dealt_out_once_within_the_budget(lengths: list[int], ra
 
 
 def test_a_group_leaves_as_soon_as_every_rank_is_full() -> None:
-    filler: MicroBatchFiller[str] = MicroBatchFiller(2, 20)
+    filler: MicroBatcher[str] = MicroBatcher(2, 20)
     assert [filler.add(10, name) for name in "abc"] == [[], [], []]
     assert filler.add(10, "d") == [[["a", "b"], ["c", "d"]]]  # nothing more would fit
     assert filler.add(10, "e") == []
@@ -37,6 +37,6 @@ def test_a_group_leaves_as_soon_as_every_rank_is_full() -> None:
 
 
 def test_answers_of_like_length_share_a_micro_batch() -> None:
-    filler: MicroBatchFiller[int] = MicroBatchFiller(2, 40)
+    filler: MicroBatcher[int] = MicroBatcher(2, 40)
     assert [filler.add(tokens, tokens) for tokens in (3, 20, 4, 19)] == [[], [], [], []]
     assert filler.flush() == [[[20, 19], [4, 3]]]

@@ -14,7 +14,7 @@ from common.config.model import Config
 from common.protocol.schema import Sample
 from learner.cluster.services import Services
 from learner.data.samples import SampleSource
-from learner.loop.rollout_pipeline import RolloutPipeline, ScoredRollout
+from learner.loop.training_loop import RolloutPipeline, ScoredRollout
 from tests.support.stub_loop import ROWS, StubServices, config_of
 
 
@@ -251,5 +251,5 @@ def test_samples_are_a_function_of_their_number() -> None:
     assert [source[n] for n in (9, 0, 17)] == [again[n] for n in (9, 0, 17)]
     assert source[8].prompt == source[9].prompt
     assert source[8].sampling.seed != source[9].sampling.seed
-    assert [source[n].sampling.top_k for n in range(8, 12)] == [4, 0, 0, 0]  # one a step, to compare
+    assert [source[n].sampling.top_logprobs for n in range(8, 12)] == [4, 0, 0, 0]  # one a step, to compare
     assert Path(source[8].sample_id).parts[0] == "1"

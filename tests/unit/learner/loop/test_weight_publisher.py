@@ -15,7 +15,7 @@ from common.weight_sync.collective import SyncError
 from learner.cluster.services import Services, Worker
 from learner.cluster.teachers import Teacher
 from learner.errors import ServiceLost
-from learner.loop.weight_publisher import Publisher
+from learner.loop.weight_publisher import WeightPublisher
 from tests.support.stub_loop import config_of
 
 
@@ -82,7 +82,7 @@ async def test_a_replacement_that_gets_ready_while_others_are_measured_waits_for
     services: Any = SimpleNamespace(pool=pool, group=[], learner_info=SimpleNamespace(dtype="float32"))
     services.probe_engines, services.open_sync = probe_engines, open_sync
     services.probe_learner = services.publish = nothing
-    publisher = Publisher(config_of(), services, status=print)
+    publisher = WeightPublisher(config_of(), services, status=print)
     publisher._learner_at_0 = sequences
     await publisher.publish(1)
     assert services.group == [member, first]

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from learner.trainer.batching import training_batch
 
 from common.config.model import LossConfig, SyncConfig
-from learner.loop.drift import DriftBounds, DriftError, DriftGate, drift_bounds
-from learner.trainer.batching import training_batch
+from learner.loop.mismatch import MismatchBounds, MismatchError, MismatchGate, mismatch_bounds
 from learner.trainer.objective import Objective
 from learner.trainer.output_layer import ChunkView
 from tests.support.scored import make_scored
@@ -32,9 +32,9 @@ def test_the_objective_counts_tokens_whose_probability_is_off_by_a_tenth() -> No
     assert math.isnan(sums["mismatch/squared"])
 
 
-def gate(**bounds: float | None) -> DriftGate:
+def gate(**bounds: float | None) -> MismatchGate:
     none = dict.fromkeys(("warn_nats", "stop_nats", "warn_share", "stop_share"))
-    return DriftGate(DriftBounds(**{**none, **bounds}))
+    return MismatchGate(MismatchBounds(**{**none, **bounds}))
 
 
 def metrics(rms: float, outside: float = 0.0, **others: float) -> dict[str, float]:
@@ -63,14 +63,14 @@ def test_a_step_past_a_warning_bound_is_reported(bounds: dict[str, float], value
     [({"stop_nats": 0.02}, metrics(0.021)), ({"stop_share": 0.5}, metrics(0.0, 0.51)), ({}, metrics(math.nan, 1.0))],
 )
 def test_a_step_past_a_stop_bound_ends_the_run(bounds: dict[str, float], values: dict[str, float]) -> None:
-    with pytest.raises(DriftError, match=r"step 7: .*sync\.drift_stop_nats"):
+    with pytest.raises(MismatchError, match=r"step 7: .*sync\.mismatch_stop_nats"):
         gate(**bounds).check(7, values)
 
 
 def test_a_step_that_the_learner_skipped_is_its_own_affair() -> None:
     drift = gate(stop_nats=0.02, stop_share=0.5)
     assert drift.check(1, metrics(math.nan, 1.0, skipped=1.0)) is None
-    with pytest.raises(DriftError):
+    with pytest.raises(MismatchError):
         drift.check(1, metrics(0.5, skipped=1.0))
 
 
@@ -80,9 +80,9 @@ def test_log_probs_that_cannot_be_compared_are_not() -> None:
 
 def test_default_bounds_go_by_the_type_and_hold_for_strict_runs_alone() -> None:
     sync = SyncConfig()
-    assert drift_bounds(sync, dtype="float32", max_staleness=0) == DriftBounds(0.002, pytest.approx(0.02), 0.1, 0.5)
-    assert drift_bounds(sync, dtype="bfloat16", max_staleness=0) == DriftBounds(0.05, 0.5, 0.1, 0.5)
-    assert drift_bounds(sync, dtype="bfloat16", max_staleness=1) == DriftBounds(None, None, None, None)
-    own = SyncConfig(drift_warn_nats=0.3, drift_stop_share=0.9)
-    assert drift_bounds(own, dtype="float32", max_staleness=2) == DriftBounds(0.3, None, None, 0.9)
-    assert drift_bounds(own, dtype="float32", max_staleness=0) == DriftBounds(0.3, pytest.approx(3.0), 0.1, 0.9)
+    assert mismatch_bounds(sync, dtype="float32", max_staleness=0) == MismatchBounds(0.002, pytest.approx(0.02), 0.1, 0.5)
+    assert mismatch_bounds(sync, dtype="bfloat16", max_staleness=0) == MismatchBounds(0.05, 0.5, 0.1, 0.5)
+    assert mismatch_bounds(sync, dtype="bfloat16", max_staleness=1) == MismatchBounds(None, None, None, None)
+    own = SyncConfig(mismatch_warn_nats=0.3, mismatch_stop_share=0.9)
+    assert mismatch_bounds(own, dtype="float32", max_staleness=2) == MismatchBounds(0.3, None, None, 0.9)
+    assert mismatch_bounds(own, dtype="float32", max_staleness=0) == MismatchBounds(0.3, pytest.approx(3.0), 0.1, 0.9)

@@ -23,12 +23,12 @@ STOP_FACTOR = 10.0
 STOP_SHARE = 0.5
 
 
-class DriftError(RuntimeError):
+class MismatchError(RuntimeError):
     """The engine samples from another policy than the learner trains."""
 
 
 @dataclass(frozen=True, slots=True)
-class DriftBounds:
+class MismatchBounds:
     """From where on a step is reported, and from where on it ends the run; None: no bound."""
 
     warn_nats: float | None
@@ -37,29 +37,29 @@ class DriftBounds:
     stop_share: float | None
 
 
-def drift_bounds(sync: SyncConfig, *, dtype: str, max_staleness: int) -> DriftBounds:
+def mismatch_bounds(sync: SyncConfig, *, dtype: str, max_staleness: int) -> MismatchBounds:
     """The configured bounds; where none are, defaults for `dtype`. Rollouts that run ahead have no defaults: there the
     weights themselves are others, and the distance is what the run allows.
     """
     default = max_staleness == 0
-    warn_nats = sync.drift_warn_nats or (WARN_NATS[dtype] if default else None)
-    return DriftBounds(
+    warn_nats = sync.mismatch_warn_nats or (WARN_NATS[dtype] if default else None)
+    return MismatchBounds(
         warn_nats=warn_nats,
-        stop_nats=sync.drift_stop_nats or (STOP_FACTOR * warn_nats if default and warn_nats else None),
-        warn_share=sync.drift_warn_share or (WARN_SHARE if default else None),
-        stop_share=sync.drift_stop_share or (STOP_SHARE if default else None),
+        stop_nats=sync.mismatch_stop_nats or (STOP_FACTOR * warn_nats if default and warn_nats else None),
+        warn_share=sync.mismatch_warn_share or (WARN_SHARE if default else None),
+        stop_share=sync.mismatch_stop_share or (STOP_SHARE if default else None),
     )
 
 
 @dataclass
-class DriftGate:
+class MismatchGate:
     """Checks each step's metrics; `warned` counts the steps that were reported."""
 
-    bounds: DriftBounds
+    bounds: MismatchBounds
     warned: int = 0
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """A line to report where `step` passes a warning bound. Raises DriftError past a stop bound, and for a value
+        """A line to report where `step` passes a warning bound. Raises MismatchError past a stop bound, and for a value
         that is no number, unless the learner skipped the step for its own non-finite loss.
 
         Steps without drift metrics (log-probs of two temperatures, or cut by top-p) pass.
@@ -75,9 +75,9 @@ class DriftGate:
             return None
         bounds = self.bounds
         if not math.isfinite(rms) or _past(rms, bounds.stop_nats) or _past(outside, bounds.stop_share):
-            raise DriftError(
-                f"{found}; the run stops at {_named(bounds.stop_nats, bounds.stop_share)} (sync.drift_stop_nats, "
-                "sync.drift_stop_share): the engine samples from another policy than the one that is trained"
+            raise MismatchError(
+                f"{found}; the run stops at {_named(bounds.stop_nats, bounds.stop_share)} (sync.mismatch_stop_nats, "
+                "sync.mismatch_stop_share): the engine samples from another policy than the one that is trained"
             )
         if _past(rms, bounds.warn_nats) or _past(outside, bounds.warn_share):
             self.warned += 1

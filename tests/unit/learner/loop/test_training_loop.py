@@ -16,9 +16,9 @@ from common.protocol.schema import Sample
 from learner.cluster.services import Services
 from learner.data.samples import SampleSource
 from learner.errors import RunError
-from learner.loop.controller import Controller
 from learner.loop.parity import ParityReport
 from learner.loop.run import Run
+from learner.loop.training_loop import TrainingLoop
 from learner.trainer.reports import StepReport
 from tests.support.stub_loop import ROWS, TakesTurns, config_of
 
@@ -40,7 +40,7 @@ class Conversations(TakesTurns):
 
 async def test_tokens_are_the_students_and_the_learner_hears_of_all_in_the_sequences() -> None:
     services, said = Conversations(), list[str]()
-    controller = Controller(config_of(), cast(Services, services), ROWS, said.append)
+    controller = TrainingLoop(config_of(), cast(Services, services), ROWS, said.append)
 
     async def publish(version: int) -> ParityReport:
         return ParityReport(0.0, 0.0, 0.0, 0.0)
@@ -74,7 +74,7 @@ class Skips(TakesTurns):
         return [self.report(rank, self.steps) for rank in range(2)]
 
 
-def controller_of(services: Skips, folder: Path, said: list[str]) -> tuple[Config, Controller]:
+def controller_of(services: Skips, folder: Path, said: list[str]) -> tuple[Config, TrainingLoop]:
     """With a run's own way to keep what broke a step, under `folder`."""
     plain = config_of()
     config = plain.model_copy(
@@ -85,7 +85,7 @@ def controller_of(services: Skips, folder: Path, said: list[str]) -> tuple[Confi
     )
     config.run.path.mkdir(parents=True)
     run = cast(Run, SimpleNamespace(_config=config, _progress=SimpleNamespace(line=said.append)))
-    controller = Controller(
+    controller = TrainingLoop(
         config, cast(Services, services), ROWS, lambda _: None, skipped=partial(Run._keep_skipped, run)
     )
 
@@ -165,7 +165,7 @@ async def test_more_answers_without_a_score_than_allowed_end_the_run_with_the_re
     services = TakesTurns()
     source = SampleSource(config, ROWS)
     services.unscored = {source[number].sample_id for number in range(unscored)}
-    controller = Controller(config, cast(Services, services), ROWS, lambda _: None)
+    controller = TrainingLoop(config, cast(Services, services), ROWS, lambda _: None)
 
     async def publish(version: int) -> ParityReport:
         return ParityReport(0.0, 0.0, 0.0, 0.0)

@@ -1,0 +1,232 @@
+"""Counts, metrics and checks of one step. Pure, apart from a log line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from common.protocol.schema import Sample
+from common.telemetry.step_times import StepTimes, step_times
+from common.telemetry.trace import TraceSpan
+from learner.cluster.services import EpisodeSummary, Prepared
+from learner.data.teacher_answers import Replayed
+from learner.errors import RunError
+from learner.loop.parity import ParityReport
+from learner.trainer.reports import AccumulateReport, StepReport
+from learner.trainer.token_records import TokenRecord, first_records
+
+log = logging.getLogger(__name__)
+
+RecordSkipped = Callable[[int, list[dict[str, Any]]], None]
+"""Keeps the records (`learner.trainer.skipped_records`) of a step that a NaN cost, given the step's version."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRollout:
+    """A rollout that went through all stages before the learner.
+
+    `item` is the reference to what the learner trains on; `error` is the reason if there is no score; `spans` are the
+    times of its stages; `topk_agreement` compares the ids picked by learner and engine.
+    """
+
+    sample: Sample
+    summary: Any
+    item: Any
+    error: str | None
+    spans: tuple[TraceSpan, ...]
+    topk_agreement: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Prompt + response tokens, of an episode summed over its sequences, which the ranks may split."""
+        return int(self.summary.prompt_tokens + self.summary.response_tokens)
+
+    @property
+    def episode(self) -> EpisodeSummary | None:
+        """The game that was played, if the sample is one."""
+        found: EpisodeSummary | None = self.summary.episode
+        return found
+
+    @property
+    def sequences(self) -> int:
+        """Sequences for the learner: 1 for an answer, one or more for an episode."""
+        return 1 if self.episode is None else self.episode.sequences
+
+
+def scored_rollout(
+    sample: Sample, issued: float, summary: Any, score: Any, item: Any, prepared: Prepared | None = None
+) -> ScoredRollout:
+    """Join the parts of a rollout that was `issued` at that time, with the spans of its stages for the trace."""
+    args = {"sample": sample.sample_id}
+    spans = []
+    if not isinstance(summary, Replayed):
+        sizes = {"prompt_tokens": summary.prompt_tokens, "response_tokens": summary.response_tokens}  # for simulations
+        spans += [
+            TraceSpan("queue", "controller", issued, summary.started, args),
+            TraceSpan("rollout", f"worker {summary.worker}", summary.started, summary.ended, {**args, **sizes}),
+        ]
+    if prepared is not None:
+        spans.append(prepared.span)
+    if score is not None:
+        spans.append(TraceSpan("score", "teacher", score.started, score.ended, args))
+    agreement = None if prepared is None else prepared.agreement
+    return ScoredRollout(sample, summary, item, score and score.error, tuple(spans), agreement)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """Result of one optimiser step. `trained` and `failed` are sample ids, `contexts` the ids of the contexts of
+    `trained` (runs with a context pool), `tokens` a few answers token by token.
+    """
+
+    version: int
+    trained: tuple[str, ...]
+    failed: tuple[str, ...]
+    contexts: tuple[str, ...]
+    metrics: dict[str, Any]
+    parity: ParityReport
+    times: StepTimes
+    spans: list[TraceSpan]
+    tokens: tuple[TokenRecord, ...] = ()
+
+
+@dataclass
+class StepStats:
+    """Totals over the rollouts that a step trains on. `tokens` and `sequences` are what the ranks must count too."""
+
+    tokens: int = 0
+    """Response tokens, including what an environment said in a conversation."""
+    student_tokens: int = 0
+    sequences: int = 0
+    stopped_by_length: int = 0
+    sample_ids: list[str] = field(default_factory=list)
+    context_ids: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    """Sample id -> reason for the missing score."""
+    agreements: list[float] = field(default_factory=list)
+    episodes: list[EpisodeSummary] = field(default_factory=list)
+    spans: list[TraceSpan] = field(default_factory=list)
+
+    def add(self, rollout: ScoredRollout) -> None:
+        """Count one more rollout."""
+        self.tokens += rollout.summary.response_tokens
+        self.student_tokens += rollout.summary.student_tokens
+        self.sequences += rollout.sequences
+        self.stopped_by_length += rollout.summary.finish_reason == "length"
+        self.sample_ids.append(rollout.sample.sample_id)
+        if rollout.sample.prompt.context_id is not None:
+            self.context_ids.append(rollout.sample.prompt.context_id)
+        if rollout.episode is not None:
+            self.episodes.append(rollout.episode)
+        if rollout.topk_agreement is not None:
+            self.agreements.append(rollout.topk_agreement)
+        self.spans += rollout.spans
+
+    def add_passes(self, step: int, ranks: int, reports: Sequence[AccumulateReport]) -> None:
+        """Add the ranks' micro-batches. Raises RunError if they saw another number of sequences than was dealt out."""
+        for index, report in enumerate(reports):
+            args = {"version": step, "padded_tokens": report.padded_tokens}
+            self.spans.append(TraceSpan("accumulate", f"rank {index % ranks}", report.started, report.ended, args))
+        seen = sum(report.sequences for report in reports)
+        if seen != self.sequences:
+            raise RunError(f"step {step}: {self.sequences} sequences were dealt out, the learner saw {seen}")
+
+    @property
+    def answers(self) -> int:
+        """Rollouts so far."""
+        return len(self.sample_ids)
+
+    def outcome(
+        self,
+        *,
+        version: int,
+        during: tuple[float, float],
+        reports: Sequence[StepReport],
+        parity: ParityReport,
+        metrics: Mapping[str, Any],
+        max_token_samples: int,
+    ) -> StepOutcome:
+        """The step's result, its metrics with those of the ranks and `metrics`; `during` is (start, end) in seconds."""
+        times = step_times(self.spans, during)
+        return StepOutcome(
+            version=version,
+            trained=tuple(self.sample_ids),
+            failed=tuple(self.failures),
+            contexts=tuple(self.context_ids),
+            metrics={
+                **self.metrics(),
+                **reports[0].metrics,
+                **metrics,
+                "tokens_per_s": self.student_tokens / (during[1] - during[0]),
+                **speeds(self.student_tokens, times.stage_s),
+                "weight_version": version,
+                **{f"parity/{name}": value for name, value in asdict(parity).items()},
+                **{f"time/{stage}_s": value for stage, value in times.stage_s.items()},
+                "time/total_s": times.total_s,
+                **times.metrics(),
+            },
+            parity=parity,
+            times=times,
+            spans=self.spans,
+            tokens=first_records((one for report in reports for one in report.tokens), max_token_samples),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the answers, or over the episodes."""
+        played = self.episodes
+        return {
+            "rollout/tokens": self.student_tokens,
+            "rollout/mean_tokens": self.student_tokens / max(self.answers, 1),
+            "rollout/stopped_by_length": self.stopped_by_length / max(self.answers, 1),
+            "teacher/failed": len(self.failures),
+            **{
+                f"env/{name}": sum(float(getattr(one, name)) for one in played) / len(played)
+                for name in ("success", "reward", "turns")
+                if played
+            },
+            **({"context/distinct": len(set(self.context_ids))} if self.context_ids else {}),
+            **({"topk_agreement": sum(self.agreements) / len(self.agreements)} if self.agreements else {}),
+        }
+
+
+def speeds(tokens: int, stage_s: Mapping[str, float]) -> dict[str, float]:
+    """``tokens_per_s/STAGE`` while the stage was at work, for stages that process every token."""
+    seconds = {stage: stage_s.get(stage, 0.0) for stage in ("rollout", "score", "accumulate")}
+    return {f"tokens_per_s/{stage}": tokens / value for stage, value in seconds.items() if value}
+
+
+def check_step(
+    step: int, reports: Sequence[StepReport], trained: Sequence[str], max_skipped: int, record_skipped: RecordSkipped
+) -> None:
+    """Raises RunError if the learner holds another version than the loop, or skipped more than `max_skipped` steps in a
+    row: for a NaN or infinite gradient, or for want of a token to learn from. Records each skipped step.
+    """
+    report = reports[0]
+    if report.weight_version != step + 1:
+        raise RunError(f"the learner holds version {report.weight_version}, the loop expected {step + 1}")
+    if report.uncounted:
+        log.warning("step %d was skipped, %s", step + 1, report.uncounted)
+        if report.uncounted_in_a_row > max_skipped:
+            raise RunError(
+                f"step {step}: {report.uncounted}, for {report.uncounted_in_a_row} steps in a row "
+                f"(learner.max_skipped_steps is {max_skipped}); lower loss.skip_first_tokens, or have the student "
+                "answer at greater length"
+            )
+    elif report.skipped_in_a_row:
+        record_skipped(step + 1, [record for one in reports for record in one.records] or _suspects(trained))
+        if report.skipped_in_a_row > max_skipped:
+            samples = sorted({sample for one in reports for sample in one.nonfinite})
+            raise RunError(
+                f"step {step}: gradient or loss was NaN or infinite for {report.skipped_in_a_row} steps in a row "
+                f"(learner.max_skipped_steps is {max_skipped}); samples of the last one: "
+                f"{', '.join(samples) or 'none by itself'} (see skipped/); lower learner.lr, or set "
+                "loss.clip_per_token"
+            )
+
+
+def _suspects(samples: Sequence[str]) -> list[dict[str, Any]]:
+    """Records for a step with finite losses and a non-finite gradient: any of its samples may be the reason."""
+    why = "the gradient of the step was NaN or infinite, the loss of no sample was"
+    return [{"sample_id": sample, "why": why} for sample in samples]
