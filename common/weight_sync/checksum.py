@@ -1,4 +1,4 @@
-"""Checksums of weights on the wire: 8 bytes, the same at both ends, computed where the bytes lie."""
+"""Checksums of sent weights: 8 bytes, equal at both ends, computed on the device that holds the bytes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ if TYPE_CHECKING:
 
 CHECKSUM_BYTES = 8
 WORDS_AT_A_TIME = 1 << 22
-"""Words of a device checksum whose 64-bit products are alive together."""
+"""Words of a device checksum whose 64-bit products are in memory together."""
 SPREAD = -0x61C8_8646_80B5_83EB
 """2**64 divided by the golden ratio, as a signed 64-bit number: successive multiples differ in most bits."""
 
 
 def checksum(data: Tensor) -> bytes:
-    """Of a contiguous byte tensor: xxh3 in host memory, `mixed_sum` on a device."""
+    """Checksum of a contiguous byte tensor: xxh3 in host memory, `mixed_sum` on a device."""
     if data.device.type == "cpu":
         return xxhash.xxh3_64_digest(cast(Any, data.numpy()))
     return mixed_sum(data)
 
 
 def mixed_sum(data: Tensor) -> bytes:
-    """Sum over all 32-bit words of ``(word + 1) * key(position)`` modulo 2**64, without leaving the device.
+    """Sum ``(word + 1) * key(position)`` over all 32-bit words, modulo 2**64, on the data's device.
 
-    Keys are odd, so no single changed word goes unseen, and they differ from place to place, so neither do words that
-    change places. It is no defence against an adversary; neither is xxh3.
+    Keys are odd, so any single changed word changes the sum, and they differ by position, so swapped words do too.
+    Like xxh3, it is no defence against an adversary.
     """
     import torch
 
@@ -37,8 +37,8 @@ def mixed_sum(data: Tensor) -> bytes:
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     for start in range(0, len(words), WORDS_AT_A_TIME):
         part = words[start : start + WORDS_AT_A_TIME].to(torch.int64)
-        place = torch.arange(start, start + len(part), dtype=torch.int64, device=data.device)
-        keys = place * SPREAD
+        positions = torch.arange(start, start + len(part), dtype=torch.int64, device=data.device)
+        keys = positions * SPREAD
         keys ^= keys >> 29
         total += ((part + 1) * (keys | 1)).sum()
     return int(total + length).to_bytes(CHECKSUM_BYTES, "little", signed=True)

@@ -1,4 +1,4 @@
-"""What members of a weight group say to each other: the plan, which all compare before a byte of it moves."""
+"""Handshake of a weight sync: every member compares the plan before any weights are sent."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from dataclasses import dataclass
 
 from common.weight_sync.manifest import SyncManifest, TensorSpec
 
-WIRE_FORMAT = 1
+PROTOCOL = 1
 _LAYOUT = struct.Struct("<I32sqQQ")
-OPENING_BYTES = _LAYOUT.size
+HANDSHAKE_BYTES = _LAYOUT.size
 
 REFUSED, WHOLE, DELTA = range(3)
-"""A receiver's answer, the lowest of all counts: it does not have this plan; it takes whole buckets; it also holds the
-sender's `base` and takes deltas."""
+"""A receiver's reply; the lowest one of all receivers decides. REFUSED: it has another plan. WHOLE: it takes whole
+buckets. DELTA: it also holds the sender's `base` and takes deltas."""
 
 NO_VERSION = -1
 LENGTH_BYTES = 8
-"""Of a delta's length, little-endian; 0: the bucket comes whole."""
+"""Size of a delta's length, little-endian. Length 0: the bucket is sent whole."""
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
-    """`serial` counts the sender's syncs in this group from 1; `base` is the serial that deltas would build on (0:
-    none are offered).
+class Handshake:
+    """The sender's announcement of one sync.
+
+    `serial` counts the sender's syncs in this group from 1. `base` is the serial that deltas build on; 0: no deltas.
     """
 
     digest: str
@@ -31,35 +32,35 @@ class Opening:
     serial: int
     base: int
 
-    def pack(self) -> bytes:
-        """As it travels."""
+    def encode(self) -> bytes:
+        """Encode as ``HANDSHAKE_BYTES`` bytes."""
         version = NO_VERSION if self.version is None else self.version
-        return _LAYOUT.pack(WIRE_FORMAT, bytes.fromhex(self.digest), version, self.serial, self.base)
+        return _LAYOUT.pack(PROTOCOL, bytes.fromhex(self.digest), version, self.serial, self.base)
 
     @classmethod
-    def unpack(cls, message: bytes) -> Opening | None:
-        """None for another format: of this one nothing can be read from it."""
-        wire_format, digest, version, serial, base = _LAYOUT.unpack(message)
-        if wire_format != WIRE_FORMAT:
+    def decode(cls, message: bytes) -> Handshake | None:
+        """Decode a message of `encode`; None for another protocol, whose fields cannot be read."""
+        protocol, digest, version, serial, base = _LAYOUT.unpack(message)
+        if protocol != PROTOCOL:
             return None
         return cls(digest.hex(), None if version == NO_VERSION else version, serial, base)
 
 
-def misfit(opening: Opening | None, manifest: SyncManifest) -> str | None:
-    """Why a receiver with `manifest` cannot take part; None where it can."""
-    if opening is None:
-        return f"the sender speaks another wire format than {WIRE_FORMAT}: run the same release everywhere"
-    if opening.digest != manifest.digest():
+def refusal(handshake: Handshake | None, manifest: SyncManifest) -> str | None:
+    """Explain why a receiver with `manifest` refuses the sync; None if it accepts."""
+    if handshake is None:
+        return f"the sender speaks another protocol than {PROTOCOL}: run the same release everywhere"
+    if handshake.digest != manifest.digest():
         return (
-            f"the sender's manifest is {opening.digest}, this receiver's {manifest.digest()}: learner and receiver "
+            f"the sender's manifest is {handshake.digest}, this receiver's {manifest.digest()}: learner and receiver "
             "do not agree on names, shapes, types or bucket size"
         )
-    if manifest.version is not None and opening.version is not None and opening.version != manifest.version:
-        return f"the sender publishes version {opening.version}, this receiver expects {manifest.version}"
+    if manifest.version is not None and handshake.version is not None and handshake.version != manifest.version:
+        return f"the sender publishes version {handshake.version}, this receiver expects {manifest.version}"
     return None
 
 
-def bucket_name(index: int, bucket: tuple[TensorSpec, ...]) -> str:
-    """What errors call a bucket."""
-    more = f" to {bucket[-1].name}" if len(bucket) > 1 else ""
-    return f"bucket {index} ({bucket[0].name}{more})"
+def bucket_label(index: int, bucket: tuple[TensorSpec, ...]) -> str:
+    """Name a bucket in error messages."""
+    last = f" to {bucket[-1].name}" if len(bucket) > 1 else ""
+    return f"bucket {index} ({bucket[0].name}{last})"

@@ -1,4 +1,4 @@
-"""Memory that is taken again and again: a fresh page costs as much as several copies of it."""
+"""Reused host memory: faulting in a fresh page costs as much as several copies of it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def host_buffer(nbytes: int) -> Tensor:
-    """``[nbytes]`` of host memory for weights to be copied into; pinned where they may come from a GPU."""
-    import torch
+class BufferPool:
+    """Byte tensors in reused memory: host memory returns to the pool when no tensor views it any more.
 
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-
-
-class Memory:
-    """Lends byte tensors. In host memory the space of one is lent again when no tensor looks at it any more; on a GPU
-    torch's own allocator does the same.
+    On a GPU torch's own allocator does the same.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device: Any = device
         self._blocks: list[NDArray[np.uint8]] = []
 
-    def lend(self, nbytes: int) -> Tensor:
-        """A tensor ``[nbytes]`` with undefined content: the borrower's for as long as it, or a view of it, lives."""
+    def take(self, nbytes: int) -> Tensor:
+        """Return an uninitialised tensor ``[nbytes]``, valid as long as it or a view of it lives."""
         import torch
 
         if self._device.type != "cpu":

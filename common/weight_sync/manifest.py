@@ -1,4 +1,4 @@
-"""What travels in one weight sync: the same list, in the same order, cut into the same buckets on both sides."""
+"""Plan of a weight sync: the same tensors, in the same order, cut into the same buckets at both ends."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the wire."""
+        """Size of the tensor's data."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class SyncManifest:
-    """The plan of a sync: tensors in sending order, cut greedily into buckets of at most ``bucket_bytes`` (a larger
-    tensor has a bucket to itself). Buckets never mix element types.
+    """Tensors in sending order, cut greedily into buckets of at most ``bucket_bytes``.
 
-    `version` is the one that the weights will carry; None where nobody needs to know (a receiver over `file` does).
+    A larger tensor gets its own bucket. A bucket holds one element type. `version` is the version that the weights will
+    get; it may be None, except for a receiver over `file`.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -41,7 +41,7 @@ class SyncManifest:
     version: int | None = None
 
     def at(self, version: int) -> SyncManifest:
-        """The same plan for another version."""
+        """Copy of the plan for another version."""
         return replace(self, version=version)
 
     @property
@@ -63,9 +63,14 @@ class SyncManifest:
             yield tuple(bucket)
 
     def digest(self) -> str:
-        """Hex sha256 of the plan (not of the version): both sides compare it before a byte is sent."""
+        """Hex sha256 of the plan without its version; both ends compare it before any weights are sent."""
         text = "\n".join(f"{t.name} {t.dtype} {t.shape}" for t in self.tensors) + f"\n{self.bucket_bytes}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def bucket_nbytes(bucket: tuple[TensorSpec, ...]) -> int:
+    """Bytes of a bucket's tensors."""
+    return sum(spec.nbytes for spec in bucket)
 
 
 def split_bucket(bucket: tuple[TensorSpec, ...], data: Tensor) -> Iterator[tuple[TensorSpec, Tensor]]:

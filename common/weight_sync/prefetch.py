@@ -1,4 +1,4 @@
-"""Work on the next item while the last one is being used."""
+"""Prefetch of the next item while the current one is used."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ T = TypeVar("T")
 _END = object()
 
 
-def ahead(source: Iterator[T]) -> Generator[T]:
-    """The items of `source`, each made on another thread while the consumer uses the one before.
+def prefetch(source: Iterator[T]) -> Generator[T]:
+    """Yield the items of `source`; another thread computes the next one meanwhile.
 
-    Its error is raised after the items before it. A consumer that stops early waits for the item that is being made.
+    An error of `source` is raised after the items before it. Closing early waits for the item in progress.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        coming = pool.submit(next, source, _END)
-        while (item := coming.result()) is not _END:
-            coming = pool.submit(next, source, _END)
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        pending = pool.submit(next, source, _END)
+        while (item := pending.result()) is not _END:
+            pending = pool.submit(next, source, _END)
             yield cast(T, item)
-            del item  # its memory may be that of the next but one
+            del item  # its memory may hold a later item

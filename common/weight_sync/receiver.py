@@ -1,4 +1,4 @@
-"""The receiving end of a weight sync, for whoever holds a model: a rollout engine's worker, a teacher of the run."""
+"""Receiving end of a weight sync, for any holder of a model: a rollout engine's worker, a live teacher."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Protocol
 from common.config.model import SyncConfig
 from common.weight_sync import delta
 from common.weight_sync.checksum import CHECKSUM_BYTES, checksum
-from common.weight_sync.collective import SyncError, WeightGroup, open_group
-from common.weight_sync.file_store import FileReceiver, session_of
+from common.weight_sync.collective import SyncError
+from common.weight_sync.file_store import FileReceiver, session_name
 from common.weight_sync.handshake import (
     DELTA,
+    HANDSHAKE_BYTES,
     LENGTH_BYTES,
-    OPENING_BYTES,
     REFUSED,
     WHOLE,
-    Opening,
-    bucket_name,
-    misfit,
+    Handshake,
+    bucket_label,
+    refusal,
 )
-from common.weight_sync.host_buffers import Memory
-from common.weight_sync.manifest import ITEM_BYTES, SyncManifest, TensorSpec, split_bucket
-from common.weight_sync.prefetch import ahead
+from common.weight_sync.host_buffers import BufferPool
+from common.weight_sync.manifest import ITEM_BYTES, SyncManifest, TensorSpec, bucket_nbytes, split_bucket
+from common.weight_sync.prefetch import prefetch
+from common.weight_sync.transports import WeightGroup, open_group
 
 if TYPE_CHECKING:
     import torch
@@ -31,114 +32,115 @@ if TYPE_CHECKING:
 
 
 class Receiver(Protocol):
-    """One member of a weight group that is not its sender."""
+    """A member of a weight group other than its sender."""
 
     def receive(self, manifest: SyncManifest) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, tensor) of every weight in the manifest's order, on the receiver's device.
+        """Yield (checkpoint name, tensor) of every weight in the manifest's order, on the receiver's device.
 
-        Go through all of them: the sender waits. A tensor is a view of memory that stays as it is until the next
-        `receive`; copy what must live longer. Raises SyncError for another plan than the sender's, for bytes that
-        changed on the way, for a lost peer and for a time-out; what was taken so far must then not be used, and the
-        group must be formed anew.
+        Consume all of them: the sender waits. A tensor is valid until the next `receive`; copy it to keep it longer.
+        Raises SyncError if the sender's plan differs, if bytes changed in transit, if a peer is lost, or after a
+        timeout; then discard what was received and form a new group.
         """
         ...
 
     def close(self) -> None:
-        """Leave the group; harmless when repeated."""
+        """Leave the group; safe to repeat."""
         ...
 
 
 def open_receiver(
     sync: SyncConfig, host: str, port: int, rank: int, world_size: int, device: torch.device | str
 ) -> Receiver:
-    """Join the weight group that the sender opens at ``host:port``, as its member `rank` (1 and up).
+    """Join the weight group that the sender opens at ``host:port``, as member `rank` (1 and up).
 
-    Blocks until all members are there; raises SyncError when they are not within ``sync.timeout_s``. Over `file`
-    nobody waits, and host and port only tell this sender's weights from those of an earlier one.
+    Blocks until all members have joined; raises SyncError if they have not within ``sync.timeout_s``. Over `file`
+    there is no group to wait for: host and port only tell this sender's weights from an earlier sender's.
     """
     if sync.backend == "file":
         if sync.folder is None:
             raise SyncError("sync.folder: a receiver over `file` needs it; `Config.sync_in_run` fills it in")
-        return FileReceiver(sync.folder, session_of(host, port), sync.timeout_s, device)
-    return GroupReceiver(open_group(sync, host, port, rank, world_size, device), device, keep=sync.delta)
+        return FileReceiver(sync.folder, session_name(host, port), sync.timeout_s, device)
+    return GroupReceiver(open_group(sync, host, port, rank, world_size, device), device, keep_weights=sync.delta)
 
 
 class GroupReceiver:
-    """Receives over a wire. With `keep` it holds the last weights in host memory, to apply deltas to."""
+    """Receives over a transport; `keep_weights` keeps the last weights in host memory as the base of deltas."""
 
-    def __init__(self, group: WeightGroup, device: torch.device | str, *, keep: bool) -> None:
+    def __init__(self, group: WeightGroup, device: torch.device | str, *, keep_weights: bool) -> None:
         self._group = group
         self._device = device
-        self._keep = keep
-        self._memory = Memory(group.wire.device)
-        self._held: list[Tensor] = []
-        self._serial = 0
-        """Of the sync that `_held` is from; 0: it is from none, or was broken off."""
+        self._keep_weights = keep_weights
+        self._buffers = BufferPool(group.transport.device)
+        self._base: list[Tensor] = []
+        self._base_serial = 0
+        """Serial of the sync that `_base` holds; 0: none, or an interrupted one."""
 
     def receive(self, manifest: SyncManifest) -> Iterator[tuple[str, Tensor]]:
         """See `Receiver`."""
         complete = False
         try:
-            for bucket, data in ahead(self._buckets(manifest)):
+            for bucket, data in prefetch(self._buckets(manifest)):
                 for spec, tensor in split_bucket(bucket, data):
                     yield spec.name, tensor.to(self._device)
             complete = True
         finally:
             if not complete:
-                self.close()  # the others hear of it now, not when their time is over
+                self.close()  # the other members fail now, not after their timeout
 
     def close(self) -> None:
-        """Leave the group."""
-        self._held, self._serial, self._memory = [], 0, Memory(self._group.wire.device)
+        """See `Receiver`."""
+        self._base, self._base_serial, self._buffers = [], 0, BufferPool(self._group.transport.device)
         self._group.close()
 
     def _buckets(self, manifest: SyncManifest) -> Iterator[tuple[tuple[TensorSpec, ...], Tensor]]:
-        opening, answer = self._open(manifest)
-        held, self._serial = (self._held, 0) if self._keep else ([], 0)
+        serial, deltas = self._shake_hands(manifest)
+        base, self._base_serial = (self._base, 0) if self._keep_weights else ([], 0)
         for index, bucket in enumerate(manifest.buckets()):
-            what = bucket_name(index, bucket)
-            if answer == DELTA:
-                data = held[index]
-                if not self._patched(data, bucket, what):
-                    self._whole(data, what)
+            label = bucket_label(index, bucket)
+            if deltas:
+                data = base[index]
+                if not self._receive_delta(data, bucket, label):
+                    self._receive_whole(data, label)
             else:
-                data = self._memory.lend(sum(spec.nbytes for spec in bucket))
-                self._whole(data, what)
-                if self._keep:
-                    held[index:] = [data]
+                data = self._buffers.take(bucket_nbytes(bucket))
+                self._receive_whole(data, label)
+                if self._keep_weights:
+                    base[index:] = [data]
             yield bucket, data
-        self._held, self._serial = held, opening.serial
+        self._base, self._base_serial = base, serial
 
-    def _open(self, manifest: SyncManifest) -> tuple[Opening, int]:
-        opening = Opening.unpack(self._group.control.tell(bytes(OPENING_BYTES), "the manifest"))
-        fault = misfit(opening, manifest)
-        if fault is not None or opening is None:
-            self._group.control.agree(REFUSED, "the manifest")
-            raise SyncError(str(fault))
-        able = DELTA if opening.base and opening.base == self._serial else WHOLE
-        answer = self._group.control.agree(able, "the manifest")
-        if answer == REFUSED:
+    def _shake_hands(self, manifest: SyncManifest) -> tuple[int, bool]:
+        """Compare plans; returns (serial of this sync, whether buckets come as deltas)."""
+        handshake = Handshake.decode(self._group.control.broadcast_bytes(bytes(HANDSHAKE_BYTES), "the manifest"))
+        refused = refusal(handshake, manifest)
+        if refused is not None or handshake is None:
+            self._group.control.allreduce_min(REFUSED, "the manifest")
+            raise SyncError(str(refused))
+        reply = DELTA if handshake.base and handshake.base == self._base_serial else WHOLE
+        agreed = self._group.control.allreduce_min(reply, "the manifest")
+        if agreed == REFUSED:
             raise SyncError("weight sync broke at the manifest: another receiver refused it")
-        return opening, answer
+        return handshake.serial, agreed == DELTA
 
-    def _whole(self, data: Tensor, what: str) -> None:
-        self._group.wire.broadcast(data, what)
-        if not self._matches(data, what):
-            raise SyncError(f"{what} arrived with other bytes than were sent, here or at another receiver")
+    def _receive_whole(self, data: Tensor, label: str) -> None:
+        self._group.transport.broadcast(data, label)
+        if not self._verified(data, label):
+            raise SyncError(f"{label} arrived with other bytes than were sent, here or at another receiver")
 
-    def _patched(self, data: Tensor, bucket: tuple[TensorSpec, ...], what: str) -> bool:
-        """Apply a delta in place; False where `data` is not what the sender has, here or at another receiver."""
-        length = int.from_bytes(self._group.control.tell(bytes(LENGTH_BYTES), f"the length of {what}"), "little")
+    def _receive_delta(self, data: Tensor, bucket: tuple[TensorSpec, ...], label: str) -> bool:
+        """Apply a delta to `data` in place; False if this or another receiver now differs from the sender."""
+        message = self._group.control.broadcast_bytes(bytes(LENGTH_BYTES), f"the length of {label}")
+        length = int.from_bytes(message, "little")
         if not length:
-            return False  # a delta would be no shorter
-        patch = self._memory.lend(length)
-        self._group.wire.broadcast(patch, f"the delta of {what}")
-        with suppress(delta.DeltaError):  # leaves `data` in pieces, with another checksum than the sender's
+            return False  # the sender found no shorter delta
+        patch = self._buffers.take(length)
+        self._group.transport.broadcast(patch, f"the delta of {label}")
+        with suppress(delta.DeltaError):  # leaves `data` partly changed: its checksum then differs
             delta.apply(data.numpy(), patch.numpy(), ITEM_BYTES[bucket[0].dtype])
-        return self._matches(data, what)
+        return self._verified(data, label)
 
-    def _matches(self, data: Tensor, what: str) -> bool:
-        """Compare checksums with the sender; True where all receivers' fit."""
-        found = checksum(data)
-        meant = self._group.control.tell(bytes(CHECKSUM_BYTES), f"the checksum of {what}")
-        return bool(self._group.control.agree(int(meant == found), f"the checksum of {what}"))
+    def _verified(self, data: Tensor, label: str) -> bool:
+        """Compare checksums with the sender; True if those of all receivers agree."""
+        actual = checksum(data)
+        expected = self._group.control.broadcast_bytes(bytes(CHECKSUM_BYTES), f"the checksum of {label}")
+        return bool(self._group.control.allreduce_min(int(expected == actual), f"the checksum of {label}"))

@@ -22,7 +22,8 @@ from learner.trainer.reports import AccumulateReport, LearnerInfo, PassReport, S
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from learner.publishing.packer import Sender, SendReport
+    from learner.publishing.packer import SendReport
+    from learner.publishing.sender import Sender
     from learner.trainer.engine import LearnerEngine
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class LearnerRank:
         Called again, with a new address, whenever the engines change: the next `publish` goes to the new ones whole.
         """
         if self._rank == 0:
-            from learner.publishing.packer import open_sender
+            from learner.publishing.sender import open_sender
 
             if self._sender is not None:
                 self._sender.close()

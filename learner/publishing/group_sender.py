@@ -1,4 +1,4 @@
-"""Publishing to a weight group: whole buckets over any wire, or, over gloo, what changed since the last sync."""
+"""Publishing to a weight group: whole buckets over any transport or, over gloo, deltas against the last sync."""
 
 from __future__ import annotations
 
@@ -10,93 +10,95 @@ from torch import Tensor
 
 from common.config.model import SyncConfig
 from common.weight_sync import delta
-from common.weight_sync.collective import SENDER, SyncError, open_group
-from common.weight_sync.handshake import DELTA, LENGTH_BYTES, REFUSED, Opening, bucket_name
+from common.weight_sync.collective import SENDER, SyncError
+from common.weight_sync.handshake import DELTA, LENGTH_BYTES, REFUSED, Handshake, bucket_label
 from common.weight_sync.manifest import ITEM_BYTES, SyncManifest, TensorSpec
-from learner.publishing.packer import Packer, SendReport, copy_bytes
+from common.weight_sync.transports import open_group
+from learner.publishing.packer import BucketPacker, SendReport, copy_bytes
 
 
 class GroupSender:
-    """The sender of a weight group. With ``sync.delta`` it holds the weights of the last sync in host memory.
+    """The sender of a weight group. With ``sync.delta`` it keeps the weights of the last sync in host memory.
 
-    A delta is offered from the second sync on. One receiver that does not hold its base, or that ends up with other
-    bytes, gets the bucket whole, and so do all: a broadcast has no exceptions.
+    Deltas are offered from the second sync on. A broadcast reaches every receiver: if one of them does not hold the
+    base, or ends up with other bytes, all of them get the bucket whole.
     """
 
     def __init__(
         self, sync: SyncConfig, host: str, port: int, world_size: int, device: torch.device | str = "cpu"
     ) -> None:
         self._group = open_group(sync, host, port, SENDER, world_size, device)
-        self._packer = Packer(self._group.wire.allocate)
-        self._keep = sync.delta
-        self._held: list[Tensor] = []
-        self._held_digest = ""
+        self._packer = BucketPacker(self._group.transport.allocate)
+        self._keep_weights = sync.delta
+        self._base: list[Tensor] = []
+        self._base_digest = ""
         self._serial = 0
 
     def send(self, tensors: Iterable[tuple[str, Tensor]], manifest: SyncManifest) -> SendReport:
-        """See `Sender`: the plan, then every bucket and its checksum; each is confirmed by all receivers."""
+        """See `learner.publishing.sender.Sender`; all receivers confirm the plan and the checksum of each bucket."""
         started = time.monotonic()
         complete = False
         try:
-            deltas = self._open(manifest)
+            send_bucket = self._send_delta if self._shake_hands(manifest) else self._send_whole
 
             def send(index: int, bucket: tuple[TensorSpec, ...], data: Tensor, digest: bytes) -> int:
-                sent = (self._delta if deltas else self._whole)(index, bucket, data, digest)
-                if self._keep:
-                    self._hold(index, data)
+                sent = send_bucket(index, bucket, data, digest)
+                if self._keep_weights:
+                    self._keep(index, data)
                 return sent
 
-            total = self._packer.each_bucket(tensors, manifest, send)
+            total = self._packer.send_all(tensors, manifest, send)
             complete = True
         finally:
             if not complete:
-                self.close()  # receivers hear of it now, not when their time is over
+                self.close()  # the receivers fail now, not after their timeout
         return SendReport(total, time.monotonic() - started, manifest.nbytes)
 
     def close(self) -> None:
-        """Leave the group."""
-        self._held, self._held_digest = [], ""
+        """See `learner.publishing.sender.Sender`."""
+        self._base, self._base_digest = [], ""
         self._group.close()
 
-    def _open(self, manifest: SyncManifest) -> bool:
-        """Announce the plan; True where every receiver takes deltas."""
+    def _shake_hands(self, manifest: SyncManifest) -> bool:
+        """Announce the plan; True if every receiver takes deltas."""
         digest = manifest.digest()
-        base = self._serial if self._held and self._held_digest == digest else 0
+        base = self._serial if self._base and self._base_digest == digest else 0
         self._serial += 1
-        self._group.control.tell(Opening(digest, manifest.version, self._serial, base).pack(), "the manifest")
-        answer = self._group.control.agree(DELTA, "the manifest")
-        if answer == REFUSED:
+        message = Handshake(digest, manifest.version, self._serial, base).encode()
+        self._group.control.broadcast_bytes(message, "the manifest")
+        agreed = self._group.control.allreduce_min(DELTA, "the manifest")
+        if agreed == REFUSED:
             raise SyncError("a receiver refused the manifest; its own error says why")
-        if answer != DELTA or not base:
-            self._held = []
-        self._held_digest = digest
-        return bool(self._held)
+        if agreed != DELTA or not base:
+            self._base = []
+        self._base_digest = digest
+        return bool(self._base)
 
-    def _whole(self, index: int, bucket: tuple[TensorSpec, ...], data: Tensor, digest: bytes) -> int:
-        what = bucket_name(index, bucket)
-        self._group.wire.broadcast(data, what)
-        if not self._confirmed(digest, what):
-            raise SyncError(f"{what} arrived with other bytes than were sent")
+    def _send_whole(self, index: int, bucket: tuple[TensorSpec, ...], data: Tensor, digest: bytes) -> int:
+        label = bucket_label(index, bucket)
+        self._group.transport.broadcast(data, label)
+        if not self._confirmed(digest, label):
+            raise SyncError(f"{label} arrived with other bytes than were sent")
         return data.numel()
 
-    def _delta(self, index: int, bucket: tuple[TensorSpec, ...], data: Tensor, digest: bytes) -> int:
-        what = bucket_name(index, bucket)
-        patch = delta.encode(self._held[index].numpy(), data.numpy(), ITEM_BYTES[bucket[0].dtype])
+    def _send_delta(self, index: int, bucket: tuple[TensorSpec, ...], data: Tensor, digest: bytes) -> int:
+        label = bucket_label(index, bucket)
+        patch = delta.encode(self._base[index].numpy(), data.numpy(), ITEM_BYTES[bucket[0].dtype])
         length = 0 if patch is None else len(patch)
-        self._group.control.tell(length.to_bytes(LENGTH_BYTES, "little"), f"the length of {what}")
+        self._group.control.broadcast_bytes(length.to_bytes(LENGTH_BYTES, "little"), f"the length of {label}")
         if patch is None:
-            return self._whole(index, bucket, data, digest)
-        self._group.wire.broadcast(torch.from_numpy(patch), f"the delta of {what}")
-        if self._confirmed(digest, what):
+            return self._send_whole(index, bucket, data, digest)
+        self._group.transport.broadcast(torch.from_numpy(patch), f"the delta of {label}")
+        if self._confirmed(digest, label):
             return length
-        return length + self._whole(index, bucket, data, digest)
+        return length + self._send_whole(index, bucket, data, digest)
 
-    def _confirmed(self, digest: bytes, what: str) -> bool:
-        self._group.control.tell(digest, f"the checksum of {what}")
-        return bool(self._group.control.agree(1, f"the checksum of {what}"))
+    def _confirmed(self, digest: bytes, label: str) -> bool:
+        self._group.control.broadcast_bytes(digest, f"the checksum of {label}")
+        return bool(self._group.control.allreduce_min(1, f"the checksum of {label}"))
 
-    def _hold(self, index: int, data: Tensor) -> None:
-        if index < len(self._held):
-            copy_bytes(self._held[index], data)
+    def _keep(self, index: int, data: Tensor) -> None:
+        if index < len(self._base):
+            copy_bytes(self._base[index], data)
         else:
-            self._held.append(data.clone())
+            self._base.append(data.clone())

@@ -76,7 +76,7 @@ async def in_turns(
     engine: RolloutEngine, sync: SyncConfig, wire: Wire, weights: dict[str, Tensor], plan: SyncManifest
 ) -> tuple[float, float]:
     """Seconds of a sync over `wire`, and of the bare broadcast of as many bytes after each; medians."""
-    from learner.publishing.packer import open_sender
+    from learner.publishing.sender import open_sender
 
     engine._sync = sync = sync.model_copy(update={"backend": wire})
     port = free_port()
@@ -122,14 +122,14 @@ class BareBroadcast:
 
     def seconds(self) -> float:
         """From the first byte to the receiver's word that it has the last."""
-        self._control.agree(1, "start")
+        self._control.allreduce_min(1, "start")
         started = time.perf_counter()
         self._control.broadcast(self._data, "bare")
-        self._control.agree(1, "end")
+        self._control.allreduce_min(1, "end")
         return time.perf_counter() - started
 
     def __exit__(self, *_: object) -> None:
-        self._control.agree(0, "stop")
+        self._control.allreduce_min(0, "stop")
         self._process.join()
         self._control.close()
 
@@ -137,9 +137,9 @@ class BareBroadcast:
 def _receive_bare(port: int, nbytes: int) -> None:
     control = Control(HOST, port, 1, 2, TIMEOUT_S)
     data = torch.zeros(nbytes, dtype=torch.uint8)
-    while control.agree(1, "start"):
+    while control.allreduce_min(1, "start"):
         control.broadcast(data, "bare")
-        control.agree(1, "end")
+        control.allreduce_min(1, "end")
 
 
 # --- deltas ---------------------------------------------------------------------------------------------------------

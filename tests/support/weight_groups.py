@@ -13,7 +13,7 @@ from common.config.model import SyncConfig
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest, TensorSpec
 from common.weight_sync.receiver import Receiver, open_receiver
-from learner.publishing.packer import Sender, open_sender
+from learner.publishing.sender import Sender, open_sender
 
 HOST = "127.0.0.1"
 

@@ -22,7 +22,7 @@ from common.config.model import SyncConfig
 from common.protocol.schema import Sampling, TokenSequence, as_ids
 from common.weight_sync.manifest import SyncManifest, TensorSpec
 from learner.loop.parity import ParityError, ParityGate
-from learner.publishing.packer import Sender, open_sender
+from learner.publishing.sender import Sender, open_sender
 from rollout_workers.engine.engine import RolloutEngine, RolloutError
 from rollout_workers.pool.failures import EngineLost
 from tests.support.engines import PROMPT, K, run_config
@@ -117,7 +117,7 @@ def is_plain(text: str) -> bool:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 async def test_reported_logprobs_are_at_the_sampling_temperature_and_position(pair: Pair, temperature: float) -> None:
-    answer = await pair.engine.generate(PROMPT, Sampling(40, temperature, top_k=K, seed=1), f"t{temperature}")
+    answer = await pair.engine.generate(PROMPT, Sampling(40, temperature, top_logprobs=K, seed=1), f"t{temperature}")
     ids = answer.response_ids.tolist()
     expected = (pair.logits(PROMPT, ids) / temperature).log_softmax(-1)
     sampled = expected.gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
@@ -126,7 +126,7 @@ async def test_reported_logprobs_are_at_the_sampling_temperature_and_position(pa
 
 
 async def test_topk_ids_are_the_students_own_best_first_without_the_sampled_column(pair: Pair) -> None:
-    answer = await pair.engine.generate(PROMPT, Sampling(60, 1.5, top_k=K, seed=2), "topk")
+    answer = await pair.engine.generate(PROMPT, Sampling(60, 1.5, top_logprobs=K, seed=2), "topk")
     logits = pair.logits(PROMPT, answer.response_ids.tolist())
     assert answer.topk_ids.shape == (len(answer.response_ids), K)
     assert (logits.topk(K).indices.numpy() == answer.topk_ids).mean() > 0.99  # near-ties may swap
@@ -142,10 +142,10 @@ async def test_greedy_is_the_argmax(pair: Pair) -> None:
 
 
 async def test_a_stop_string_ends_the_answer_and_belongs_to_it(pair: Pair) -> None:
-    free = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_k=4, seed=3), "free")
+    free = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_logprobs=4, seed=3), "free")
     texts = [pair.engine.decode([token]) for token in free.response_ids.tolist()]
     place, stop = next((i, text) for i, text in enumerate(texts) if i > 5 and is_plain(text) and text not in texts[:i])
-    stopped = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_k=4, stop=(stop,), seed=3), "stopped")
+    stopped = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_logprobs=4, stop=(stop,), seed=3), "stopped")
     assert stopped.response_ids.tolist() == free.response_ids.tolist()[: place + 1]
     assert stopped.finish_reason == "stop"
     assert free.finish_reason == "length"
@@ -153,12 +153,12 @@ async def test_a_stop_string_ends_the_answer_and_belongs_to_it(pair: Pair) -> No
 
 
 async def test_a_stop_that_spans_tokens_cuts_after_the_token_that_completes_it(pair: Pair) -> None:
-    free = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_k=4, seed=3), "free2")
+    free = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_logprobs=4, seed=3), "free2")
     texts = [pair.engine.decode([token]) for token in free.response_ids.tolist()]
     place = next(i for i in range(5, 59) if is_plain(texts[i]) and is_plain(texts[i + 1]))
     stop = texts[place] + texts[place + 1]
     whole = pair.engine.decode(free.response_ids.tolist())
-    stopped = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_k=4, stop=(stop,), seed=3), "stopped2")
+    stopped = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_logprobs=4, stop=(stop,), seed=3), "stopped2")
     assert stopped.finish_reason == "stop"
     assert pair.engine.decode(stopped.response_ids.tolist()) == whole[: whole.index(stop) + len(stop)]
     assert len(stopped.sampled_logprobs) == len(stopped.topk_ids) == len(stopped.response_ids)
@@ -226,7 +226,7 @@ async def test_an_answer_in_flight_across_a_sync_has_a_span_of_each_version(
             yield output
 
     monkeypatch.setattr(pair.engine._engine, "generate", watched)
-    flying = asyncio.create_task(pair.engine.generate(long, Sampling(200, 1.0, top_k=K, seed=3), "flying"))
+    flying = asyncio.create_task(pair.engine.generate(long, Sampling(200, 1.0, top_logprobs=K, seed=3), "flying"))
     pair.train(lr=1e-2)
     await asyncio.wait_for(under_way.wait(), 60)
     await pair.sync()

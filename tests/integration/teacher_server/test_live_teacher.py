@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from common.config.model import SyncConfig, TeacherConfig, TeacherServerConfig
 from common.protocol.schema import ItemScore, ScoreItem, ScoreRequest, as_ids, context_hash
 from common.weight_sync.collective import SyncError
-from learner.publishing.packer import open_sender
+from learner.publishing.sender import open_sender
 from teacher_server.actor import TeacherActor
 from teacher_server.backends.hf.backend import TransformersBackend
 from teacher_server.backends.hf.live_weights import LiveWeights

@@ -15,7 +15,7 @@ from common.weight_sync import delta
 from common.weight_sync.checksum import checksum
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest
-from learner.publishing.packer import open_sender
+from learner.publishing.sender import open_sender
 from tests.support.weight_groups import HOST, free_port, manifest_of, open_all, same, sync_once, together
 
 TENSORS = {
@@ -27,27 +27,24 @@ TENSORS = {
 SHORT = SyncConfig(timeout_s=2.0)
 PATIENT = SyncConfig(timeout_s=60.0)
 """For tests in which an error must come long before the time is over."""
-SHARED = SyncConfig(timeout_s=60.0, backend="ipc")
 
 
 def exchange(
     sent: SyncManifest,
     *expected: SyncManifest,
     tensors: Iterator[tuple[str, Tensor]] | None = None,
-    sync: SyncConfig = PATIENT,
 ) -> list:
     """One sync in a new group, with a receiver for each manifest in `expected`."""
-    sender, receivers = open_all(sync, len(expected))
+    sender, receivers = open_all(PATIENT, len(expected))
     results = sync_once(sender, receivers, sent, tensors or iter(TENSORS.items()), expected)
     for end in (sender, *receivers):
         end.close()
     return results
 
 
-@pytest.mark.parametrize("sync", [PATIENT, SHARED], ids=["gloo", "ipc"])
-def test_every_receiver_gets_every_tensor_bit_for_bit(sync: SyncConfig) -> None:
+def test_every_receiver_gets_every_tensor_bit_for_bit() -> None:
     plan = manifest_of(TENSORS)
-    report, first, second = exchange(plan, plan, plan, sync=sync)
+    report, first, second = exchange(plan, plan, plan)
     assert report.bytes == report.weight_bytes == 10 * 4 + 3 * 2 + 4 + 400
     assert same(first, TENSORS)
     assert same(second, TENSORS)
@@ -69,10 +66,9 @@ def test_another_version_is_refused() -> None:
     assert isinstance(sent, SyncError)
 
 
-@pytest.mark.parametrize("sync", [PATIENT, SHARED], ids=["gloo", "ipc"])
-def test_bytes_that_change_on_the_way_are_found_by_both_ends(sync: SyncConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_change_on_the_way_are_found_by_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learner.publishing.packer, "checksum", lambda data: checksum(data ^ 1))
-    sent, received = exchange(manifest_of(TENSORS), manifest_of(TENSORS), sync=sync)
+    sent, received = exchange(manifest_of(TENSORS), manifest_of(TENSORS))
     for end in (sent, received):
         assert isinstance(end, SyncError)
         assert "bucket 0 (a) arrived with other bytes" in str(end)
@@ -208,7 +204,7 @@ def test_a_base_that_went_bad_is_found_and_the_bucket_comes_whole() -> None:
     sender, receivers = open_all(DELTAS, 2)
     plan = manifest_of(weights(0), 7000)
     sync_once(sender, receivers, plan, iter(weights(0).items()))
-    receivers[1]._held[0][11] ^= 1
+    receivers[1]._base[0][11] ^= 1
     current = stepped(weights(0), slice(0, None, 100))
     report, *got = sync_once(sender, receivers, plan, iter(current.items()))
     assert all(same(one, current) for one in got)
@@ -219,7 +215,7 @@ def test_a_receiver_without_the_base_makes_the_sync_a_whole_one() -> None:
     sender, receivers = open_all(DELTAS, 2)
     plan = manifest_of(weights(0), 7000)
     sync_once(sender, receivers, plan, iter(weights(0).items()))
-    receivers[0]._serial = 0
+    receivers[0]._base_serial = 0
     report, *got = sync_once(sender, receivers, plan, iter(weights(0).items()))
     assert all(same(one, weights(0)) for one in got)
     assert report.bytes == report.weight_bytes

@@ -54,7 +54,7 @@ def test_the_sum_is_the_formula_modulo_two_to_the_64() -> None:
     """Against Python's own integers."""
     words = data(400).view(torch.int32)
     total = 400
-    for place, word in enumerate(words.tolist()):
-        key = (place * checksum.SPREAD + 2**63) % 2**64 - 2**63
+    for position, word in enumerate(words.tolist()):
+        key = (position * checksum.SPREAD + 2**63) % 2**64 - 2**63
         total += (word + 1) * ((key ^ key >> 29) | 1)
     assert int.from_bytes(mixed_sum(words.view(torch.uint8)), "little") == total % 2**64

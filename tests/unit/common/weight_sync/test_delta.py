@@ -1,4 +1,4 @@
-"""What changed between two buckets, and back: bit for bit, and never longer than the bucket."""
+"""Deltas between two buckets: exact in every bit and never longer than the bucket."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from common.weight_sync import delta
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta, "PIECE_ITEMS", 1000)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta, "CHUNK_ITEMS", 1000)
 
 
 def pair(items: int, item_bytes: int, changed: float, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -32,7 +32,7 @@ def pair(items: int, item_bytes: int, changed: float, seed: int) -> tuple[NDArra
     changed=st.sampled_from([0.0, 0.0005, 0.003, 0.02, 0.1, 0.5, 1.0]),
     seed=st.integers(0, 100),
 )
-def test_there_and_back(items: int, item_bytes: int, changed: float, seed: int) -> None:
+def test_an_applied_delta_restores_every_bit(items: int, item_bytes: int, changed: float, seed: int) -> None:
     old, new = pair(items, item_bytes, changed, seed)
     patch = delta.encode(old, new, item_bytes)
     if patch is None:
@@ -48,7 +48,7 @@ def test_each_form_is_taken_where_it_is_the_smallest(changed: float, form: int) 
     old, new = pair(1000, 2, changed, 0)
     patch = delta.encode(old, new, 2, limit=10_000)
     assert patch is not None
-    assert delta.HEAD.unpack(patch[: delta.HEAD.size].tobytes())[0] == form
+    assert delta.HEADER.unpack(patch[: delta.HEADER.size].tobytes())[0] == form
     delta.apply(old, patch, 2)
     assert (old == new).all()
 
@@ -59,7 +59,7 @@ def test_one_change_far_from_the_start_costs_a_few_bytes() -> None:
     new[997] = 7
     patch = delta.encode(old.view(np.uint8), new.view(np.uint8), 2)
     assert patch is not None
-    assert patch.nbytes == delta.HEAD.size + 4 * (1 + 2)  # three bridges of 256, and the change
+    assert patch.nbytes == delta.HEADER.size + 4 * (1 + 2)  # three bridges of 256, and the change
 
 
 def test_nothing_is_rounded_away() -> None:
@@ -74,7 +74,7 @@ def test_nothing_is_rounded_away() -> None:
 @given(seed=st.integers(0, 1000))
 @settings(deadline=None)
 def test_a_damaged_delta_is_an_error_or_gives_other_bytes(seed: int) -> None:
-    """Never a crash of another kind: the checksum behind it finds the rest."""
+    """Never a crash of another kind: the checksum after it finds the rest."""
     random = np.random.default_rng(seed)
     old, new = pair(2500, 2, 0.01, seed)
     patch = delta.encode(old, new, 2)

@@ -1,4 +1,4 @@
-"""Weights through a folder: what other programs read there, what a reader refuses, what is kept."""
+"""Weights in a folder: readable by other programs, refused when damaged, rotated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from common.config.model import SyncConfig
 from common.weight_sync import file_store
 from common.weight_sync.collective import SyncError
-from learner.publishing.packer import Sender, open_sender
+from learner.publishing.sender import Sender, open_sender
 from tests.support.weight_groups import HOST, manifest_of, open_all, same, sync_once, together
 
 TENSORS = {
@@ -101,8 +101,8 @@ def test_a_version_that_is_not_complete_does_not_exist(tmp_path: Path) -> None:
     sender, (receiver,) = open_all(settings(tmp_path, timeout_s=0.3), 1)
     short = iter(list(TENSORS.items())[:3])
     sent, received = sync_once(sender, (receiver,), PLAN.at(1), short)
-    assert "ended where the manifest has lm_head.weight" in str(sent)
-    assert "there is none" in str(received)
+    assert "ended before lm_head.weight of the manifest" in str(sent)
+    assert "the folder has none" in str(received)
     _, got = sync_once(sender, (receiver,), PLAN.at(1), iter(TENSORS.items()))  # and the rest is no obstacle
     assert same(got, TENSORS)
     assert [path.name for path in tmp_path.iterdir()] == ["version-000001"]
@@ -140,7 +140,7 @@ def test_another_plan_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_a_sync_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SyncError, match=r"sync\.folder: .*file/weights cannot be made"):
+    with pytest.raises(SyncError, match=r"sync\.folder: .*file/weights cannot be created"):
         open_sender(settings(tmp_path / "file" / "weights"), HOST, 1, 2)
 
 
@@ -148,5 +148,5 @@ def test_without_a_version_nothing_is_written_or_read(tmp_path: Path) -> None:
     sender, (receiver,) = open_all(settings(tmp_path), 1)
     sent, received = sync_once(sender, (receiver,), PLAN, iter(TENSORS.items()))
     assert "need a version" in str(sent)
-    assert "needs to know the version" in str(received)
+    assert "needs the version" in str(received)
     assert list(tmp_path.iterdir()) == []

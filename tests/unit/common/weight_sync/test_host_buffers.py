@@ -1,4 +1,4 @@
-"""Memory that is lent again, and work that is done ahead."""
+"""Reused buffers and prefetch."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from common.weight_sync.host_buffers import Memory
-from common.weight_sync.prefetch import ahead
+from common.weight_sync.host_buffers import BufferPool
+from common.weight_sync.prefetch import prefetch
 
 
 def test_space_is_lent_again_only_when_no_view_of_it_lives() -> None:
-    memory = Memory(torch.device("cpu"))
-    first = memory.lend(100)
+    pool = BufferPool(torch.device("cpu"))
+    first = pool.take(100)
     place, view = first.data_ptr(), first[40:44].view(torch.float32)
     del first
-    second = memory.lend(50)
+    second = pool.take(50)
     assert second.data_ptr() != place
     del view
-    assert memory.lend(80).data_ptr() == place
+    assert pool.take(80).data_ptr() == place
 
 
 def test_more_than_was_lent_before_is_new_space() -> None:
-    memory = Memory(torch.device("cpu"))
+    pool = BufferPool(torch.device("cpu"))
     for nbytes in (10, 1000, 10):
-        assert memory.lend(nbytes).numel() == nbytes
-    assert len(memory._blocks) == 1
+        assert pool.take(nbytes).numel() == nbytes
+    assert len(pool._blocks) == 1
 
 
 def test_the_next_item_is_made_while_one_is_used() -> None:
@@ -39,7 +39,7 @@ def test_the_next_item_is_made_while_one_is_used() -> None:
             event.set()
             yield index
 
-    for index in ahead(source()):
+    for index in prefetch(source()):
         if index < 2:
             assert made[index + 1].wait(10)
         if index == 0:
@@ -51,7 +51,7 @@ def test_an_error_comes_after_the_items_before_it() -> None:
         yield 1
         raise RuntimeError("broken")
 
-    items = ahead(source())
+    items = prefetch(source())
     assert next(items) == 1
     with pytest.raises(RuntimeError, match="broken"):
         next(items)
@@ -64,7 +64,7 @@ def test_a_consumer_that_stops_early_leaves_no_thread() -> None:
             yield index
 
     before = threading.active_count()
-    items = ahead(source())
+    items = prefetch(source())
     assert next(items) == 0
     items.close()
     assert threading.active_count() == before

@@ -1,4 +1,4 @@
-"""What of the GPU wires can be proved without one: the calls fit the installed torch, and a hung broadcast ends."""
+"""GPU transports, as far as a CPU can test them: calls fit the installed torch, a hung broadcast ends."""
 
 from __future__ import annotations
 
@@ -14,8 +14,20 @@ import torch
 
 from common.config.model import SyncConfig
 from common.weight_sync import transports
-from common.weight_sync.collective import Control, SyncError, open_group
+from common.weight_sync.collective import Control, SyncError
+from common.weight_sync.transports import open_group
 from tests.support.weight_groups import HOST, free_port, together
+
+EXPORTED = (
+    "storage_handle",
+    "storage_size_bytes",
+    "storage_offset_bytes",
+    "ref_counter_handle",
+    "ref_counter_offset",
+    "event_handle",
+    "event_sync_required",
+)
+"""Parameters of ``rebuild_cuda_tensor`` that come from the exporting process."""
 
 
 class Work:
@@ -53,7 +65,7 @@ def test_a_broadcast_that_ends_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("aborts", [True, False])
-def test_the_nccl_wire_aborts_its_communicator_when_a_broadcast_hangs(
+def test_the_nccl_transport_aborts_its_communicator_when_a_broadcast_hangs(
     aborts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Group:
@@ -70,26 +82,26 @@ def test_the_nccl_wire_aborts_its_communicator_when_a_broadcast_hangs(
 
     monkeypatch.setattr(torch.cuda, "device", lambda _: pytest.MonkeyPatch.context())
     monkeypatch.setattr(torch.cuda, "current_stream", Ready)
-    wire = object.__new__(transports.NcclWire)
-    wire.device, wire._timeout_s, wire._group = torch.device("cuda"), 0.05, Group()
+    transport = object.__new__(transports.NcclTransport)
+    transport.device, transport._timeout_s, transport._group = torch.device("cuda"), 0.05, Group()
     if aborts:
         with pytest.raises(SyncError):
-            wire.broadcast(torch.empty(1), "bucket 0")
+            transport.broadcast(torch.empty(1), "bucket 0")
     else:
-        wire.broadcast(torch.empty(1), "bucket 0")
-    assert wire._group.aborted == aborts
+        transport.broadcast(torch.empty(1), "bucket 0")
+    assert transport._group.aborted == aborts
 
 
 @pytest.mark.parametrize(
-    ("backend", "devices", "why"),
-    [("nccl", ("cpu", "cpu"), "no nccl"), ("ipc", ("cpu", "cuda"), "no memory is shared")],
+    ("backend", "why"),
+    [("nccl", "no nccl"), ("ipc", "share one GPU: this member's weights lie on cpu")],
 )
-def test_a_wire_that_this_machine_lacks_is_named_at_both_ends(backend: Any, devices: Any, why: str) -> None:
+def test_a_transport_that_this_machine_lacks_is_named_at_both_ends(backend: Any, why: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("has it")
     port = free_port()
     sync = SyncConfig(backend=backend, timeout_s=20)
-    errors = together(*(lambda rank=rank: open_group(sync, HOST, port, rank, 2, devices[rank]) for rank in range(2)))
+    errors = together(*(lambda rank=rank: open_group(sync, HOST, port, rank, 2, "cpu") for rank in range(2)))
     for error in errors:
         assert isinstance(error, SyncError)
         assert why in str(error)
@@ -110,31 +122,23 @@ def test_the_nccl_calls_fit_the_installed_torch() -> None:
     assert {"is_completed", "wait"} <= work
 
 
-def test_the_ipc_calls_fit_the_installed_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handles go over the wire and into ``rebuild_cuda_tensor`` under the names that it has."""
+def test_an_exported_buffer_arrives_as_the_arguments_of_torchs_own_rebuilder(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.multiprocessing import reductions
 
-    arguments = dict.fromkeys(inspect.signature(reductions.rebuild_cuda_tensor).parameters, 0)
-    arguments |= {"storage_handle": b"h" * 64, "ref_counter_handle": b"r", "event_handle": b"e"}
-    monkeypatch.setattr(reductions, "reduce_tensor", lambda _: (rebuild, tuple(arguments.values())))
-
-    def rebuild(**_: object) -> None: ...
-
-    rebuild.__signature__ = inspect.signature(reductions.rebuild_cuda_tensor)
+    names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    exported: dict[str, Any] = dict.fromkeys(names) | {name: name.encode() for name in EXPORTED}
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda _: (None, tuple(exported.values())))
     handles = transports.export(torch.empty(1))
-    uuid, travelled = transports.unpack_handles(transports.pack_handles("GPU-1", [handles, handles]))
-    assert (uuid, travelled) == ("GPU-1", [handles, handles])
+    uuid, sent = transports.decode_handles(transports.encode_handles("GPU-1", [handles, handles]))
+    assert (uuid, sent) == ("GPU-1", [handles, handles])
 
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda **given: seen.update(given))
-    transports.rebuild(travelled[0], 123, 5)
-    assert set(seen) == set(arguments)
-    assert (seen["tensor_size"], seen["storage_device"], seen["dtype"]) == ((123,), 5, torch.uint8)
-    assert seen["storage_handle"] == b"h" * 64
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *values: dict(zip(names, values, strict=True)))
+    rebuilt: Any = transports.rebuild(sent[0], 123, 5)
+    assert {name: rebuilt[name] for name in EXPORTED} == {name: name.encode() for name in EXPORTED}
+    assert (rebuilt["tensor_size"], rebuilt["storage_device"], rebuilt["dtype"]) == ((123,), 5, torch.uint8)
 
 
-def test_the_ipc_exporters_arguments_are_in_the_order_of_the_rebuilders() -> None:
-    """`export` names what ``reduce_tensor`` returns by the parameters of the function that it returns with it."""
+def test_torch_exports_in_the_order_of_its_rebuilders_parameters() -> None:
     from torch.multiprocessing import reductions
 
     source = inspect.getsource(reductions.reduce_tensor)
@@ -145,22 +149,17 @@ def test_the_ipc_exporters_arguments_are_in_the_order_of_the_rebuilders() -> Non
     ]
     parameters = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
     assert len(values) == len(parameters)
-    at = {name: values[parameters.index(name)] for name in transports.EXPORTED}
-    assert at == {
-        "storage_handle": "handle",
-        "storage_size_bytes": "storage_size_bytes",
-        "storage_offset_bytes": "storage_offset_bytes",
-        "ref_counter_handle": "ref_counter_handle",
-        "ref_counter_offset": "ref_counter_offset",
-        "event_handle": "event_handle",
-        "event_sync_required": "event_sync_required",
-    }
+    renamed = {"handle": "storage_handle"}
+    assert [renamed.get(values[parameters.index(name)], values[parameters.index(name)]) for name in EXPORTED] == [
+        *EXPORTED
+    ]
 
 
-def test_a_control_channel_knows_its_place() -> None:
+def test_control_messages_come_from_the_sender_and_the_minimum_from_all() -> None:
     port = free_port()
     first, second = together(*(lambda rank=rank: Control(HOST, port, rank, 2, 20) for rank in range(2)))
     assert (first.rank, first.receivers, second.rank) == (0, 1, 1)
-    assert together(lambda: first.tell(b"abc", "x"), lambda: second.tell(b"???", "x")) == [b"abc", b"abc"]
-    assert together(lambda: first.agree(2, "x"), lambda: second.agree(1, "x")) == [1, 1]
+    sent = together(lambda: first.broadcast_bytes(b"abc", "x"), lambda: second.broadcast_bytes(b"???", "x"))
+    assert sent == [b"abc", b"abc"]
+    assert together(lambda: first.allreduce_min(2, "x"), lambda: second.allreduce_min(1, "x")) == [1, 1]
     assert sys.getrefcount(first._group) <= 3  # only its holder's: gloo hangs up when that lets go
