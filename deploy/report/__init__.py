@@ -1,4 +1,4 @@
-"""One run as a page, several runs side by side: ``report.html`` from the files that runs leave behind.
+"""HTML reports from run folders: ``report.html`` of one run, or a comparison of several.
 
-Pure but for `reading` (run folders in) and `writing` (pages out); numpy and the standard library, nothing heavier.
+Imports ``common.config`` and ``common.telemetry`` and light packages only (jinja2, yaml), never torch or an engine.
 """

@@ -1,4 +1,4 @@
-"""``python -m deploy.report RUN``: (re)write the page of a run."""
+"""``python -m deploy.report RUN``: write the page of a run."""
 
 from __future__ import annotations
 

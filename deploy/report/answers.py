@@ -1,32 +1,36 @@
-"""Held-out answers before and after: what was learnt, what was lost."""
+"""Held-out answers before and after training: learnt and forgotten rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploy.report.html import Child, Html, tag
 from deploy.report.load_run import Record, RunData
-from deploy.report.numbers import spaced
-from deploy.report.parts import Column, fold, section, table
+from deploy.report.numbers import MISSING, spaced
+from deploy.report.parts import Column, Table, View
 
-MOST_ROWS = 25
-"""Of each group."""
+MAX_ROWS = 25
+"""Rows shown of each group."""
 
-MOST_CHARACTERS = 1200
-"""Of one text; ``samples.jsonl`` has all of it."""
+MAX_CHARACTERS = 1200
+"""Characters shown of one text; ``samples.jsonl`` has the whole text."""
 
 GROUPS = (
     ("learnt", "Wrong before, right after"),
-    ("lost", "Right before, wrong after"),
+    ("forgotten", "Right before, wrong after"),
     ("wrong", "Wrong before and after"),
     ("right", "Right before and after"),
+)
+
+COLUMNS = (
+    Column("row"),
+    *(Column(name, code=True) for name in ("prompt", "expected", "student before", "with context", "student after")),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The first answer to a held-out row at each stage; None where there is none."""
+    """The first answer to a held-out row at each stage; None if the row has no answer there."""
 
     identity: str
     before: Record | None
@@ -35,9 +39,17 @@ class Row:
 
     @property
     def group(self) -> str:
-        """Which of `GROUPS`; a missing answer counts as a wrong one."""
+        """The name in `GROUPS`; a missing answer counts as wrong."""
         was, now = _right(self.before), _right(self.after)
-        return ("right" if was else "learnt") if now else ("lost" if was else "wrong")
+        return ("right" if was else "learnt") if now else ("forgotten" if was else "wrong")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An answer and its grade."""
+
+    right: bool
+    text: str
 
 
 def _right(sample: Record | None) -> bool:
@@ -45,7 +57,7 @@ def _right(sample: Record | None) -> bool:
 
 
 def held_out(samples: Sequence[Record]) -> list[Row]:
-    """Rows in the order of their first answer."""
+    """Collect the held-out rows, in the order of their first answers."""
     found: dict[str, dict[str, Record]] = {}
     for sample in samples:
         if sample.get("set") in ("base", "in_context", "final"):
@@ -53,82 +65,59 @@ def held_out(samples: Sequence[Record]) -> list[Row]:
     return [Row(name, sets.get("base"), sets.get("in_context"), sets.get("final")) for name, sets in found.items()]
 
 
-def answers_section(run: RunData) -> Html:
-    """Four groups, the changed ones open."""
+def answers_view(run: RunData) -> View:
+    """(title, open, table) of each group; the groups of changed answers are open."""
     rows = held_out(run.samples)
     if not rows:
-        return section("answers", "Answers", tag("p", "No held-out answers were written down.", class_="none"))
-    finished = any(row.after for row in rows)
-    if not finished:
-        return section(
-            "answers",
-            "Answers",
-            _group(run, "Before training", rows, opened=True),
-            lead="There is no final evaluation.",
-        )
-    grouped = {name: [row for row in rows if row.group == name] for name, _ in GROUPS}
-    return section(
-        "answers",
-        "Answers",
-        [_group(run, title, grouped[name], opened=name in ("learnt", "lost")) for name, title in GROUPS],
-        lead=f"{len(rows)} held-out rows, the first answer to each, the student always without the context.",
-    )
+        return {"lead": None, "groups": []}
+    if not any(row.after for row in rows):
+        return {"lead": "There is no final evaluation.", "groups": [_group(run, "Before training", rows, opened=True)]}
+    return {
+        "lead": f"{len(rows)} held-out rows, the first answer to each. Student answers are without the context.",
+        "groups": [
+            _group(run, title, [row for row in rows if row.group == name], opened=name in ("learnt", "forgotten"))
+            for name, title in GROUPS
+        ],
+    }
 
 
-def _group(run: RunData, title: str, rows: Sequence[Row], *, opened: bool) -> Html:
-    kept = [rows[index] for index in spaced(len(rows), MOST_ROWS)]
-    columns = [
-        Column("row"),
-        Column("prompt", code=True),
-        Column("expected", code=True),
-        Column("student before", code=True),
-        Column("with context", code=True),
-        Column("student after", code=True),
-    ]
-    cells: list[list[Child]] = [
+def _group(run: RunData, title: str, rows: Sequence[Row], *, opened: bool) -> tuple[str, bool, Table]:
+    kept = [rows[index] for index in spaced(len(rows), MAX_ROWS)]
+    cells = [
         [
             row.identity,
-            clipped(run.questions.get(row.identity, "–")),
+            clipped(run.questions.get(row.identity, MISSING)),
             clipped(_expected(row)),
             *(_verdict(sample) for sample in (row.before, row.in_context, row.after)),
         ]
         for row in kept
     ]
-    some = "" if len(kept) == len(rows) else f" ({len(kept)} of them shown)"
-    inside = table(title, columns, cells, hide_caption=True) if rows else tag("p", "None.", class_="none")
-    return fold(f"{title}: {len(rows)}{some}", inside, opened=opened and bool(rows), class_="group")
+    some = "" if len(kept) == len(rows) else f" ({len(kept)} shown)"
+    return f"{title}: {len(rows)}{some}", opened and bool(rows), Table(title, COLUMNS, cells, hide_caption=True)
 
 
 def _expected(row: Row) -> str:
     for sample in (row.before, row.in_context, row.after):
         if sample is not None and sample.get("expected") is not None:
             return str(sample["expected"])
-    return "–"
+    return MISSING
 
 
-def _verdict(sample: Record | None) -> Child:
-    if sample is None:
-        return "–"
-    right = bool(sample.get("right"))
-    word = "right" if right else "wrong"
-    return [
-        tag("span", "✓" if right else "✗", class_=f"verdict {word}", aria_hidden="true"),
-        tag("span", f"{word}: ", class_="hidden"),
-        clipped(_said(sample)),
-    ]
+def _verdict(sample: Record | None) -> Verdict | str:
+    return MISSING if sample is None else Verdict(_right(sample), clipped(_answer(sample)))
 
 
-def _said(sample: Record) -> str:
-    """The answer; of a game, its turns."""
+def _answer(sample: Record) -> str:
+    """The answer; for a game, its turns and outcome."""
     exchanges = sample.get("exchanges")
     if not isinstance(exchanges, list):
-        return str(sample.get("answer", "–"))
+        return str(sample.get("answer", MISSING))
     turns = [" → ".join(str(part) for part in turn.values()) for turn in exchanges if isinstance(turn, dict)]
     return "\n".join([*turns, str(sample.get("outcome", ""))])
 
 
 def clipped(text: str) -> str:
-    """At most `MOST_CHARACTERS`, saying what is left out."""
-    if len(text) <= MOST_CHARACTERS:
+    """Cut `text` to `MAX_CHARACTERS` and state how many characters are left out."""
+    if len(text) <= MAX_CHARACTERS:
         return text
-    return f"{text[:MOST_CHARACTERS]} … [{len(text) - MOST_CHARACTERS:,} characters more]"
+    return f"{text[:MAX_CHARACTERS]} … [{len(text) - MAX_CHARACTERS:,} more characters]"

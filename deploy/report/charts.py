@@ -1,28 +1,47 @@
-"""Charts as inline SVG: pure functions from numbers to markup. Colours come from classes, so a page's themes apply.
+"""Geometry of the charts: numbers in, positions out. ``templates/charts.svg`` draws them as inline SVG.
 
-A chart is a picture with a name; the numbers behind it stand in a table beside it (`deploy.report.parts.figure`).
+Colours are CSS classes, so the page's light and dark themes apply.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from deploy.report.html import Html, tag
 from deploy.report.numbers import Point, thin, tick, ticks
 
-WIDTH = 420
+WIDTH, WIDE = 420, 860
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 36
-WIDEST_BAR = 64
-DOTS = 14
-"""A line of fewer points shows them."""
+"""Margins around the plot area of line and bar charts."""
+MAX_BAR_WIDTH = 64
+MAX_DOTS = 14
+"""A line with at most this many points shows a dot at each."""
+
+Marks = list[tuple[float, str]]
+"""(position, text) of each tick of an axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A chart with its plot area. `kind` names the macro that draws `content`; `label` names it for screen readers."""
+
+    kind: Literal["nothing", "lines", "intervals", "bars", "timeline"]
+    label: str
+    width: int = WIDTH
+    height: int = 0
+    left: float = LEFT
+    right: float = WIDTH - RIGHT
+    top: float = TOP
+    bottom: float = 0
+    content: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: its name, the class that colours it, its points in the order of x; no number: a gap."""
+    """One line: its name, its colour class, and its points ordered by x. A NaN value makes a gap."""
 
     name: str
     colour: str
@@ -31,7 +50,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """From values in [`low`, `high`] to positions in [`start`, `end`]."""
+    """Linear map from values in [`low`, `high`] to positions in [`start`, `end`]."""
 
     low: float
     high: float
@@ -49,35 +68,47 @@ def line_chart(
     x_label: str = "step",
     height: int = 220,
     y_range: tuple[float, float] | None = None,
-    from_zero: bool = True,
-) -> Html:
-    """Lines over a common axis; `label` is what a screen reader says of the picture."""
-    finite = [point for one in series for point in one.points if math.isfinite(point[0]) and math.isfinite(point[1])]
+) -> Chart:
+    """Lines over a common axis. Without `y_range` the y axis includes zero."""
+    finite = [point for one in series for point in one.points if all(map(math.isfinite, point))]
     if not finite:
-        return nothing(label)
-    x, x_ticks = _x_axis(finite)
-    low, high = y_range or (min(p[1] for p in finite), max(p[1] for p in finite))
-    if from_zero and y_range is None:
-        low, high = min(low, 0.0), max(high, 0.0)
-    y_ticks = ticks(low, high, 4)
-    y = Scale(y_ticks[0], y_ticks[-1], height - BOTTOM, TOP)
-    return tag(
-        "svg",
-        _grid(y, y_ticks),
-        _bottom(x, x_ticks, height, x_label),
-        [_line(one, x, y) for one in series],
-        tag("line", class_="cursor", x1=0, x2=0, y1=TOP, y2=height - BOTTOM, visibility="hidden"),
-        class_="chart lines",
-        viewBox=f"0 0 {WIDTH} {height}",
-        role="img",
-        aria_label=label,
-        tabindex=0,
-        data_x=json.dumps([x.low, x.high, x.start, x.end]),
-        data_x_label=x_label,
-        data_series=json.dumps(
-            [{"name": one.name, "points": [[p[0], _short(p[1])] for p in _finite(one.points)]} for one in series]
-        ),
-    )
+        return Chart("nothing", label)
+    x_low, x_high = min(p[0] for p in finite), max(p[0] for p in finite)
+    if x_low == x_high:
+        x_low, x_high = x_low - 1, x_high + 1
+    x = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
+    x_ticks = [mark for mark in ticks(x_low, x_high, 5) if x_low <= mark <= x_high and mark == round(mark)]
+    y_low, y_high = y_range or (min(0.0, *(p[1] for p in finite)), max(0.0, *(p[1] for p in finite)))
+    y, y_marks = _y_axis(y_low, y_high, height)
+    points = [
+        {"name": one.name, "points": [[p[0], float(f"{p[1]:.5g}")] for p in _finite(one.points)]} for one in series
+    ]
+    content = {
+        "x_label": x_label,
+        "x_marks": _marks(x, x_ticks),
+        "y_marks": y_marks,
+        "lines": [(one.colour, _pieces(one, x, y)) for one in series],
+        "x_scale": json.dumps([x.low, x.high, x.start, x.end]),
+        "series": json.dumps(points),
+    }
+    return Chart("lines", label, height=height, bottom=height - BOTTOM, content=content)
+
+
+def _pieces(series: Series, x: Scale, y: Scale) -> list[tuple[str, list[Point]]]:
+    """(points of a polyline, dots) of each stretch between gaps."""
+    stretches: list[list[Point]] = [[]]
+    for point in series.points:
+        if math.isfinite(point[1]):
+            stretches[-1].append(point)
+        elif stretches[-1]:
+            stretches.append([])
+    few = len(_finite(series.points)) <= MAX_DOTS
+    pieces = []
+    for stretch in stretches:
+        positions = [(x(p[0]), y(p[1])) for p in thin(stretch)]
+        polyline = " ".join(f"{a:.1f},{b:.1f}" for a, b in positions) if len(positions) > 1 else ""
+        pieces.append((polyline, positions if few or len(positions) == 1 else []))
+    return pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,86 +122,59 @@ class Interval:
     high: float
 
 
-def interval_chart(label: str, rows: Sequence[Interval]) -> Html:
-    """Values in [0, 1] with their intervals, one below the other, as percentages."""
+def interval_chart(label: str, rows: Sequence[Interval]) -> Chart:
+    """Values in [0, 1] with their intervals, one row each, as percentages."""
     row, top = 40, 6
-    height = top + row * len(rows) + 34
-    x = Scale(0.0, 1.0, 12, WIDTH - 24)
     bottom = top + row * len(rows)
-    marks = [
-        (
-            tag("line", class_="grid", x1=x(share), x2=x(share), y1=top, y2=bottom),
-            tag("text", f"{100 * share:.0f} %", class_="tick", x=x(share), y=bottom + 18, text_anchor="middle"),
-        )
-        for share in (0.0, 0.25, 0.5, 0.75, 1.0)
-    ]
-    bars = []
-    for index, one in enumerate(rows):
-        middle = top + row * index + 27
-        bars.append(
-            tag(
-                "g",
-                tag("text", one.label, class_="row-label", x=12, y=middle - 11),
-                tag("line", class_="whisker", x1=x(one.low), x2=x(one.high), y1=middle, y2=middle),
-                [
-                    tag("line", class_="whisker", x1=x(e), x2=x(e), y1=middle - 4, y2=middle + 4)
-                    for e in (one.low, one.high)
-                ],
-                tag("circle", class_="dot", cx=x(one.value), cy=middle, r=5),
-                class_=one.colour,
-            )
-        )
-    return tag("svg", marks, bars, class_="chart", viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=label)
+    x = Scale(0.0, 1.0, 12, WIDTH - 24)
+    content = {
+        "x_marks": [(x(share), f"{100 * share:.0f} %") for share in (0.0, 0.25, 0.5, 0.75, 1.0)],
+        "rows": [
+            (one.label, one.colour, x(one.value), x(one.low), x(one.high), top + row * index + 27)
+            for index, one in enumerate(rows)
+        ],
+    }
+    return Chart("intervals", label, height=bottom + 34, top=top, bottom=bottom, content=content)
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One stack of `stacked_bars`: where it stands, its parts (class, height) from below, and what it says."""
+    """One stack of `stacked_bars`: its x label, its (class, height) parts from below, and its tooltip."""
 
     x: str
     parts: Sequence[tuple[str, float]]
     title: str
 
 
-def stacked_bars(label: str, bars: Sequence[Bar], *, y_label: str, width: int = 860, height: int = 240) -> Html:
-    """Stacks of seconds, one a step."""
+def stacked_bars(label: str, bars: Sequence[Bar], *, y_label: str, height: int = 240) -> Chart:
+    """One stack for each step."""
     highest = max((sum(size for _, size in bar.parts) for bar in bars), default=0.0)
     if highest <= 0:
-        return nothing(label)
-    y_ticks = ticks(0.0, highest, 4)
-    y = Scale(0.0, y_ticks[-1], height - BOTTOM, TOP)
-    pitch = min((width - LEFT - RIGHT) / len(bars), WIDEST_BAR)
-    drawn = []
+        return Chart("nothing", label)
+    y, y_marks = _y_axis(0.0, highest, height)
+    pitch = min((WIDE - LEFT - RIGHT) / len(bars), MAX_BAR_WIDTH)
     every = math.ceil(len(bars) / 12)
+    stacks = []
     for index, bar in enumerate(bars):
         left, below, parts = LEFT + pitch * index, 0.0, []
         for colour, size in bar.parts:
             if size > 0:
-                top = y(below + size)
-                thick = {"x": left + pitch * 0.08, "width": max(1.0, pitch * 0.84)}
-                parts.append(tag("rect", class_=colour, y=top, height=y(below) - top, **thick))
+                parts.append((colour, y(below + size), y(below) - y(below + size)))
             below += size
-        drawn.append(tag("g", tag("title", bar.title), parts))
-        if index % every == 0:
-            drawn.append(
-                tag("text", bar.x, class_="tick", x=left + pitch / 2, y=height - BOTTOM + 17, text_anchor="middle")
-            )
-    return tag(
-        "svg",
-        _grid(y, y_ticks, width),
-        drawn,
-        tag("text", "step", class_="tick", x=LEFT + pitch * len(bars), y=height - 4, text_anchor="end"),
-        tag("text", y_label, class_="tick", x=4, y=height - 4),
-        class_="chart wide",
-        viewBox=f"0 0 {width} {height}",
-        role="img",
-        aria_label=label,
-    )
+        stacks.append((bar.title, left + pitch * 0.08, parts, bar.x if index % every == 0 else "", left + pitch / 2))
+    content = {
+        "y_marks": y_marks,
+        "y_label": y_label,
+        "stacks": stacks,
+        "bar_width": max(1.0, pitch * 0.84),
+        "end": LEFT + pitch * len(bars),
+    }
+    return Chart("bars", label, WIDE, height, right=WIDE - RIGHT, bottom=height - BOTTOM, content=content)
 
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One row of `timeline`: who, doing what (which also colours it), and when, in seconds from the left edge."""
+    """One row of `timeline`: a process, its stage, the colour class, and the (start, end) seconds of its work."""
 
     track: str
     stage: str
@@ -178,84 +182,31 @@ class Lane:
     spans: Sequence[tuple[float, float]]
 
 
-def timeline(label: str, lanes: Sequence[Lane], seconds: float, *, width: int = 860) -> Html:
-    """Who worked when, over one step."""
+def timeline(label: str, lanes: Sequence[Lane], seconds: float) -> Chart:
+    """One lane for each process and stage, over [0, `seconds`]."""
     row, left, top = 22, 150, 4
     bottom = top + row * len(lanes)
-    x_ticks = [mark for mark in ticks(0.0, seconds, 6) if mark <= seconds * 1.0001]
-    x = Scale(0.0, seconds, left, width - RIGHT - 8)
-    drawn = [
-        (
-            tag("line", class_="grid", x1=x(mark), x2=x(mark), y1=top, y2=bottom),
-            tag("text", f"{tick(mark)} s", class_="tick", x=x(mark), y=bottom + 17, text_anchor="middle"),
-        )
-        for mark in x_ticks
-    ]
-    rows = []
-    for index, lane in enumerate(lanes):
-        above = top + row * index
-        rows.append(tag("text", f"{lane.track} · {lane.stage}", class_="tick", x=0, y=above + 15))
-        for start, end in lane.spans:
-            thick = max(1.0, x(end) - x(start))
-            rows.append(tag("rect", class_=lane.colour, x=x(start), y=above + 4, width=thick, height=row - 8, rx=2))
-    height = bottom + 24
-    return tag("svg", drawn, rows, class_="chart wide", viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
+    x = Scale(0.0, seconds, left, WIDE - RIGHT - 8)
+    content = {
+        "x_marks": _marks(x, [mark for mark in ticks(0.0, seconds, 6) if mark <= seconds * 1.0001], " s"),
+        "lanes": [
+            (lane, top + row * index, [(x(start), max(1.0, x(end) - x(start))) for start, end in lane.spans])
+            for index, lane in enumerate(lanes)
+        ],
+        "bar_height": row - 8,
+    }
+    return Chart("timeline", label, WIDE, bottom + 24, left=left, top=top, bottom=bottom, content=content)
 
 
-def nothing(label: str) -> Html:
-    """What stands where a chart has no numbers."""
-    return tag("p", f"{label}: no data.", class_="none")
+def _y_axis(low: float, high: float, height: int) -> tuple[Scale, Marks]:
+    values = ticks(low, high, 4)
+    y = Scale(values[0], values[-1], height - BOTTOM, TOP)
+    return y, _marks(y, values)
 
 
-def _x_axis(points: Sequence[Point]) -> tuple[Scale, list[float]]:
-    low, high = min(p[0] for p in points), max(p[0] for p in points)
-    if low == high:
-        low, high = low - 1, high + 1
-    marks = [mark for mark in ticks(low, high, 5) if low <= mark <= high and mark == round(mark)]
-    return Scale(low, high, LEFT, WIDTH - RIGHT), marks
-
-
-def _grid(y: Scale, marks: Sequence[float], width: int = WIDTH) -> list[Html]:
-    return [
-        tag(
-            "g",
-            tag("line", class_="grid", x1=LEFT, x2=width - RIGHT, y1=y(mark), y2=y(mark)),
-            tag("text", tick(mark), class_="tick", x=LEFT - 7, y=y(mark) + 4, text_anchor="end"),
-        )
-        for mark in marks
-    ]
-
-
-def _bottom(x: Scale, marks: Sequence[float], height: int, name: str) -> list[Html]:
-    under = height - BOTTOM + 17
-    return [
-        *(tag("text", tick(mark), class_="tick", x=x(mark), y=under, text_anchor="middle") for mark in marks),
-        tag("text", name, class_="tick", x=WIDTH - RIGHT, y=height - 4, text_anchor="end"),
-    ]
-
-
-def _line(series: Series, x: Scale, y: Scale) -> Html:
-    """Pieces between the gaps; single points as dots."""
-    pieces: list[list[Point]] = [[]]
-    for point in series.points:
-        if math.isfinite(point[1]):
-            pieces[-1].append(point)
-        elif pieces[-1]:
-            pieces.append([])
-    few = len(_finite(series.points)) <= DOTS
-    drawn = []
-    for piece in pieces:
-        places = [(x(p[0]), y(p[1])) for p in thin(piece)]
-        if len(places) > 1:
-            drawn.append(tag("polyline", class_="line", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in places)))
-        if few or len(places) == 1:
-            drawn += [tag("circle", class_="dot", cx=a, cy=b, r=3) for a, b in places]
-    return tag("g", drawn, class_=series.colour)
+def _marks(scale: Scale, values: Sequence[float], unit: str = "") -> Marks:
+    return [(scale(value), tick(value) + unit) for value in values]
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:
     return thin([point for point in points if math.isfinite(point[1])])
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")

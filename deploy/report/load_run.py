@@ -1,4 +1,4 @@
-"""A run's folder as values: what is there is read, what is missing or torn is noted. Never written to."""
+"""Loads a run's folder without writing to it. Missing or damaged files become notes, not errors."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from typing import Any
 
 import yaml
 
+from common.telemetry.trace import read_trace
+
 Record = dict[str, Any]
 
 STEP_MARK = "kl/lower_bound"
-"""A line of ``metrics.jsonl`` with this is a training step's; the others are evaluations."""
+"""The metric that every training step's line of ``metrics.jsonl`` has; other lines are evaluations."""
 
 
 class ReportError(ValueError):
-    """A folder that is no run."""
+    """The folder is no run's folder."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything the page of a run is made of.
+    """The content of a run's folder.
 
-    ``steps`` and ``evaluations`` are lines of ``metrics.jsonl`` in the order of their steps, one a step (the last
-    written counts) and one a step and set. ``tokens`` are lines of ``tokens.jsonl``, ``contexts`` the texts that they
-    name; ``questions`` the held-out prompts by row. ``notes`` say what could not be read.
+    `steps` (one for each step) and `evaluations` (one for each step and set) come from ``metrics.jsonl``, ordered by
+    step; the last line written counts. `contexts` are the texts that `tokens` name, `questions` the held-out prompts
+    by row. `notes` name the files that could not be read.
     """
 
     name: str
@@ -45,12 +47,12 @@ class RunData:
 
     @property
     def outcome(self) -> str:
-        """How it ended; ``unfinished`` where nothing says so: it goes on, or was killed."""
+        """The outcome in ``summary.json``; ``unfinished`` without one: the run is going on, or was killed."""
         return str(self.summary.get("outcome", "unfinished"))
 
 
 def read_run(folder: Path) -> RunData:
-    """Read what `folder` holds. Raises ReportError where it is no run's folder."""
+    """Read a run's folder. Raises ReportError if `folder` holds none of a run's files."""
     if not folder.is_dir():
         raise ReportError(f"{folder}: no such folder")
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
@@ -84,7 +86,7 @@ def _name(config: Record, folder: Path) -> str:
 
 
 class _Reader:
-    """Files of one folder; what is wrong with them goes into `notes`."""
+    """Reads files of one folder; `notes` collects missing and damaged ones."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -101,7 +103,7 @@ class _Reader:
         return None
 
     def json(self, name: str, *, optional: bool = False) -> Record:
-        """An object; empty where there is none."""
+        """Read a JSON object; empty if the file is missing or damaged."""
         text = self._text(name, optional)
         if text is None:
             return {}
@@ -112,7 +114,7 @@ class _Reader:
         return self._object(name, found)
 
     def yaml(self, name: str) -> Record:
-        """The same of a YAML file."""
+        """Read a YAML mapping; empty if the file is missing or damaged."""
         text = self._text(name, False)
         if text is None:
             return {}
@@ -129,10 +131,10 @@ class _Reader:
         return {}
 
     def lines(self, name: str, *, optional: bool = False) -> list[Record]:
-        """Objects of a JSON-lines file; a half line, such as a crash leaves at the end, is noted and left out."""
+        """Read the objects of a JSON-lines file; a damaged line, as a crash leaves at the end, becomes a note."""
         text = self._text(name, optional)
         found: list[Record] = []
-        torn = 0
+        damaged = 0
         for line in (text or "").split("\n"):
             if not line.strip():
                 continue
@@ -143,15 +145,13 @@ class _Reader:
             if isinstance(value, dict):
                 found.append(value)
             else:
-                torn += 1
-        if torn:
-            self.notes.append(f"{name}: {torn} damaged line{'s' if torn > 1 else ''} left out")
+                damaged += 1
+        if damaged:
+            self.notes.append(f"{name}: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
         return found
 
     def events(self, name: str) -> list[Record]:
-        """Events of the timeline, closed or cut anywhere."""
-        from common.telemetry.trace import read_trace
-
+        """Read the events of a timeline, which may be cut anywhere."""
         path = self._folder / name
         return read_trace(path) if path.is_file() else []
 

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them, and series as a chart wants them. Pure."""
+"""Formats numbers, chooses axis ticks and thins series."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ Point = tuple[float, float]
 MISSING = "–"
 
 
+def is_number(value: Any) -> bool:
+    """True for an int or a float, NaN included; False for a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def number(value: Any, digits: int = 3) -> str:
-    """`value` to `digits` significant digits, ``1,234`` from a thousand on; a dash where it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """`value` to `digits` significant digits, ``1,234`` from a thousand on; a dash if it is no number."""
+    if not is_number(value):
         return MISSING
     if not math.isfinite(value):
         return str(value)
@@ -28,14 +33,14 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def fixed(value: Any, decimals: int) -> str:
-    """`value` with a fixed number of decimals, for columns that align; a dash where it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """`value` with a fixed number of decimals, for columns that align; a dash if it is no number."""
+    if not is_number(value):
         return MISSING
     return f"{value:,.{decimals}f}" if math.isfinite(value) else str(value)
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
-    """A share as a percentage; a dash where it is none."""
+    """A share as a percentage; a dash for None, NaN and infinities."""
     return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{decimals}f} %"
 
 
@@ -52,12 +57,12 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 round numbers that cover [low, high]: steps of 1, 2 or 5 times a power of ten."""
+def ticks(low: float, high: float, max_intervals: int = 5) -> list[float]:
+    """About `max_intervals` + 1 round numbers that cover [low, high]: steps of 1, 2 or 5 times a power of ten."""
     span = high - low
     if not math.isfinite(span) or span <= 0:
         span, high = max(abs(low), 1.0), low + max(abs(low), 1.0)
-    raw = span / most
+    raw = span / max_intervals
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -65,17 +70,17 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def tick(value: float) -> str:
-    """A round number beside an axis, without needless zeros."""
+    """The label of an axis tick, without needless zeros."""
     if value and abs(value) < 1e-3:
         return f"{value:.0e}".replace("e-0", "e-")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def thin(points: Sequence[Point], most: int = 300) -> list[Point]:
-    """At most about `most` points that look the same as a line: of each stretch the lowest and the highest."""
-    if len(points) <= most:
+def thin(points: Sequence[Point], max_points: int = 300) -> list[Point]:
+    """About `max_points` points that draw the same line: the lowest and the highest of each stretch."""
+    if len(points) <= max_points:
         return list(points)
-    size = math.ceil(2 * len(points) / most)
+    size = math.ceil(2 * len(points) / max_points)
     kept: list[Point] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
@@ -88,10 +93,10 @@ def _height(point: Point) -> float:
     return point[1]
 
 
-def spaced(count: int, most: int) -> list[int]:
-    """Indices of at most `most` of `count` things, evenly spaced, the first and the last among them."""
-    if count <= most:
+def spaced(count: int, max_count: int) -> list[int]:
+    """Up to `max_count` evenly spaced indices below `count`, including the first and the last."""
+    if count <= max_count:
         return list(range(count))
-    if most == 1:
+    if max_count == 1:
         return [count - 1]
-    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
+    return sorted({round(index * (count - 1) / (max_count - 1)) for index in range(max_count)})

@@ -1,4 +1,4 @@
-"""One self-contained page: style and script inside, nothing fetched, nothing of a run ever run as code."""
+"""Renders pages with Jinja2. Autoescape keeps every text of a run from becoming markup."""
 
 from __future__ import annotations
 
@@ -6,44 +6,49 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
-from deploy.report.answers import answers_section
-from deploy.report.curves import curves_section
-from deploy.report.html import Html, join, tag
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from deploy.report.answers import answers_view
+from deploy.report.curves import curves_view
 from deploy.report.load_run import RunData
-from deploy.report.result import result_section
-from deploy.report.settings import settings_section, versions_section
-from deploy.report.times import times_section
-from deploy.report.token_view import tokens_section
+from deploy.report.result import result_view
+from deploy.report.settings import config_view, versions_view
+from deploy.report.times import times_view
+from deploy.report.token_view import tokens_view
 
 SECTIONS = (
-    ("result", "Result"),
-    ("curves", "Curves"),
-    ("times", "Time"),
-    ("tokens", "Tokens"),
-    ("answers", "Answers"),
-    ("config", "Configuration"),
-    ("versions", "Versions"),
+    ("result", "Result", result_view),
+    ("curves", "Curves", curves_view),
+    ("times", "Time", times_view),
+    ("tokens", "Tokens", tokens_view),
+    ("answers", "Answers", answers_view),
+    ("config", "Configuration", config_view),
+    ("versions", "Versions", versions_view),
 )
-"""Of a run's page, in the order of the table of contents."""
+"""(id, name, view) of each section of a run's page. ``templates/ID.html`` shows the view under the name ID."""
 
 
-def run_page(run: RunData) -> Html:
-    """The page of one run."""
-    return page(
-        run.name,
-        _subtitle(run),
-        SECTIONS,
-        (
-            result_section(run),
-            curves_section(run),
-            times_section(run),
-            tokens_section(run),
-            answers_section(run),
-            settings_section(run),
-            versions_section(run),
-        ),
-        outcome=run.outcome,
+def run_page(run: RunData) -> str:
+    """Render the page of one run."""
+    views = {name: view(run) for name, _, view in SECTIONS}
+    return page("run.html", run.name, _subtitle(run), [one[:2] for one in SECTIONS], outcome=run.outcome, **views)
+
+
+def page(
+    template: str, title: str, subtitle: str, sections: Sequence[tuple[str, str]], *, outcome: str = "", **views: Any
+) -> str:
+    """Render a whole document: header, table of contents of (id, name), and the `views` that `template` shows."""
+    return render(
+        template,
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        state=outcome.partition(":")[0].partition(" ")[0],
+        style=asset("report.css"),
+        script=asset("report.js"),
+        **views,
     )
 
 
@@ -53,65 +58,36 @@ def _subtitle(run: RunData) -> str:
     if isinstance(student, dict) and student.get("model"):
         words.append(f"Student {student['model']}")
     if isinstance(teacher, dict):
-        where = teacher.get("model") or ("at a server" if teacher.get("url") else "the same model")
-        words.append(f"{teacher.get('kind', 'frozen')} teacher, {where}")
+        model = teacher.get("model") or ("at a server" if teacher.get("url") else "the same model")
+        words.append(f"{teacher.get('kind', 'frozen')} teacher, {model}")
     return " · ".join(words) or "On-policy context distillation"
 
 
-def page(
-    title: str, subtitle: str, sections: Sequence[tuple[str, str]], body: Sequence[Html], *, outcome: str | None = None
-) -> Html:
-    """A whole document: header, table of contents, `body`."""
-    style, script = asset("report.css"), asset("report.js")
-    policy = f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; img-src data:"
-    state = None if outcome is None else outcome.partition(":")[0].partition(" ")[0]
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", name="generator", content="opcd report"),
-        tag("title", f"{title} · opcd"),
-        tag("link", rel="icon", href="data:,"),
-        tag("style", style),
-    )
-    contents = tag(
-        "nav",
-        tag("ul", [tag("li", tag("a", name, href=f"#{identity}")) for identity, name in sections]),
-        aria_label="Contents",
-    )
-    header = tag(
-        "header",
-        tag("p", "opcd · on-policy context distillation", class_="eyebrow"),
-        tag("h1", title, None if state is None else tag("span", state, class_=f"badge {_known(state)}")),
-        tag("p", subtitle, class_="subtitle"),
-    )
-    whole = tag(
-        "html",
-        head,
-        tag(
-            "body",
-            tag("a", "To the content", class_="skip", href="#content"),
-            header,
-            contents,
-            tag("main", body, id="content", tabindex=-1),
-            tag("script", script),
-        ),
-        lang="en",
-    )
-    return join(Html("<!doctype html>\n"), whole, Html("\n"))
+def asset(name: str) -> str:
+    """Read the page's style or script."""
+    return (files("deploy.report") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _known(state: str) -> str:
-    return state if state in ("finished", "interrupted", "failed") else "unfinished"
-
-
-def asset(name: str) -> Html:
-    """A file of this package, as it stands."""
-    return Html((files("deploy.report") / "assets" / name).read_text(encoding="utf-8"))
-
-
-def digest(text: str) -> str:
-    """What a content security policy calls a piece of inline style or script."""
+def csp_hash(text: str) -> str:
+    """Hash an inline style or script as a content security policy names it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _finalize(value: Any) -> Any:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("deploy.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    finalize=_finalize,
+)
+_ENVIRONMENT.filters["csp_hash"] = csp_hash
+
+
+def render(template: str, **variables: Any) -> str:
+    """Fill a template of this package. None becomes an empty text; floats are cut to six significant digits."""
+    return _ENVIRONMENT.get_template(template).render(variables)

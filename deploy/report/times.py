@@ -1,16 +1,15 @@
-"""Where the time went: each step's seconds by what the learner did or waited for, and the timeline of one step."""
+"""Time of a run: each step's seconds by the learner's work and waits, and the timeline of one step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from deploy.report.charts import Bar, Lane, stacked_bars, timeline
-from deploy.report.html import Child, Html, tag
 from deploy.report.load_run import Record, RunData
 from deploy.report.numbers import duration, fixed, percent, spaced
-from deploy.report.parts import Column, figure, legend, scroller, section, table
+from deploy.report.parts import Column, Figure, Table, View
 
-MOST_BARS = 48
+MAX_BARS = 48
 
 PARTS = {
     "computing": "learner computes",
@@ -21,74 +20,67 @@ PARTS = {
     "parity": "waits for the parity probe",
     "other": "waits for the loop itself",
 }
-"""What a step is made of, in the order of the stacks."""
+"""Titles of a step's parts, in the order of the stacks."""
 
-DOING = {"topk": "computing", "accumulate": "computing", "step": "computing"}
-"""Stages of the timeline that are the learner's own; the others have their names as classes."""
+LEARNER_STAGES = ("topk", "accumulate", "step")
+"""Stages of the timeline in which the learner computes."""
 
 
 def parts_of(line: Record) -> dict[str, float]:
-    """Seconds of one step by part; they sum to its length. Empty where the line does not say."""
-    total, bubble = line.get("time/total_s"), line.get("time/trainer_idle_ratio")
-    if not isinstance(total, int | float) or not isinstance(bubble, int | float):
+    """Seconds of one step by part; they sum to its length. Empty if the line holds no times."""
+    total, idle = line.get("time/total_s"), line.get("time/trainer_idle_ratio")
+    if not isinstance(total, int | float) or not isinstance(idle, int | float):
         return {}
     waits = {
         key.removeprefix("time/wait_ratio/"): float(value) * total
         for key, value in line.items()
         if key.startswith("time/wait_ratio/") and isinstance(value, int | float)
     }
-    return {"computing": total * (1 - bubble), **waits}
+    return {"computing": total * (1 - idle), **waits}
 
 
-def times_section(run: RunData) -> Html:
-    """Stacks of all steps, one step's timeline, the totals."""
+def times_view(run: RunData) -> View:
+    """Stacks of all steps, the timeline of one step, the totals."""
     lines = [(line["step"], parts) for line in run.steps if (parts := parts_of(line))]
-    seen = [part for part in [*PARTS, *_others(lines)] if any(parts.get(part, 0) > 0 for _, parts in lines)]
-    return section(
-        "times",
-        "Where the time went",
-        _stacks(lines, seen) if lines else tag("p", "This run did not write down its steps’ times.", class_="none"),
-        _timeline(run),
-        _totals(run),
-    )
+    others = sorted({part for _, parts in lines for part in parts} - PARTS.keys())
+    seen = [part for part in [*PARTS, *others] if any(parts.get(part, 0) > 0 for _, parts in lines)]
+    return {
+        "stacks": _stacks(lines, {part: PARTS.get(part, part) for part in seen}) if lines else None,
+        "timeline": _timeline(run, {step: sum(parts.values()) for step, parts in lines}),
+        "totals": _totals(run),
+    }
 
 
-def _others(lines: Sequence[tuple[int, dict[str, float]]]) -> list[str]:
-    return sorted({part for _, parts in lines for part in parts} - PARTS.keys())
-
-
-def _stacks(lines: Sequence[tuple[int, dict[str, float]]], seen: Sequence[str]) -> Html:
-    kept = [lines[index] for index in spaced(len(lines), MOST_BARS)]
+def _stacks(lines: Sequence[tuple[int, dict[str, float]]], titles: Mapping[str, str]) -> Figure:
+    kept = [lines[index] for index in spaced(len(lines), MAX_BARS)]
     bars = [
         Bar(
             f"{step:,}",
-            [(stage_class(part), parts.get(part, 0.0)) for part in seen],
+            [(stage_class(part), parts.get(part, 0.0)) for part in titles],
             f"step {step}: "
-            + ", ".join(
-                f"{PARTS.get(part, part)} {duration(parts.get(part, 0.0))}" for part in seen if parts.get(part)
-            ),
+            + ", ".join(f"{title} {duration(parts[part])}" for part, title in titles.items() if parts.get(part)),
         )
         for step, parts in kept
     ]
-    label = "Seconds of each step by what the learner did or waited for"
+    label = "Learner time of each step, by work and waits"
     some = "" if len(kept) == len(lines) else f", {len(kept)} of {len(lines)} steps"
-    columns = [Column("step", True), *(Column(PARTS.get(part, part), True) for part in seen), Column("total", True)]
-    rows: list[list[Child]] = [
-        [step, *(fixed(parts.get(part, 0.0), 2) for part in seen), fixed(sum(parts.values()), 2)]
+    columns = [Column(name, True) for name in ("step", *titles.values(), "total")]
+    rows = [
+        [step, *(fixed(parts.get(part, 0.0), 2) for part in titles), fixed(sum(parts.values()), 2)]
         for step, parts in kept
     ]
-    return figure(
+    return Figure(
         "Seconds of each step",
-        scroller(label, stacked_bars(label, bars, y_label="seconds")),
-        table(f"{label}, seconds", columns, rows),
-        note=f"what the learner did, or waited for{some}",
-        keys=legend([(stage_class(part), PARTS.get(part, part)) for part in seen]),
+        stacked_bars(label, bars, y_label="seconds"),
+        Table(f"{label}, seconds", columns, rows),
+        note=f"the learner’s work and waits{some}",
+        legend=[(stage_class(part), title) for part, title in titles.items()],
     )
 
 
 def stage_class(stage: str) -> str:
-    """The class that colours a stage."""
-    name = DOING.get(stage, stage)
+    """The CSS class that colours a stage."""
+    name = "computing" if stage in LEARNER_STAGES else stage
     return f"stage-{name}" if name in PARTS else "stage-other"
 
 
@@ -96,9 +88,9 @@ def stage_class(stage: str) -> str:
 
 
 def step_lanes(events: Sequence[Record], lengths: Mapping[int, float]) -> tuple[int, float, list[Lane]] | None:
-    """(step, seconds, lanes) of the step that is of median length; None without a timeline.
+    """(step, seconds, lanes) of the step of median length; None without a timeline.
 
-    `lengths` are seconds by step; a step ends with the probe behind its weight sync.
+    `lengths` are seconds by step. A step ends with the parity probe after its weight sync.
     """
     spans = _spans(events)
     ends: dict[int, float] = {}
@@ -119,7 +111,7 @@ def step_lanes(events: Sequence[Record], lengths: Mapping[int, float]) -> tuple[
 
 
 def _spans(events: Sequence[Record]) -> list[tuple[str, str, float, float, Record]]:
-    """(track, stage, start, end, args), seconds."""
+    """(track, stage, start, end, args) of each span, times in seconds."""
     names: dict[object, str] = {}
     found = []
     for event in events:
@@ -143,40 +135,39 @@ def _merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return merged
 
 
-def _timeline(run: RunData) -> Html | None:
-    lengths = {line["step"]: sum(parts_of(line).values()) for line in run.steps}
+def _timeline(run: RunData, lengths: Mapping[int, float]) -> Figure | None:
     found = step_lanes(run.events, lengths)
     if found is None:
         return None
     version, seconds, lanes = found
-    label = f"Who worked when in step {version}, {duration(seconds)} long"
+    label = f"Timeline of step {version}, {duration(seconds)} long"
     rows = [
         [
             f"{lane.track} · {lane.stage}",
-            fixed(sum(e - s for s, e in lane.spans), 2),
+            fixed(sum(end - start for start, end in lane.spans), 2),
             fixed(lane.spans[0][0], 2),
             fixed(lane.spans[-1][1], 2),
         ]
         for lane in lanes
     ]
-    columns = [Column("who · what"), Column("busy", True), Column("first begins", True), Column("last ends", True)]
-    return figure(
-        f"One step, number {version}",
-        scroller(label, timeline(label, lanes, seconds)),
-        table(f"{label}, seconds", columns, rows),
-        note="the step of median length; trace.json has all of them, for ui.perfetto.dev",
+    columns = [Column("process · stage"), *(Column(name, True) for name in ("busy", "first start", "last end"))]
+    return Figure(
+        f"Timeline of step {version}",
+        timeline(label, lanes, seconds),
+        Table(f"{label}, seconds", columns, rows),
+        note="the step of median length; open trace.json in ui.perfetto.dev for all steps",
     )
 
 
-def _totals(run: RunData) -> Html | None:
+def _totals(run: RunData) -> Table | None:
     times = run.summary.get("time_s")
     if not isinstance(times, dict):
         return None
     total = times.get("total") or 0.0
     rows = [
-        [name, fixed(value, 1), percent(value / total) if total else "–"]
+        [name, fixed(value, 1), percent(value / total if total else None)]
         for name, value in times.items()
         if isinstance(value, int | float)
     ]
     columns = [Column("stage"), Column("seconds", True), Column("of the run", True)]
-    return table("Seconds of the whole run by stage; stages overlap", columns, rows)
+    return Table("Seconds of the whole run by stage; stages overlap", columns, rows)

@@ -1,4 +1,4 @@
-"""Pages on disk."""
+"""Writes pages to disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ REPORT = "report.html"
 
 
 def write_report(folder: Path) -> Path:
-    """(Re)write ``report.html`` of a run; returns where. Raises ReportError where `folder` is no run's, OSError where
-    it cannot be written.
+    """Write ``report.html`` of a run and return its path.
+
+    Raises ReportError if `folder` is no run's folder, OSError if the page cannot be written.
     """
     path = folder / REPORT
     _replace(path, run_page(read_run(folder)))
@@ -29,7 +30,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
 
 
 def _replace(path: Path, text: str) -> None:
-    """By rename: a browser never meets half a page."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    """Write by rename, so a browser never loads half a page."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,5 +1,5 @@
 "use strict";
-// The page is whole without this: it adds reading values off the charts and walking through tokens.
+// Optional on the page: reads values off the charts and walks through the tokens.
 
 for (const chart of document.querySelectorAll("svg.lines")) {
   const [low, high, start, end] = JSON.parse(chart.dataset.x);
@@ -7,10 +7,10 @@ for (const chart of document.querySelectorAll("svg.lines")) {
   const xs = [...new Set(series.flatMap((one) => one.points.map((point) => point[0])))].sort((a, b) => a - b);
   const cursor = chart.querySelector(".cursor");
   const readout = chart.closest("figure").querySelector(".readout");
-  let place = xs.length - 1;
+  let index = xs.length - 1;
 
   const show = () => {
-    const x = xs[place];
+    const x = xs[index];
     const at = start + ((x - low) / (high - low)) * (end - start);
     cursor.setAttribute("x1", at);
     cursor.setAttribute("x2", at);
@@ -30,17 +30,17 @@ for (const chart of document.querySelectorAll("svg.lines")) {
     const box = chart.getBoundingClientRect();
     const at = ((event.clientX - box.left) / box.width) * chart.viewBox.baseVal.width;
     const x = low + ((at - start) / (end - start)) * (high - low);
-    place = xs.reduce((best, one, index) => (Math.abs(one - x) < Math.abs(xs[best] - x) ? index : best), 0);
+    index = xs.reduce((best, one, other) => (Math.abs(one - x) < Math.abs(xs[best] - x) ? other : best), 0);
     show();
   });
   chart.addEventListener("pointerleave", hide);
   chart.addEventListener("focus", show);
   chart.addEventListener("blur", hide);
   chart.addEventListener("keydown", (event) => {
-    const moved = { ArrowLeft: place - 1, ArrowRight: place + 1, Home: 0, End: xs.length - 1 }[event.key];
+    const moved = { ArrowLeft: index - 1, ArrowRight: index + 1, Home: 0, End: xs.length - 1 }[event.key];
     if (moved === undefined) return;
     event.preventDefault();
-    place = Math.min(Math.max(moved, 0), xs.length - 1);
+    index = Math.min(Math.max(moved, 0), xs.length - 1);
     show();
   });
 }
@@ -48,12 +48,12 @@ for (const chart of document.querySelectorAll("svg.lines")) {
 for (const group of document.querySelectorAll(".tokens")) {
   const tokens = [...group.children];
   const readout = group.parentElement.querySelector(".readout");
-  const tell = (token) => { readout.textContent = token.dataset.told; };
+  const describe = (token) => { readout.textContent = token.dataset.description; };
 
-  group.addEventListener("pointerover", (event) => { if (event.target !== group) tell(event.target); });
+  group.addEventListener("pointerover", (event) => { if (event.target !== group) describe(event.target); });
   group.addEventListener("focusin", (event) => {
     for (const token of tokens) token.tabIndex = token === event.target ? 0 : -1;
-    tell(event.target);
+    describe(event.target);
   });
   group.addEventListener("click", (event) => { if (event.target !== group) event.target.focus(); });
   group.addEventListener("keydown", (event) => {

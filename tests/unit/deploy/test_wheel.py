@@ -1,4 +1,4 @@
-"""What ``pip install .`` installs: the code of five packages, the report's style and script, the entry points."""
+"""Contents of ``pip install .``: the code of five packages, files of the report page, the entry points."""
 
 from __future__ import annotations
 
@@ -39,8 +39,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_every_module_is_in_it_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     """Configurations, manifests and dashboards stay in the repository: they are to be read and changed."""
     modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
-    report = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deploy/report/assets").iterdir()}
-    assert len(report) == 2  # style and script of the page that every run writes
+    report = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("assets", "templates")
+        for path in (ROOT / "deploy/report" / folder).iterdir()
+    }
+    assert {path.rpartition(".")[2] for path in report} == {"css", "js", "html", "svg"}
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     templates = {f"learner/experience/templates/{name}.txt" for name in ("extract", "extract_game", "context")}
     assert inside == modules | report | templates

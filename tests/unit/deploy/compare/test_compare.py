@@ -95,7 +95,7 @@ def test_a_method_that_the_configuration_does_not_allow_is_a_row_of_its_own(path
     runs = {run.method: run for run in plan(path, ["teacher.url=http://127.0.0.1:1"], ALL, [0])}
     assert runs["opcd"].config is not None
     assert runs["offpolicy"].config is None
-    assert "teacher.model must say who answers" in (runs["offpolicy"].fault or "")
+    assert "set teacher.model to the model that answers" in (runs["offpolicy"].fault or "")
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_the_command_refuses_what_it_cannot_read_as_seeds(path: Path) -> None:
 
     result = CliRunner().invoke(app, ["compare", str(path), "--seeds", "0,x"])
     assert result.exit_code == 2
-    assert "--seeds '0,x': whole numbers" in result.stderr
+    assert "--seeds '0,x': expected whole numbers separated by commas" in result.stderr
 
 
 def test_the_command_compares_what_it_is_asked_to(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pieces of a page: escaping, numbers, axes, charts."""
+"""Parts of a page: escaping, numbers, axes, charts."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ from xml.etree import ElementTree
 
 import pytest
 
-from deploy.report.charts import Bar, Interval, Scale, Series, interval_chart, line_chart, stacked_bars
-from deploy.report.html import Html, join, tag
+from deploy.report.charts import (
+    Bar,
+    Chart,
+    Interval,
+    Lane,
+    Scale,
+    Series,
+    interval_chart,
+    line_chart,
+    stacked_bars,
+    timeline,
+)
 from deploy.report.numbers import duration, fixed, number, percent, spaced, thin, tick, ticks
+from deploy.report.page import render
 
 
-def test_text_is_escaped_and_markup_is_not() -> None:
-    assert tag("p", "<b> & 'x'", Html("<i>y</i>")) == "<p>&lt;b&gt; &amp; &#x27;x&#x27;<i>y</i></p>"
-    assert join("<", [Html("<br/>"), None, 3]) == "&lt;<br/>3"
+def svg_of(chart: Chart) -> str:
+    return render("chart.svg", chart=chart, style=None)
 
 
-def test_markup_that_was_changed_is_text_again() -> None:
-    assert tag("p", Html("<i>") + "<b>") == "<p>&lt;i&gt;&lt;b&gt;</p>"
-
-
-def test_attributes_are_escaped_named_and_left_out() -> None:
-    assert tag("a", class_="x", aria_label='"<', hidden=True, open=False, title=None) == (
-        '<a class="x" aria-label="&quot;&lt;" hidden></a>'
-    )
+def test_text_and_attributes_are_escaped() -> None:
+    interval = Interval("<b> & 'x'", "student", 0.5, 0.25, 1.0)
+    svg = svg_of(interval_chart('"<', [interval]))
+    assert 'aria-label="&#34;&lt;"' in svg
+    assert "&lt;b&gt; &amp; &#39;x&#39;</text>" in svg
 
 
 @pytest.mark.parametrize(
@@ -85,8 +92,8 @@ def test_a_scale_maps_ends_to_ends() -> None:
     assert [scale(value) for value in (2.0, 3.0, 4.0)] == [100.0, 50.0, 0.0]
 
 
-def drawn(svg: str) -> ElementTree.Element:
-    return ElementTree.fromstring(svg)  # well-formed, or this raises
+def drawn(chart: Chart) -> ElementTree.Element:
+    return ElementTree.fromstring(svg_of(chart))  # raises if it is not well-formed
 
 
 def test_a_line_stands_where_its_numbers_say() -> None:
@@ -106,12 +113,13 @@ def test_a_gap_parts_a_line() -> None:
     assert "nan" not in ElementTree.tostring(svg, "unicode")
 
 
-def test_without_numbers_there_is_a_word_instead() -> None:
-    assert "no data" in line_chart("KL", [Series("a", "student", [(1.0, math.nan)])])
+def test_a_chart_without_numbers_says_so() -> None:
+    assert "KL: no data." in svg_of(line_chart("KL", [Series("a", "student", [(1.0, math.nan)])]))
+    assert "x: no data." in svg_of(stacked_bars("x", [], y_label="s"))
 
 
 def test_steps_have_whole_numbers_on_the_axis() -> None:
-    svg = line_chart("x", [Series("a", "plain", [(1.0, 1.0), (2.0, 1.0), (3.0, 2.0)])])
+    svg = svg_of(line_chart("x", [Series("a", "plain", [(1.0, 1.0), (2.0, 1.0), (3.0, 2.0)])]))
     under = re.findall(r'text-anchor="middle">([^<]*)<', svg)
     assert under == ["1", "2", "3"]
 
@@ -130,3 +138,11 @@ def test_stacks_stand_on_each_other() -> None:
     height = {one: float(one.get("height", "nan")) for one in (lower, upper)}
     assert height[upper] == pytest.approx(3 * height[lower], rel=1e-3)
     assert float(upper.get("y", "nan")) + height[upper] == pytest.approx(float(lower.get("y", "nan")), abs=1e-2)
+
+
+def test_spans_of_a_lane_start_and_end_at_their_seconds() -> None:
+    svg = drawn(timeline("x", [Lane("worker 0", "rollout", "a", [(0.5, 1.5)])], 2.0))
+    (span,) = svg.iter("rect")
+    at = {text.text: float(text.get("x", "nan")) for text in svg.iter("text") if text.get("text-anchor") == "middle"}
+    start, width = float(span.get("x", "nan")), float(span.get("width", "nan"))
+    assert (start, start + width) == (pytest.approx(at["0.5 s"]), pytest.approx(at["1.5 s"], abs=0.01))

@@ -17,7 +17,7 @@ from common.telemetry.trace import TraceSpan, trace_events
 from deploy.cli.main import app
 from deploy.report.answers import held_out
 from deploy.report.load_run import ReportError, read_run
-from deploy.report.page import asset, digest, run_page
+from deploy.report.page import asset, csp_hash, run_page
 from deploy.report.settings import changed, differences
 from deploy.report.times import parts_of, step_lanes
 from deploy.report.token_view import level, tokens_of
@@ -82,7 +82,7 @@ def test_the_page_says_what_the_run_came_to(run: Path) -> None:
 def test_the_page_says_what_was_forgotten(run: Path) -> None:
     text = words(run_page(read_run(run)))
     assert "sums, accuracy 0.750 0.625 -0.125 -0.250 to 0.010" in text
-    assert "prose, nats a token 3.000 3.250 0.250 –" in text
+    assert "prose, nats per token 3.000 3.250 0.250 –" in text
 
 
 def test_the_page_needs_nothing_from_elsewhere(run: Path) -> None:
@@ -100,7 +100,7 @@ def test_only_the_pages_own_style_and_script_may_run(run: Path) -> None:
     (policy,) = [a["content"] for _, a in found if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy is not None
     assert policy.startswith("default-src 'none'")
-    assert f"script-src '{digest(asset('report.js'))}'" in policy
+    assert f"script-src '{csp_hash(asset('report.js'))}'" in policy
     assert [name for name, _ in found].count("script") == 1
     assert not [
         attributes for _, attributes in found if any(key == "style" or key.startswith("on") for key in attributes)
@@ -289,7 +289,7 @@ def test_answers_are_grouped_by_what_became_of_them() -> None:
     ]
     assert {row.identity: row.group for row in held_out(samples)} == {
         "a": "learnt",
-        "b": "lost",
+        "b": "forgotten",
         "c": "wrong",
         "d": "right",
     }
@@ -305,8 +305,10 @@ def test_tokens_are_marked_by_their_divergence(run: Path) -> None:
 
 def test_the_hardest_tokens_are_listed_first(run: Path) -> None:
     page = run_page(read_run(run))
-    (found,) = re.findall(r"<caption>Tokens of Step 1, row train-leaf with the most KL</caption>(.*?)</table>", page)
-    rows = [words(row) for row in re.findall(r"<tr>(.*?)</tr>", found)[1:]]
+    (found,) = re.findall(
+        r"(?s)<caption>Tokens of Step 1, row train-leaf with the most KL</caption>(.*?)</table>", page
+    )
+    rows = [words(row) for row in re.findall(r"(?s)<tr>(.*?)</tr>", found)[1:]]
     assert [row.split()[0] for row in rows] == ["1", "2", "3"]  # the fourth is not in the loss
     assert "leaves" in rows[0]
     assert "90 %" in rows[0]  # e ** -0.1
