@@ -1,7 +1,7 @@
 """Spans of a run as a timeline that https://ui.perfetto.dev and ``chrome://tracing`` open.
 
-The file is the JSON array form of the Trace Event Format, one event a line. A reader of that format does without the
-closing bracket, so what a crash leaves behind opens too.
+The file is the JSON array form of the Trace Event Format, one event a line. Readers of that format do not need the
+closing bracket, so a file cut by a crash opens too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,20 +21,25 @@ Event = dict[str, Any]
 """One event of the Trace Event Format."""
 
 STAGES = ("rollout", "queue", "score", "accumulate", "step", "sync", "parity", "checkpoint", "evaluate")
-"""Rows of one track in this order, other stages below them."""
+"""Order of a track's rows; other stages come below."""
+
+FLOW_PHASES = {"rollout": "s", "score": "t", "accumulate": "f"}
+"""Flow arrows of a sample start at its rollout, pass through its score and end at its micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceSpan:
-    """One piece of work: what (`stage`), where (`track`: ``worker 3``, ``rank 0``, ``teacher``, ``controller``), when
-    (seconds since the epoch, both from the clock of the process that did it), and for which sample, step or version.
+    """One piece of work on a `track` (``worker 3``, ``rank 0``, ``teacher``, ``controller``).
+
+    `start` and `end` are seconds since the epoch, by the clock of the process that did the work. `args` name the
+    sample, step or version; ``sample`` or ``samples`` bind the span to the flow arrows of those samples.
     """
 
     stage: str
     track: str
     start: float
     end: float
-    args: Mapping[str, str | int] = field(default_factory=dict)
+    args: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def interval(self) -> Span:
@@ -44,96 +49,94 @@ class TraceSpan:
 
 @dataclass
 class TraceLayout:
-    """Where spans are drawn: a process of the format for each track, a thread for each lane of a stage.
+    """Layout of spans: one process of the format per track, one thread per lane of a stage.
 
     Events of one thread must not overlap, and a worker has many answers in flight: a span goes to the lane of its
-    stage that has been free for longest, or opens one.
+    stage that has been free longest, or opens a new one.
     """
 
     tracks: dict[str, int] = field(default_factory=dict)
-    """Track -> its process id in the file."""
+    """Track -> process id in the file."""
     _lanes: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
-    """(track, stage) -> heap of its lanes: end of the last event in microseconds, thread id."""
+    """(track, stage) -> heap of lanes: end of the last event in microseconds, thread id."""
     _threads: dict[str, int] = field(default_factory=dict)
-    """Track -> how many threads it has."""
+    """Track -> number of threads."""
 
     def events(self, spans: Iterable[TraceSpan]) -> list[Event]:
-        """Complete events (``ph: X``) of `spans`, each behind the names of the track and lane that it is first on."""
+        """Convert `spans` to complete events (``ph: X``) and flow events, after the names of any new track and lane."""
         found: list[Event] = []
         for span in sorted(spans, key=lambda span: span.start):
-            found += self._place(span)
+            found += self._span_events(span)
         return found
 
-    def _place(self, span: TraceSpan) -> list[Event]:
-        named: list[Event] = []
+    def _span_events(self, span: TraceSpan) -> list[Event]:
+        names: list[Event] = []
         if span.track not in self.tracks:
             self.tracks[span.track] = len(self.tracks) + 1
-            named.append(_name("process_name", self.tracks[span.track], 0, span.track))
+            names.append(_name("process_name", self.tracks[span.track], 0, span.track))
         process = self.tracks[span.track]
-        # Both ends are rounded alike, so spans that touch still touch and never overlap.
+        # Both ends are rounded alike, so adjacent spans stay adjacent and never overlap.
         start = round(span.start * 1e6)
-        end = max(start, round(span.end * 1e6))  # a clock may be set back while something runs
+        end = max(start, round(span.end * 1e6))  # the clock may be set back during a span
         lanes = self._lanes.setdefault((span.track, span.stage), [])
         if lanes and lanes[0][0] <= start:
             thread = lanes[0][1]
             heapq.heapreplace(lanes, (end, thread))
         else:
             thread = self._threads[span.track] = self._threads.get(span.track, 0) + 1
-            named.append(_name("thread_name", process, thread, f"{span.stage} {len(lanes)}"))
+            names.append(_name("thread_name", process, thread, f"{span.stage} {len(lanes)}"))
             order = STAGES.index(span.stage) if span.stage in STAGES else len(STAGES)
-            named.append(_meta("thread_sort_index", process, thread, {"sort_index": order * 10_000 + len(lanes)}))
+            names.append(_metadata("thread_sort_index", process, thread, {"sort_index": order * 10_000 + len(lanes)}))
             heapq.heappush(lanes, (end, thread))
-        event: Event = {
-            "name": span.stage,
-            "cat": span.stage,
-            "ph": "X",
-            "ts": start,
-            "dur": end - start,
-            "pid": process,
-            "tid": thread,
-        }
-        return [*named, {**event, "args": dict(span.args)} if span.args else event]
+        common = {"ts": start, "pid": process, "tid": thread}
+        event: Event = {"name": span.stage, "cat": span.stage, "ph": "X", "dur": end - start, **common}
+        if span.args:
+            event["args"] = dict(span.args)
+        return [*names, event, *_flow_events(span, common)]
 
-    def recall(self, events: Iterable[Event]) -> None:
-        """Take over tracks and lanes from the events of a file that is written on."""
+    def restore(self, events: Iterable[Event]) -> None:
+        """Take over tracks and lanes from the events of a file that is continued."""
         names = {number: track for track, number in self.tracks.items()}
         stages: dict[tuple[int, int], str] = {}
         ends: dict[tuple[int, int], int] = {}
         for event in events:
-            process, thread = place = int(event["pid"]), int(event["tid"])
+            process, thread = lane = int(event["pid"]), int(event["tid"])
             if event["name"] == "process_name":
                 names[process] = event["args"]["name"]
                 self.tracks[names[process]] = process
             elif event["name"] == "thread_name":
-                stages[place] = event["args"]["name"].rpartition(" ")[0]
+                stages[lane] = event["args"]["name"].rpartition(" ")[0]
                 self._threads[names[process]] = max(thread, self._threads.get(names[process], 0))
             elif event["ph"] == "X":
-                ends[place] = int(event["ts"]) + int(event["dur"])
+                ends[lane] = int(event["ts"]) + int(event["dur"])
         for (process, thread), stage in stages.items():
             lanes = self._lanes.setdefault((names[process], stage), [])
             heapq.heappush(lanes, (ends.get((process, thread), 0), thread))
 
 
+def _flow_events(span: TraceSpan, common: Event) -> Iterator[Event]:
+    """Flow events of a span's samples, bound to the span itself (``bp: e``)."""
+    if span.stage in FLOW_PHASES:
+        one = span.args.get("sample")
+        for sample in span.args.get("samples", ()) if one is None else (one,):
+            yield {"name": "sample", "cat": "sample", "ph": FLOW_PHASES[span.stage], "id": sample, "bp": "e", **common}
+
+
 def _name(kind: str, process: int, thread: int, name: str) -> Event:
-    return _meta(kind, process, thread, {"name": name})
+    return _metadata(kind, process, thread, {"name": name})
 
 
-def _meta(kind: str, process: int, thread: int, args: Mapping[str, str | int]) -> Event:
+def _metadata(kind: str, process: int, thread: int, args: Mapping[str, str | int]) -> Event:
     return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": dict(args)}
 
 
-def trace_events(spans: Iterable[TraceSpan]) -> list[Event]:
-    """All events of a finished set of spans, times in microseconds since the epoch."""
-    return TraceLayout().events(spans)
-
-
 def read_trace(path: Path) -> list[Event]:
-    """The events of a trace file, closed or cut anywhere: what is behind the last whole event is left out."""
+    """Events of a trace file, closed or cut anywhere; a partial last event is dropped."""
     return _whole_events(path.read_bytes())[0]
 
 
 def _whole_events(data: bytes) -> tuple[list[Event], int]:
-    """(events, bytes up to the end of the last whole one)."""
+    """Return (events, bytes up to the end of the last whole one)."""
     events: list[Event] = []
     kept = position = 0
     for line in data.splitlines(keepends=True):
@@ -143,7 +146,7 @@ def _whole_events(data: bytes) -> tuple[list[Event], int]:
             continue
         try:
             event = json.loads(text)
-        except ValueError:  # the closing bracket, or the half line of a crash
+        except ValueError:  # the closing bracket, or a line cut by a crash
             break
         events.append(event)
         kept = position - len(line) + line.rindex(b"}") + 1
@@ -151,9 +154,9 @@ def _whole_events(data: bytes) -> tuple[list[Event], int]:
 
 
 class TraceFile:
-    """``trace.json`` of a run, written while it goes; `close` (or leaving the block) makes it strict JSON.
+    """``trace.json`` of a run, written during the run; `close` (or leaving the block) makes it strict JSON.
 
-    With `resume`, a file that is there is written on, with its tracks; otherwise it is begun anew.
+    With `resume` an existing file is continued with its tracks; otherwise it is overwritten.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
@@ -163,7 +166,7 @@ class TraceFile:
         if resume and path.exists():
             events, kept = _whole_events(path.read_bytes())
             os.truncate(path, kept)
-            self._layout.recall(events)
+            self._layout.restore(events)
         self._empty = not events
         self._stream = path.open("a" if events else "w", encoding="utf-8")
         if self._empty:
@@ -171,10 +174,10 @@ class TraceFile:
             self._stream.flush()
 
     def write(self, spans: Iterable[TraceSpan]) -> None:
-        """Add spans: on disk when this returns."""
+        """Append spans and flush the file."""
         lines = [json.dumps(event, ensure_ascii=False) for event in self._layout.events(spans)]
         if lines:
-            # The comma stands ahead of an event: a file without its end is one bracket short of strict JSON.
+            # Commas precede events, so an unclosed file lacks only the bracket of strict JSON.
             self._stream.write(("" if self._empty else ",\n") + ",\n".join(lines))
             self._stream.flush()
             self._empty = False

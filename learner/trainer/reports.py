@@ -1,4 +1,4 @@
-"""What the ranks tell the controller: small values only, never tensors."""
+"""Reports from the ranks to the driver: small values only, never tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from learner.trainer.token_records import TokenRecord
 
 @dataclass(frozen=True, slots=True)
 class LearnerInfo:
-    """A rank that is set up. ``tensors`` is the sending order of a weight sync; ``zero_stage`` the one in force."""
+    """A rank after setup. ``tensors`` is the sending order of a weight sync; ``zero_stage`` is the effective stage."""
 
     rank: int
     world_size: int
@@ -27,9 +27,11 @@ class LearnerInfo:
 
 @dataclass(frozen=True, slots=True)
 class AccumulateReport:
-    """One `accumulate` call of one rank. Times are seconds since the epoch; ``padded_tokens`` is what the forward
-    passes computed; ``sums`` are metric sums over ``loss_tokens`` (the response tokens not skipped by the loss);
-    ``nonfinite`` names samples whose loss was NaN or infinite.
+    """One `accumulate` call on one rank; times are seconds since the epoch.
+
+    ``padded_tokens`` counts the tokens of the forward passes, padding included. ``sums`` are metric sums over
+    ``loss_tokens``, the response tokens that the loss counts. ``nonfinite`` names samples with a NaN or infinite loss.
+    ``samples`` are the ids of the batch.
     """
 
     sequences: int
@@ -41,19 +43,20 @@ class AccumulateReport:
     ended: float
     sums: dict[str, float] = field(default_factory=dict)
     nonfinite: tuple[str, ...] = ()
+    samples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One optimiser step, equal on every rank but for what is said to be of "this rank".
+    """One optimiser step. ``nonfinite``, ``skipped_records`` and ``token_records`` differ by rank; the rest is global.
 
-    ``weight_version`` counts finished steps, skipped ones too (their weights equal the version before).
-    ``skipped_in_a_row`` counts those that a NaN or infinite gradient cost. ``uncounted`` says why the loss counted no
-    token of the step (empty: it did), ``uncounted_in_a_row`` how often that was so; such steps are skipped, too, and
-    neither add to ``skipped_in_a_row`` nor end it.
-    ``metrics`` are global means over the step's loss tokens, and `loss grad_norm update_norm lr`; ``nonfinite`` names
-    this rank's samples with a NaN or infinite loss, ``records`` are some of them as plain values; ``tokens`` are a few
-    of this rank's answers token by token.
+    ``weight_version`` counts finished steps, skipped ones included (their weights equal the version before).
+    ``skipped_in_a_row`` counts consecutive steps skipped for a NaN or infinite gradient. ``uncounted`` is the reason
+    why the loss counted no token (empty if it counted some), ``uncounted_in_a_row`` the number of consecutive such
+    steps. They are skipped as well, but neither increase nor reset ``skipped_in_a_row``.
+    ``metrics`` are global means over the step's loss tokens, and ``grad_norm update_norm lr skipped``.
+    ``nonfinite`` names this rank's samples with a NaN or infinite loss, ``skipped_records`` shows some of them, and
+    ``token_records`` shows a few of this rank's trajectories token by token.
     """
 
     weight_version: int
@@ -61,17 +64,18 @@ class StepReport:
     skipped_in_a_row: int
     metrics: dict[str, float]
     nonfinite: tuple[str, ...] = ()
-    records: tuple[dict[str, Any], ...] = ()
-    tokens: tuple[TokenRecord, ...] = ()
+    skipped_records: tuple[dict[str, Any], ...] = ()
+    token_records: tuple[TokenRecord, ...] = ()
     uncounted: str = ""
     uncounted_in_a_row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
-    """A pass of one rank over answers that are not scored yet (`LearnerRank.prepare`). ``agreements``: for each answer
-    the share of the learner's ids that the engine had picked, None where it had picked none. Times are seconds since
-    the epoch.
+    """One rank's pass over trajectories without a score (`LearnerRank.prepare`); times are seconds since the epoch.
+
+    ``agreements`` holds, per trajectory, the share of the learner's top-k ids that the engine had picked too; None if
+    the engine picked none.
     """
 
     agreements: tuple[float | None, ...]

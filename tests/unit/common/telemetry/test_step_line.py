@@ -5,7 +5,7 @@ from __future__ import annotations
 from common.telemetry.step_times import step_times
 from common.telemetry.trace import TraceSpan
 from learner.evaluation.summary import RunSummary, final_table, step_line
-from learner.loop.controller import speeds
+from learner.loop.step_stats import speeds
 from tests.support.paths import ROOT
 
 METRICS = {

@@ -1,4 +1,4 @@
-"""The timeline file: what lies where, and what is left of it after a crash."""
+"""Timeline file: layout of spans, flow arrows of samples, recovery after a crash."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.telemetry.trace import Event, TraceFile, TraceLayout, TraceSpan, read_trace, trace_events
+from common.telemetry.trace import Event, TraceFile, TraceLayout, TraceSpan, read_trace
 
 EPOCH = 1_790_000_000.0
 
@@ -28,7 +28,7 @@ def names(events: list[Event], kind: str) -> dict[tuple[int, int], str]:
 
 
 def test_a_span_becomes_a_complete_event_in_microseconds() -> None:
-    [event] = complete(trace_events([span("score", "teacher", 1.0, 1.25, sample_id="0/1/row/0", step=3)]))
+    [event] = complete(TraceLayout().events([span("score", "teacher", 1.0, 1.25, sample_id="0/1/row/0", step=3)]))
     assert event["name"] == "score"
     assert event["ts"] == (EPOCH + 1) * 1e6
     assert event["dur"] == 250_000
@@ -36,7 +36,7 @@ def test_a_span_becomes_a_complete_event_in_microseconds() -> None:
 
 
 def test_each_track_is_a_process_and_overlapping_spans_get_lanes() -> None:
-    events = trace_events(
+    events = TraceLayout().events(
         [
             span("rollout", "worker 0", 0, 3),
             span("rollout", "worker 0", 1, 2),
@@ -58,15 +58,34 @@ def test_each_track_is_a_process_and_overlapping_spans_get_lanes() -> None:
     ]
 
 
+def test_a_samples_arrows_lead_from_its_rollout_over_its_score_to_its_micro_batch() -> None:
+    events = TraceLayout().events(
+        [
+            span("queue", "controller", 0, 1, sample="a"),
+            span("rollout", "worker 0", 1, 2, sample="a"),
+            span("rollout", "worker 0", 1, 3, sample="b"),
+            span("score", "teacher", 2, 4, sample="a"),
+            span("score", "teacher", 3, 4, sample="b"),
+            TraceSpan("accumulate", "rank 0", EPOCH + 4, EPOCH + 5, {"version": 3, "samples": ("a", "b")}),
+        ]
+    )
+    slices = {(e["pid"], e["tid"], e["ts"]): e["name"] for e in complete(events)}
+    flows = [event for event in events if event["ph"] in "stf"]
+    for sample in ("a", "b"):
+        ends = [(e["ph"], slices[e["pid"], e["tid"], e["ts"]]) for e in flows if e["id"] == sample]
+        assert ends == [("s", "rollout"), ("t", "score"), ("f", "accumulate")]
+    assert {(e["name"], e["cat"], e["bp"]) for e in flows} == {("sample", "sample", "e")}
+
+
 def test_rows_of_a_track_follow_the_pipeline() -> None:
-    events = trace_events([span(stage, "w", 0, 1) for stage in ("mystery", "step", "rollout")])
+    events = TraceLayout().events([span(stage, "w", 0, 1) for stage in ("mystery", "step", "rollout")])
     order = {(e["pid"], e["tid"]): e["args"]["sort_index"] for e in events if e["name"] == "thread_sort_index"}
     ranked = sorted(names(events, "thread_name").items(), key=lambda item: order[item[0]])
     assert [name for _, name in ranked] == ["rollout 0", "step 0", "mystery 0"]
 
 
 def test_a_clock_that_was_set_back_leaves_an_empty_event() -> None:
-    [event] = complete(trace_events([span("step", "rank 0", 5, 4)]))
+    [event] = complete(TraceLayout().events([span("step", "rank 0", 5, 4)]))
     assert (event["ts"], event["dur"]) == ((EPOCH + 5) * 1e6, 0)
 
 

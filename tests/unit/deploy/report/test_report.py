@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from common.telemetry.trace import TraceSpan, trace_events
+from common.telemetry.trace import TraceLayout, TraceSpan
 from deploy.cli.main import app
 from deploy.report.answers import held_out
 from deploy.report.load_run import ReportError, read_run
@@ -266,8 +266,8 @@ def test_the_timeline_shows_the_step_of_median_length() -> None:
             TraceSpan("parity", "controller", at + seconds * 0.75, at + seconds, {"version": version}),
         ]
         at += seconds
-    assert step_lanes(trace_events(spans), {}) is None
-    found = step_lanes(trace_events(spans), {1: 1.0, 2: 2.0, 3: 9.0})
+    assert step_lanes(TraceLayout().events(spans), {}) is None
+    found = step_lanes(TraceLayout().events(spans), {1: 1.0, 2: 2.0, 3: 9.0})
     assert found is not None
     version, seconds, lanes = found
     assert (version, seconds) == (2, pytest.approx(2.0))
