@@ -1,4 +1,4 @@
-"""The learner: the divergence, DeepSpeed ranks that minimise it, and the loop that ties the services together.
+"""The learner: the driver of a run (Ray, asyncio, no tensors) and the trainer (torch) that its ranks run.
 
-``losses.py`` is pure torch. Only ``services.py`` knows the other services; everything else imports ``common`` only.
+Rooms import one way: experience → train → loop → evaluation → cluster → {trainer, data, publishing}.
 """

@@ -1,7 +1,7 @@
-"""How the sequences of a micro-batch lie in the model's input: padded to the longest, or packed end to end. Pure.
+"""Layouts of a micro-batch's sequences in the model's input: padded to the longest, or packed end to end.
 
-Row t of a response is predicted by the hidden state at position ``len(prompt) + t - 1``, the last position that has
-not seen ``response_ids[t]``. Which tokens count is known from lengths, never from ``ids != pad`` (pad often is eos).
+The hidden state at position ``len(prompt) + t - 1``, the last one that has not seen ``response_ids[t]``, predicts
+response token t. Masks come from lengths, never from ``ids != pad``: the padding id is often the end-of-sequence id.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from common.protocol.schema import TokenSequence
 
 @dataclass(frozen=True, slots=True)
 class SequenceBatch:
-    """Sequences as the backbone takes them, and where their R response tokens are.
+    """Sequences as input of the backbone, with the positions of their R response tokens.
 
-    ``inputs``: keyword arguments of the backbone, ``input_ids [B, L]`` among them; ``positions [R]`` index the
-    flattened ``[B * L]`` hidden states that predict the response tokens ``response_ids [R]``, sequence after sequence;
+    ``inputs`` are keyword arguments of the backbone, ``input_ids [B, L]`` among them. ``positions [R]`` index the
+    flattened ``[B * L]`` hidden states that predict the response tokens ``response_ids [R]``, sequence after sequence.
     ``lengths`` are response lengths.
     """
 
@@ -34,11 +34,11 @@ class SequenceBatch:
 
     @property
     def computed_tokens(self) -> int:
-        """What a forward pass computes, padding included."""
+        """Tokens of a forward pass, padding included."""
         return int(self.inputs["input_ids"].numel())
 
     def to(self, device: torch.device) -> SequenceBatch:
-        """The same on `device`."""
+        """Return the batch on `device`."""
         inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in self.inputs.items()}
         return replace(
             self, inputs=inputs, positions=self.positions.to(device), response_ids=self.response_ids.to(device)
@@ -46,34 +46,34 @@ class SequenceBatch:
 
 
 def pad_sequences(sequences: Sequence[TokenSequence]) -> SequenceBatch:
-    """Prompt + response of each in a row of its own, padded on the right: ``input_ids`` and ``attention_mask [B, L]``.
+    """Lay each prompt + response in one row, padded on the right: ``input_ids`` and ``attention_mask [B, L]``.
 
-    Padding on the right needs no position ids: they count from 0 in every row, and causality hides it from real tokens.
+    Right padding needs no position ids: they count from 0 in every row, and causality hides padding from real tokens.
     Raises ValueError for an empty prompt (nothing would predict the first response token) or an empty response.
     """
-    whole = _whole(sequences)
-    longest = max(map(len, whole))
-    input_ids = np.zeros((len(whole), longest), dtype=np.int64)
-    mask = np.zeros((len(whole), longest), dtype=np.int64)
-    for row, ids in enumerate(whole):
+    joined = _joined(sequences)
+    longest = max(map(len, joined))
+    input_ids = np.zeros((len(joined), longest), dtype=np.int64)
+    mask = np.zeros((len(joined), longest), dtype=np.int64)
+    for row, ids in enumerate(joined):
         input_ids[row, : len(ids)] = ids
         mask[row, : len(ids)] = 1
     inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
-    return _batch(sequences, inputs, [row * longest for row in range(len(whole))])
+    return _batch(sequences, inputs, [row * longest for row in range(len(joined))])
 
 
 def pack_sequences(sequences: Sequence[TokenSequence]) -> SequenceBatch:
-    """Prompt + response of each, end to end in one row, ``input_ids [1, N]``; `learner.packing` keeps them apart.
+    """Lay all prompts + responses end to end in one row, ``input_ids [1, N]``; `packing` keeps their attention apart.
 
-    The other inputs are those of transformers for packed rows: ``position_ids [1, N]`` that start anew with every
-    sequence, and where each begins and the last one ends (``cu_seq_lens_q``, ``cu_seq_lens_k``, ``[S + 1]`` int32).
+    The other inputs follow transformers' convention for packed rows: ``position_ids [1, N]`` restart at every sequence;
+    ``cu_seq_lens_q`` and ``cu_seq_lens_k``, ``[S + 1]`` int32, are the sequence borders.
     Raises ValueError as `pad_sequences` does.
     """
-    whole = _whole(sequences)
-    lengths = [len(ids) for ids in whole]
+    joined = _joined(sequences)
+    lengths = [len(ids) for ids in joined]
     borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     inputs: dict[str, Any] = {
-        "input_ids": torch.from_numpy(np.concatenate(whole).astype(np.int64)[None]),
+        "input_ids": torch.from_numpy(np.concatenate(joined).astype(np.int64)[None]),
         "position_ids": torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])[None]),
         "cu_seq_lens_q": torch.from_numpy(borders),
         "cu_seq_lens_k": torch.from_numpy(borders),
@@ -84,10 +84,10 @@ def pack_sequences(sequences: Sequence[TokenSequence]) -> SequenceBatch:
 
 
 def plan_padded(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
-    """Indices cut into micro-batches: longest first, each at most `budget_tokens` tokens, padding included.
+    """Split indices into micro-batches of at most `budget_tokens` tokens, padding included; longest first.
 
-    A sequence longer than the budget is one by itself. Equal lengths keep their order, so the plan is a function of
-    its input.
+    A sequence longer than the budget forms a micro-batch alone. Equal lengths keep their order, so the plan is a
+    function of its input.
     """
     batches: list[list[int]] = []
     for index in _longest_first(lengths):
@@ -99,25 +99,26 @@ def plan_padded(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
 
 
 def plan_packed(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
-    """Indices cut into micro-batches of at most `budget_tokens` tokens, nothing padded: each, longest first, into the
-    first micro-batch that has room (at most 11/9 of the fewest possible, and one).
+    """Split indices into micro-batches of at most `budget_tokens` tokens, without padding.
+
+    First fit, longest first: at most 11/9 of the fewest possible micro-batches, plus one.
     """
     batches: list[list[int]] = []
-    room: list[int] = []
+    free_tokens: list[int] = []
     for index in _longest_first(lengths):
-        place = next((i for i, left in enumerate(room) if left >= lengths[index]), None)
-        if place is None:
-            place = len(batches)
+        slot = next((i for i, free in enumerate(free_tokens) if free >= lengths[index]), None)
+        if slot is None:
+            slot = len(batches)
             batches.append([])
-            room.append(budget_tokens)
-        batches[place].append(index)
-        room[place] -= lengths[index]
+            free_tokens.append(budget_tokens)
+        batches[slot].append(index)
+        free_tokens[slot] -= lengths[index]
     return batches
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to lay sequences out, and the plan that fills a budget under it."""
+    """A layout of sequences, and the plan that fills a token budget with it."""
 
     plan: Callable[[Sequence[int], int], list[list[int]]]
     lay_out: Callable[[Sequence[TokenSequence]], SequenceBatch]
@@ -127,20 +128,22 @@ PADDED = Layout(plan_padded, pad_sequences)
 PACKED = Layout(plan_packed, pack_sequences)
 
 
-def response_positions(prompt: int, response: int) -> np.ndarray:
-    """Positions of the hidden states that predict the response: one before each of its tokens."""
-    return np.arange(prompt - 1, prompt + response - 1)
+def response_positions(prompt_tokens: int, response_tokens: int) -> np.ndarray:
+    """Return the positions of the hidden states that predict the response: one before each of its tokens."""
+    return np.arange(prompt_tokens - 1, prompt_tokens + response_tokens - 1)
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
 
-def _whole(sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+def _joined(sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
     for row, sequence in enumerate(sequences):
         prompt, response = len(sequence.prompt_ids), len(sequence.response_ids)
         if not prompt or not response:
-            raise ValueError(f"sequence {row} has {prompt} prompt and {response} response tokens: both must be there")
+            raise ValueError(
+                f"sequence {row} has {prompt} prompt and {response} response tokens: both need one or more"
+            )
     return [np.concatenate([sequence.prompt_ids, sequence.response_ids]) for sequence in sequences]
 
 

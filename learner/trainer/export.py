@@ -1,4 +1,4 @@
-"""The weights under their checkpoint names: for a weight sync, and as a Hugging Face folder."""
+"""The trained weights under their checkpoint names: for a weight sync, and as a Hugging Face or peft folder."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.config.model import LoraConfig
 from common.weight_sync.manifest import TensorSpec
-from learner.trainer.lora import Adapter, adapters_of, checkpoint_name
+from learner.trainer.lora import Adapter, adapters_of, checkpoint_name, save_adapter
 
 
 class WeightView:
-    """Names, shapes and (gathered) values of a model's parameters, the largest (embeddings) last; a tied output layer
-    appears once, and adapters are merged into the weights beside which they stand.
+    """Names, shapes and gathered values of a model's parameters, the largest (embeddings) last.
 
-    `full_shape` knows partitioned parameters: under ZeRO-3 a parameter's own shape is empty.
+    A tied output layer appears once, and each adapter is merged into its weight. Shapes come from `full_shape`: under
+    ZeRO-3 the shape of a parameter itself is empty.
     """
 
     def __init__(self, model: Any) -> None:
+        """Raises ValueError for an architecture whose parameter names differ from its checkpoint's."""
         self._model = model
         adapters = adapters_of(model)
         self._named: list[tuple[str, nn.Parameter, Adapter | None]] = [
             (name, parameter, adapters.get(name))
-            for own_name, parameter in model.named_parameters()
-            if (name := checkpoint_name(own_name)) is not None
+            for module_name, parameter in model.named_parameters()
+            if (name := checkpoint_name(module_name)) is not None
         ]
-        # An engine takes in a layer while the next ones travel: what would be waited for longest comes last.
+        # An engine loads one layer while the next ones travel, so the slowest tensor to send comes last.
         sizes = {name: math.prod(full_shape(parameter)) for name, parameter, _ in self._named}
         self._named.sort(key=lambda named: sizes[named[0]] == max(sizes.values()))
         _check_names(model, {name: parameter for name, parameter, _ in self._named})
@@ -42,29 +44,36 @@ class WeightView:
         )
 
     def gathered(self, group_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        """Every (name, tensor) in the order of `specs`; a collective under ZeRO-3: every rank goes through all.
+        """Yield every (name, tensor) in the order of `specs`; under ZeRO-3 a collective that all ranks must exhaust.
 
-        Partitioned parameters are whole only until the next item of another group is asked for: groups hold at most
-        `group_bytes` (a larger tensor is one by itself). Copy what must live longer.
+        Partitioned parameters are gathered in groups of at most `group_bytes` (a larger tensor is a group alone), and
+        are whole only until the next group starts: copy a tensor to keep it longer.
         """
         for group in _groups(list(zip(self._named, self.specs, strict=True)), group_bytes):
             with _whole([one for (_, weight, adapter), _ in group for one in _parts(weight, adapter)]):
                 for (name, weight, adapter), _ in group:
                     yield name, weight.detach() if adapter is None else adapter.merged(weight.detach())
 
-    def adapter_factors(self) -> dict[str, Tensor]:
-        """Copies of the adapters' own parameters by name; empty without LoRA. A collective under ZeRO-3."""
-        factors = [(name, p) for name, p in self._model.named_parameters() if checkpoint_name(name) is None]
-        with _whole([parameter for _, parameter in factors]):
-            return {name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in factors}
+    def export(
+        self, folder: Path, student_model: str, lora: LoraConfig | None, *, write: bool, group_bytes: int
+    ) -> None:
+        """Export the model with its tokenizer, or the adapter alone (``learner.lora.publish``); complete or absent.
 
-    def save(self, folder: Path, tokenizer: Any, *, write: bool, group_bytes: int) -> None:
-        """A Hugging Face folder with the tokenizer, complete or absent; every rank calls it, one has `write`."""
+        Every rank calls this; the rank with `write` writes. Raises OSError or SafetensorError there on a failed write.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(student_model) if write else None
+        if lora is not None and lora.publish == "adapter":
+            factors = self._adapter_factors()
+            if write:
+                _replace_folder(folder, lambda partial: save_adapter(partial, factors, lora, student_model))
+            return
         state = {}
         for name, tensor in self.gathered(group_bytes):
             if write:
                 state[name] = tensor.to("cpu", copy=tensor.device.type != "cpu" or hasattr(tensor, "ds_id"))
-        if not write:
+        if tokenizer is None:
             return
         for name, buffer in self._model.named_buffers():
             if name in self._model.state_dict():
@@ -74,11 +83,17 @@ class WeightView:
             self._model.save_pretrained(partial, state_dict=state)
             tokenizer.save_pretrained(partial)
 
-        replace_folder(folder, fill)
+        _replace_folder(folder, fill)
+
+    def _adapter_factors(self) -> dict[str, Tensor]:
+        """Copy the adapters' parameters by name. A collective under ZeRO-3."""
+        factors = [(name, p) for name, p in self._model.named_parameters() if checkpoint_name(name) is None]
+        with _whole([parameter for _, parameter in factors]):
+            return {name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in factors}
 
 
-def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Have `fill` write a new folder beside, then put it in the place of `folder`: complete, or as it was."""
+def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a temporary folder, then rename it to `folder`, so that `folder` is always complete."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     fill(partial)
@@ -87,7 +102,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, partitioned or not."""
+    """Return the shape of the whole parameter, partitioned or not."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -117,16 +132,16 @@ def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 
 
 def _check_names(model: Any, named: Mapping[str, nn.Parameter]) -> None:
-    """Refuse an architecture whose in-memory names differ from its checkpoint's: no engine would know them."""
+    """Refuse an architecture whose parameter names differ from its checkpoint's: no engine would know them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     if getattr(model, "_weight_conversions", None) is None:
         return
-    stand_ins = {name: torch.empty(full_shape(p), device="meta") for name, p in named.items()}
-    saved = set(revert_weight_conversion(model, stand_ins))
+    meta_tensors = {name: torch.empty(full_shape(p), device="meta") for name, p in named.items()}
+    saved = set(revert_weight_conversion(model, meta_tensors))
     if saved != set(named):
-        odd = sorted(set(named) - saved)[:3]
+        unknown = sorted(set(named) - saved)[:3]
         raise ValueError(
-            f"{type(model).__name__} keeps its weights under other names than its checkpoint (for example {odd}); "
+            f"{type(model).__name__} keeps its weights under other names than its checkpoint (for example {unknown}); "
             "publishing it to an engine is not supported"
         )

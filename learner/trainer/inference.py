@@ -1,4 +1,4 @@
-"""What the learner reads off its weights as they are, without a gradient: log-probs, top-k ids, the base's scores."""
+"""Forward passes of the learner without gradients: response log-probs, top-k ids, scores of the base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.config.model import Config
+from common.config.model import LearnerConfig
 from common.protocol.schema import Ids, ItemScore, TokenSequence, Trajectory
 from learner.trainer.batch_layout import Layout, SequenceBatch
 from learner.trainer.lora import without_adapters
@@ -18,33 +18,35 @@ from learner.trainer.policy import Policy
 R = TypeVar("R", bound=np.generic)
 
 
-class Reader:
-    """Reads in micro-batches of the learner's own size. Under ZeRO-3 every method is a collective; in any case every
-    rank that is asked computes all of it.
+class PolicyInference:
+    """Runs the current weights in micro-batches of ``learner.micro_batch_tokens``.
+
+    Under ZeRO-3 every method is a collective. Each rank that is called computes the whole request.
     """
 
-    def __init__(self, policy: Policy, layout: Layout, config: Config, device: torch.device) -> None:
+    def __init__(
+        self, policy: Policy, layout: Layout, learner: LearnerConfig, loss_temperature: float, device: torch.device
+    ) -> None:
         self._policy = policy
         self._layout = layout
         self._device = device
-        self._budget_tokens = config.learner.micro_batch_tokens
-        self._loss_temperature = config.loss.temperature
-        self._has_base = config.learner.lora is not None
+        self._budget_tokens = learner.micro_batch_tokens
+        self._loss_temperature = loss_temperature
+        self._has_base = learner.lora is not None
 
     def logprobs(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[NDArray[np.float32]]:
-        """log-probs of the response tokens under the current weights, one ``[T]`` array per sequence."""
-        return self._read(sequences, lambda batch: self._policy.response_logprobs(batch, temperature).cpu().numpy())
+        """Return the log-probs of the response tokens, one ``[T]`` array per sequence."""
+        return self._run(sequences, lambda batch: self._policy.response_logprobs(batch, temperature).cpu().numpy())
 
     def topk(self, sequences: Sequence[TokenSequence], k: int) -> list[Ids]:
-        """The k most likely ids at every response position, best first, one ``[T, k]`` array per sequence.
-
-        For supports that the learner picks: long answers, or answers of an older version.
-        """
-        return self._read(sequences, lambda batch: self._policy.topk(batch, k).cpu().numpy().astype(np.uint32))
+        """Return the k most likely ids at every response position, best first, one ``[T, k]`` array per sequence."""
+        return self._run(sequences, lambda batch: self._policy.topk(batch, k).cpu().numpy().astype(np.uint32))
 
     def score_with_base(self, items: Sequence[tuple[Trajectory, Ids]]) -> list[ItemScore]:
-        """What the base model, adapters off, says of answers behind a teacher's prompt (context + prompt): the score of
-        each at the answer's own ids, as a teacher server gives it. Raises ValueError without LoRA: there is no base.
+        """Score each (trajectory, teacher prompt) with the base model, adapters off, as a teacher server would.
+
+        The teacher prompt includes the context; scores are at the trajectory's own top-k ids. Raises ValueError without
+        LoRA: then there is no base model.
         """
         if not self._has_base:
             raise ValueError(
@@ -60,15 +62,15 @@ class Reader:
                 results.update(zip(indices, scores, strict=True))
         return [results[index] for index in range(len(items))]
 
-    def _read(
-        self, sequences: Sequence[TokenSequence], read: Callable[[SequenceBatch], NDArray[R]]
+    def _run(
+        self, sequences: Sequence[TokenSequence], compute: Callable[[SequenceBatch], NDArray[R]]
     ) -> list[NDArray[R]]:
-        """`read` over micro-batches, cut apart again, in the order of `sequences`."""
+        """Apply `compute` to micro-batches; return one array per sequence, in the order of `sequences`."""
         results: dict[int, NDArray[R]] = {}
         lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
         for indices in self._layout.plan(lengths, self._budget_tokens):
             batch = self._lay_out([sequences[index] for index in indices])
-            parts = np.split(read(batch), np.cumsum(batch.lengths)[:-1])
+            parts = np.split(compute(batch), np.cumsum(batch.lengths)[:-1])
             results.update(zip(indices, parts, strict=True))
         return [results[index] for index in range(len(sequences))]
 

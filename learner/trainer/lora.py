@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, through peft): they alone are trained; the base weights stay as they are, bit for bit.
+"""Low-rank adapters (LoRA, through peft). Training changes the adapters only; the base weights stay bit-identical.
 
-A layer computes ``W x + s B A x`` with ``s = alpha / rank``. Engines know nothing of it: they are sent ``W + s B A``
-under W's own name.
+A layer computes ``W x + s B A x`` with ``s = alpha / rank``. Inference engines receive the merged ``W + s B A`` under
+the name of W, so they need no LoRA support.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = "default"
 
 @dataclass(frozen=True)
 class Adapter:
-    """The two factors beside one weight ``[out, in]``: ``a [rank, in]``, ``b [out, rank]``."""
+    """The factors of one adapted weight ``[out, in]``: ``a [rank, in]``, ``b [out, rank]``."""
 
     a: nn.Parameter
     b: nn.Parameter
@@ -30,14 +30,14 @@ class Adapter:
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
-        """``weight + scale * b a`` in weight's dtype, summed in float32; `weight` itself stays as it is."""
+        """Return ``weight + scale * b a``, summed in float32, in the dtype of `weight`, which is not modified."""
         return torch.addmm(weight.float(), self.b.float(), self.a.float(), alpha=self.scale).to(weight.dtype)
 
 
 def add_adapters(model: Any, config: LoraConfig) -> None:
-    """Put adapters into `model`, in place, and freeze everything else. They begin as the identity (b = 0).
+    """Insert adapters into `model` in place and freeze all other parameters. Adapters start at zero (b = 0).
 
-    Raises ValueError where `target_modules` names no layer of the model.
+    Raises ValueError if `target_modules` names no layer of the model.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
@@ -55,12 +55,12 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
 
 
 def checkpoint_name(name: str) -> str | None:
-    """The name that a parameter has without adapters; None for an adapter's own."""
+    """Return the name that a parameter has without adapters; None for the parameters of an adapter."""
     return None if ".lora_" in name else name.replace(".base_layer.", ".")
 
 
 def adapters_of(model: nn.Module) -> Mapping[str, Adapter]:
-    """Checkpoint name of each adapted weight -> its adapter; empty without LoRA."""
+    """Map the checkpoint name of each adapted weight to its adapter; empty without LoRA."""
     found: dict[str, Adapter] = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and _NAME in module.lora_A:
@@ -71,7 +71,7 @@ def adapters_of(model: nn.Module) -> Mapping[str, Adapter]:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model, inside this scope."""
+    """Disable the adapters inside this scope: `model` is then the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -85,7 +85,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfig, base_model: str) -> None:
-    """An adapter folder as peft opens it; `factors` are the parameters that have an adapter's name."""
+    """Write an adapter folder in peft's format; `factors` are the adapter parameters by name."""
     from peft import LoraConfig as PeftConfig
     from safetensors.torch import save_file
 

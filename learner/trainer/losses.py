@@ -1,8 +1,8 @@
 """The per-token divergence between student and teacher on a subset of the vocabulary. Pure torch.
 
-Notation: at one response position, p is the student, q the teacher, S the ids of the support (k of them); P and Q are
-the masses of S. All inputs are log-probabilities normalised over the *full* vocabulary and then gathered at S. Only
-the student's side carries a gradient.
+Notation: at one response position, p is the student, q the teacher, S the support (k ids); P and Q are the masses of
+S under p and q. All inputs are log-probabilities, normalised over the *full* vocabulary and then gathered at S. Only
+the student's values carry a gradient.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ def topk_divergence(
     student_tail: PerToken | None = None,
     teacher_tail: PerToken | None = None,
 ) -> PerToken:
-    """Divergence of every response position, ``[T]``, in nats; differentiable in the student's values only.
+    """Compute the divergence at every response position, ``[T]``, in nats; differentiable in the student's values only.
 
     Args:
         student_logprobs: log p at the support's ids, ``[T, k]``.
         teacher_logprobs: log q at the same ids, ``[T, k]``.
-        form: what becomes of the mass outside S. `tail`: one more bucket (a lower bound of the full divergence, zero
-            gradient at p = q). `raw`: left out (the paper's; at p = q the gradient is not zero). `renorm`: both sides
-            renormalised on S. `generalized`: left out, with the ``- p + q`` that makes every term non-negative.
-            `exact`: S is the whole vocabulary, nothing is outside.
+        form: treatment of the mass outside S. `tail`: one more bucket (a lower bound of the full divergence, with zero
+            gradient at p = q). `raw`: ignored (the paper's form; the gradient at p = q is not zero). `renorm`: both
+            sides are renormalised on S. `generalized`: ignored, with the ``- p + q`` that makes every term
+            non-negative. `exact`: S is the whole vocabulary, so nothing is outside.
         direction: `reverse` KL(p‖q), `forward` KL(q‖p), `jsd` ``β KL(q‖m) + (1-β) KL(p‖m)`` with ``m = βq + (1-β)p``.
         beta: weight of the teacher in m, between 0 and 1.
-        student_tail: log (1 - P), ``[T]``; used by `tail` only, where None it is computed from the given values.
+        student_tail: log (1 - P), ``[T]``; used by `tail` only, and computed from the given values if None.
         teacher_tail: log (1 - Q), ``[T]``, likewise.
 
     ``-inf``, `LOGPROB_FLOOR` and padded columns (floor on both sides) count as zero mass, in value and gradient. An id
-    the teacher cannot emit costs ``p * (log p - LOGPROB_FLOOR)``: large, but finite.
+    that the teacher cannot emit costs ``p * (log p - LOGPROB_FLOOR)``: large, but finite.
 
-    Raises ValueError for shapes that do not fit, an unknown form or direction, β outside (0, 1).
+    Raises ValueError for shapes that do not fit, an unknown form or direction, or β outside (0, 1).
     """
     _check(student_logprobs, teacher_logprobs, student_tail, teacher_tail, direction, beta)
     student = _floored(student_logprobs.float())
@@ -73,7 +73,7 @@ def topk_divergence(
 
 
 def pointwise_divergence(student: Tensor, teacher: Tensor, direction: Direction, beta: float = 0.5) -> Tensor:
-    """One term per bucket, same shape as the inputs (log-probabilities, finite, floored)."""
+    """Compute the term of each bucket; inputs are finite (floored) log-probabilities of one shape."""
     if direction == "reverse":
         return student.exp() * (student - teacher)
     if direction == "forward":
@@ -83,20 +83,20 @@ def pointwise_divergence(student: Tensor, teacher: Tensor, direction: Direction,
 
 
 def _floored(values: Tensor) -> Tensor:
-    """``-inf`` and anything under the floor become the floor, without gradient (``exp`` of it is 0)."""
+    """Raise values to the floor, without gradient there (``exp`` of the floor is 0)."""
     return values.clamp(min=LOGPROB_FLOOR)
 
 
 def _log_rest(logprobs: LogProbs) -> PerToken:
-    """log (1 - Σ exp) from the values themselves, in float64; the floor where nothing is left.
+    """Compute log (1 - Σ exp) in float64; the floor where no mass is left.
 
-    Good to the rounding of the inputs: for float32 a mass under 1e-7 is noise, so pass real tails where there are any.
+    The result is as exact as the inputs: with float32 a mass under 1e-7 is noise, so pass real tails if available.
     """
     inside = logprobs.double().logsumexp(dim=-1)
     rest = -torch.expm1(inside)
-    some = rest > 0
+    positive = rest > 0
     # The inner `where` keeps log's gradient finite in the branch that is not taken.
-    return torch.where(some, torch.where(some, rest, 1.0).log(), LOGPROB_FLOOR).to(logprobs.dtype)
+    return torch.where(positive, torch.where(positive, rest, 1.0).log(), LOGPROB_FLOOR).to(logprobs.dtype)
 
 
 def policy_gradient(
@@ -106,10 +106,10 @@ def policy_gradient(
     *,
     ratio_clip: float | None = None,
 ) -> PerToken:
-    """Baseline: reverse KL as a reward on the sampled tokens, ``[T]``; its gradient is that of the surrogate.
+    """Compute the policy-gradient baseline, reverse KL as a reward on the sampled tokens, ``[T]``.
 
-    ``-ρ A`` with A = log q - log p (detached) and ρ = p / p_behaviour, cut at ``ratio_clip`` from above. An unbiased
-    but noisy estimate of the gradient of KL(p‖q) where the behaviour is the policy itself.
+    The surrogate is ``-ρ A`` with A = log q - log p (detached) and ρ = p / p_behaviour, at most ``ratio_clip``. If the
+    behaviour is the policy itself, its gradient is an unbiased but noisy estimate of the gradient of KL(p‖q).
     """
     advantage = (teacher_logprobs.float() - student_logprobs.float()).detach()
     ratio = (student_logprobs.float() - behaviour_logprobs.detach().float()).exp()
@@ -119,12 +119,12 @@ def policy_gradient(
 
 
 def negative_log_likelihood(student_logprobs: PerToken) -> PerToken:
-    """Baseline: ``-log p`` of the answer's own tokens, ``[T]``; sequence-level distillation on a teacher's answers."""
+    """Compute ``-log p`` of the sampled tokens, ``[T]``: the baseline of sequence-level distillation."""
     return -student_logprobs.float()
 
 
 def limit_per_token(values: PerToken, limit: float | None) -> PerToken:
-    """Values cut at `limit` nats; a token above it has no gradient (style tokens carry most of the divergence)."""
+    """Clip values at `limit` nats; a token above it has no gradient (style tokens carry most of the divergence)."""
     return values if limit is None else values.clamp(max=limit)
 
 
@@ -146,4 +146,4 @@ def _check(
     if direction not in ("reverse", "forward", "jsd"):
         raise ValueError(f"unknown direction {direction!r}; known: reverse, forward, jsd")
     if not 0 < beta < 1:
-        raise ValueError(f"beta {beta} must lie between 0 and 1")
+        raise ValueError(f"beta is {beta}, it must lie between 0 and 1")

@@ -1,8 +1,8 @@
-"""The optimiser and the DeepSpeed configuration around it.
+"""The optimiser, and the DeepSpeed configuration around it.
 
-Gradients stream in as sums, so the step's denominator is known only at its end. DeepSpeed's ZeRO optimisers divide by
-``loss_scale`` before they clip; `BoundaryAdamW` does the same where there is no ZeRO, so the engine sets one field
-whatever the stage.
+Gradients accumulate as sums, because the step's denominator is known only at its end. DeepSpeed's ZeRO optimisers
+divide by ``loss_scale`` before they clip; `BoundaryAdamW` does the same without ZeRO, so the engine sets one field at
+every stage.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from common.config.model import Config
+from common.config.model import LearnerConfig
 
 BUCKET_ELEMENTS = 50_000_000
-"""Of ZeRO's communication buffers (200 MB in float32; DeepSpeed's default is ten times that, several times over)."""
+"""Elements per ZeRO communication buffer: 200 MB in float32. DeepSpeed's default is ten times that, several times."""
 
 
 class BoundaryAdamW(torch.optim.AdamW):
-    """AdamW for gradients that are sums: divides by `loss_scale`, measures, clips, and refuses what is not finite.
+    """AdamW for gradient sums: divides by `loss_scale`, measures the norm, clips, and skips non-finite gradients.
 
-    Field names are those that DeepSpeed's engine and its ZeRO optimisers use.
+    Field names are those of DeepSpeed's engine and its ZeRO optimisers.
     """
 
     def __init__(self, params: Iterable[Tensor], *, clip_grad: float, **options: Any) -> None:
@@ -38,7 +38,7 @@ class BoundaryAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update, or none (`overflow` is set) where a gradient is NaN or infinite."""
+        """Update the parameters; on a NaN or infinite gradient set `overflow` and change nothing."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale
         self._global_grad_norm = norm
@@ -50,9 +50,8 @@ class BoundaryAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def make_optimizer(parameters: Sequence[Tensor], config: Config, zero_stage: int) -> torch.optim.AdamW:
-    """torch AdamW over `parameters`, one group, as the paper trains them."""
-    learner = config.learner
+def make_optimizer(parameters: Sequence[Tensor], learner: LearnerConfig, zero_stage: int) -> torch.optim.AdamW:
+    """Create torch's AdamW over `parameters` in one group, as in the paper."""
     options: dict[str, Any] = {
         "lr": learner.lr,
         "betas": learner.betas,
@@ -66,26 +65,25 @@ def make_optimizer(parameters: Sequence[Tensor], config: Config, zero_stage: int
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int) -> float:
-    """Of optimiser step `step` (from 0): linear from lr / warmup to lr, then constant."""
+    """Return the learning rate of optimiser step `step` (from 0): linear from lr / warmup to lr, then constant."""
     return lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
 
 
 def effective_zero_stage(stage: int, dtype: torch.dtype) -> int:
-    """DeepSpeed keeps float32 sums of bfloat16 gradients, and divides them at the boundary, from stage 2 on only.
+    """Raise the stage to at least 2 for bfloat16: only from there DeepSpeed keeps float32 gradient sums.
 
-    The stage decides where state lies, not what is computed, so bfloat16 runs at 2 at least.
+    The stage decides where state lies, not what is computed.
     """
     return max(stage, 2) if dtype == torch.bfloat16 else stage
 
 
-def deepspeed_config(config: Config, zero_stage: int, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given."""
-    learner = config.learner
+def deepspeed_config(learner: LearnerConfig, zero_stage: int, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
+    """Build the configuration for `deepspeed.initialize`."""
     tree: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": world_size,
-        # Micro-batches vary in number; the boundary is the call to step().
+        # The number of micro-batches varies; the call to step() is the boundary.
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0 if zero_stage == 0 else learner.grad_clip,
         "zero_optimization": {
@@ -99,7 +97,7 @@ def deepspeed_config(config: Config, zero_stage: int, dtype: torch.dtype, world_
     }
     if learner.cpu_offload:
         tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        # DeepSpeed's own CPU Adam is compiled for this machine at start; torch's fused one is as exact and is there.
+        # DeepSpeed's CPU Adam is compiled at start; torch's fused AdamW is as exact and needs no compiler.
         tree["zero_force_ds_cpu_optimizer"] = False
     if dtype == torch.bfloat16:
         tree["bf16"] = {"enabled": True, "check_grad_overflow": True}

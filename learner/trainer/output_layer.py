@@ -1,7 +1,7 @@
-"""The output layer, chunk by chunk: no tensor of [tokens, vocabulary] is ever alive.
+"""The output layer, computed chunk by chunk: no tensor of [tokens, vocabulary] ever exists.
 
-Gradients with respect to hidden states and head weight are taken in the forward pass, from the one chunk of logits
-that exists at the time (as fused linear losses do: nothing is kept for, or recomputed in, the backward pass).
+The forward pass also computes the gradients of hidden states and head weight, from the one chunk of logits that exists
+at the time. Like fused linear losses it keeps no logits for the backward pass, and recomputes none there.
 
 With z the logits of one position, ``Z = Σ_j e^{z_j}`` and ``R = Σ_{j∉S} e^{z_j}``, the loss sees only
 
@@ -11,7 +11,7 @@ and its gradients g_i, g_tail, g_y give, with G = Σ g_i + g_tail + g_y,
 
     dz_j = [j∈S] g_j + [j=y] g_y + [j∉S] g_tail e^{z_j}/R - G e^{z_j}/Z.
 
-R is summed over the very entries outside S, never as Z minus the rest: it is right down to the smallest float.
+R is summed over the entries outside S, never computed as Z minus the others, so it is exact down to the smallest float.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Ids = Int[Tensor, "T k"]
 
 @dataclass(frozen=True, slots=True)
 class ChunkView:
-    """What the loss may see of one chunk of c positions. `rows` places it among all T of the micro-batch.
+    """Input of the loss for one chunk of c positions; `rows` are their indices among all T of the micro-batch.
 
-    ``logprobs [c, k]`` at the support's ids (floor in padded places), ``tail [c]`` and ``sampled [c]``: float32, at
-    the loss's temperature, differentiable.
+    ``logprobs [c, k]`` at the support's ids (floor in padded columns), ``tail [c]`` and ``sampled [c]`` are float32, at
+    the loss's temperature, and differentiable.
     """
 
     rows: slice
@@ -45,18 +45,18 @@ class ChunkView:
 
 
 ChunkLoss = Callable[[ChunkView], Tensor]
-"""From one chunk to the scalar to minimise (a sum over its tokens, weights included)."""
+"""Maps one chunk to the scalar to minimise: a sum over its tokens, weights included."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What an architecture does between its output layer and its logits, then the division by the temperature."""
+    """An architecture's changes to its logits after the output layer: scale, then soft cap."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """float32 logits from the matrix product; works in place where it can."""
+        """Return float32 logits from the matrix product; may overwrite `logits`."""
         logits = logits.float()
         if self.scale != 1.0:
             logits = logits.mul_(self.scale)
@@ -66,17 +66,17 @@ class LogitTransform:
 
 
 class OutputLayer(nn.Module):
-    """Owner of the head's parameters (shared with the model's own output embedding).
+    """The head, which shares its parameters with the model's output embedding.
 
-    It lists them as its own, so that ZeRO-3 gathers them when this module runs, forward and backward.
+    They are registered as parameters of this module, so that ZeRO-3 gathers them when it runs, forward and backward.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     adds_gradient: bool = False
-    """The backward pass adds the weight's gradient to ``weight.grad`` itself, at once. Autograd would keep that of a
-    tied weight, a tensor of [vocabulary, d], until the embedding's own is there, which is the last of the whole pass.
-    Only for weights whose gradients nobody waits for: ZeRO's hooks see what autograd adds."""
+    """If True, the backward pass adds the weight's gradient to ``weight.grad`` at once. Autograd would keep a tied
+    weight's gradient, a tensor of [vocabulary, d], until the embedding's gradient exists, at the end of the pass. Leave
+    it False under ZeRO, whose hooks only see gradients that autograd adds."""
 
     def __init__(self, linear: Any, transform: LogitTransform, chunk_tokens: int) -> None:
         super().__init__()
@@ -95,11 +95,11 @@ class OutputLayer(nn.Module):
         loss: ChunkLoss | None = None,
         read: Callable[[slice, Tensor], None] | None = None,
     ) -> Tensor:
-        """One pass over the chunks.
+        """Run over the chunks, with either `loss` or `read`.
 
-        With `loss`: the sum of its values, a scalar whose backward pass hands out gradients that exist already. With
-        `read`: no gradient; `read` gets each chunk's float32 logits ``[c, V]`` (at the temperature), to take what it
-        needs out of them; the result is an empty tensor.
+        With `loss`, return the sum of its values, a scalar whose backward pass returns the gradients computed here.
+        With `read`, call it with each chunk's rows and float32 logits ``[c, V]`` (at the temperature), without
+        gradients, and return an empty tensor.
         """
         if read is not None:
             with torch.no_grad():
@@ -132,7 +132,7 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grads = _Gradients(
             torch.zeros_like(hidden) if wants_hidden else None,
-            # Chunks add up in float32, whatever the weight is stored in.
+            # Chunks are summed in float32, whatever the weight's dtype.
             torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None,
             torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None,
         )
@@ -190,9 +190,9 @@ def _chunk_gradient(
     transform: LogitTransform,
     temperature: float,
 ) -> tuple[Tensor, Float[Tensor, "c V"]]:
-    """Loss of one chunk and its gradient with respect to the output layer's raw product. Overwrites `logits`."""
+    """Compute the loss of one chunk and its gradient for the output layer's raw product. Overwrites `logits`."""
     valid = ids != PAD_ID
-    # A padded place repeats its row's first id: writing zero there twice is harmless, and it adds no gradient.
+    # A padded column repeats its row's first id: writing zero there twice is harmless, and it adds no gradient.
     ids = torch.where(valid, ids, ids[:, :1])
     sampled = sampled.unsqueeze(-1)
     slope = None if transform.softcap is None else _softcap_slope(logits, transform.softcap, temperature)
@@ -202,7 +202,7 @@ def _chunk_gradient(
 
     exponentials = logits.sub_(highest).exp_()  # in place: the chunk's only [c, V] buffer
     total = exponentials.sum(dim=-1, keepdim=True)
-    # Zeroed, not subtracted: the rest is summed over its own entries.
+    # The support is zeroed, not subtracted, so the rest is summed over the entries outside it.
     exponentials.scatter_(-1, ids, 0.0)
     rest = exponentials.sum(dim=-1, keepdim=True)
 
@@ -229,7 +229,7 @@ def _chunk_gradient(
 
 
 def _evaluate(loss: ChunkLoss, view: ChunkView) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Value of the loss on one chunk, and gradients ``[c, k]``, ``[c, 1]``, ``[c, 1]``."""
+    """Compute the loss on one chunk, and its gradients ``[c, k]``, ``[c, 1]``, ``[c, 1]``."""
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (view.logprobs, view.tail, view.sampled)]
         value = loss(ChunkView(view.rows, *inputs))
@@ -239,7 +239,7 @@ def _evaluate(loss: ChunkLoss, view: ChunkView) -> tuple[Tensor, tuple[Tensor, T
 
 
 def _softcap_slope(logits: Tensor, softcap: float, temperature: float) -> Tensor:
-    """d capped / d raw = 1 - tanh², from the capped logits (at the temperature)."""
+    """Compute d capped / d raw = 1 - tanh² from the capped logits (at the temperature)."""
     return logits.mul(temperature / softcap).square_().neg_().add_(1.0)
 
 
@@ -249,10 +249,10 @@ def _chunks(tokens: int, size: int) -> Iterator[slice]:
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """What a Hugging Face configuration says about its logits.
+    """Read the transform of the logits from a Hugging Face configuration.
 
     Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``, Falcon-H1 multiplies by
-    ``lm_head_multiplier``, Gemma caps with ``final_logit_softcapping``. `check_transform` catches what is not listed.
+    ``lm_head_multiplier``, Gemma caps with ``final_logit_softcapping``. `check_transform` catches other transforms.
     """
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
@@ -262,21 +262,20 @@ def logit_transform(config: Any) -> LogitTransform:
 
 
 def check_transform(model: Any, layer: OutputLayer, backbone: nn.Module) -> None:
-    """Compare this layer's logits with the model's own on a few tokens; partitioned weights must have their hooks.
+    """Compare this layer's logits with the model's on a few tokens; under ZeRO-3 call it after `deepspeed.initialize`.
 
-    Raises ValueError, naming the architecture, where they differ: it does something to its logits that is not known
-    here, and training on other logits than the engine samples from would be silently wrong.
+    Raises ValueError, naming the architecture, if they differ: the architecture then has an unknown transform, and
+    training on other logits than the engine samples from would be silently wrong.
     """
     vocabulary = model.config.get_text_config().vocab_size  # a partitioned weight has no shape
     device = layer.weight.device
     ids = torch.arange(8, device=device).mul(7).remainder(vocabulary).unsqueeze(0)
     with torch.no_grad():
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
-        own: list[Tensor] = []
-        layer(hidden, read=lambda _, logits: own.append(logits.clone()))
+        chunks: list[Tensor] = []
+        layer(hidden, read=lambda _, logits: chunks.append(logits.clone()))
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    ours = torch.cat(own)
-    difference = (ours.log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
+    difference = (torch.cat(chunks).log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
     tolerance = 1e-3 if layer.weight.dtype == torch.float32 else 0.1
     if not math.isfinite(difference) or difference > tolerance:
         raise ValueError(

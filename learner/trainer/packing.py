@@ -1,10 +1,10 @@
-"""Attention over packed rows: sequences lie end to end, and each attends to itself alone.
+"""Attention over packed rows: sequences lie end to end, and each attends only to itself.
 
-transformers can do it with a mask of [N, N] over the row, whose cost grows with the square of the micro-batch; the
-function here never looks across a border, so there is nothing to mask.
+transformers' own way is an [N, N] mask over the row, whose cost grows with the square of the micro-batch. The function
+here computes attention within each sequence only, so it needs no mask.
 
-A model is packed only where it is known to need nothing but causal attention over whole sequences, and where its
-hidden states were seen to be those of the padded layout (`pack`); else its rows stay padded, with a line in the log.
+`pack` packs a model only if its configuration asks for nothing but causal attention over whole sequences, and a
+self-check finds the hidden states of the padded layout. Otherwise rows stay padded, and the log says why.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ATTENTION = "opcd_packed"
 """Name of `packed_attention` among transformers' attention implementations."""
 
 _NEUTRAL = {"position_ids", "cu_seq_lens_k", "max_length_k", "use_cache", "output_attentions", "is_causal"}
-"""What models pass on to their attention that changes nothing here."""
+"""Arguments that models pass to their attention and that have no effect here."""
 
 
 class PackingError(ValueError):
-    """The model asks its attention for something that `packed_attention` does not do."""
+    """The model needs an attention feature that `packed_attention` does not support."""
 
 
 def packed_attention(
@@ -45,17 +45,17 @@ def packed_attention(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of one packed row, as transformers calls it.
+    """Compute causal attention within each sequence of one packed row, with transformers' attention signature.
 
     ``query [1, H, N, D]``, ``key`` and ``value [1, H_kv, N, D]``; ``cu_seq_lens_q [S + 1]`` are the borders. Returns
-    ``[1, N, H, D]``. Raises PackingError where there are no borders, or where more is asked for (a mask, dropout, a
-    sliding window, a cap on scores, sinks, anything not known).
+    ``[1, N, H, D]``. Raises PackingError without borders, or if the model asks for more (a mask, dropout, a sliding
+    window, a cap on scores, sinks, any unknown argument).
     """
     unknown = sorted(name for name, given in others.items() if given is not None and name not in _NEUTRAL)
     if attention_mask is not None or dropout or unknown or not getattr(module, "is_causal", True):
         raise PackingError(f"{type(module).__name__} asks for more than causal attention: {unknown or 'mask, dropout'}")
     if cu_seq_lens_q is None or max_length_q is None or query.shape[0] != 1:
-        raise PackingError(f"{type(module).__name__} does not pass the borders of packed sequences on")
+        raise PackingError(f"{type(module).__name__} does not pass the borders of packed sequences to its attention")
     grouped = query.shape[1] != key.shape[1]
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not _deterministic():
         from torch.nn.attention.varlen import varlen_attn
@@ -78,22 +78,22 @@ def packed_attention(
         return out.unsqueeze(0), None
     lengths = torch.diff(cu_seq_lens_q).tolist()
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    alone = [
+    outputs = [
         nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         for q, k, v in parts
     ]
-    return torch.cat(alone, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def _deterministic() -> bool:
-    """The fused kernel adds up its gradients in any order."""
+    """Return True in deterministic mode, which rules out the fused kernel: it sums gradients in any order."""
     return torch.are_deterministic_algorithms_enabled()
 
 
-def why_not(config: Any) -> str | None:
-    """What in a Hugging Face configuration rules packing out; None: nothing that is known of.
+def _obstacle(config: Any) -> str | None:
+    """Return the setting of a Hugging Face configuration that rules packing out, or None.
 
-    These act on sequences longer than any self-check has, so they are read, not tried.
+    These settings act on sequences longer than the self-check's, so it cannot detect them.
     """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
@@ -106,11 +106,11 @@ def why_not(config: Any) -> str | None:
 
 
 def pack(model: Any) -> Layout:
-    """Switch `model` to packed rows where it can; the layout that its batches must have from now on.
+    """Switch `model` to packed rows if possible; return the layout that its batches need from now on.
 
-    Run it on the model as it will be called (under ZeRO-3: on every rank).
+    Call it after `deepspeed.initialize`; under ZeRO-3 a collective.
     """
-    reason = why_not(model.config)
+    reason = _obstacle(model.config)
     if reason is None:
         reason = _switch(model)
     if reason is None:
@@ -129,12 +129,12 @@ def _switch(model: Any) -> str | None:
         padded = _hidden(model, PADDED.lay_out(sequences))
         model.set_attn_implementation(ATTENTION)
         packed = _hidden(model, PACKED.lay_out(sequences))
-    except (RuntimeError, TypeError, ValueError) as error:  # whatever a model that was never meant for it may raise
+    except (RuntimeError, TypeError, ValueError) as error:  # errors of models not written for packing
         reason = f"{type(error).__name__}: {error}"
     else:
         difference = ((packed - padded).norm() / padded.norm()).item()
         limit = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05
-        if difference < limit:  # not so for NaN
+        if difference < limit:  # False for NaN
             return None
         reason = f"hidden states differ by {difference:.2g} of their size from those of the padded layout"
     model.set_attn_implementation(before)

@@ -1,4 +1,4 @@
-"""The student model as the learner needs it: a backbone that gives hidden states, and the chunked output layer."""
+"""The student model for the learner: a backbone that computes hidden states, and the chunked output layer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.config.model import Config
+from common.config.model import LearnerConfig, StudentConfig
 from common.protocol.schema import LOGPROB_FLOOR, Ids, ItemScore
 from learner.trainer.batch_layout import SequenceBatch
-from learner.trainer.batching import TrainingBatch
 from learner.trainer.lora import add_adapters
+from learner.trainer.micro_batch import MicroBatch
 from learner.trainer.objective import Objective
 from learner.trainer.output_layer import OutputLayer, check_transform, logit_transform
 
@@ -23,31 +23,32 @@ log = logging.getLogger(__name__)
 
 
 class Policy(nn.Module):
-    """A Hugging Face causal language model whose logits are only ever made chunk by chunk.
+    """A Hugging Face causal language model whose logits are computed chunk by chunk.
 
-    `model` keeps all parameters under their checkpoint names; `head` shares the output embedding's.
+    `model` holds all parameters under their checkpoint names; `head` shares the output embedding's parameters.
     """
 
     def __init__(self, model: Any, chunk_tokens: int) -> None:
+        """Raises ValueError for a model that is not a decoder with a separate output layer."""
         super().__init__()
         linear = model.get_output_embeddings()
         backbone = model.base_model
         if linear is None or backbone is model or model.config.is_encoder_decoder:
-            raise ValueError(f"{type(model).__name__} is not a decoder with an output layer of its own")
+            raise ValueError(f"{type(model).__name__} is not a decoder with a separate output layer")
         self.model = model
         self.head = OutputLayer(linear, logit_transform(model.config), chunk_tokens)
 
     def check(self) -> None:
-        """Raise ValueError for a model whose logits are not known here; under ZeRO-3 a collective of all ranks."""
+        """Raise ValueError if the head's logits differ from the model's; under ZeRO-3 a collective."""
         check_transform(self.model, self.head, self.model.base_model)
 
     def hidden(self, batch: SequenceBatch) -> Tensor:
-        """Hidden states that predict the response tokens, ``[R, d]``."""
+        """Compute the hidden states that predict the response tokens, ``[R, d]``."""
         states = self.model.base_model(**batch.inputs, use_cache=False).last_hidden_state
         return states.flatten(0, 1)[batch.positions]
 
-    def forward(self, batch: TrainingBatch, objective: Objective) -> Tensor:
-        """The weighted sum of `objective` over the micro-batch, a scalar."""
+    def forward(self, batch: MicroBatch, objective: Objective) -> Tensor:
+        """Compute the weighted sum of `objective` over the micro-batch, a scalar."""
         return self.head(
             self.hidden(batch.sequences),
             batch.ids,
@@ -57,19 +58,19 @@ class Policy(nn.Module):
         )
 
     def response_logprobs(self, batch: SequenceBatch, temperature: float) -> Tensor:
-        """log-probs of the response tokens ``[R]``, float32, without gradient."""
+        """Compute the log-probs of the response tokens, ``[R]`` float32, without gradient."""
         out = torch.empty(len(batch.positions), dtype=torch.float32, device=batch.positions.device)
 
         def read(rows: slice, logits: Tensor) -> None:
-            chosen = logits.gather(-1, batch.response_ids[rows].unsqueeze(-1)).squeeze(-1)
-            out[rows] = chosen - logits.logsumexp(dim=-1)
+            sampled = logits.gather(-1, batch.response_ids[rows].unsqueeze(-1)).squeeze(-1)
+            out[rows] = sampled - logits.logsumexp(dim=-1)
 
         with torch.no_grad():
             self.head(self.hidden(batch), temperature=temperature, read=read)
         return out
 
     def topk(self, batch: SequenceBatch, k: int) -> Tensor:
-        """The k most likely ids at each response position, best first, ``[R, k]``, without gradient."""
+        """Compute the k most likely ids at each response position, best first, ``[R, k]``, without gradient."""
         out = torch.empty(len(batch.positions), k, dtype=torch.long, device=batch.positions.device)
 
         def read(rows: slice, logits: Tensor) -> None:
@@ -80,18 +81,20 @@ class Policy(nn.Module):
         return out
 
     def scores(self, batch: SequenceBatch, supports: Sequence[Ids], temperature: float) -> list[ItemScore]:
-        """This model as a teacher: full-vocabulary log-probs at each response's ids ``[T, k]`` (all of one width), of
-        its tokens, and of the mass outside, at `temperature`; without gradient.
+        """Score each response as a teacher would, without gradient.
+
+        Log-probs are normalised over the full vocabulary at `temperature`: at the ids of `supports` (``[T, k]`` each,
+        one k), at the response tokens, and of the mass outside the support.
         """
         ids = torch.from_numpy(np.concatenate(supports).astype(np.int64)).to(batch.positions.device)
         values = torch.empty(len(ids), ids.shape[1] + 2, dtype=torch.float32, device=ids.device)
 
         def read(rows: slice, logits: Tensor) -> None:
-            whole = logits.logsumexp(dim=-1, keepdim=True)
-            values[rows, :-2] = logits.gather(-1, ids[rows]) - whole
-            values[rows, -2:-1] = logits.gather(-1, batch.response_ids[rows].unsqueeze(-1)) - whole
-            # The rest is summed over its own entries, never as one minus the others.
-            values[rows, -1:] = logits.scatter_(-1, ids[rows], float("-inf")).logsumexp(dim=-1, keepdim=True) - whole
+            total = logits.logsumexp(dim=-1, keepdim=True)
+            values[rows, :-2] = logits.gather(-1, ids[rows]) - total
+            values[rows, -2:-1] = logits.gather(-1, batch.response_ids[rows].unsqueeze(-1)) - total
+            # The tail is summed over the entries outside the support, never computed as one minus the others.
+            values[rows, -1:] = logits.scatter_(-1, ids[rows], float("-inf")).logsumexp(dim=-1, keepdim=True) - total
 
         with torch.no_grad():
             self.head(self.hidden(batch), temperature=temperature, read=read)
@@ -109,47 +112,51 @@ class Policy(nn.Module):
 
 
 def load_policy(
-    config: Config, device: torch.device, dtype: torch.dtype, partition: dict[str, Any] | None = None
+    checkpoint: str,
+    learner: LearnerConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    partition: dict[str, Any] | None = None,
 ) -> Policy:
-    """The student's initial weights on `device`, to be looked at by `Policy.check` as soon as it can run.
+    """Load the student's initial weights onto `device`; call `Policy.check` once the model can run.
 
-    `partition`: the DeepSpeed configuration of a ZeRO-3 run. Each parameter is then cut over the ranks as it is made,
-    so that a model may be larger than any one device; it runs once DeepSpeed's engine is around it.
-    Dropout is off whatever the checkpoint says: the policy that is trained must be the one that was sampled from.
+    `partition` is the DeepSpeed configuration of a ZeRO-3 run. Each parameter is then partitioned over the ranks as it
+    is created, so a model may be larger than any one device; it can run after `deepspeed.initialize`.
+    Dropout is set to 0: the policy that is trained must be the one that was sampled from.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = AutoConfig.from_pretrained(config.student.model)
-    _without_dropout(settings)
+    settings = AutoConfig.from_pretrained(checkpoint)
+    _disable_dropout(settings)
     with _partitioned(partition):
-        model = AutoModelForCausalLM.from_pretrained(config.student.model, config=settings, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=settings, dtype=dtype)
     model.to(device)
-    if config.learner.lora is not None:
-        add_adapters(model, config.learner.lora)
-    if config.learner.gradient_checkpointing:
+    if learner.lora is not None:
+        add_adapters(model, learner.lora)
+    if learner.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model, config.learner.logit_chunk_tokens)
-    policy.train()  # Hugging Face checkpoints activations in training mode only
+    policy = Policy(model, learner.logit_chunk_tokens)
+    policy.train()  # Hugging Face uses activation checkpointing in training mode only
     return policy
 
 
 @contextmanager
 def _partitioned(settings: dict[str, Any] | None) -> Iterator[None]:
-    """Inside, transformers builds models under ``deepspeed.zero.Init``."""
+    """Make transformers build models under ``deepspeed.zero.Init`` inside this scope."""
     if settings is None:
         yield
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    held = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference
+    reference = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference only
     try:
         yield
     finally:
         unset_hf_deepspeed_config()
-        del held
+        del reference
 
 
-def _without_dropout(settings: Any) -> None:
+def _disable_dropout(settings: Any) -> None:
     for part in {id(c): c for c in (settings, settings.get_text_config())}.values():
         for name, value in list(vars(part).items()):
             if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value:
@@ -157,13 +164,13 @@ def _without_dropout(settings: Any) -> None:
                 setattr(part, name, 0.0)
 
 
-def device_of(config: Config) -> torch.device:
-    """CUDA where the rank was given a GPU, else CPU."""
-    return torch.device("cuda", 0) if config.learner.gpus_per_rank > 0 else torch.device("cpu")
+def device_of(learner: LearnerConfig) -> torch.device:
+    """Return the rank's device: CUDA if ranks get GPUs, else CPU."""
+    return torch.device("cuda", 0) if learner.gpus_per_rank > 0 else torch.device("cpu")
 
 
-def dtype_of(config: Config, device: torch.device) -> torch.dtype:
-    """Of weights and activations: as asked, or bfloat16 on a GPU and float32 on CPU."""
-    if config.student.dtype == "auto":
+def dtype_of(student: StudentConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of weights and activations; `auto` is bfloat16 on a GPU and float32 on CPU."""
+    if student.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.student.dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[student.dtype]

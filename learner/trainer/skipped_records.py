@@ -1,4 +1,4 @@
-"""A scored answer as plain values: what is written out when it broke a step. Pure."""
+"""Scored trajectories of a skipped step as JSON values, for debugging."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from common.protocol.schema import ScoredTrajectory
 
-MOST_RECORDS = 16
-"""Of one step and rank: enough to see what they have in common."""
+MAX_RECORDS = 16
+"""Records kept per step and rank: enough to see what they have in common."""
 
 
-def record(scored: ScoredTrajectory) -> dict[str, Any]:
-    """Ids and both sides' log-probs of one answer, as JSON values (a number that is none becomes its name)."""
+def skipped_record(scored: ScoredTrajectory) -> dict[str, Any]:
+    """Return ids and log-probs of one trajectory as JSON values; NaN and infinities become their names."""
     trajectory, score = scored.trajectory, scored.score
     return {
         "sample_id": trajectory.sample_id,

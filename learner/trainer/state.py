@@ -1,4 +1,4 @@
-"""A rank's resumable state on disk: DeepSpeed's own checkpoint, with counters and random number generators."""
+"""Resumable state of a rank on disk: DeepSpeed's checkpoint, counters, random number generators."""
 
 from __future__ import annotations
 
@@ -18,53 +18,53 @@ _TAG = "state"
 
 
 def save_state(deepspeed_engine: Any, folder: Path, counters: dict[str, int]) -> None:
-    """Write this rank's part under `folder`; returns when all ranks have.
+    """Write this rank's part under `folder`; returns when all ranks have written theirs.
 
-    Raises OSError, on every rank, where the disk did not take the part of one. The ranks can go on after it.
+    Raises OSError on every rank if one rank cannot write its part; the ranks can continue afterwards.
     """
-    writing = _Writing(deepspeed_engine.checkpoint_engine)
-    with writing.instead_of_own(deepspeed_engine):
+    writer = _DeferringWriter(deepspeed_engine.checkpoint_engine)
+    with writer.installed_in(deepspeed_engine):
         deepspeed_engine.save_checkpoint(
             str(folder),
             tag=_TAG,
             client_state={"counters": counters},
             save_latest=False,
-            exclude_frozen_parameters=True,  # under LoRA they are those of the student's initial model
+            exclude_frozen_parameters=True,  # under LoRA they equal the student's initial model
         )
-    with writing.held():
+    with writer.deferring():
         torch.save(_generators(), folder / _TAG / f"generators_{dist.get_rank()}.pt")
     if dist.get_rank() == 0:
         shape = torch.tensor([dist.get_world_size(), deepspeed_engine.zero_optimization_stage()])
-        with writing.held():
+        with writer.deferring():
             torch.save(shape, folder / _TAG / "shape.pt")
-    raise_on_all(writing.error, "the learner's state")
+    raise_on_all(writer.error, "the learner's state")
 
 
-class _Writing:
-    """DeepSpeed's writer of files, whose errors wait: raised between two of DeepSpeed's collectives, one would leave
-    the other ranks in the second.
+class _DeferringWriter:
+    """Wraps DeepSpeed's file writer and keeps its first error for later.
+
+    An error raised between two of DeepSpeed's collectives would leave the other ranks waiting in the second one.
     """
 
-    def __init__(self, own: Any) -> None:
-        self._own = own
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
         self.error: Exception | None = None
-        """The first one."""
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep what the disk does not take."""
+    def deferring(self) -> Iterator[None]:
+        """Keep a write error instead of raising it."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             self.error = self.error or error
 
     @contextmanager
-    def instead_of_own(self, deepspeed_engine: Any) -> Iterator[None]:
-        """Let `deepspeed_engine` write through this one."""
+    def installed_in(self, deepspeed_engine: Any) -> Iterator[None]:
+        """Make `deepspeed_engine` write through this writer inside the scope."""
         copy_script = deepspeed_engine._copy_recovery_script
 
         def copy(folder: str) -> None:
-            with self.held():
+            with self.deferring():
                 copy_script(folder)
 
         deepspeed_engine.checkpoint_engine = self
@@ -72,34 +72,34 @@ class _Writing:
         try:
             yield
         finally:
-            deepspeed_engine.checkpoint_engine = self._own
+            deepspeed_engine.checkpoint_engine = self._wrapped
             del deepspeed_engine._copy_recovery_script
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        with self.held():
-            self._own.makedirs(path, exist_ok=exist_ok)
+        with self.deferring():
+            self._wrapped.makedirs(path, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
-        with self.held():
-            self._own.save(state_dict, path)
+        with self.deferring():
+            self._wrapped.save(state_dict, path)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
+        return getattr(self._wrapped, name)
 
 
 def load_state(deepspeed_engine: Any, folder: Path) -> dict[str, int]:
-    """Read this rank's part; the counters that were saved with it.
+    """Read this rank's part; return the counters saved with it.
 
-    Raises FileNotFoundError where there is none, ValueError where it was written by another world size or stage.
+    Raises FileNotFoundError if there is none, ValueError if another world size or ZeRO stage wrote it.
     """
     world_size, stage = torch.load(folder / _TAG / "shape.pt").tolist()
-    here = (dist.get_world_size(), deepspeed_engine.zero_optimization_stage())
-    if (world_size, stage) != here:
+    current = (dist.get_world_size(), deepspeed_engine.zero_optimization_stage())
+    if (world_size, stage) != current:
         raise ValueError(
-            f"{folder} was saved by {world_size} ranks at ZeRO stage {stage}, this run has {here[0]} at "
-            f"stage {here[1]}: resume with the same learner.ranks and learner.zero_stage"
+            f"{folder} was saved by {world_size} ranks at ZeRO stage {stage}, this run has {current[0]} at "
+            f"stage {current[1]}: resume with the same learner.ranks and learner.zero_stage"
         )
-    # Frozen parameters are not stored; where there are none, a missing one is a damaged checkpoint.
+    # Frozen parameters are not stored; without any, a missing parameter means a damaged checkpoint.
     frozen = any(not parameter.requires_grad for parameter in deepspeed_engine.module.parameters())
     _, client = deepspeed_engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not frozen)
     _restore(torch.load(folder / _TAG / f"generators_{dist.get_rank()}.pt", weights_only=False))

@@ -1,4 +1,4 @@
-"""Answers token by token as plain values, and the files that show them: ``tokens.jsonl`` and ``texts.jsonl``."""
+"""Trajectories token by token as JSON values, and the files that show them: ``tokens.jsonl`` and ``texts.jsonl``."""
 
 from __future__ import annotations
 
@@ -11,48 +11,44 @@ import xxhash
 from numpy.typing import NDArray
 
 from common.data.rendering import load_tokenizer
-from common.data.token_text import pieces, text_of
+from common.data.token_text import decode_ids, token_texts
 from common.protocol.schema import LOGPROB_FLOOR, Context, Mask, Prompt, ScoredTrajectory
 from common.telemetry.run_files import RunFiles
 
-MOST_TOKENS = 512
-"""Of one answer, from its beginning."""
+MAX_TOKENS = 512
+"""Recorded tokens per trajectory, from its start."""
 
-LIKELIEST = 3
-"""Tokens that each side finds likeliest, at every position."""
+TOP_TOKENS = 3
+"""Most likely tokens recorded per position and side."""
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """One answer: its prompt, and what `record_tokens` says of its tokens, as JSON values."""
+    """One trajectory: its prompt, and the JSON values of `record_tokens`."""
 
     prompt: Prompt
     values: dict[str, Any]
 
     @property
     def sample_id(self) -> str:
-        """Whose tokens they are."""
+        """Id of the recorded sample."""
         return str(self.values["sample"])
 
 
-def place(sample_id: str) -> int:
-    """Where a sample stands in the order by which a step's few are chosen: no better than at random, and always the
-    same.
+def choose_samples(sample_ids: Iterable[str], max_samples: int) -> list[str]:
+    """Return the `max_samples` ids with the smallest hashes, in that order.
+
+    The choice is unbiased and depends on the ids alone: not on the order of arrival, the number of ranks or lengths.
     """
-    return xxhash.xxh64_intdigest(sample_id.encode())
+    return sorted(set(sample_ids), key=lambda sample_id: xxhash.xxh64_intdigest(sample_id.encode()))[:max_samples]
 
 
-def first_places(sample_ids: Iterable[str], most: int) -> list[str]:
-    """The `most` that stand first, in their order."""
-    return sorted(set(sample_ids), key=place)[:most]
-
-
-def first_records(records: Iterable[TokenRecord], most: int) -> tuple[TokenRecord, ...]:
-    """Of the records of all ranks the `most` that stand first."""
+def choose_records(records: Iterable[TokenRecord], max_samples: int) -> tuple[TokenRecord, ...]:
+    """Return the records of the samples that `choose_samples` picks from those of all ranks."""
     by_sample = {record.sample_id: record for record in records}
-    return tuple(by_sample[sample] for sample in first_places(by_sample, most))
+    return tuple(by_sample[sample] for sample in choose_samples(by_sample, max_samples))
 
 
 def record_tokens(
@@ -65,10 +61,17 @@ def record_tokens(
     teacher_ids: NDArray[np.int64],
     teacher_top: Floats,
 ) -> TokenRecord:
-    """One answer: ids, log-probs ``[n]`` of the sampled tokens on both sides (the student's under the
-    weights that are being trained), KL ``[n]``, and what each side finds likeliest (``[n, 3]``).
+    """Record the first n response tokens of one trajectory.
 
-    `counted` ``[T]``, T >= n: which tokens the loss counts. A value that is no number becomes None.
+    Args:
+        scored: the trajectory and its score; the teacher's log-probs of the sampled tokens come from there.
+        counted: mask of the tokens that the loss counts, ``[T]``, T >= n.
+        student: log-probs of the sampled tokens under the weights being trained, ``[n]``.
+        kl: reverse KL per token, ``[n]``.
+        student_ids, student_top: the student's most likely ids and their log-probs, ``[n, TOP_TOKENS]``.
+        teacher_ids, teacher_top: the same for the teacher.
+
+    NaN and infinities become None.
     """
     trajectory, n = scored.trajectory, len(student)
     values = {
@@ -91,34 +94,34 @@ def _numbers(values: Floats) -> list[float | None]:
 
 
 def _pairs(ids: NDArray[np.int64], logprobs: Floats) -> list[list[tuple[int, float]]]:
-    """(id, log-prob) by position; padding and what cannot be emitted left out."""
+    """Return (id, log-prob) pairs per position, without padding and ids of zero probability."""
     return [
         [
-            (int(one), round(float(value), 5))
-            for one, value in zip(row, values, strict=True)
+            (int(token), round(float(value), 5))
+            for token, value in zip(row, values, strict=True)
             if value > LOGPROB_FLOOR / 2
         ]
         for row, values in zip(ids, logprobs, strict=True)
     ]
 
 
-class ShownFiles:
-    """Writes what a report shows beside numbers, as text: it needs neither the tokenizer nor the data any more."""
+class TokenRecordFiles:
+    """Writes token records and prompts as text, so that a report needs neither the tokenizer nor the data."""
 
     def __init__(self, files: RunFiles, model: str, contexts: dict[str, Context]) -> None:
-        """`model` has the tokenizer."""
+        """Load the tokenizer of `model`."""
         self._files = files
         self._tokenizer = load_tokenizer(model)
         self._contexts = contexts
         self._written: set[str] = set()
 
-    def questions(self, rows: Sequence[Prompt]) -> None:
-        """The prompts of held-out rows as the student sees them."""
-        for row in rows:
-            self._files.text({"row": row.row_id, "text": text_of(self._tokenizer, row.student_ids)})
+    def add_questions(self, prompts: Sequence[Prompt]) -> None:
+        """Write held-out prompts to ``texts.jsonl`` as the student sees them."""
+        for prompt in prompts:
+            self._files.text({"row": prompt.row_id, "text": decode_ids(self._tokenizer, prompt.student_ids)})
 
-    def tokens(self, step: int, records: Iterable[TokenRecord]) -> None:
-        """One line of ``tokens.jsonl`` for each, the contexts that they name in ``texts.jsonl``."""
+    def add_records(self, step: int, records: Iterable[TokenRecord]) -> None:
+        """Write one line per record to ``tokens.jsonl``, and each new context to ``texts.jsonl``."""
         for record in records:
             prompt, values = record.prompt, record.values
             texts = {
@@ -126,25 +129,25 @@ class ShownFiles:
                 "teacher": prompt.teacher,
                 "context": self._context(prompt),
                 "context_id": prompt.context_id,
-                "prompt": text_of(self._tokenizer, prompt.student_ids),
-                "pieces": pieces(self._tokenizer, values["ids"]),
-                **{side: self._named(values[side]) for side in ("student_top", "teacher_top")},
+                "prompt": decode_ids(self._tokenizer, prompt.student_ids),
+                "pieces": token_texts(self._tokenizer, values["ids"]),
+                **{side: self._as_text(values[side]) for side in ("student_top", "teacher_top")},
             }
             self._files.tokens({"step": step, **values, **texts})
 
-    def _named(self, rows: Sequence[Sequence[tuple[int, float]]]) -> list[list[tuple[str, float]]]:
-        return [[(text_of(self._tokenizer, [one]), value) for one, value in row] for row in rows]
+    def _as_text(self, rows: Sequence[Sequence[tuple[int, float]]]) -> list[list[tuple[str, float]]]:
+        return [[(decode_ids(self._tokenizer, [token]), value) for token, value in row] for row in rows]
 
     def _context(self, prompt: Prompt) -> str | None:
-        """Name of the text that the teacher alone saw, written down when it is first met.
+        """Return the name of the text that only the teacher saw; write the text at its first use.
 
-        A row whose prompt merges with its context has no prefix of its own: then it is the teacher's whole prompt.
+        If the tokenizer merges the prompt with its context, the text is the teacher's whole prompt.
         """
         if prompt.context is None and np.array_equal(prompt.teacher_ids, prompt.student_ids):
             return None
         name = prompt.context or f"prompt of {prompt.row_id}"
         if name not in self._written:
             ids = prompt.teacher_ids if prompt.context is None else self._contexts[prompt.context].ids
-            self._files.text({"context": name, "text": text_of(self._tokenizer, ids)})
+            self._files.text({"context": name, "text": decode_ids(self._tokenizer, ids)})
             self._written.add(name)
         return name

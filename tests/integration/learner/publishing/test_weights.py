@@ -25,7 +25,7 @@ __all__ = ["cluster", "one", "two"]  # fixtures
 def read_logprobs(rank: int, config: Config, sequences: list[TokenSequence], temperature: float) -> list[np.ndarray]:
     from learner.trainer.engine import LearnerEngine
 
-    return list(LearnerEngine(config).reader.logprobs(sequences, temperature))
+    return list(LearnerEngine(config).inference.logprobs(sequences, temperature))
 
 
 def expected_logprobs(model: Path, sequence: TokenSequence, temperature: float) -> np.ndarray:
@@ -197,7 +197,7 @@ def test_a_deterministic_step_does_not_see_the_order_of_arrival(one: Ranks, tiny
     ((b, again, reports),) = one.call(step, config, [[scored[5:], scored[4::-1]]])
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert replace(report, tokens=()) == replace(again, tokens=())
-    assert [kept.values for kept in report.tokens] == [kept.values for kept in again.tokens]
+    assert [kept.values for kept in report.token_records] == [kept.values for kept in again.token_records]
     assert [r.sequences for r in reports] == [2, 5]
     ((usual, _, _),) = one.call(step, learner_config(tiny_model), [[scored]])
     assert relative_difference(a, usual) < 1e-2  # Adam at its usual eps
@@ -209,7 +209,7 @@ def test_the_learners_topk_are_the_most_likely_ids(one: Ranks, two: Ranks, tiny_
     def read_topk(rank: int, config: Config, sequences: list[TokenSequence]) -> list[np.ndarray]:
         from learner.trainer.engine import LearnerEngine
 
-        return list(LearnerEngine(config).reader.topk(sequences, 5))
+        return list(LearnerEngine(config).inference.topk(sequences, 5))
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     sequences = [

@@ -1,4 +1,4 @@
-"""A disk that does not take what one rank writes: all ranks hear of it, and go on together."""
+"""A full disk on one rank: all ranks raise the error, and continue together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.scored import make_scored
 __all__ = ["cluster", "two"]  # fixtures
 
 FULL = Path("/dev/full")
-"""Takes no byte: writing to it is writing to a full disk."""
+"""A device that behaves like a full disk."""
 
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 
@@ -28,25 +28,25 @@ def fill_up(*files: Path) -> None:
         file.symlink_to(FULL)
 
 
-def tries(
+def write_and_step(
     rank: int, config: Config, method: str, folders: list[str], scored: list[ScoredTrajectory]
 ) -> tuple[list[str | None], dict[str, Tensor]]:
-    """Write into each folder with a step after each; what each write raised, and the weights at the end."""
+    """Write into each folder with a step after each; return what each write raised, and the final weights."""
     import torch.distributed as dist
 
     from learner.trainer.engine import LearnerEngine
 
     engine = LearnerEngine(config)
-    said: list[str | None] = []
+    errors: list[str | None] = []
     for folder in folders:
         try:
             getattr(engine, method)(Path(folder))
-            said.append(None)
+            errors.append(None)
         except OSError as error:
-            said.append(str(error))
+            errors.append(str(error))
         engine.accumulate(scored[rank :: dist.get_world_size()])
         assert engine.finish_step(*totals(scored)).applied
-    return said, weights_now(engine)
+    return errors, weights_now(engine)
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -70,31 +70,31 @@ def test_a_state_that_one_rank_cannot_write_is_an_error_on_all(
     config, scored = smooth_config(tiny_model, stage), make_scored(4)
     fill_up(tmp_path / "full/state" / file, tmp_path / "full" / file)
     folders = [str(tmp_path / "full"), str(tmp_path / "free")]
-    results = two.call(tries, config, "save_state", folders, scored)
-    for said, _ in results:
-        assert said[0] is not None
-        assert said[0].startswith(f"the learner's state: rank {victim}: ")
-        assert f"rank {1 - victim}" not in said[0]
-        assert said[1] is None
-    undisturbed = two.call(tries, config, "save_state", [str(tmp_path / "a"), str(tmp_path / "b")], scored)
+    results = two.call(write_and_step, config, "save_state", folders, scored)
+    for errors, _ in results:
+        assert errors[0] is not None
+        assert errors[0].startswith(f"the learner's state: rank {victim}: ")
+        assert f"rank {1 - victim}" not in errors[0]
+        assert errors[1] is None
+    undisturbed = two.call(write_and_step, config, "save_state", [str(tmp_path / "a"), str(tmp_path / "b")], scored)
     assert all(same(got, expected) for (_, got), (_, expected) in zip(results, undisturbed, strict=True))
 
 
 def test_a_state_without_a_folder_is_an_error_on_all(two: Ranks, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file where the folder should be")
-    for said, _ in two.call(
-        tries, smooth_config(tiny_model, 2), "save_state", [str(tmp_path / "taken")], make_scored(2)
+    for errors, _ in two.call(
+        write_and_step, smooth_config(tiny_model, 2), "save_state", [str(tmp_path / "taken")], make_scored(2)
     ):
-        assert said[0] is not None
-        assert "rank 0: " in said[0]
+        assert errors[0] is not None
+        assert "rank 0: " in errors[0]
 
 
 def test_an_export_that_rank_0_cannot_write_is_an_error_on_all(two: Ranks, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file where the folder should be")
     folders = [str(tmp_path / "taken/export"), str(tmp_path / "export")]
-    for said, _ in two.call(tries, smooth_config(tiny_model, 3), "save", folders, make_scored(4)):
-        assert said[0] is not None
-        assert said[0].startswith(f"{folders[0]} was not written: rank 0: ")
-        assert f"[Errno {errno.ENOTDIR}]" in said[0]
-        assert said[1] is None
+    for errors, _ in two.call(write_and_step, smooth_config(tiny_model, 3), "save", folders, make_scored(4)):
+        assert errors[0] is not None
+        assert errors[0].startswith(f"{folders[0]} was not written: rank 0: ")
+        assert f"[Errno {errno.ENOTDIR}]" in errors[0]
+        assert errors[1] is None
     assert (tmp_path / "export/model.safetensors").exists()

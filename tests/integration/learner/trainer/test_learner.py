@@ -1,4 +1,4 @@
-"""One optimiser step of DeepSpeed for real, on one rank and on two, against plain transformers."""
+"""Real DeepSpeed optimiser steps, on one rank and on two, against plain transformers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from common.config.model import Config
 from common.protocol.schema import LOGPROB_FLOOR, PAD_ID, ScoredTrajectory
-from learner.trainer.batching import sequence_of
+from learner.trainer.micro_batch import student_sequence
 from learner.trainer.reports import StepReport
-from learner.trainer.token_records import TokenRecord, first_places, first_records
+from learner.trainer.token_records import TokenRecord, choose_records, choose_samples
 from tests.support.learner_oracle import expected_change, expected_gradients, relative_difference
 from tests.support.learner_ranks import STAGES, Cut, Ranks, cluster, one, smooth_config, step, totals, two, weights_now
 from tests.support.scored import learner_config, make_scored
@@ -54,7 +54,7 @@ def test_the_step_does_not_depend_on_the_cut(one: Ranks, two: Ranks, tiny_model:
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_a_position_shifted_by_one_would_be_noticed(one: Ranks, tiny_model: Path, shift: int) -> None:
+def test_a_position_shifted_by_one_is_detected(one: Ranks, tiny_model: Path, shift: int) -> None:
     scored = make_scored(8, prompt_tokens=(4, 8))
     config = smooth_config(tiny_model)
     ((change, _, _),) = one.call(step, config, [[scored]])
@@ -78,13 +78,13 @@ def test_a_position_shifted_by_one_would_be_noticed(one: Ranks, tiny_model: Path
     ids=str,
 )
 def test_every_setting_of_the_loss_reaches_the_gradient(two: Ranks, tiny_model: Path, loss: dict[str, Any]) -> None:
-    scored = make_scored(6)  # some answers are shorter than the tokens skipped
+    scored = make_scored(6)  # some responses are shorter than the skipped tokens
     config = smooth_config(tiny_model, 2, loss=loss)
     gradients = expected_gradients(config, scored)
     for change, _, _ in two.call(step, config, [[scored[:4]], [scored[4:]]]):
         assert relative_difference(change, expected_change(config, gradients)) < 1e-5
     usual = expected_gradients(smooth_config(tiny_model), scored)
-    assert relative_difference(gradients, usual) > 1e-2  # the setting does something here
+    assert relative_difference(gradients, usual) > 1e-2  # the setting matters here
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -108,12 +108,12 @@ def test_optimiser_state_in_host_memory_changes_nothing(two: Ranks, tiny_model: 
 
 
 def with_support(scored: list[ScoredTrajectory], support: str, k: int) -> list[ScoredTrajectory]:
-    """As a teacher answers that picks the support: the student's k ids and k others (`union`), or others alone."""
+    """Scores of a teacher that picks the support: the student's k ids and k others (`union`), or only others."""
     answers = []
     for item in scored:
         own, extra = item.trajectory.topk_ids[:, :k], item.trajectory.topk_ids[:, k : 2 * k].copy()
         values = item.score.logprobs.copy()
-        if support == "union":  # one of the teacher's is the student's too: its place stays empty
+        if support == "union":  # one of the teacher's ids is the student's too: its column stays empty
             extra[:, -1], values[:, 2 * k - 1] = PAD_ID, LOGPROB_FLOOR
         ids = np.concatenate([own, extra], -1) if support == "union" else extra
         values = values[:, : 2 * k] if support == "union" else values[:, k : 2 * k]
@@ -134,7 +134,7 @@ def test_a_support_the_teacher_picked_reaches_the_gradient(one: Ranks, tiny_mode
     plain = smooth_config(tiny_model)
     config = plain.model_copy(update={"loss": plain.loss.model_copy(update={"support": support, "top_k": k})})
     ((change, report, _),) = one.call(step, config, [[scored]])
-    # The oracle knows no padding: drop the empty place, which holds no mass.
+    # The oracle knows no padding: drop the empty column, which holds no mass.
     width = 2 * k - 1 if support == "union" else k
     bare = [
         replace(
@@ -152,7 +152,7 @@ def test_a_support_the_teacher_picked_reaches_the_gradient(one: Ranks, tiny_mode
         assert 0 < metrics["support_coverage"] < metrics["mass/student_topk"]
     else:
         assert metrics["topk_overlap"] == 0
-        assert "support_coverage" not in metrics  # of the student's ids only the teacher's are known
+        assert "support_coverage" not in metrics  # only those of the student's ids that the teacher picked are known
 
 
 def test_the_policy_gradient_baseline_reaches_the_gradient(one: Ranks, tiny_model: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_policy_gradient_baseline_reaches_the_gradient(one: Ranks, tiny_mode
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_output_layer_of_its_own_is_trained(one: Ranks, two: Ranks, tiny_untied_model: Path, stage: int) -> None:
+def test_an_untied_output_layer_is_trained(one: Ranks, two: Ranks, tiny_untied_model: Path, stage: int) -> None:
     scored = make_scored(4)
     config = smooth_config(tiny_untied_model, stage)
     expected = expected_change(config, expected_gradients(config, scored))
@@ -215,7 +215,7 @@ def test_a_model_with_dropout_is_trained_without_it(one: Ranks, tiny_model: Path
 def train(
     rank: int, config: Config, scored: list[ScoredTrajectory], steps: int
 ) -> tuple[dict[str, Tensor], list[StepReport]]:
-    """`steps` steps on the same answers, dealt out to the ranks."""
+    """`steps` steps on the same samples, spread over the ranks."""
     import torch.distributed as dist
 
     from learner.trainer.engine import LearnerEngine
@@ -264,7 +264,7 @@ def poison(item: ScoredTrajectory) -> ScoredTrajectory:
 
 
 def guarded(rank: int, config: Config, bad: Cut, good: Cut) -> tuple[list[StepReport], list[float], float]:
-    """A poisoned step, then a clean one: (reports, largest weight change of each, difference to a clean run)."""
+    """A step with NaN, then a clean one: (reports, largest weight change of each, difference to a clean run)."""
     from learner.trainer.engine import LearnerEngine
 
     engine = LearnerEngine(config)
@@ -284,7 +284,7 @@ def guarded(rank: int, config: Config, bad: Cut, good: Cut) -> tuple[list[StepRe
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_with_nan_is_skipped_on_all_ranks(two: Ranks, tiny_model: Path, stage: int, dtype: str) -> None:
-    """Only rank 1 holds the bad sample. Nothing moves, it is named, and the next step is as if it had not been."""
+    """Only rank 1 holds the bad sample. No weight changes, the sample is named, and the next step is unaffected."""
     good = make_scored(4)
     bad = [*good[:3], poison(good[3])]
     config = learner_config(tiny_model, learner={"zero_stage": stage}, student={"dtype": dtype})
@@ -312,37 +312,37 @@ def test_the_update_norm_is_that_of_the_change(two: Ranks, tiny_model: Path, sta
         assert report.metrics["update_norm"] == pytest.approx(norm, rel=1e-3)
 
 
-def test_samples_that_break_a_step_are_told_as_plain_values(one: Ranks, tiny_model: Path) -> None:
+def test_samples_that_cost_a_step_are_reported_as_json_values(one: Ranks, tiny_model: Path) -> None:
     scored = make_scored(3)
     bad = replace(scored[1], score=replace(scored[1].score, logprobs=np.full_like(scored[1].score.logprobs, np.nan)))
     ((_, report, _),) = one.call(step, smooth_config(tiny_model), [[[scored[0], bad, scored[2]]]])
     assert not report.applied
     assert report.metrics["update_norm"] == 0
-    (told,) = report.records
-    assert told["sample_id"] == bad.trajectory.sample_id
-    assert told["response_ids"] == bad.trajectory.response_ids.tolist()
-    assert told["teacher_topk_logprobs"][0][0] == "nan"
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    (record,) = report.skipped_records
+    assert record["sample_id"] == bad.trajectory.sample_id
+    assert record["response_ids"] == bad.trajectory.response_ids.tolist()
+    assert record["teacher_topk_logprobs"][0][0] == "nan"
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_single_tokens_are_told_as_the_learner_saw_them(two: Ranks, tiny_model: Path, deterministic: bool) -> None:
-    def told(rank: int, config: Config, cut: Cut) -> tuple[list[np.ndarray], tuple[TokenRecord, ...]]:
+def test_token_records_hold_the_learners_log_probs(two: Ranks, tiny_model: Path, deterministic: bool) -> None:
+    def record(rank: int, config: Config, cut: Cut) -> tuple[list[np.ndarray], tuple[TokenRecord, ...]]:
         from learner.trainer.engine import LearnerEngine
 
         engine = LearnerEngine(config)
-        before = engine.reader.logprobs([sequence_of(one) for part in cut for one in part])
+        before = engine.inference.logprobs([student_sequence(one) for part in cut for one in part])
         for one in cut[rank]:  # a micro-batch each
             engine.accumulate([one])
-        return before, engine.finish_step(*totals([one for part in cut for one in part])).tokens
+        return before, engine.finish_step(*totals([one for part in cut for one in part])).token_records
 
     scored = make_scored(7)
     config = learner_config(
         tiny_model, run={"name": "test", "token_samples": 3}, learner={"deterministic": deterministic}
     )
-    (before, first), (_, second) = two.call(told, config, [scored[:4], scored[4:]])
-    kept = first_records([*first, *second], 3)
-    assert [one.sample_id for one in kept] == first_places([one.trajectory.sample_id for one in scored], 3)
+    (before, first), (_, second) = two.call(record, config, [scored[:4], scored[4:]])
+    kept = choose_records([*first, *second], 3)
+    assert [one.sample_id for one in kept] == choose_samples([one.trajectory.sample_id for one in scored], 3)
     seen = {one.trajectory.sample_id: (one, logprobs) for one, logprobs in zip(scored, before, strict=True)}
     for record in kept:
         one, logprobs = seen[record.sample_id]
@@ -351,7 +351,7 @@ def test_single_tokens_are_told_as_the_learner_saw_them(two: Ranks, tiny_model: 
         assert record.values["ids"] == one.trajectory.response_ids.tolist()
 
 
-def test_a_lost_answer_is_noticed(one: Ranks, tiny_model: Path) -> None:
+def test_a_lost_sample_is_detected(one: Ranks, tiny_model: Path) -> None:
     def miscount(rank: int, config: Config, scored: list[ScoredTrajectory]) -> None:
         from learner.trainer.engine import LearnerEngine
 
@@ -359,11 +359,11 @@ def test_a_lost_answer_is_noticed(one: Ranks, tiny_model: Path) -> None:
         engine.accumulate(scored[1:])
         engine.finish_step(*totals(scored))
 
-    with pytest.raises(ray.exceptions.RayTaskError, match="the ranks were given"):
+    with pytest.raises(ray.exceptions.RayTaskError, match="the ranks received"):
         one.call(miscount, learner_config(tiny_model), make_scored(3))
 
 
-def test_a_step_without_any_answer_is_skipped(two: Ranks, tiny_model: Path) -> None:
+def test_a_step_without_samples_is_skipped(two: Ranks, tiny_model: Path) -> None:
     for stage in STAGES:
         config = learner_config(tiny_model, learner={"zero_stage": stage})
         for change, report, _ in two.call(step, config, [[[]], [[]]]):
@@ -372,7 +372,7 @@ def test_a_step_without_any_answer_is_skipped(two: Ranks, tiny_model: Path) -> N
 
 
 def uncounted(rank: int, config: Config, steps: list[Cut]) -> tuple[list[StepReport], dict[str, Tensor]]:
-    """One engine through `steps`, each a cut of its own."""
+    """Run one engine through `steps`, one cut each."""
     from learner.trainer.engine import LearnerEngine
 
     engine, reports = LearnerEngine(config), []
@@ -385,7 +385,7 @@ def uncounted(rank: int, config: Config, steps: list[Cut]) -> tuple[list[StepRep
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_counts_no_token_says_why(two: Ranks, tiny_model: Path, stage: int, normalize: str) -> None:
-    """Its answers are shorter than what is skipped. It is no NaN, nothing moves, and nothing of it stays."""
+    """All responses are shorter than `skip_first_tokens`. No weight changes, and the next step is unaffected."""
     short, long = make_scored(4, response_tokens=(2, 6)), make_scored(4, seed=1, response_tokens=(9, 12))
     poor, good = [short[:3], short[3:]], [long[:2], long[2:]]
     config = smooth_config(tiny_model, stage, loss={"skip_first_tokens": 6, "normalize": normalize})

@@ -1,4 +1,4 @@
-"""A model larger than one device: under ZeRO-3 no rank is ever given all of its weights."""
+"""A model larger than one device: under ZeRO-3 no rank ever holds all weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["cluster", "one", "two"]  # fixtures
 
 
 def held_after_load(rank: int, config: Config) -> tuple[int, int, int]:
-    """Elements of parameters right after they were loaded: whole here, of this rank's parts, of the model."""
+    """Count parameter elements right after loading: whole ones here, this rank's partitions, the model's."""
     import torch
     import torch.distributed as dist
 
@@ -20,8 +20,8 @@ def held_after_load(rank: int, config: Config) -> tuple[int, int, int]:
     from learner.trainer.optimizer import deepspeed_config
     from learner.trainer.policy import load_policy
 
-    settings = deepspeed_config(config, 3, torch.float32, dist.get_world_size())
-    policy = load_policy(config, torch.device("cpu"), torch.float32, partition=settings)
+    settings = deepspeed_config(config.learner, 3, torch.float32, dist.get_world_size())
+    policy = load_policy(config.student.model, config.learner, torch.device("cpu"), torch.float32, settings)
     parameters = list(policy.model.parameters())
     parts = sum(parameter.ds_tensor.numel() for parameter in parameters)
     return sum(p.numel() for p in parameters), parts, sum(math.prod(full_shape(p)) for p in parameters)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from learner.trainer.batching import training_batch
 
 from common.config.model import LossConfig, SyncConfig
 from learner.loop.mismatch import MismatchBounds, MismatchError, MismatchGate, mismatch_bounds
+from learner.trainer.micro_batch import build_micro_batch
 from learner.trainer.objective import Objective
 from learner.trainer.output_layer import ChunkView
 from tests.support.scored import make_scored
@@ -24,7 +24,7 @@ def test_the_objective_counts_tokens_whose_probability_is_off_by_a_tenth() -> No
     engine = (learner - np.log(ratios)).astype(np.float32)
     mask = np.array([True] * 8 + [False])
     trajectory = replace(scored.trajectory, sampled_logprobs=engine, loss_mask=mask)
-    objective = Objective(training_batch([replace(scored, trajectory=trajectory)], LossConfig()), LossConfig())
+    objective = Objective(build_micro_batch([replace(scored, trajectory=trajectory)], LossConfig()), LossConfig())
     support = torch.full((9, 4), -3.0)
     objective(ChunkView(slice(0, 9), support, torch.full((9,), -1.0), torch.tensor(learner, dtype=torch.float32)))
     sums = objective.metric_sums()
@@ -80,7 +80,8 @@ def test_log_probs_that_cannot_be_compared_are_not() -> None:
 
 def test_default_bounds_go_by_the_type_and_hold_for_strict_runs_alone() -> None:
     sync = SyncConfig()
-    assert mismatch_bounds(sync, dtype="float32", max_staleness=0) == MismatchBounds(0.002, pytest.approx(0.02), 0.1, 0.5)
+    strict = mismatch_bounds(sync, dtype="float32", max_staleness=0)
+    assert strict == MismatchBounds(0.002, pytest.approx(0.02), 0.1, 0.5)
     assert mismatch_bounds(sync, dtype="bfloat16", max_staleness=0) == MismatchBounds(0.05, 0.5, 0.1, 0.5)
     assert mismatch_bounds(sync, dtype="bfloat16", max_staleness=1) == MismatchBounds(None, None, None, None)
     own = SyncConfig(mismatch_warn_nats=0.3, mismatch_stop_share=0.9)

@@ -1,4 +1,4 @@
-"""The baselines' losses through the policy's own output layer, against plain transformers and the full formulas."""
+"""The baselines' losses through the policy's output layer, against plain transformers and the full formulas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.config.model import Config
 from common.protocol.schema import ItemScore, ScoredTrajectory, as_ids
-from learner.trainer.batching import training_batch
+from learner.trainer.micro_batch import build_micro_batch
 from learner.trainer.objective import Objective
 from learner.trainer.policy import Policy
 from tests.support.scored import learner_config, make_scored
@@ -34,7 +34,7 @@ def logits_of(model: Any, prompt: list[int], response: list[int]) -> Tensor:
 
 
 def stored_answers() -> list[ScoredTrajectory]:
-    """Answers that the student did not make: no ids of its own, no log-probs."""
+    """Responses that the student did not sample: no top-k ids, no log-probs."""
     return [
         replace(
             item,
@@ -49,7 +49,7 @@ def stored_answers() -> list[ScoredTrajectory]:
 
 
 def as_teacher(teacher: Any, items: list[ScoredTrajectory], k: int) -> list[ScoredTrajectory]:
-    """Scored in mode `teacher_topk` by a plain forward pass behind the context."""
+    """Score in mode `teacher_topk` with a plain forward pass after the context."""
     scored = []
     for item in items:
         prompt, response = item.trajectory.prompt.student_ids.tolist(), item.trajectory.response_ids.tolist()
@@ -68,8 +68,8 @@ def as_teacher(teacher: Any, items: list[ScoredTrajectory], k: int) -> list[Scor
 
 
 def step(config: Config, model: Any, items: list[ScoredTrajectory]) -> tuple[float, dict[str, Tensor]]:
-    """(loss of the step, gradient by parameter), as the learner computes them."""
-    policy, batch = Policy(model, chunk_tokens=7), training_batch(items, config.loss)
+    """Return the step's loss and the gradient by parameter, as the learner computes them."""
+    policy, batch = Policy(model, chunk_tokens=7), build_micro_batch(items, config.loss)
     value = policy(batch, Objective(batch, config.loss))
     tokens = sum(len(item.trajectory.response_ids) for item in items)
     (value / tokens).backward()
@@ -77,7 +77,7 @@ def step(config: Config, model: Any, items: list[ScoredTrajectory]) -> tuple[flo
 
 
 def expected(model: Any, items: list[ScoredTrajectory], per_token: Any) -> tuple[float, dict[str, Tensor]]:
-    """The same of ``per_token(logits [T, V], item) -> [T]``, with autograd all the way."""
+    """The same for ``per_token(logits [T, V], item) -> [T]``, by plain autograd."""
     values = [
         per_token(logits_of(model, i.trajectory.prompt.student_ids.tolist(), i.trajectory.response_ids.tolist()), i)
         for i in items
@@ -111,7 +111,7 @@ def test_nll_is_cross_entropy_on_the_stored_answers(tiny_model: Path, tiny_untie
 
 @pytest.mark.parametrize("k", [8, 512])
 def test_forward_kl_on_the_teachers_ids_is_the_full_formula(tiny_model: Path, tiny_untied_model: Path, k: int) -> None:
-    """KL(q‖p) over the whole vocabulary where the support is all of it; with what is left as one bucket where not."""
+    """KL(q‖p) over the whole vocabulary, or over the support and one bucket for the rest."""
     teacher, items = load(tiny_untied_model), stored_answers()
     config = learner_config(
         tiny_model,
@@ -133,16 +133,14 @@ def test_forward_kl_on_the_teachers_ids_is_the_full_formula(tiny_model: Path, ti
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
     found = step(config, load(tiny_model), as_teacher(teacher, items, k))
-    assert_same(found, expected(load(tiny_model), items, forward_kl), rel=3e-3)  # the teacher's values travel as f16
+    assert_same(found, expected(load(tiny_model), items, forward_kl), rel=3e-3)  # the teacher's values are sent as f16
 
 
-def test_metrics_that_need_the_student_to_have_sampled_are_not_numbers(
-    tiny_model: Path, tiny_untied_model: Path
-) -> None:
-    """So that they cannot be taken for some; the learner's report leaves them out."""
+def test_metrics_that_need_the_students_samples_are_nan(tiny_model: Path, tiny_untied_model: Path) -> None:
+    """NaN cannot be mistaken for a value; the learner's report leaves these metrics out."""
     items = as_teacher(load(tiny_untied_model), stored_answers(), k=8)
     config = learner_config(tiny_model, rollout={"source": "teacher"}, loss={"support": "teacher", "top_k": 8})
-    batch = training_batch(items, config.loss)
+    batch = build_micro_batch(items, config.loss)
     objective = Objective(batch, config.loss)
     Policy(load(tiny_model), chunk_tokens=7)(batch, objective)
     sums = objective.metric_sums()

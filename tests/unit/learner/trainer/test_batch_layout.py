@@ -1,4 +1,4 @@
-"""Micro-batches: nothing lost, budget kept, and every response token predicted from the position before it."""
+"""Layouts and plans: nothing lost, budget kept, every response token predicted from the position before it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sequence(prompt: list[int], response: list[int]) -> TokenSequence:
 
 @BOTH
 def test_a_response_token_is_predicted_by_the_position_before_it(layout: Layout) -> None:
-    """Not by its own position (it would see itself), not by two before."""
+    """Not the token's position (it would see itself), not two before."""
     assert response_positions(3, 4).tolist() == [2, 3, 4, 5]
     batch = layout.lay_out([sequence([1, 2, 3], [4, 5]), sequence([6], [7, 8, 9])])
     flat = batch.inputs["input_ids"].flatten()
@@ -38,7 +38,7 @@ def test_a_response_token_is_predicted_by_the_position_before_it(layout: Layout)
 
 
 def test_padding_is_on_the_right_and_masked_by_length() -> None:
-    """Real tokens with the id that pads (0 here) stay visible: masks come from lengths."""
+    """Real tokens with the padding id (0 here) stay visible: masks come from lengths."""
     batch = pad_sequences([sequence([0, 0], [0]), sequence([5], [6])])
     assert batch.inputs["input_ids"].tolist() == [[0, 0, 0], [5, 6, 0]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -46,7 +46,7 @@ def test_padding_is_on_the_right_and_masked_by_length() -> None:
     assert batch.computed_tokens == 6
 
 
-def test_packed_sequences_lie_end_to_end_and_count_from_zero_each() -> None:
+def test_packed_sequences_lie_end_to_end_and_each_counts_from_zero() -> None:
     batch = pack_sequences([sequence([0, 0], [0]), sequence([5], [6])])
     assert batch.inputs["input_ids"].tolist() == [[0, 0, 0, 5, 6]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
@@ -58,7 +58,7 @@ def test_packed_sequences_lie_end_to_end_and_count_from_zero_each() -> None:
 @BOTH
 @pytest.mark.parametrize(("prompt", "response"), [([], [1]), ([1], [])])
 def test_an_empty_side_is_refused(layout: Layout, prompt: list[int], response: list[int]) -> None:
-    with pytest.raises(ValueError, match="both must be there"):
+    with pytest.raises(ValueError, match="both need one or more"):
         layout.lay_out([sequence(prompt, response)])
 
 
@@ -82,7 +82,7 @@ def test_a_packed_plan_holds_everything_once_within_the_budget_in_few_batches(le
     sizes = [sum(lengths[i] for i in batch) for batch in plan]
     for batch, size in zip(plan, sizes, strict=True):
         assert len(batch) == 1 or size <= budget
-    # No two of them would have gone into one.
+    # No two micro-batches would fit into one.
     assert all(a + b > budget for i, a in enumerate(sizes) for b in sizes[:i])
 
 

@@ -48,7 +48,7 @@ class Case:
         return ((values + 0.3 * chunk.sampled.square()) * self.weights[rows]).sum()
 
     def plain(self, temperature: float = 1.0) -> Tensor:
-        """The same by autograd, the whole tensor at once, in float64."""
+        """The same by autograd over the whole tensor, in float64."""
         transform = self.layer.transform
         bias = None if self.layer.bias is None else self.layer.bias.double()
         z = nn.functional.linear(self.hidden.double(), self.layer.weight.double(), bias) * transform.scale
@@ -102,7 +102,7 @@ def test_scaled_and_capped_logits(transform: LogitTransform, temperature: float)
     assert abs(bare.run(bare.chunked)[0] - got[0]) > 1e-2  # the transform does something here
 
 
-def test_padded_places_count_for_nothing() -> None:
+def test_padded_columns_have_no_effect() -> None:
     case = Case()
     case.ids[2:9, 4:] = PAD_ID
     case.teacher[2:9, 4:] = LOGPROB_FLOOR
@@ -124,7 +124,7 @@ def test_the_support_may_be_the_whole_vocabulary() -> None:
 
 @pytest.mark.parametrize("gap", [10.0, 25.0, 60.0, 500.0])
 def test_peaked_distributions_keep_the_tail_exact(gap: float) -> None:
-    """All mass but e^-gap on one id: the tail is right relative to itself, gradients stay finite."""
+    """All mass but e^-gap on one id: the relative error of the tail is small, gradients stay finite."""
     linear = nn.Linear(1, 4, bias=False)
     linear.weight.data = torch.tensor([[gap], [0.0], [-1.0], [-2.0]])
     layer = OutputLayer(linear, LogitTransform(), 8)
@@ -153,7 +153,7 @@ def test_peaked_distributions_keep_the_tail_exact(gap: float) -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor has that any operation made."""
+    """Records the number of elements of the largest tensor that an operation creates."""
 
     elements = 0
 
@@ -172,7 +172,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made() -> None:
     assert seen.elements <= max(V * D, 2 * V, T * D)
     with _Largest() as seen:
         case.run(case.plain)
-    assert seen.elements >= T * V  # the measure sees it where it is made
+    assert seen.elements >= T * V  # the measure detects such a tensor
 
 
 def test_reading_gives_every_logit_once_and_no_gradient() -> None:
@@ -186,7 +186,7 @@ def test_reading_gives_every_logit_once_and_no_gradient() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_a_tied_weight_s_gradient_may_be_added_without_autograd(scale: float) -> None:
-    """It is what autograd adds up: that of the head, that of the embedding, and what was there before."""
+    """The sum equals autograd's: gradients of the head and of the embedding, and the gradient before."""
     gradients = []
     for adds in (False, True):
         case = Case()
@@ -219,7 +219,7 @@ def test_a_second_backward_is_refused() -> None:
 
 
 def test_bfloat16_weights_sum_their_gradient_in_float32() -> None:
-    """With one token a chunk, bf16 sums would lose what is small beside what is there already."""
+    """With one token a chunk, bf16 sums would lose small addends."""
     case, reference = Case(chunk=1), Case()
     case.layer.to(torch.bfloat16)
     reference.layer.weight.data = case.layer.weight.data.float()
@@ -231,7 +231,7 @@ def test_bfloat16_weights_sum_their_gradient_in_float32() -> None:
 
 
 def tiny(kind: str, **settings: Any) -> Any:
-    """A model of another family, random weights wide enough that caps and scales matter."""
+    """A model of another family, with random weights large enough that caps and scales matter."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -260,7 +260,9 @@ def tiny(kind: str, **settings: Any) -> Any:
         ("llama", {}, LogitTransform()),
     ],
 )
-def test_families_logits_are_known(kind: str, settings: dict[str, Any], transform: LogitTransform) -> None:
+def test_the_transforms_of_known_families_are_read(
+    kind: str, settings: dict[str, Any], transform: LogitTransform
+) -> None:
     model = tiny(kind, **settings)
     assert logit_transform(model.config) == transform
     check_transform(model, OutputLayer(model.get_output_embeddings(), transform, 3), model.base_model)
@@ -269,7 +271,7 @@ def test_families_logits_are_known(kind: str, settings: dict[str, Any], transfor
 @pytest.mark.parametrize(
     ("kind", "settings"), [("gemma2", {"final_logit_softcapping": 2.0}), ("cohere", {"logit_scale": 0.25})]
 )
-def test_unknown_changes_to_the_logits_are_refused_by_name(kind: str, settings: dict[str, Any]) -> None:
+def test_unknown_transforms_are_refused_by_name(kind: str, settings: dict[str, Any]) -> None:
     model = tiny(kind, **settings)
     with pytest.raises(ValueError, match=type(model).__name__):
         check_transform(model, OutputLayer(model.get_output_embeddings(), LogitTransform(), 3), model.base_model)

@@ -1,4 +1,4 @@
-"""Packed rows against rows of one sequence each: no sequence sees another, or the model is not packed."""
+"""Packed rows against one sequence per row: no sequence sees another, or the model is not packed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.config.model import LossConfig
 from common.protocol.schema import TokenSequence, as_ids
 from learner.trainer import packing
 from learner.trainer.batch_layout import PACKED, PADDED, SequenceBatch
-from learner.trainer.batching import training_batch
+from learner.trainer.micro_batch import build_micro_batch
 from learner.trainer.objective import Objective
 from learner.trainer.packing import PackingError, pack, packed_attention
 from learner.trainer.policy import Policy
@@ -24,7 +24,7 @@ from tests.support.scored import make_scored
 
 
 def model(kind: str = "llama", **settings: Any) -> Any:
-    """A random model of a family, its weights wide enough that whose tokens are seen matters."""
+    """A random model of a family, with weights large enough that seeing other tokens matters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {
@@ -59,7 +59,7 @@ def test_packed_hidden_states_are_those_of_each_sequence_alone(kind: str) -> Non
     alone = torch.cat([states(some, PADDED.lay_out([one])) for one in three])
     assert pack(some) is PACKED
     torch.testing.assert_close(states(some, PACKED.lay_out(three)), alone, rtol=1e-4, atol=1e-5)
-    # Of a neighbour not even the last bit is seen.
+    # Another neighbour does not change even the last bit.
     others = [*sequences((4, 6), seed=2), *three[1:]]
     before, after = states(some, PACKED.lay_out(three)), states(some, PACKED.lay_out(others))
     assert not torch.equal(before[:6], after[:6])
@@ -78,7 +78,7 @@ def test_packed_gradients_are_the_padded_ones(checkpointing: bool) -> None:
         policy.train()
         layout = pack(some) if packed else PADDED
         assert (layout is PACKED) == packed
-        batch = training_batch(scored, LossConfig(), layout)
+        batch = build_micro_batch(scored, LossConfig(), layout)
         policy(batch, Objective(batch, LossConfig())).backward()
         grads.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
     assert relative_difference(grads[1], grads[0]) < 1e-5
@@ -100,19 +100,19 @@ def test_a_model_that_packing_would_change_is_padded_and_says_why(
     some = model(kind, **settings)
     three = sequences((4, 6), (1, 1), (9, 3))
     before = states(some, PADDED.lay_out(three))
-    some.train(kind == "llama")  # where dropout acts
+    some.train(kind == "llama")  # dropout acts in training mode
     with caplog.at_level(logging.INFO, "learner.trainer.packing"):
         assert pack(some) is PADDED
     some.eval()
     assert caplog.text.count("padded, not packed") == 1
     assert re.search(reason, caplog.text)
-    assert torch.equal(states(some, PADDED.lay_out(three)), before)  # left as it was
+    assert torch.equal(states(some, PADDED.lay_out(three)), before)  # the model is unchanged
 
 
-def test_attention_that_looks_across_a_border_is_found_out(
+def test_attention_that_looks_across_a_border_is_detected(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The self-check is what stands between a new version of transformers and silently wrong gradients."""
+    """The self-check protects against silently wrong gradients after a new version of transformers."""
 
     def leaky(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         whole = torch.tensor([0, query.shape[2]], dtype=torch.int32)
@@ -138,7 +138,7 @@ def test_attention_that_looks_across_a_border_is_found_out(
     ],
     ids=lambda extra: next(iter(extra)),
 )
-def test_what_packed_attention_does_not_do_is_refused(extra: dict[str, Any]) -> None:
+def test_unsupported_attention_arguments_are_refused(extra: dict[str, Any]) -> None:
     states = torch.zeros(1, 2, 5, 8)
     given: dict[str, Any] = {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 2, 5]), "max_length_q": 3}
     packed_attention(torch.nn.Identity(), states, states, states, **given)

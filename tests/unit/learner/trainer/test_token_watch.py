@@ -1,4 +1,4 @@
-"""Single tokens' values out of the loss: those of the whole vocabulary, of the same answers however they arrive."""
+"""Token records: exact values, and the same samples whatever the order of arrival and the split into batches."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from common.config.model import LossConfig
 from common.protocol.schema import Context, Prompt, ScoredTrajectory, as_ids
 from common.telemetry.run_files import RunFiles
 from deploy.report.token_view import tokens_of
-from learner.trainer.batching import training_batch
+from learner.trainer.micro_batch import build_micro_batch
 from learner.trainer.objective import Objective
 from learner.trainer.output_layer import LogitTransform, OutputLayer
 from learner.trainer.token_records import (
-    MOST_TOKENS,
-    ShownFiles,
+    MAX_TOKENS,
     TokenRecord,
-    first_places,
-    first_records,
+    TokenRecordFiles,
+    choose_records,
+    choose_samples,
     record_tokens,
 )
-from learner.trainer.token_watch import TokenKeeper
+from learner.trainer.token_watch import TokenRecorder
 from tests.support.scored import VOCABULARY, make_scored
 from tests.support.tiny import make_tokenizer
 
@@ -35,22 +35,22 @@ HIDDEN = 8
 
 
 def records_of(
-    scored: list[ScoredTrajectory], most: int, *, cut: int = 4, loss: LossConfig | None = None, chunk: int = 5
+    scored: list[ScoredTrajectory], max_samples: int, *, cut: int = 4, loss: LossConfig | None = None, chunk: int = 5
 ) -> dict[str, TokenRecord]:
-    """Micro-batches of `cut` answers through a random output layer, watched."""
+    """Records of micro-batches of `cut` samples through a random output layer."""
     loss = loss or LossConfig()
-    keeper = TokenKeeper(most)
+    recorder = TokenRecorder(max_samples)
     for start in range(0, len(scored), cut):
         answers = scored[start : start + cut]
-        batch = training_batch(answers, loss)
-        watch = keeper.watch(batch)
+        batch = build_micro_batch(answers, loss)
+        watch = recorder.watch(batch)
         layer, hidden = head(chunk), torch.cat([states(one) for one in answers])
         targets = torch.cat([torch.from_numpy(one.trajectory.response_ids.astype(np.int64)) for one in answers])
         layer(hidden, batch.ids, targets, loss=Objective(batch, loss, watch=watch))
         if watch is not None:
-            keeper.keep(watch)
-        keeper.describe(answers)
-    return {one.sample_id: one for one in keeper.records(loss)}
+            recorder.keep(watch)
+        recorder.add_trajectories(answers)
+    return {one.sample_id: one for one in recorder.records(loss)}
 
 
 def head(chunk: int) -> OutputLayer:
@@ -61,7 +61,7 @@ def head(chunk: int) -> OutputLayer:
 
 
 def states(scored: ScoredTrajectory) -> torch.Tensor:
-    """What a model might say at each position: a function of the sample alone."""
+    """Hidden states of each position, a function of the sample alone."""
     seed = zlib.crc32(scored.trajectory.sample_id.encode())
     shape = (len(scored.trajectory.response_ids), HIDDEN)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
@@ -99,75 +99,75 @@ def divergence(student: np.ndarray, one: ScoredTrajectory) -> np.ndarray:
 
 
 @pytest.mark.parametrize("cut", [1, 3, 12])
-def test_the_same_answers_are_kept_however_they_are_cut_and_in_any_order(cut: int) -> None:
+def test_the_same_samples_are_kept_in_any_order_and_split(cut: int) -> None:
     scored = make_scored(12)
-    expected = first_places([one.trajectory.sample_id for one in scored], 2)
+    expected = choose_samples([one.trajectory.sample_id for one in scored], 2)
     assert list(records_of(scored, 2, cut=cut)) == expected
     assert list(records_of(scored[::-1], 2, cut=cut)) == expected
 
 
-def test_ranks_together_keep_what_one_would() -> None:
+def test_ranks_together_keep_the_same_samples_as_one() -> None:
     scored = make_scored(12)
     alone = records_of(scored, 2)
     ranks = [*records_of(scored[::2], 2).values(), *records_of(scored[1::2], 2).values()]
-    assert [one.sample_id for one in first_records(ranks, 2)] == list(alone)
+    assert [one.sample_id for one in choose_records(ranks, 2)] == list(alone)
 
 
-def test_each_answer_is_as_likely_as_another() -> None:
+def test_all_samples_are_equally_likely_to_be_chosen() -> None:
     kept: Counter[int] = Counter()
     for step in range(2000):
-        (chosen,) = first_places([f"{step}/{place}/row/0" for place in range(8)], 1)
+        (chosen,) = choose_samples([f"{step}/{slot}/row/0" for slot in range(8)], 1)
         kept[int(chosen.split("/")[1])] += 1
     assert min(kept.values()) > 190  # of 250 expected: 4 standard deviations
     assert len(kept) == 8
 
 
-def test_none_asked_none_watched() -> None:
+def test_zero_samples_record_nothing() -> None:
     assert records_of(make_scored(3), 0) == {}
 
 
-def test_what_the_loss_skips_is_marked() -> None:
+def test_tokens_that_the_loss_skips_are_marked() -> None:
     scored = make_scored(1, response_tokens=(5, 6))
     (found,) = records_of(scored, 1, loss=LossConfig(skip_first_tokens=2)).values()
     assert found.values["counted"] == [False, False, True, True, True]
 
 
-def test_long_answers_are_kept_from_their_beginning() -> None:
-    scored = make_scored(2, response_tokens=(MOST_TOKENS + 88, MOST_TOKENS + 89))
+def test_long_responses_are_recorded_from_their_start() -> None:
+    scored = make_scored(2, response_tokens=(MAX_TOKENS + 88, MAX_TOKENS + 89))
     kept = records_of(scored, 2, chunk=100).values()
     assert len(kept) == 2
     for found in kept:
-        assert found.values["response_tokens"] == MOST_TOKENS + 88
+        assert found.values["response_tokens"] == MAX_TOKENS + 88
         for name in ("ids", "student_logprobs", "teacher_logprobs", "kl", "counted", "student_top", "teacher_top"):
-            assert len(found.values[name]) == MOST_TOKENS
+            assert len(found.values[name]) == MAX_TOKENS
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_support_of_fewer_tokens_is_shown_whole(k: int) -> None:
+def test_a_support_of_fewer_tokens_is_recorded_whole(k: int) -> None:
     (found,) = records_of(make_scored(1, k=k), 1).values()
     assert {len(tokens) for tokens in found.values["student_top"]} == {k}
 
 
-def test_a_keeper_begins_each_step_anew() -> None:
-    """Whichever answer would stand first, were they of one step."""
-    keeper = TokenKeeper(1)
+def test_a_recorder_starts_each_step_afresh() -> None:
+    """The order of the samples' hashes does not matter across steps."""
+    recorder = TokenRecorder(1)
     first, second = ([replace_sample(one, step) for one in make_scored(1, seed=step)] for step in (1, 2))
     for scored in (first, second, first):
-        batch = training_batch(scored, LossConfig())
-        watch = keeper.watch(batch)
+        batch = build_micro_batch(scored, LossConfig())
+        watch = recorder.watch(batch)
         assert watch is not None
         targets = torch.from_numpy(scored[0].trajectory.response_ids.astype(np.int64))
         head(4)(states(scored[0]), batch.ids, targets, loss=Objective(batch, LossConfig(), watch=watch))
-        keeper.keep(watch)
-        keeper.describe(scored)
-        assert [one.sample_id for one in keeper.records(LossConfig())] == [scored[0].trajectory.sample_id]
+        recorder.keep(watch)
+        recorder.add_trajectories(scored)
+        assert [one.sample_id for one in recorder.records(LossConfig())] == [scored[0].trajectory.sample_id]
 
 
 def replace_sample(scored: ScoredTrajectory, step: int) -> ScoredTrajectory:
     return replace(scored, trajectory=replace(scored.trajectory, sample_id=f"{step}/sample"))
 
 
-def test_values_that_are_no_number_are_null() -> None:
+def test_nan_and_infinity_become_null() -> None:
     (one,) = make_scored(1, response_tokens=(2, 3))
     bad, ids = np.array([np.nan, -np.inf], np.float32), np.zeros((2, 1), np.int64)
     tops = np.array([[-1.0], [-10_000.0]], np.float32)
@@ -201,9 +201,9 @@ def test_the_files_hold_text(tmp_path: Path, tiny_model: Path) -> None:
         "counted": [True] * 4,
     }
     with RunFiles(tmp_path) as files:
-        shown = ShownFiles(files, str(tiny_model), contexts)
-        shown.questions([plain])
-        shown.tokens(3, [TokenRecord(prompt, values) for prompt in (plain, with_context, merged, with_context)])
+        written = TokenRecordFiles(files, str(tiny_model), contexts)
+        written.add_questions([plain])
+        written.add_records(3, [TokenRecord(prompt, values) for prompt in (plain, with_context, merged, with_context)])
     lines = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
     assert [line["context"] for line in lines] == [None, "c", "prompt of merged", "c"]
     assert lines[0]["pieces"] == ["a", "\n", "", "é"]
@@ -217,7 +217,7 @@ def test_the_files_hold_text(tmp_path: Path, tiny_model: Path) -> None:
         "prompt of merged": "the context Q: x",
     }
     assert len(texts) == 3  # each text once
-    with RunFiles(tmp_path, resume_after=2) as files:  # the step is done again, the texts stay
+    with RunFiles(tmp_path, resume_after=2) as files:  # the step is repeated, the texts stay
         pass
     assert (tmp_path / "tokens.jsonl").read_text() == ""
     assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 3

@@ -1,4 +1,4 @@
-"""The tensors of one micro-batch: its sequences, and what the loss needs of every response token. Pure."""
+"""The micro-batch: sequences, and the values that the loss needs for every response token, as tensors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from learner.trainer.batch_layout import PADDED, Layout, SequenceBatch
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingBatch:
-    """A micro-batch with everything the loss needs, one row per response token.
+class MicroBatch:
+    """One row per response token, R in all; the support has k ids.
 
-    ``ids [R, k]`` with `PAD_ID` in unused places, ``teacher_logprobs [R, k]``, ``teacher_tail [R]``,
-    ``teacher_sampled [R]``, ``engine_sampled [R]`` (the engine's log-probs of the sampled tokens), ``weights [R]``
-    (0 for tokens that the loss skips, 1/|y| under sequence normalisation), ``owners [R]`` (index into `sample_ids`),
-    ``own [R]`` (False where an environment spoke).
-    ``stored [R, k]`` marks the ids that the student picked when the answer was made; ``overlap [R]`` is the share of
-    the teacher's top k that the student picked too (NaN where the teacher did not say what its top k is).
+    ``ids [R, k]``: the support, `PAD_ID` in unused columns. ``teacher_logprobs [R, k]`` and ``teacher_tail [R]``: the
+    teacher on the support and outside it. ``teacher_sampled [R]``, ``engine_sampled [R]``: log-probs of the sampled
+    tokens. ``weights [R]``: 0 for tokens that the loss skips, 1/|y| under sequence normalisation. ``sample_index [R]``
+    indexes `sample_ids`. ``is_student [R]`` is False for tokens of an environment. ``in_student_topk [R, k]`` marks ids
+    that the student picked at sampling time. ``topk_overlap [R]``: share of the teacher's top k that the student picked
+    too; NaN if the teacher's top k is unknown.
     """
 
     sequences: SequenceBatch
@@ -35,49 +35,48 @@ class TrainingBatch:
     teacher_sampled: Float[Tensor, " R"]
     engine_sampled: Float[Tensor, " R"]
     weights: Float[Tensor, " R"]
-    owners: Int[Tensor, " R"]
-    own: Bool[Tensor, " R"]
-    stored: Bool[Tensor, "R k"]
-    overlap: Float[Tensor, " R"]
+    sample_index: Int[Tensor, " R"]
+    is_student: Bool[Tensor, " R"]
+    in_student_topk: Bool[Tensor, "R k"]
+    topk_overlap: Float[Tensor, " R"]
     sample_ids: tuple[str, ...]
 
-    def to(self, device: torch.device) -> TrainingBatch:
-        """The same on `device`."""
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return the micro-batch on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TrainingBatch(**{name: v.to(device) if hasattr(v, "to") else v for name, v in values.items()})
+        return MicroBatch(**{name: v.to(device) if hasattr(v, "to") else v for name, v in values.items()})
 
 
-def training_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig, layout: Layout = PADDED) -> TrainingBatch:
-    """The micro-batch of `scored`, its sequences under `layout`.
+def build_micro_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig, layout: Layout = PADDED) -> MicroBatch:
+    """Build the micro-batch of `scored`, its sequences in `layout`.
 
     Raises ValueError, naming the sample, for arrays that do not fit its response.
     """
     for item in scored:
         _check(item)
-    width = max(support(item).shape[1] for item in scored)
-    stored = [picked_by_student(item) for item in scored]
-    return TrainingBatch(
-        sequences=layout.lay_out([sequence_of(item) for item in scored]),
-        ids=_long(np.concatenate([_widen(support(item), width, PAD_ID) for item in scored])),
+    width = max(_support_ids(item).shape[1] for item in scored)
+    marks = [_in_student_topk(item) for item in scored]
+    overlaps = [_topk_overlap(item, marked, loss) for item, marked in zip(scored, marks, strict=True)]
+    return MicroBatch(
+        sequences=layout.lay_out([student_sequence(item) for item in scored]),
+        ids=_long(np.concatenate([_widen(_support_ids(item), width, PAD_ID) for item in scored])),
         teacher_logprobs=_float(np.concatenate([_widen(item.score.logprobs, width, LOGPROB_FLOOR) for item in scored])),
         teacher_tail=_float(np.concatenate([item.score.tail_logprob for item in scored])),
         teacher_sampled=_float(np.concatenate([item.score.sampled_logprob for item in scored])),
         engine_sampled=_float(np.concatenate([item.trajectory.sampled_logprobs for item in scored])),
         weights=_float(np.concatenate([token_weights(item.trajectory, loss) for item in scored])),
-        owners=_long(np.repeat(np.arange(len(scored)), [len(item.trajectory.response_ids) for item in scored])),
-        own=torch.from_numpy(np.concatenate([own_tokens(item.trajectory) for item in scored])),
-        stored=torch.from_numpy(np.concatenate([_widen(marks, width, False) for marks in stored])),
-        overlap=_float(
-            np.concatenate([overlap(item, marks, loss) for item, marks in zip(scored, stored, strict=True)])
-        ),
+        sample_index=_long(np.repeat(np.arange(len(scored)), [len(item.trajectory.response_ids) for item in scored])),
+        is_student=torch.from_numpy(np.concatenate([_student_mask(item.trajectory) for item in scored])),
+        in_student_topk=torch.from_numpy(np.concatenate([_widen(marked, width, False) for marked in marks])),
+        topk_overlap=_float(np.concatenate(overlaps)),
         sample_ids=tuple(item.trajectory.sample_id for item in scored),
     )
 
 
-def empty_batch(layout: Layout = PADDED) -> TrainingBatch:
-    """One token of weight zero: a pass that takes part in the collectives and adds zero gradients."""
+def empty_micro_batch(layout: Layout = PADDED) -> MicroBatch:
+    """Build a micro-batch of one token of weight 0: its pass joins the collectives and adds zero gradients."""
     ids = as_ids([0])
-    return TrainingBatch(
+    return MicroBatch(
         sequences=layout.lay_out([TokenSequence(ids, ids)]),
         ids=torch.zeros(1, 1, dtype=torch.long),
         teacher_logprobs=torch.zeros(1, 1),
@@ -85,63 +84,63 @@ def empty_batch(layout: Layout = PADDED) -> TrainingBatch:
         teacher_sampled=torch.zeros(1),
         engine_sampled=torch.zeros(1),
         weights=torch.zeros(1),
-        owners=torch.zeros(1, dtype=torch.long),
-        own=torch.ones(1, dtype=torch.bool),
-        stored=torch.ones(1, 1, dtype=torch.bool),
-        overlap=torch.zeros(1),
+        sample_index=torch.zeros(1, dtype=torch.long),
+        is_student=torch.ones(1, dtype=torch.bool),
+        in_student_topk=torch.ones(1, 1, dtype=torch.bool),
+        topk_overlap=torch.zeros(1),
         sample_ids=("nothing",),
     )
 
 
-def sequence_of(scored: ScoredTrajectory) -> TokenSequence:
-    """What the student saw and answered."""
+def student_sequence(scored: ScoredTrajectory) -> TokenSequence:
+    """Return the student's prompt (without the context) and the response."""
     return TokenSequence(scored.trajectory.prompt.student_ids, scored.trajectory.response_ids)
 
 
-def support(scored: ScoredTrajectory) -> Ids:
-    """Ids at which the teacher's log-probs are, ``[T, k]``: the ones it sent back, or the student's own."""
+def _support_ids(scored: ScoredTrajectory) -> Ids:
+    """Return the ids of the teacher's log-probs, ``[T, k]``: those that it returned, or the student's top k."""
     returned = scored.score.topk_ids
     return scored.trajectory.topk_ids if returned is None else returned
 
 
-def picked_by_student(scored: ScoredTrajectory) -> np.ndarray:
-    """Which places of the support, ``[T, k]``, hold ids of the student's own top k."""
+def _in_student_topk(scored: ScoredTrajectory) -> np.ndarray:
+    """Mark the ids of the support that are in the student's top k, ``[T, k]``."""
     if scored.score.topk_ids is None:
         return scored.trajectory.topk_ids != PAD_ID
-    ids, own = scored.score.topk_ids, scored.trajectory.topk_ids
-    # One set test for all rows: an id is made distinct by its row (ids are under 2**24).
+    ids, student_ids = scored.score.topk_ids, scored.trajectory.topk_ids
+    # One set test for all rows: the row number above the id's 24 bits makes ids of different rows distinct.
     rows = np.arange(len(ids), dtype=np.int64)[:, None] << 24
-    return np.isin(ids + rows, own + rows) & (ids != PAD_ID)
+    return np.isin(ids + rows, student_ids + rows) & (ids != PAD_ID)
 
 
-def overlap(scored: ScoredTrajectory, stored: np.ndarray, loss: LossConfig) -> np.ndarray:
-    """Share of the teacher's top k among the student's, ``[T]``; NaN where the student alone picked the support.
+def _topk_overlap(scored: ScoredTrajectory, marked: np.ndarray, loss: LossConfig) -> np.ndarray:
+    """Return the share of the teacher's top k in the student's, ``[T]``; NaN if the student alone picked the support.
 
-    A union of two sets of k ids has 2k - overlap members, so its size tells.
+    A union of two sets of k ids has 2k - overlap members, so its size gives the overlap.
     """
-    tokens, own = stored.shape[0], scored.trajectory.topk_ids.shape[1]
-    if scored.score.topk_ids is None or not own:
+    tokens, student_k = marked.shape[0], scored.trajectory.topk_ids.shape[1]
+    if scored.score.topk_ids is None or not student_k:
         return np.full(tokens, np.nan)
     if loss.support == "teacher":
-        return stored.sum(-1) / loss.top_k
-    return (own + loss.top_k - (scored.score.topk_ids != PAD_ID).sum(-1)) / loss.top_k
+        return marked.sum(-1) / loss.top_k
+    return (student_k + loss.top_k - (scored.score.topk_ids != PAD_ID).sum(-1)) / loss.top_k
 
 
 def counted_tokens(trajectory: Trajectory, loss: LossConfig) -> Mask:
-    """Which response tokens the loss counts, ``[T]``: the student's own, but for the first ones of each answer.
+    """Mark the response tokens that the loss counts, ``[T]``: the student's, without the first ones of each turn.
 
     Raises ValueError, naming the sample, for a mask that does not fit its response.
     """
-    return _places_in_answers(trajectory) > loss.skip_first_tokens
+    return _turn_positions(trajectory) > loss.skip_first_tokens
 
 
-def longest_answer(trajectory: Trajectory) -> int:
-    """Tokens that the student made in a row, at most: of a conversation, its longest answer."""
-    return int(_places_in_answers(trajectory).max(initial=0))
+def longest_turn(trajectory: Trajectory) -> int:
+    """Return the tokens of the student's longest turn."""
+    return int(_turn_positions(trajectory).max(initial=0))
 
 
-def _places_in_answers(trajectory: Trajectory) -> NDArray[np.int64]:
-    """Of each response token, ``[T]``, its place in the answer it belongs to, from 1; 0 where an environment spoke."""
+def _turn_positions(trajectory: Trajectory) -> NDArray[np.int64]:
+    """Return each token's position in its turn, ``[T]``, counted from 1; 0 for tokens of an environment."""
     positions, mask = np.arange(len(trajectory.response_ids)), trajectory.loss_mask
     if mask is None:
         return positions + 1
@@ -150,19 +149,18 @@ def _places_in_answers(trajectory: Trajectory) -> NDArray[np.int64]:
     return positions - np.maximum.accumulate(np.where(mask, -1, positions))
 
 
-def own_tokens(trajectory: Trajectory) -> Mask:
-    """Which response tokens the student made, ``[T]``."""
+def _student_mask(trajectory: Trajectory) -> Mask:
     mask = trajectory.loss_mask
     return np.ones(len(trajectory.response_ids), dtype=bool) if mask is None else mask
 
 
-def loss_tokens(trajectory: Trajectory, loss: LossConfig) -> int:
-    """How many tokens of a response the loss counts."""
+def count_loss_tokens(trajectory: Trajectory, loss: LossConfig) -> int:
+    """Count the response tokens that the loss counts."""
     return int(counted_tokens(trajectory, loss).sum())
 
 
 def token_weights(trajectory: Trajectory, loss: LossConfig) -> np.ndarray:
-    """Weight of each response token in the step's sum, ``[T]``: 0 where not counted, else 1, or 1/|y| per sequence."""
+    """Return each token's weight in the step's sum, ``[T]``: 0 if not counted, else 1, or 1/|y| per sequence."""
     counted = counted_tokens(trajectory, loss)
     each = 1.0 if loss.normalize == "token" else 1.0 / max(counted.sum(), 1)
     return np.where(counted, each, 0.0).astype(np.float32)
@@ -170,7 +168,7 @@ def token_weights(trajectory: Trajectory, loss: LossConfig) -> np.ndarray:
 
 def _check(item: ScoredTrajectory) -> None:
     trajectory, score = item.trajectory, item.score
-    tokens, ids = len(trajectory.response_ids), support(item)
+    tokens, ids = len(trajectory.response_ids), _support_ids(item)
     shapes = {
         "support ids": (ids.shape, (tokens, *ids.shape[1:])),
         "teacher log-probs": (score.logprobs.shape, ids.shape),
