@@ -1,4 +1,4 @@
-"""What every section of a configuration is made of."""
+"""Base class and shared types of the configuration sections."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
-"""`auto`: bfloat16 on a GPU, float32 on CPU."""
+"""`auto` is bfloat16 on a GPU and float32 on CPU."""
 
 
 class ConfigError(ValueError):
-    """One line that names the key, the value and what would be valid."""
+    """A configuration mistake: one line per mistake with the key, the value and a remedy."""
 
 
 class Section(BaseModel):
-    """Base of every section: closed and immutable."""
+    """Base of every section: immutable, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

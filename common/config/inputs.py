@@ -1,4 +1,4 @@
-"""Sections that say what a run starts from: its name, the models, the context, the rows; and how it is judged."""
+"""Sections that describe a run's inputs and evaluation: names, models, context, rows, graders."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from common.config.base import ConfigError, Dtype, Fraction, NonNegative, Positi
 
 
 class RunConfig(Section):
-    """Identity of the run and where it leaves its files (``dir/name/``)."""
+    """The run's name, output folder (``dir/name/``) and monitoring."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     dir: Path = Path("runs")
     seed: NonNegative = 0
+    """Seed of all sampling: row order, responses, contexts, bootstraps."""
     placement_timeout_s: Annotated[float, Field(ge=0)] = 0
-    """How long a run waits for its GPUs to be there, as with an autoscaler. 0: it is refused at once where the cluster
-    has no room. One that goes on from a checkpoint waits for 10 minutes at least."""
+    """Seconds to wait until the cluster has room for the run, for example while an autoscaler adds nodes. 0 refuses the
+    run at once if there is no room. A run that resumes from a checkpoint waits at least 10 minutes."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Show each step's numbers to Prometheus there (0: any free port); None: not at all."""
+    """Port of the Prometheus endpoint with each step's metrics; 0 picks a free port, null disables the endpoint."""
     metrics_host: str = "127.0.0.1"
-    """Address to listen on at `metrics_port`; `0.0.0.0` where Prometheus is on another machine."""
+    """Address that `metrics_port` listens on. Use `0.0.0.0` if Prometheus runs on another machine."""
     wandb: str | None = None
-    """Send them to this Weights & Biases project, ``project`` or ``team/project``; needs the package ``wandb``."""
+    """Weights & Biases project that receives the metrics: ``project`` or ``team/project``. Needs the package
+    ``wandb``."""
     mlflow: str | None = None
-    """Send them to this MLflow experiment; needs the package ``mlflow``."""
+    """MLflow experiment that receives the metrics. Needs the package ``mlflow``."""
     mlflow_uri: str | None = None
-    """Address of MLflow's tracking server or database, default: where MLflow looks by itself."""
+    """Address of MLflow's tracking server or database. Default: MLflow's own setting."""
     token_samples: NonNegative = 2
-    """Answers of each step that are written to ``tokens.jsonl`` token by token (the first 512), for ``report.html``;
-    the same ones whatever the number of ranks."""
+    """Responses per step whose first 512 tokens go to ``tokens.jsonl`` one by one, for ``report.html``. The choice does
+    not depend on the number of ranks."""
 
     @property
     def path(self) -> Path:
-        """``dir/name``: everything the run writes."""
+        """Folder of everything the run writes: ``dir/name``."""
         return self.dir / self.name
 
 
@@ -44,104 +46,121 @@ class StudentConfig(Section):
     """The model that learns. It never sees the context."""
 
     model: str
-    """A folder in Hugging Face format, or a hub name."""
+    """Folder in Hugging Face format, or hub name."""
     dtype: Dtype = "auto"
+    """`auto` is bfloat16 on a GPU and float32 on CPU."""
     system: Literal["template", "none", "text"] = "template"
-    """Chat rows: leave the system turn to the chat template, insist that there is none, or use `system_text`."""
+    """System turn of chat rows: `template` leaves it to the chat template, `none` refuses templates that insert one,
+    `text` uses `system_text`."""
     system_text: str | None = None
+    """System turn for `system: text`."""
     chat_template_kwargs: dict[str, Any] = {}
-    """Passed to the chat template on both sides, for example ``{enable_thinking: false}``."""
+    """Arguments of the chat template, for student and teacher alike, for example ``{enable_thinking: false}``."""
     template_date: date = date(2026, 1, 1)
-    """The day a chat template may print: fixed, so that a repeated or resumed run renders the same prompts."""
+    """The date that a chat template may print. It is fixed so that a repeated or resumed run renders the same
+    prompts."""
     max_sequence_tokens: Positive | None = None
-    """Prompt + response, default: what the model supports."""
+    """Upper bound for prompt plus response. Default: the model's own limit."""
 
     @model_validator(mode="after")
     def _text_goes_with_system_text(self) -> StudentConfig:
         if (self.system == "text") != (self.system_text is not None):
-            raise ValueError("student.system_text is set exactly when student.system is `text`")
+            raise ValueError("student.system_text must be set if and only if student.system is `text`")
         return self
 
 
 class TeacherConfig(Section):
-    """The model that scores the student's tokens under the context: launched by the run, or reached at `url`."""
+    """The model that scores the student's tokens with the context. The run starts it, or reaches it at `url`."""
 
     url: str | None = None
-    """Address of a running teacher server; None: the run starts one of its own."""
+    """Address of a running teacher server. Default: the run starts its own teacher."""
     model: str | None = None
-    """Default: the student's initial model. With a `url` it is needed only to generate in-context answers."""
+    """Folder or hub name. Default: the student's initial model. With a `url`, `model` is needed only to generate
+    in-context answers."""
     dtype: Dtype = "auto"
+    """`auto` is bfloat16 on a GPU and float32 on CPU."""
     host: str = "127.0.0.1"
+    """Address that the server listens on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """0: any free one."""
+    """Port of the server; 0 picks a free one."""
     kind: Literal["frozen", "live", "ema", "base"] = "frozen"
-    """`frozen` keeps its weights. `live` and `ema` belong to one run and start from the student: they take every
-    version that the learner publishes, or an exponential moving average of them. `base` is the student without its
-    adapters (`learner.lora`), computed by the learner itself: no other copy of the weights, and no server."""
+    """`frozen` keeps its weights. `live` takes every weight version that the learner publishes. `ema` keeps an
+    exponential moving average of these versions. `base` is the student without its adapters (`learner.lora`): the
+    learner computes it, without a second copy of the weights and without a server. All but `frozen` belong to one
+    run."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """Of `ema`: average = decay * average + (1 - decay) * student, once a version."""
+    """Decay for `kind: ema`, applied once per version: average = decay * average + (1 - decay) * student."""
     backend: Literal["transformers", "vllm"] = "transformers"
+    """Library that runs the teacher's forward passes."""
     device_map: str | None = None
-    """Of `transformers`: where the layers go (`auto` spreads a model over several GPUs), default: one device."""
+    """Device of each layer, `transformers` only; `auto` spreads a model over several GPUs. Default: one device."""
     tensor_parallel_size: Positive = 1
-    """Of `vllm`: GPUs that one model is cut over."""
+    """GPUs that share one model, `vllm` only."""
     gpu_memory_utilization: Fraction = 0.9
-    """Of `vllm` on GPUs: share of a GPU's memory that the engine may take, contexts included."""
+    """Share of a GPU's memory for the engine and its cached contexts, `vllm` on GPUs only."""
     max_k: Positive = 1024
+    """Upper bound for `loss.top_k` of the runs that use this teacher."""
     max_sequence_tokens: Positive | None = None
-    """Context + prompt + response, default: what the model supports."""
+    """Upper bound for context plus prompt plus response. Default: the model's own limit."""
     max_items: Positive = 1024
-    """Largest number of items in one request."""
+    """Upper bound for items per request."""
     max_body_bytes: Positive = 256 * 1024 * 1024
+    """Upper bound for the size of a request."""
     batch_tokens: Positive = 8192
-    """Own (prompt + response) tokens of one forward pass."""
+    """Upper bound for prompt plus response tokens of one forward pass; context tokens do not count."""
     batch_items: Positive | None = None
-    """Items of one forward pass, default: as many as `batch_tokens` holds. 1: an item's scores do not depend, in the
-    last bit, on what came with it."""
+    """Upper bound for items of one forward pass. Default: no bound but `batch_tokens`. With 1, an item's scores are
+    bit-identical in every batch."""
     batch_window_ms: Annotated[float, Field(ge=0)] = 5.0
-    """How long the scheduler waits for more requests before a batch that is not full."""
+    """Milliseconds to wait for more requests while a batch is not full."""
     max_queued_tokens: Positive = 4 * 1024 * 1024
+    """Upper bound for tokens in the queue; the server refuses further requests with a time to retry."""
     context_cache_bytes: Positive = 4 * 1024**3
-    """Bound on cached key-value state, least recently used contexts leave first. With `vllm` on CPU it is the engine's
-    whole key-value cache; on GPUs the engine has what `gpu_memory_utilization` leaves it, and what it evicts by itself
-    it computes again."""
+    """Memory for the key-value states of contexts; the least recently used context is evicted first. With `vllm` on CPU
+    this is the engine's whole key-value cache. With `vllm` on GPUs the engine has what `gpu_memory_utilization` leaves,
+    and recomputes contexts that it evicts."""
     server_keys_file: Path | None = None
-    """Of a server: who may ask, one ``TENANT SHA256`` a line (``opcd key`` makes them)."""
+    """Server: file with one ``TENANT SHA256`` line per client key (`opcd key` makes them)."""
     allow_anonymous: bool = False
-    """Of a server on a loopback address: serve anybody, as one tenant."""
+    """Server on a loopback address: accept clients without a key, all as one tenant."""
     tls_certificate: Path | None = None
-    """Of a server: PEM chain; with `tls_key` it speaks HTTPS."""
+    """Server: PEM certificate chain. Together with `tls_key` it turns on HTTPS."""
     tls_key: Path | None = None
+    """Server: PEM private key of `tls_certificate`."""
     client_key_file: Path | None = None
-    """Of a run with a `url`: the file that holds its key, nothing else."""
+    """Run with a `url`: file that holds the run's key and nothing else."""
     ca_file: Path | None = None
-    """Of a run with an ``https`` `url`: PEM bundle to trust instead of the system's."""
+    """Run with an ``https`` `url`: PEM bundle to trust instead of the system's."""
     threads: Positive | None = None
-    """CPU threads of the forward pass, default: torch's choice."""
+    """CPU threads of the forward pass. Default: torch's choice."""
     gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs to reserve for a teacher that the run starts."""
     request_timeout_s: PositiveFloat = 600.0
-    """Deadline of the client for one request, retries included."""
+    """Deadline for one request of the client, retries included."""
     max_failed_fraction: Fraction = 0.0
-    """Share of a step's samples that may stay unscored (they are counted and left out) before the run stops."""
+    """Upper bound for the share of a step's samples that the teacher fails to score. These samples are counted and left
+    out; above the bound the run stops."""
 
     @model_validator(mode="after")
     def _weights_need_transformers(self) -> TeacherConfig:
         if self.kind in ("live", "ema") and self.backend != "transformers":
-            raise ValueError(f"kind `{self.kind}` takes new weights, which backend `{self.backend}` does not")
+            raise ValueError(f"kind `{self.kind}` receives new weights, which backend `{self.backend}` cannot")
         return self
 
 
 class ContextConfig(Section):
-    """What the teacher knows and the student does not."""
+    """The text that only the teacher sees. Set exactly one of `text`, `file` and `pool`."""
 
     text: str | None = None
+    """The context itself."""
     file: Path | None = None
+    """UTF-8 file that holds the context; every byte counts."""
     pool: Path | None = None
-    """Many contexts, JSON lines of `id` and `text`: each sample is scored under one that is drawn for it, a function of
-    the run's seed, step, row and sample."""
+    """JSON lines with `id` and `text`, one context per line. Each sample gets one of them, chosen by run seed, step,
+    row and sample."""
     placement: Literal["prefix", "system", "user_prefix"] | None = None
-    """Ahead of a raw prompt, in the system turn, or ahead of the first user content. Default: `prefix` for raw rows,
-    `system` for chat rows."""
+    """Position of the context: before a raw prompt (`prefix`), in the system turn (`system`), or before the first user
+    content (`user_prefix`). Default: `prefix` for raw rows, `system` for chat rows."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ContextConfig:
@@ -150,20 +169,18 @@ class ContextConfig(Section):
         return self
 
     def inline(self) -> ContextConfig:
-        """The same with its text in it, for processes that do not see the file. A pool's texts travel with the samples
-        that need them.
+        """Replace `file` by its text, for processes that cannot read the file. A pool stays: its texts travel with the
+        samples.
         """
         if self.pool is not None:
             return self
         return ContextConfig(text=self.read(), placement=self.placement)
 
     def read(self) -> str:
-        """The context's text, byte for byte as it stands in the file. Raises ConfigError also for a pool, which has
-        none of its own.
-        """
+        """Return the context's text, byte for byte. Raises ConfigError for an unreadable file and for a pool."""
         if self.pool is not None:
             raise ConfigError(
-                f"context.pool: {self.pool} holds many contexts; here context.text or context.file is needed"
+                f"context.pool: {self.pool} holds many contexts; this command needs context.text or context.file"
             )
         if self.text is not None:
             return self.text
@@ -178,69 +195,71 @@ Column = Literal["id", "prompt", "messages", "answer", "teacher", "environment",
 
 
 class DataConfig(Section):
-    """Rows: `train` to learn on, `valid` to choose a checkpoint by, `eval` to report on. Each is a file (JSON lines, or
-    `.parquet`), `hf:NAME:CONFIG/SPLIT` (`datasets`; NAME may be a folder, CONFIG be left out, SPLIT be a slice),
-    `game:FrozenLake?rows=512&seed=0&size=3`, or `reasoning_gym:TASK?size=512&seed=0`."""
+    """Rows to train on (`train`), to choose a checkpoint by (`valid`) and to report on (`eval`). Each source is a file
+    (JSON lines or `.parquet`), a data set `hf:NAME:CONFIG/SPLIT` (NAME may be a folder, `:CONFIG` is optional, SPLIT
+    may be a slice), `game:FrozenLake?rows=512&seed=0&size=3`, or `reasoning_gym:TASK?size=512&seed=0`."""
 
     train: Path
     valid: Path | None = None
     eval: Path | None = None
     columns: dict[Column, str] = {}
-    """Column of a row -> what the data calls it, dots leading inside (``{answer: reward_model.ground_truth}``)."""
+    """Maps a row's column to the name of the source's column; dots reach into nested values, as in ``{answer:
+    reward_model.ground_truth}``."""
     user_template: str | None = None
-    """Text of the one user turn that makes a row, `{column}` standing for what the data has there; for data without a
-    column `prompt` or `messages`."""
+    """Text of a single user turn, for sources without a column `prompt` or `messages`; ``{column}`` is replaced by the
+    source's value."""
     labels: tuple[str, ...] = ()
-    """What answers that are numbers stand for, from 0."""
+    """Texts that replace integer answers, counted from 0."""
 
 
 class EvalConfig(Section):
-    """Answers on held-out rows, before, during and after: greedy, or several drawn for each row."""
+    """Evaluation on held-out rows before, during and after training."""
 
     every: NonNegative = 0
-    """Steps between evaluations on `data.valid` (and after the last step): the best one's weights are kept in
-    ``best/``. 0: none, only `data.eval` before and after."""
+    """Steps between evaluations on `data.valid`; the last step is evaluated as well. The best weights are kept in
+    ``best/``. 0 evaluates `data.eval` alone, before and after training."""
     grader: str = "exact"
-    """`exact`, `exact_casefold`, `contains`, `regex:PATTERN`, `answer_tag`, `math`, `reasoning_gym` or
-    `package.module:attribute` of your own (docs/tasks.md)."""
+    """`exact`, `exact_casefold`, `contains`, `regex:PATTERN`, `answer_tag`, `math`, `reasoning_gym`, or your own
+    function as `package.module:attribute` (docs/tasks.md)."""
     max_tokens: Positive | None = None
-    """Default: `rollout.max_tokens`."""
+    """Upper bound for tokens per answer. Default: `rollout.max_tokens`."""
     samples: Positive = 1
-    """Answers to each row. What is reported is pass@1, the mean of a row's share of right ones."""
+    """Answers per row. The accuracy is pass@1: the mean over rows of a row's share of right answers."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0: greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of drawn answers: the mass of the most likely tokens that may be drawn."""
+    """Top-p (nucleus) filter; needs a temperature above 0."""
     top_k: NonNegative = 0
-    """Of drawn answers: how many of the most likely tokens may be drawn, 0: all."""
+    """Top-k filter, 0 for none; needs a temperature above 0."""
     ood: dict[str, Path] = {}
-    """Name -> rows of another task, graded like `data.eval`, without the context, before and after: what was
-    forgotten."""
+    """Maps a name to rows of another task. They are graded before and after training, without the context, to show
+    forgetting."""
     perplexity: dict[str, Path] = {}
-    """Name -> a text, which the learner predicts before and after (nats a token, no context): what was forgotten."""
+    """Maps a name to a text file. The learner predicts it before and after training (nats per token, no context), to
+    show forgetting."""
     perplexity_chunk_tokens: Annotated[int, Field(ge=2)] = 512
-    """The text is cut into pieces of at most so many tokens, each predicted by itself."""
+    """Upper bound for tokens per chunk; each chunk of a text is predicted separately."""
 
 
 class ExperienceConfig(Section):
-    """Of `opcd experience`: contexts that a model writes for itself, before the run that distils them."""
+    """`opcd experience`: a model writes contexts from its own attempts, before the run that distils them."""
 
     model: str | None = None
-    """Who solves problems and writes down what it learned, default: the student's initial model. Its tokenizer must be
-    the student's."""
+    """Model that solves the problems and writes down lessons. Default: the student's initial model. The tokenizer must
+    be the student's."""
     seeds: Positive = 10
-    """Series of problems, each in an order of its own."""
+    """Independent series of problems, each in its own random order."""
     problems: Positive = 30
-    """Of `data.train`, in each series. After each problem the series has a context: seeds x problems of them."""
+    """Problems of `data.train` per series. Every problem yields one context: seeds x problems in total."""
     max_context_tokens: Positive = 8192
-    """Of a context; above it whole items leave, oldest first."""
+    """Upper bound for a context's tokens; the oldest items are dropped first."""
     max_tokens: Positive | None = None
-    """Of an answer that lists items, default: `rollout.max_tokens`."""
+    """Upper bound for tokens of an answer that lists lessons. Default: `rollout.max_tokens`."""
     templates: Path | None = None
-    """Folder with prompts of your own (`extract.txt`, `extract_game.txt`, `context.txt`), default: those that ship."""
+    """Folder with your own prompts (`extract.txt`, `extract_game.txt`, `context.txt`). Default: the built-in ones."""
     select: Literal["random", "validation"] = "random"
-    """Which contexts are kept: drawn at random, or those of highest accuracy on `data.valid`."""
+    """Contexts to keep: a random choice, or those with the highest accuracy on `data.valid`."""
     keep: Positive | None = None
-    """How many, default: all of `random`, the best one of `validation`."""
+    """Number of contexts to keep. Default: all with `random`, one with `validation`."""
     candidates: Positive | None = None
-    """Of `validation`: how many contexts are tried, drawn at random, default: all."""
+    """Number of randomly chosen contexts that `validation` tries. Default: all."""

@@ -1,8 +1,9 @@
-"""A configuration file into the models of `common.config.model`: YAML, ``key=value`` overrides, errors of one line."""
+"""Loads a YAML file and ``key=value`` overrides into the models of `common.config.model`, with one line per mistake."""
 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -16,41 +17,55 @@ from common.config.model import Config, ConfigError, Section, TeacherServerConfi
 
 S = TypeVar("S", bound=Section)
 
+RENAMED_KEYS = {
+    "run.patience_s": "placement_timeout_s",
+    "teacher.keys_file": "server_keys_file",
+    "teacher.key_file": "client_key_file",
+    "rollout.over_issue": "oversample_fraction",
+    "environment.samples": "sample_format",
+    "sync.drift_warn_nats": "mismatch_warn_nats",
+    "sync.drift_stop_nats": "mismatch_stop_nats",
+    "sync.drift_warn_share": "mismatch_warn_share",
+    "sync.drift_stop_share": "mismatch_stop_share",
+}
+RENAMED_VALUES = {("teacher.kind", "self"): "live"}
+"""Old names that an error answers with the new one; they are not accepted."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's configuration; `overrides` are ``section.key=value`` with YAML values (``null`` unsets a key).
+    """Read a run's configuration. `overrides` are ``section.key=value`` with YAML values; ``null`` unsets a key.
 
-    Raises ConfigError, in one line, for a missing file, bad YAML, an unknown key or a bad value.
+    Raises ConfigError, one line per mistake, for an unreadable file, bad YAML, unknown keys and bad values.
     """
     return validate(Config, read_tree(path, overrides))
 
 
 def load_teacher_config(path: str | Path, overrides: Sequence[str] = ()) -> TeacherServerConfig:
-    """Read only what a teacher server needs; other sections of the file may be there and are not looked at.
-
-    ``teacher.model`` falls back to ``student.model`` of the same file.
+    """Read the `teacher` section for a server and ignore the other sections, except that ``teacher.model`` defaults to
+    ``student.model``. Raises ConfigError as `load_config` does, and for a teacher that only its run can start.
     """
     tree = read_tree(path, overrides)
     teacher = dict(tree.get("teacher") or {})
     if teacher.get("model") is None:
         teacher["model"] = (tree.get("student") or {}).get("model")
     if teacher["model"] is None:
-        raise ConfigError(f"{path}: teacher.model is missing (and there is no student.model to fall back to)")
-    if teacher.get("kind", "frozen") != "frozen":
+        raise ConfigError(f"{path}: teacher.model is missing, and so is its default, student.model")
+    config = validate(TeacherServerConfig, {"teacher": teacher})
+    if config.teacher.kind != "frozen":
         raise ConfigError(
-            f"{path}: teacher.kind `{teacher['kind']}` follows one run's student, and that run starts it: "
-            "there is nothing to serve"
+            f"{path}: teacher.kind `{config.teacher.kind}` follows one run's student, and the run itself starts it: "
+            "serve a `frozen` teacher"
         )
-    return validate(TeacherServerConfig, {"teacher": teacher})
+    return config
 
 
 def dump_config(config: Section) -> str:
-    """The resolved whole as YAML; `load_config` reads it back to an equal value."""
+    """Return the resolved configuration as YAML; `load_config` reads it back to an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def validate(model: type[S], tree: dict[str, Any]) -> S:
-    """`model` from plain values, with a validation error turned into one ConfigError line per mistake."""
+    """Build `model` from plain values. Raises ConfigError with one line per mistake."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -58,7 +73,7 @@ def validate(model: type[S], tree: dict[str, Any]) -> S:
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Sections of a file with the overrides applied, as plain values; raises ConfigError."""
+    """Read a file's sections as plain values and apply the overrides. Raises ConfigError."""
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -92,13 +107,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
         node = child
     if value is None:
-        node.pop(leaf, None)  # the key's own default, or "missing" if it has none
+        node.pop(leaf, None)  # validation then takes the default or reports a missing key
     else:
         node[leaf] = value
 
 
 def _number_as_yaml_1_2(text: str) -> str | float:
-    """PyYAML reads ``1e-5`` (no dot) as text; everyone who types it means the number."""
+    """Convert ``1e-5`` to a number: PyYAML reads it as text, because it has no dot."""
     try:
         return float(text) if "e" in text.lower() and text[:1] in "+-.0123456789" else text
     except ValueError:
@@ -109,33 +124,43 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
     location = [part for part in detail["loc"] if isinstance(part, str)]
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
+        renamed = RENAMED_KEYS.get(_first_teacher(key))
+        if renamed is not None:
+            return f"unknown key {key}: it is now {key.rpartition('.')[0]}.{renamed}"
         return f"unknown key {key}={detail['input']!r}{_nearest_key(model, location)}"
     if detail["type"] == "missing":
         return f"missing key {key}"
     message = str(detail["msg"]).removeprefix("Value error, ")
-    if not location:
-        return message
-    if detail["type"] == "value_error":
+    if not location or detail["type"] == "value_error":
         return message
     hint = ""
     if detail["type"] == "literal_error":
+        value = str(detail["input"])
+        if (_first_teacher(key), value) in RENAMED_VALUES:
+            return f"bad value {key}={value!r}: it is now `{RENAMED_VALUES[_first_teacher(key), value]}`"
         options = str(detail["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
-        close = difflib.get_close_matches(str(detail["input"]), options, n=1, cutoff=0.3)
+        close = difflib.get_close_matches(value, options, n=1, cutoff=0.3)
         hint = f"; did you mean {close[0]}?" if close else ""
     return f"bad value {key}={detail['input']!r}: {message}{hint}"
 
 
+def _first_teacher(key: str) -> str:
+    """Map ``teachers.NAME.key`` to ``teacher.key``; both have the same keys."""
+    return re.sub(r"^teachers\..*\.", "teacher.", key)
+
+
 def _nearest_key(model: type[BaseModel], location: Sequence[str]) -> str:
-    """The same name in another section, else the closest in the same one, else the closest anywhere."""
+    """Suggest the same name in another section, else the closest in this section, else the closest in any section."""
     known = _keys(model)
     section, leaf = ".".join(location[:-1]), location[-1]
-    beside = [name for name in known if name.rpartition(".")[0] == section]
-    for candidates, cutoff in ((known, 1.0), (beside, 0.6), (known, 0.6)):
+    same_section = [name for name in known if name.rpartition(".")[0] == section]
+    for candidates, cutoff in ((known, 1.0), (same_section, 0.6), (known, 0.6)):
         leaves = {name.rpartition(".")[2]: name for name in reversed(candidates)}
         close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=cutoff)
         if close:
             return f"; did you mean {leaves[close[0]]}?"
-    return f" (valid here: {', '.join(sorted(name.rpartition('.')[2] for name in beside))})" if beside else ""
+    names = ", ".join(sorted(name.rpartition(".")[2] for name in same_section))
+    return f" (valid keys: {names})" if names else ""
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,11 +1,11 @@
-"""The configuration of a run as typed, closed models; `common.config.loader` reads them. Import all of it from here.
+"""The configuration of a run as typed models, and every section's class re-exported; import them from here.
 
-One section per process or concern, in `common.config.inputs` and `common.config.training`. Every model rejects unknown
-keys; a mistake is one `ConfigError` line that names the key, the value and the nearest valid one.
+`common.config.loader` reads a file into these models. `common.config.rules` checks sections against one another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +20,15 @@ from common.config.inputs import (
     RunConfig,
     StudentConfig,
     TeacherConfig,
+)
+from common.config.rules import (
+    evaluation_rules,
+    importance_rules,
+    learner_rules,
+    loss_rules,
+    source_rules,
+    teacher_rules,
+    worker_rules,
 )
 from common.config.training import (
     CheckpointConfig,
@@ -54,13 +63,14 @@ __all__ = [
 
 
 class Config(Section):
-    """Everything one run is made of."""
+    """The whole configuration of a run."""
 
     run: RunConfig
     student: StudentConfig
     teacher: TeacherConfig = TeacherConfig()
     teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], TeacherConfig] = {}
-    """More teachers by name, each with the keys of `teacher`: a row's ``teacher`` column says which one scores it."""
+    """Further teachers by name, each with the keys of `teacher`. A row's column ``teacher`` names the one that scores
+    it."""
     context: ContextConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -74,35 +84,44 @@ class Config(Section):
 
     @property
     def sync_in_run(self) -> SyncConfig:
-        """`sync` with its default folder filled in: ``weights/`` of the run."""
+        """`sync` with the default folder, ``weights/`` in the run's folder, filled in."""
         folder = (self.sync.folder or self.run.path / "weights").absolute()
         return self.sync.model_copy(update={"folder": folder})
 
     @property
     def answers_path(self) -> Path:
-        """Where the teacher's own answers are kept (`rollout.source: teacher`)."""
+        """File of the teacher's own answers (`rollout.source: teacher`)."""
         return self.rollout.answers_file or self.run.path / "offpolicy.jsonl"
 
     @property
     def teacher_model(self) -> str:
-        """Folder or hub name of the teacher: the student's own initial model unless another is named."""
+        """Folder or hub name of the teacher. Default: the student's initial model."""
         return self.teacher.model or self.student.model
 
     def named_teachers(self) -> dict[str, TeacherConfig]:
-        """All teachers by name; `teacher` is ``default``."""
+        """Return all teachers by name; the `teacher` section is ``default``."""
         return {"default": self.teacher, **self.teachers}
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        from common.config.rules import fault  # which reads this module
-
-        found = fault(self)
-        if found is not None:
-            raise ValueError(found)
+    def _sections_agree(self) -> Config:
+        message = next(self._broken_rules(), None)
+        if message is not None:
+            raise ValueError(message)
         return self
+
+    def _broken_rules(self) -> Iterator[str]:
+        if "default" in self.teachers:
+            yield "teachers: `default` is the name of the `teacher` section"
+        yield from loss_rules(self.loss, self.rollout)
+        yield from source_rules(self.rollout, self.loss, self.teacher, more_teachers=bool(self.teachers))
+        yield from importance_rules(self.loss, self.rollout)
+        yield from learner_rules(self.learner, self.sync)
+        yield from evaluation_rules(self.eval, self.data)
+        yield from teacher_rules(self.named_teachers(), self.student, self.loss, self.learner)
+        yield from worker_rules(self.rollout, self.teacher, ranks=self.learner.ranks)
 
 
 class TeacherServerConfig(Section):
-    """What ``opcd teacher`` reads: the `teacher` section of the same file, its model named."""
+    """Configuration of ``opcd teacher``: the `teacher` section of a run's file, with its model filled in."""
 
     teacher: TeacherConfig

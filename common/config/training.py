@@ -1,4 +1,4 @@
-"""Sections of the loop: how answers are made, what is minimised, how weights travel, what is kept."""
+"""Sections of the training loop: rollouts, loss, learner, checkpoints, weight sync."""
 
 from __future__ import annotations
 
@@ -11,188 +11,215 @@ from common.config.base import Fraction, NonNegative, Positive, PositiveFloat, S
 
 
 class RolloutConfig(Section):
-    """How the student answers, and the vLLM engines that make it."""
+    """Sampling of responses, and the vLLM engines that sample."""
 
     source: Literal["student", "teacher"] = "student"
-    """Whose answers are trained on. `teacher`: off-policy, as a baseline; `teacher.model` answers all prompts of the
-    run once, with the context, before training, and the student learns from them without it."""
+    """Model whose responses the student trains on. `teacher` is an off-policy baseline: `teacher.model` answers all
+    prompts of the run once, with the context, before training starts."""
     answers_file: Path | None = None
-    """Of `source: teacher`: where its answers are kept, default: ``offpolicy.jsonl`` of the run. What is there already,
-    made by the same model, data, context, sampling and seed, is not made again: runs may share it."""
+    """File for the teacher's answers with `source: teacher`. Default: ``offpolicy.jsonl`` in the run's folder. Answers
+    already in the file are reused if model, data, context, sampling and seed are the same, so runs may share it."""
     batch_size: Positive = 128
-    """Prompts of one optimiser step."""
+    """Prompts per optimiser step."""
     samples_per_prompt: Positive = 1
+    """Responses per prompt."""
     max_tokens: Positive = 512
+    """Upper bound for tokens per response."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature. The temperature inside the divergence is `loss.temperature`."""
+    """Sampling temperature. `loss.temperature` is the one inside the divergence."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Top-p (nucleus) filter."""
     stop: tuple[str, ...] = ()
-    """Strings that end an answer; the token that completes one is the answer's last."""
+    """Stop strings. The token that completes one is the response's last token."""
     topk_from: Literal["engine", "learner"] = "engine"
-    """Whose k most likely ids are the student's support: those of the engine that samples, or those of the learner, one
-    more forward pass over every answer (in bfloat16 the two differ a little: `topk_agreement`)."""
+    """Model that picks the student's k most likely ids: the sampling engine, or the learner in one more forward pass
+    over every response. In bfloat16 the two differ slightly (`topk_agreement`)."""
     workers: Positive = 1
+    """Rollout workers; each holds one engine."""
     max_workers: Positive | None = None
-    """Workers above `workers`, which the run begins with, join whenever the cluster has room for them: it asks for them
-    (an autoscaler sees it), they take part from the next step on, and leave with their nodes. They hold their GPUs to
-    the end of the run. Default: none."""
+    """Upper bound for elastic workers. Workers above `workers` join at the next step whenever the cluster has room (an
+    autoscaler sees the demand), and leave with their nodes. They keep their GPUs until the run ends. Default: no
+    elastic workers."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    """GPUs to reserve per worker."""
     tensor_parallel_size: Positive = 1
+    """GPUs that share one model."""
     gpu_memory_utilization: Fraction = 0.9
+    """Share of a GPU's memory that an engine may take."""
     kv_cache_gib: Positive = 1
-    """Key-value space of an engine on CPU."""
+    """Size of an engine's key-value cache on CPU."""
     threads: Positive | None = None
-    """CPU threads of an engine, default: torch's choice."""
+    """CPU threads per engine. Default: torch's choice."""
     max_num_seqs: Positive = 128
+    """Upper bound for sequences that an engine decodes at once."""
     enforce_eager: bool = True
+    """Run vLLM without CUDA graphs."""
     concurrency: Positive = 512
-    """Answers in flight in one worker."""
+    """Upper bound for requests in flight per worker."""
     max_restarts: NonNegative = 8
-    """Workers, not counting those beyond `workers`, that may be lost and replaced before the run stops."""
+    """Upper bound for workers lost and replaced before the run stops. Elastic workers do not count."""
     colocated: bool = False
-    """Worker i shares the GPU of rank i: engines sleep (weights in host memory, no key-value cache) while the learner
-    trains. Less hardware, no overlap. On GPUs only."""
+    """Let worker i share the GPU of rank i: less hardware, but sampling and training alternate. Engines sleep while the
+    learner trains (weights in host memory, no key-value cache). GPUs only."""
     max_staleness: NonNegative = 0
-    """Optimiser steps that rollouts may run ahead: 0 trains each step on answers of the very weights it changes."""
+    """Upper bound for optimiser steps between sampling a response and training on it. 0 is strictly on-policy."""
     oversample_fraction: Annotated[float, Field(ge=0)] = 0.0
-    """Share of prompts asked beyond a step's batch; the step takes the first answers and cuts the stragglers off, which
-    favours short answers. They are counted (`staleness/discarded`)."""
+    """Extra prompts sampled per step, as a share of the batch. The step takes the first responses to finish and
+    discards the rest, which favours short responses (`staleness/discarded`)."""
 
 
 class EnvironmentConfig(Section):
-    """How rows with an `environment` are played."""
+    """Play of rows that have an `environment`."""
 
     max_turns: Positive = 5
-    """Answers in one episode at most."""
-    samples: Literal["observation", "chat", "conversation"] = "observation"
-    """What is trained. `observation` (as in the paper): each answer, its prompt the observation alone, which must
-    repeat what matters of the turns before. `chat`: each answer, its prompt the chat so far. `conversation`: the
-    episode as one sequence, what the environment said in it masked out of the loss."""
+    """Upper bound for turns per episode."""
+    sample_format: Literal["observation", "chat", "conversation"] = "observation"
+    """Form of the training samples. `observation` (as in the paper): one sample per turn whose prompt is the
+    observation alone, so an observation must repeat what matters of earlier turns. `chat`: one sample per turn whose
+    prompt is the chat so far. `conversation`: one sample per episode, with the environment's text masked out of the
+    loss."""
 
 
 class LossConfig(Section):
-    """The per-token divergence and how it is averaged."""
+    """The per-token divergence and its average."""
 
     form: Literal["tail", "raw", "renorm", "generalized", "exact", "policy_gradient", "nll"] = "tail"
-    """What becomes of the mass outside the support. `exact` has none: `loss.top_k` is the whole vocabulary. Two are
-    baselines: `policy_gradient`, the sampled token's log-ratio as a reward, with an importance ratio; `nll`, the
-    negative log-likelihood of the teacher's answers (`rollout.source: teacher`)."""
+    """Treatment of the probability mass outside the support. `tail` adds one bucket for it, `raw` drops it (the paper's
+    form), `renorm` renormalises both sides, `generalized` drops it and corrects every term to be non-negative, `exact`
+    has none: `loss.top_k` is the whole vocabulary. Two forms are baselines: `policy_gradient` takes the sampled token's
+    log-ratio as a reward, with an importance ratio; `nll` is the negative log-likelihood of the teacher's answers
+    (`rollout.source: teacher`)."""
     direction: Literal["reverse", "forward", "jsd"] = "reverse"
+    """`reverse` is KL(student, teacher), `forward` is KL(teacher, student), `jsd` mixes both."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of `jsd`."""
     support: Literal["student", "teacher", "union"] = "student"
+    """Model whose `top_k` most likely ids form the support; `union` takes both models' ids."""
     top_k: Positive = 256
+    """Ids per response position and model."""
     normalize: Literal["token", "sequence"] = "token"
+    """Average over all tokens of a step, or over tokens within a response and then over responses."""
     temperature: PositiveFloat = 1.0
-    """Divides both sides' logits inside the divergence."""
+    """Temperature inside the divergence: it divides the logits of student and teacher."""
     skip_first_tokens: NonNegative = 0
+    """Response tokens at the start that the loss ignores."""
     clip_per_token: PositiveFloat | None = None
+    """Upper bound for a token's divergence. Default: none."""
     ratio_clip: PositiveFloat | None = None
-    """Largest importance ratio of `policy_gradient`."""
+    """Upper bound for the importance ratio of `policy_gradient`. Default: none."""
     importance_clip: PositiveFloat | None = None
-    """Weight every token's divergence by how likely the answer up to it is under the current weights over how likely it
-    was when it was sampled, cut at this value (truncated importance sampling): for `rollout.max_staleness` above 0, and
-    for engines of another precision. Null: no weights. The ratio is a product over tokens, so watch
-    `importance/ess_ratio`."""
+    """Turns on truncated importance sampling, for `rollout.max_staleness` above 0 and for engines of another precision.
+    Each token's divergence is multiplied by the ratio of the response's probability up to this token, current weights
+    over sampling weights, capped at this value. The ratio is a product over tokens, so watch `importance/ess_ratio`.
+    Default: no weights."""
 
 
 class LoraConfig(Section):
-    """Low-rank adapters: only they are trained, the base weights stay as they are."""
+    """Low-rank adapters. Only the adapters are trained."""
 
     rank: Positive = 16
     alpha: Positive = 32
-    """The adapters' product is scaled by alpha / rank."""
+    """Scale of the adapters: their product is multiplied by alpha / rank."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the layers that get an adapter; `all-linear`: every linear layer but the output layer."""
+    """Names of the layers with an adapter. `all-linear` means every linear layer except the output layer."""
     publish: Literal["merged", "adapter"] = "merged"
-    """What a checkpoint holds: a whole model, or the adapter alone. Engines always get merged weights."""
+    """Content of an export: the whole model, or the adapter alone. Engines always receive merged weights."""
 
 
 class LearnerConfig(Section):
-    """The optimiser and the ranks that run it."""
+    """The optimiser and the learner's ranks."""
 
     steps: Positive = 50
+    """Optimiser steps of the run."""
     ranks: Positive = 1
+    """Data-parallel processes of the learner."""
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0
+    """GPUs to reserve per rank."""
     threads: Positive | None = None
-    """CPU threads of a rank, default: torch's choice."""
+    """CPU threads per rank. Default: torch's choice."""
     lr: PositiveFloat = 1e-6
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     grad_clip: PositiveFloat = 1.0
+    """Upper bound for the norm of the gradient."""
     warmup_steps: NonNegative = 0
+    """Steps of linear learning-rate warm-up."""
     zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
     micro_batch_tokens: Positive = 8192
-    """Tokens of one micro-batch of one rank, padding included."""
+    """Upper bound for tokens per micro-batch and rank, padding included."""
     logit_chunk_tokens: Positive = 256
-    """Response positions whose logits are alive at a time."""
+    """Response positions whose logits are in memory at once."""
     gradient_checkpointing: bool = False
-    """Recompute activations layer by layer in the backward pass: less memory for about a third more time."""
+    """Recompute activations in the backward pass: less memory for about a third more time."""
     cpu_offload: bool = False
-    """Optimiser state, and its update, in host memory (ZeRO 1 to 3)."""
+    """Keep and update the optimiser state in host memory (ZeRO 1 to 3)."""
     packing: Literal["auto", "off"] = "auto"
-    """Lay answers end to end instead of padding them, where the model's attention can keep them apart."""
+    """`auto` concatenates responses instead of padding them, if the model's attention can separate them."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
     deterministic: bool = False
-    """The same bits every time: deterministic algorithms, answers in a fixed order, one sequence at a time in the
-    engines and in the run's own teacher. Slow: for tests and for debugging."""
+    """Make the run bit-reproducible: deterministic algorithms, responses in a fixed order, one sequence at a time in
+    the engines and in the run's own teacher. Slow; for tests and debugging."""
     max_skipped_steps: NonNegative = 3
-    """Steps in a row that a NaN or infinite gradient may cost before the run stops; as many may count no token, every
-    answer being shorter than `loss.skip_first_tokens`."""
+    """Upper bound for consecutive steps without an update before the run stops. A step is skipped for a NaN or infinite
+    gradient, or if every response is shorter than `loss.skip_first_tokens`."""
     collective_timeout_s: PositiveFloat = 1800.0
-    """How long ranks wait for one another, among other things while one writes an export or a checkpoint; after that
-    they are lost. Longer than `sync.timeout_s`: the others wait while rank 0 waits for an engine."""
+    """Limit for ranks to wait for one another, for example while one writes a checkpoint; after it they count as lost.
+    Must be longer than `sync.timeout_s`, because the other ranks wait while rank 0 waits for an engine."""
     kl_alarm_ratio: PositiveFloat = 10.0
-    """A step whose divergence is more than this many times the median of the 20 before it is reported."""
+    """Report a step whose divergence exceeds this multiple of the median of the 20 steps before."""
 
 
 class CheckpointConfig(Section):
-    """What a run keeps on disk to go on from (``opcd train CONFIG --resume``) and to serve."""
+    """Checkpoints to resume from (``opcd train CONFIG --resume``) and exports to serve."""
 
     every: NonNegative = 0
-    """Steps between resumable checkpoints; 0: none."""
+    """Steps between resumable checkpoints; 0 writes none."""
     keep: Positive = 2
-    """Newest resumable checkpoints that stay."""
+    """Number of resumable checkpoints to keep; older ones are deleted."""
     max_restarts: NonNegative = 3
-    """How often a run that lost a rank of the learner (or a node) goes on from its last checkpoint by itself."""
+    """Upper bound for automatic restarts from the last checkpoint after the loss of a rank or a node."""
     export_every: NonNegative = 0
-    """Steps between exports in Hugging Face format (all stay); 0: only the last step's, in ``checkpoint/``."""
+    """Steps between exports in Hugging Face format; all are kept. 0 exports the last step only, to ``checkpoint/``."""
     export_at: tuple[Positive, ...] = ()
-    """Further steps after which to export."""
+    """Additional steps to export."""
 
 
 class SyncConfig(Section):
-    """How new weights reach the engines, and the proof that they did."""
+    """Transfer of new weights to the engines, and the checks that they arrived."""
 
     backend: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
-    """`gloo`: through host memory, any device. `nccl`: between GPUs. `ipc`: learner and engines share a GPU or,
-    without one, a host. `file`: safetensors in `folder`, for whatever else can read it."""
+    """`gloo`: through host memory, any device. `nccl`: between GPUs. `ipc`: learner and engines share a GPU, or a host
+    without GPUs. `file`: safetensors in `folder`, which other programs can read as well."""
     folder: Path | None = None
-    """Of `file`: a folder that learner and engines share, default: ``weights/`` of the run."""
+    """Shared folder for `file`. Default: ``weights/`` in the run's folder."""
     delta: bool = False
-    """Over `gloo`: send only elements that changed since the version before (in bfloat16 most do not). Sender and
-    receivers then hold a copy of the weights each, in host memory."""
+    """Send only the elements that changed since the last version (in bfloat16 most do not change). `gloo` only. Sender
+    and receivers each keep a copy of the weights in host memory."""
     bucket_bytes: Positive = 64 * 1024 * 1024
-    """Weights that travel together, or make one file: both ends hold two or three buckets in memory. A tensor that is
-    larger makes one of its own."""
+    """Size of one transfer, or of one file. Both ends hold two or three buckets in memory. A larger tensor is a bucket
+    by itself."""
     timeout_s: PositiveFloat = 300.0
-    """How long learner and engines wait for one another, to join and at every bucket, before the sync is broken."""
+    """Limit for learner and engines to wait for one another, to join and at every bucket, before the sync fails."""
     probe_prompts: Positive = 8
+    """Sequences of the parity probe, which learner and engines score after every sync."""
     probe_tokens: Positive = 32
-    """Response tokens of each probe sequence."""
+    """Response tokens per probe sequence."""
     parity_nats: PositiveFloat | None = None
-    """Largest engine-learner difference of a sampled token's log-prob, default: 2e-4 in float32, 0.1 in bfloat16."""
+    """Upper bound for the difference between engine and learner in a probe token's log-prob. Default: 2e-4 in float32,
+    0.1 in bfloat16."""
     parity_change_ratio: PositiveFloat = 0.1
-    """Largest rms of (engine's change - learner's change) over the rms of the learner's change."""
-    drift_warn_nats: PositiveFloat | None = None
-    """On the tokens of a step, rms of engine minus learner log-prob from which on it is reported. Default: 0.002 in
-    float32, 0.05 in bfloat16, none where rollouts run ahead (`rollout.max_staleness`)."""
-    drift_stop_nats: PositiveFloat | None = None
-    """The same, from which on the run stops. Default: ten times `drift_warn_nats`, none where rollouts run ahead."""
-    drift_warn_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of tokens whose probability differs by more than a tenth, from which on it is reported. Default: 0.1, none
-    where rollouts run ahead."""
-    drift_stop_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The same, from which on the run stops. Default: 0.5, none where rollouts run ahead."""
+    """Upper bound for rms(engine's change - learner's change) / rms(learner's change) on the probe."""
+    mismatch_warn_nats: PositiveFloat | None = None
+    """Report a step if engine minus learner log-prob has an rms above this over the trained tokens. Default: 0.002 in
+    float32, 0.05 in bfloat16, no bound if `rollout.max_staleness` is above 0."""
+    mismatch_stop_nats: PositiveFloat | None = None
+    """Stop the run above this rms. Default: ten times `mismatch_warn_nats`, no bound if `rollout.max_staleness` is
+    above 0."""
+    mismatch_warn_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Report a step if the probabilities of more than this share of its tokens differ by over a tenth. Default: 0.1, no
+    bound if `rollout.max_staleness` is above 0."""
+    mismatch_stop_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Stop the run above this share. Default: 0.5, no bound if `rollout.max_staleness` is above 0."""

@@ -1,4 +1,4 @@
-"""Records of foreign data as our columns: renamed, filled into a user turn, labels instead of numbers. Pure."""
+"""Mapping of a source's records to the columns of a row: renames, user template, labels. Pure."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.config.model import DataConfig
-from common.data.templates import fill, places
+from common.data.templates import fill, placeholders
 
 
 class MappingError(ValueError):
-    """A record that lacks what `data.columns`, `data.user_template` or `data.labels` ask of it."""
+    """A record lacks a column or label that `data.columns`, `data.user_template` or `data.labels` needs."""
 
 
-def mapped(record: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
-    """`record` with the columns of a row, as `data` says. What is not renamed stays as it is.
+def map_columns(record: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
+    """Return `record` with the columns of a row; columns without a mapping stay unchanged.
 
-    Raises MappingError, naming key and column, for a column that is not there, and for an answer without a label.
+    Raises MappingError, with key and column, for a missing column and for an answer without a label.
     """
     row = dict(record)
     for name in data.columns.values():
-        row.pop(name, None)  # the data's `prompt`, if that is to be our `messages`, is no `prompt` any more
+        row.pop(name, None)  # a source's `prompt` that becomes `messages` must not remain as `prompt`
     for column, name in data.columns.items():
         row[column] = _find(record, name, f"data.columns.{column}")
     if data.user_template is not None:
-        named = places(data.user_template)
-        values = {name: str(_find(record, name, "data.user_template")) for name in named}
+        names = placeholders(data.user_template)
+        values = {name: str(_find(record, name, "data.user_template")) for name in names}
         row.pop("prompt", None)
         row["messages"] = [{"role": "user", "content": fill(data.user_template, values)}]
     answer = row.get("answer")
@@ -39,12 +39,12 @@ def mapped(record: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
 
 
 def _find(record: Mapping[str, Any], name: str, key: str) -> Any:
-    """Column `name`, or the one that dots lead to."""
+    """Return the column `name`, or the nested value at that dotted path."""
     if name in record:
         return record[name]
-    found: Any = record
+    value: Any = record
     for part in name.split("."):
-        if not isinstance(found, Mapping) or part not in found:
+        if not isinstance(value, Mapping) or part not in value:
             raise MappingError(f"{key}: there is no column {name!r}, only {', '.join(map(str, record))}")
-        found = found[part]
-    return found
+        value = value[part]
+    return value

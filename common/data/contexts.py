@@ -1,4 +1,4 @@
-"""A pool of contexts (``context.pool``): read, named, drawn from. Pure."""
+"""Pools of contexts (``context.pool``): reading, digest, and the choice of a context for a sample. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.config.model import ConfigError, ContextConfig
 
 
 class PoolContext(BaseModel):
-    """One line of a pool. Other keys of the line are left alone."""
+    """One line of a pool; further keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -27,7 +27,7 @@ Pool = Sequence[PoolContext]
 
 
 def read_pool(path: Path) -> tuple[PoolContext, ...]:
-    """The contexts of a JSON-lines file, in order; raises ConfigError naming file and line."""
+    """Read the contexts of a JSON-lines file, in order. Raises ConfigError with file and line."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -38,23 +38,23 @@ def read_pool(path: Path) -> tuple[PoolContext, ...]:
         if not line.strip():
             continue
         try:
-            one = PoolContext.model_validate(json.loads(line))
+            context = PoolContext.model_validate(json.loads(line))
         except json.JSONDecodeError as error:
             raise ConfigError(f"context.pool: {path}:{number}: not JSON: {error}") from error
         except ValidationError as error:
             detail = error.errors()[0]
-            place = ".".join(str(part) for part in detail["loc"])
-            raise ConfigError(f"context.pool: {path}:{number}: {place}: {detail['msg']}") from error
-        if one.id in pool:
-            raise ConfigError(f"context.pool: {path}:{number}: id {one.id!r} is used twice")
-        pool[one.id] = one
+            column = ".".join(str(part) for part in detail["loc"])
+            raise ConfigError(f"context.pool: {path}:{number}: {column}: {detail['msg']}") from error
+        if context.id in pool:
+            raise ConfigError(f"context.pool: {path}:{number}: id {context.id!r} is used twice")
+        pool[context.id] = context
     if not pool:
         raise ConfigError(f"context.pool: {path} holds no context")
     return tuple(pool.values())
 
 
 def check_context(context: ContextConfig) -> None:
-    """Raise ConfigError where the context, or the pool, cannot be read."""
+    """Raise ConfigError if the context, or the pool, cannot be read."""
     if context.pool is None:
         context.read()
     else:
@@ -62,13 +62,14 @@ def check_context(context: ContextConfig) -> None:
 
 
 def pool_digest(pool: Pool) -> str:
-    """Hex sha256 of ids and texts in their order: what decides which sample has which context."""
-    content = json.dumps([[one.id, one.text] for one in pool], ensure_ascii=False)
+    """Hex sha256 of ids and texts in order, which together decide the context of every sample."""
+    content = json.dumps([[context.id, context.text] for context in pool], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def context_index(seed: int, key: str, count: int) -> int:
-    """Which of `count` contexts `key` (a sample's id, which names step, row and repeat) has: a function of its
-    arguments alone, so that a resumed run draws the same.
+    """Return the index, among `count` contexts, of the one for `key` (a sample's id: step, row, repeat).
+
+    A function of its arguments alone, so a resumed run chooses the same contexts.
     """
     return xxhash.xxh64_intdigest(f"{seed}/context/{key}".encode()) % count

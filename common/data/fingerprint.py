@@ -1,4 +1,4 @@
-"""Names for what must be the same on both sides: the tokenizer's vocabulary and, less strictly, its chat template."""
+"""Fingerprints of a tokenizer and its chat template, which student and teacher compare."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hex sha256 of the vocabulary (token -> id, added tokens included) and of the special ids.
+    """Hex sha256 of the vocabulary (token to id, added tokens included) and the special ids.
 
-    Widths of output layers and chat templates are no part of it: sizes of one family pad differently and still share
-    their tokens.
+    Output width and chat template do not count: models of one family pad the width differently and share all tokens.
     """
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk")}
     return _digest({"vocabulary": sorted(tokenizer.get_vocab().items()), "special": special})
 
 
 def chat_template_fingerprint(tokenizer: Any) -> str:
-    """Hex sha256 of the chat template; of nothing where there is none."""
+    """Hex sha256 of the chat template, or of the empty string for a tokenizer without one."""
     return _digest(tokenizer.chat_template or "")
 
 

@@ -1,4 +1,4 @@
-"""Rows of a data set, read from where they are and checked before anything heavy starts."""
+"""Rows of a data set: reading, validation before any model loads, and the order of training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.config.model import DataConfig
-from common.data.columns import MappingError, mapped
-from common.data.sources import DataError, NotJson, is_file, read_records
+from common.data.columns import MappingError, map_columns
+from common.data.sources import DataError, InvalidJson, is_file, read_records
 
 __all__ = ["DataError", "Message", "Row", "batch_rows", "digest", "read_rows"]
 
@@ -30,9 +30,9 @@ class Message(BaseModel):
 
 
 class Row(BaseModel):
-    """One prompt: raw text (`prompt`), a conversation that ends with the user (`messages`) or a game (`environment`).
+    """One row: raw text (`prompt`), a conversation that ends with the user (`messages`) or a game (`environment`).
 
-    Other columns are left alone, except ones that look like a misspelt name of these.
+    Unknown columns are ignored, unless they look like a misspelt name of a known one.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -41,14 +41,14 @@ class Row(BaseModel):
     prompt: Annotated[str, Field(min_length=1)] | None = None
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     environment: Annotated[str, Field(min_length=1)] | None = None
-    """Name of an environment, or ``package.module:Class``; `options` and `seed` are read beside it only."""
+    """Name of an environment, or ``package.module:Class``. `options` and `seed` count only together with it."""
     options: dict[str, Any] = {}
     """Arguments of the environment's constructor."""
     seed: int = 0
-    """Of the episode: where it begins."""
+    """Seed of the episode's start."""
     answer: str | None = None
     teacher: str | None = None
-    """Which of the run's `teachers` scores it, default: `teacher`."""
+    """Name of the teacher that scores the row. Default: the `teacher` section."""
 
     @model_validator(mode="before")
     @classmethod
@@ -59,9 +59,8 @@ class Row(BaseModel):
             close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
             if name not in cls.model_fields and close:
                 raise ValueError(f"unknown column {name!r}; did you mean {close[0]!r}?")
-        if value.get("environment") is None:  # in other data sets these names mean something else
+        if value.get("environment") is None:  # other data sets use these names for other things
             value = {name: column for name, column in value.items() if name not in ("options", "seed")}
-        # Numeric ids are as common as text ones.
         return {**value, "id": str(value["id"])} if type(value.get("id")) is int else value
 
     @model_validator(mode="after")
@@ -85,33 +84,33 @@ def read_rows(
     need_answers: bool = False,
     check: Callable[[Row], str | None] = lambda row: None,
 ) -> list[Row]:
-    """All rows of a source (`common.data.sources`), columns renamed and filled in as `mapping` says; blank lines are
-    skipped. `check` says what else is wrong with a row.
+    """Read all rows of a source (`common.data.sources`), with columns mapped by `mapping`; blank lines are skipped.
 
-    Raises DataError with ``place: reason`` for every bad row (the first 20), for a repeated id, for a source that
-    cannot be read or holds no row, and, with `need_answers`, for a row without an answer (a game needs none).
+    `check` returns a further fault of a row, or None. Raises DataError with one ``location: reason`` line per bad row
+    (the first 20), for a repeated id, for an unreadable or empty source, and, with `need_answers`, for a row without an
+    answer (games need none).
     """
     rows: list[Row] = []
     faults: list[str] = []
     seen: dict[str, str] = {}
-    for place, record in read_records(source):
+    for location, record in read_records(source):
         row = _parse(record, mapping)
         fault = row if isinstance(row, str) else _fault(row, seen, need_answers) or check(row)
         if fault is not None:
-            faults.append(f"{place}: {fault}")
+            faults.append(f"{location}: {fault}")
         elif isinstance(row, Row):
-            seen[row.id] = place
+            seen[row.id] = location
             rows.append(row)
     if faults:
         more = [f"... and {len(faults) - REPORTED_FAULTS} more"] if len(faults) > REPORTED_FAULTS else []
         raise DataError("\n".join(faults[:REPORTED_FAULTS] + more))
     if not rows:
-        raise DataError(f"{source} holds no row")
+        raise DataError(f"{source} holds no rows")
     return rows
 
 
 def digest(data: DataConfig, rows: Sequence[Row]) -> str:
-    """sha256 of what is trained on: the file as it stands, or the `rows` of what is not simply a file."""
+    """Hex sha256 of the training data: the file's bytes, or `rows` if the source is no file or has mapped columns."""
     if is_file(data.train) and not (data.columns or data.user_template or data.labels):
         return hashlib.sha256(data.train.read_bytes()).hexdigest()
     content = hashlib.sha256()
@@ -121,17 +120,17 @@ def digest(data: DataConfig, rows: Sequence[Row]) -> str:
 
 
 def _parse(record: Any, mapping: DataConfig | None) -> Row | str:
-    if isinstance(record, NotJson):
+    if isinstance(record, InvalidJson):
         return str(record)
     try:
-        return Row.model_validate(mapped(record, mapping) if mapping and isinstance(record, dict) else record)
+        return Row.model_validate(map_columns(record, mapping) if mapping and isinstance(record, dict) else record)
     except MappingError as error:
         return str(error)
     except ValidationError as error:
         detail = error.errors()[0]
-        place = ".".join(str(part) for part in detail["loc"])
+        column = ".".join(str(part) for part in detail["loc"])
         message = str(detail["msg"]).removeprefix("Value error, ")
-        return f"{place}: {message}" if place else message
+        return f"{column}: {message}" if column else message
 
 
 def _fault(row: Row, seen: dict[str, str], need_answers: bool) -> str | None:
@@ -143,9 +142,9 @@ def _fault(row: Row, seen: dict[str, str], need_answers: bool) -> str | None:
 
 
 def batch_rows(step: int, *, batch_size: int, rows: int, seed: int) -> list[int]:
-    """Indices of the rows of optimiser step `step` (from 0): epoch after epoch, each in a seeded order of its own.
+    """Return the row indices of optimiser step `step` (from 0): epoch after epoch, each in its own seeded order.
 
-    A function of the step alone, so the data cursor of a resumed run is its step.
+    A function of the step alone, so a resumed run needs no data cursor.
     """
     return [index for _, index in zip(range(batch_size), _walk(step * batch_size, rows, seed), strict=False)]
 

@@ -1,7 +1,6 @@
-"""Where rows come from: a file, a data set of ``datasets``, or a generator, each as plain records with their place.
+"""Sources of rows: files, data sets of ``datasets``, and generators, each read as plain records with a location.
 
-What a source is, is said by what stands before its colon; a path has none. Packages are imported when a source needs
-them.
+The text before a source's colon names its kind; a path has none. A package is imported only when a source needs it.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from urllib.parse import parse_qsl
 import yaml
 
 Record = tuple[str, Any]
-"""(where it stands, for an error; its columns, or the text of a line that is no JSON)."""
+"""(location for an error line, columns or `InvalidJson`)."""
 
 
 class DataError(ValueError):
-    """Rows that cannot be used: one line each, with file and line number."""
+    """Unusable rows: one line per row, with file and line number."""
 
 
-class NotJson(str):
-    """Why a line could not be read."""
+class InvalidJson(str):
+    """Parser's message for a line that is not JSON."""
 
 
 def read_records(source: Path) -> Iterator[Record]:
-    """The records of `source`, in order; a line that is no JSON comes as `NotJson`.
+    """Yield the records of `source` in order; a line that is not JSON becomes `InvalidJson`.
 
-    Raises DataError where the source cannot be read, naming what is missing and where it was looked for.
+    Raises DataError, with the places searched, if the source cannot be read.
     """
     kind, colon, rest = str(source).partition(":")
     if colon and kind in GENERATORS:
@@ -38,7 +37,7 @@ def read_records(source: Path) -> Iterator[Record]:
 
 
 def is_file(source: Path) -> bool:
-    """Whether `source` is a path, rather than something that makes rows."""
+    """Tell a path from a data set or generator."""
     kind, colon, _ = str(source).partition(":")
     return not (colon and kind in GENERATORS)
 
@@ -59,7 +58,7 @@ def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        return NotJson(f"not JSON: {error}")
+        return InvalidJson(f"not JSON: {error}")
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -74,7 +73,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _hub(rest: str) -> Iterator[Record]:
-    """``NAME[:CONFIG]/SPLIT``; NAME is a folder, or a name on the Hugging Face hub (or in this machine's cache)."""
+    """Read ``NAME[:CONFIG]/SPLIT``; NAME is a folder, or a hub name (downloaded or cached)."""
     named, slash, split = rest.rpartition("/")
     name, _, config = named.partition(":")
     if not slash or not name or not split:
@@ -88,14 +87,14 @@ def _hub(rest: str) -> Iterator[Record]:
         else:
             rows = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
-        looked = f"no folder, not in {datasets.config.HF_DATASETS_CACHE}, not to be had from the hub"
-        where = "" if Path(name).is_dir() else f"{name} is not here ({looked}): "
-        raise DataError(f"data source hf:{rest}: {where}{_short(error)}") from error
+        searched = f"no such folder, not in {datasets.config.HF_DATASETS_CACHE}, not available from the hub"
+        missing = "" if Path(name).is_dir() else f"{name} not found ({searched}): "
+        raise DataError(f"data source hf:{rest}: {missing}{_short(error)}") from error
     yield from _numbered(f"hf:{rest}", rows)
 
 
 def _games(rest: str) -> Iterator[Record]:
-    """``NAME?rows=N&seed=S&option=value…``: episodes that begin from S, S + 1, …"""
+    """Generate ``NAME?rows=N&seed=S&option=value…``: one episode per seed S, S + 1, …"""
     name, options = _query(f"game:{rest}", rest)
     rows, seed = options.pop("rows", 256), options.pop("seed", 0)
     for number in range(seed, seed + rows):
@@ -104,7 +103,7 @@ def _games(rest: str) -> Iterator[Record]:
 
 
 def _reasoning_gym(rest: str) -> Iterator[Record]:
-    """``TASK?size=N&seed=S&…``; the answer is the whole entry, which the grader `reasoning_gym` hands to its scorer."""
+    """Generate ``TASK?size=N&seed=S&…``; the answer is the whole entry, for the grader `reasoning_gym`."""
     source = f"reasoning_gym:{rest}"
     name, options = _query(source, rest)
     gym = _need("reasoning_gym", source)
@@ -138,7 +137,7 @@ def _query(source: str, rest: str) -> tuple[str, dict[str, Any]]:
 
 
 def _numbered(source: str, rows: Any) -> Iterator[Record]:
-    """Rows of a table, numbered from 0: the number is the id of those that have no column `id`."""
+    """Number the rows of a table from 0; the number is the id of a row without a column `id`."""
     for number, row in enumerate(rows):
         yield f"{source} row {number}", {"id": number, **row}
 

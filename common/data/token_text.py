@@ -1,33 +1,32 @@
-"""The text of single tokens, as parts of the text that they make together."""
+"""Text of single tokens, such that the texts of a sequence join to its decoded text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-HALF = "\ufffd"
-"""What a decoder gives for bytes that are no whole character yet."""
+REPLACEMENT = "\ufffd"
+"""Decoded form of bytes that do not complete a character."""
 
 
-def text_of(tokenizer: Any, ids: Iterable[int]) -> str:
-    """The text of `ids`, special tokens included, nothing tidied up."""
-    return str(
-        tokenizer.decode([int(one) for one in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    )
+def decode_ids(tokenizer: Any, ids: Iterable[int]) -> str:
+    """Return the text of `ids`, special tokens included and spaces unchanged."""
+    values = [int(token) for token in ids]
+    return str(tokenizer.decode(values, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """One text a token; together they are `text_of` all.
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return one text per token; joined they equal `decode_ids` of all.
 
-    A token that ends within a character has no text of its own: the character stands at the token that completes it.
+    A token that ends inside a character gets an empty text; the token that completes the character gets all of it.
     """
-    found: list[str] = []
-    start = done = 0  # tokens from `start` on are decoded; the text of those before `done` has been given out
+    texts: list[str] = []
+    start = done = 0  # decode from `start`; texts before `done` are complete
     for end in range(1, len(ids) + 1):
-        before, whole = text_of(tokenizer, ids[start:done]), text_of(tokenizer, ids[start:end])
-        if whole.endswith(HALF) and end < len(ids):
-            found.append("")
+        before, whole = decode_ids(tokenizer, ids[start:done]), decode_ids(tokenizer, ids[start:end])
+        if whole.endswith(REPLACEMENT) and end < len(ids):
+            texts.append("")
             continue
-        found.append(whole[len(before) :] if whole.startswith(before) else text_of(tokenizer, ids[done:end]))
+        texts.append(whole[len(before) :] if whole.startswith(before) else decode_ids(tokenizer, ids[done:end]))
         start, done = done, end
-    return found
+    return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from common.config.loader import dump_config, load_config, load_teacher_config
+from common.config.loader import RENAMED_KEYS, dump_config, load_config, load_teacher_config
 from common.config.model import Config, ConfigError, LossConfig
 from learner.loop.run import check_exact
 from tests.support.paths import ROOT
@@ -61,6 +62,39 @@ def test_an_unknown_key_names_the_nearest(path: Path, override: str, named: str,
     assert line.endswith(f"did you mean {nearest}?")
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("run.patience_s=60", "unknown key run.patience_s: it is now run.placement_timeout_s"),
+        ("teacher.keys_file=k", "unknown key teacher.keys_file: it is now teacher.server_keys_file"),
+        ("teacher.key_file=k", "unknown key teacher.key_file: it is now teacher.client_key_file"),
+        ("teachers.big.key_file=k", "unknown key teachers.big.key_file: it is now teachers.big.client_key_file"),
+        ("rollout.over_issue=0.1", "unknown key rollout.over_issue: it is now rollout.oversample_fraction"),
+        ("environment.samples=chat", "unknown key environment.samples: it is now environment.sample_format"),
+        ("sync.drift_warn_nats=1", "unknown key sync.drift_warn_nats: it is now sync.mismatch_warn_nats"),
+        ("sync.drift_stop_nats=1", "unknown key sync.drift_stop_nats: it is now sync.mismatch_stop_nats"),
+        ("sync.drift_warn_share=1", "unknown key sync.drift_warn_share: it is now sync.mismatch_warn_share"),
+        ("sync.drift_stop_share=1", "unknown key sync.drift_stop_share: it is now sync.mismatch_stop_share"),
+        ("teacher.kind=self", "bad value teacher.kind='self': it is now `live`"),
+        ("teachers.big.kind=self", "bad value teachers.big.kind='self': it is now `live`"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(path: Path, override: str, line: str) -> None:
+    assert mistake(path, override) == line
+    key, _, value = override.partition("=")
+    if key.startswith("teacher."):
+        with pytest.raises(ConfigError, match=re.escape(line)):
+            load_teacher_config(path, [f"{key}={value}"])
+
+
+def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
+    for old, new in RENAMED_KEYS.items():
+        section, _, name = old.partition(".")
+        fields = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        assert new in fields
+        assert name not in fields
+
+
 def test_an_unknown_key_with_nothing_near_lists_the_section(path: Path) -> None:
     line = mistake(path, "eval.qqqq=1")
     assert "unknown key eval.qqqq=1" in line
@@ -91,7 +125,7 @@ def test_a_bad_value_names_key_value_and_what_is_valid(path: Path, override: str
     [
         ("context.file=c.txt", "exactly one of context.text, context.file and context.pool"),
         ("loss.top_k=2048", "loss.top_k 2048 is larger than teacher.max_k 1024"),
-        ("student.system=text", "student.system_text is set exactly when"),
+        ("student.system=text", "student.system_text must be set if and only if"),
         ("learner.cpu_offload=true", "needs learner.zero_stage 1, 2 or 3"),
     ],
 )
@@ -100,7 +134,7 @@ def test_keys_that_do_not_go_together(path: Path, override: str, part: str) -> N
 
 
 def test_exact_is_over_the_whole_vocabulary(path: Path) -> None:
-    assert "so loss.support is `student`, not `union`" in mistake(path, "loss.form=exact", "loss.support=union")
+    assert "set loss.support to `student`, not `union`" in mistake(path, "loss.form=exact", "loss.support=union")
     exact, tail = LossConfig(form="exact", top_k=512), LossConfig(top_k=512)
     check_exact(exact, 512, {"default": 512})
     check_exact(tail, 640, {"default": 1024})
@@ -250,7 +284,7 @@ def test_more_teachers_are_checked_like_the_first(path: Path) -> None:
 def test_a_teacher_that_follows_a_student_is_no_server(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.kind `ema` follows one run's student"):
         load_teacher_config(path, ["teacher.kind=ema"])
-    assert "takes new weights" in mistake(path, "teacher.kind=live", "teacher.backend=vllm")
+    assert "receives new weights" in mistake(path, "teacher.kind=live", "teacher.backend=vllm")
 
 
 @pytest.mark.parametrize(
@@ -258,12 +292,12 @@ def test_a_teacher_that_follows_a_student_is_no_server(path: Path) -> None:
     [
         (["teacher.kind=base"], "needs learner.lora"),
         (["teacher.kind=base", "learner.lora.rank=4", "teachers.big.model=m"], "`teachers` must be empty"),
-        (["teachers.own.kind=base", "learner.lora.rank=4"], "only `teacher` can be it"),
+        (["teachers.own.kind=base", "learner.lora.rank=4"], "possible for `teacher` only"),
         (["teacher.kind=base", "learner.lora.rank=4", "loss.support=union"], "loss.support must be `student`"),
         (["rollout.colocated=true", "rollout.workers=2"], "rollout.workers (2) must equal learner.ranks (1)"),
-        (["rollout.colocated=true", "rollout.max_staleness=1"], "takes turns"),
+        (["rollout.colocated=true", "rollout.max_staleness=1"], "sampling and training alternate"),
         (["rollout.workers=3", "rollout.max_workers=2"], "rollout.max_workers (2) is less than rollout.workers (3)"),
-        (["rollout.colocated=true", "rollout.max_workers=2"], "no rank to share its GPU with"),
+        (["rollout.colocated=true", "rollout.max_workers=2"], "no rank to share a GPU with"),
         (["sync.delta=true", "sync.backend=file"], "not `file`"),
         (["learner.ranks=2", "sync.timeout_s=1800"], "learner.collective_timeout_s (1800) must be longer than"),
         (["rollout.topk_from=learner", "loss.support=teacher"], "does not use"),

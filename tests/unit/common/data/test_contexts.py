@@ -264,11 +264,11 @@ def test_a_worker_renders_a_game_under_the_context_that_it_brings(config: Config
     draw, _ = draw_over([row])
     for key in range(12):
         prompt = draw(0, f"{key}")
-        assert worker._rendering(prompt).context_text == TEXTS[str(prompt.context_id)]
+        assert worker._renderer(prompt).context_text == TEXTS[str(prompt.context_id)]
     assert len(worker._renderers) == 3
     one = config.model_copy(update={"context": ContextConfig(text="Rules.")})
     worker = RolloutWorker(config.student.model, one, None, max_logprobs=1)
-    assert worker._rendering(first_turn(row).render(worker._rendering(prompt))).context_text == "Rules."
+    assert worker._renderer(first_turn(row).render(worker._renderer(prompt))).context_text == "Rules."
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

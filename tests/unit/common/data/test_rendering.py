@@ -108,9 +108,9 @@ def test_templates_own_default_system_is_the_students_unless_told_otherwise() ->
 def test_system_none_is_accepted_where_the_template_adds_nothing() -> None:
     student, _, _ = sides(renderer(system="none"), chat_row("Hi"))
     assert student.startswith("<|im_start|>user")
-    with pytest.raises(DataError, match="row 'r' has a system message of its own"):
+    with pytest.raises(DataError, match="row 'r' has a system message"):
         renderer(system="none").render(chat_row("Hi", system="Own."))
-    with pytest.raises(DataError, match="row 'r' has a system message of its own"):
+    with pytest.raises(DataError, match="row 'r' has a system message"):
         renderer(system="text", system_text="Mine.").render(chat_row("Hi", system="Own."))
 
 
@@ -154,7 +154,7 @@ def test_chat_template_kwargs_reach_the_template() -> None:
 def test_a_template_that_renders_the_user_content_differently_under_context_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE + "{% if messages[0].role == 'system' %}!{% endif %}"
-    with pytest.raises(DataError, match="does not render the last user content the same"):
+    with pytest.raises(DataError, match="renders the last user content differently"):
         renderer(tokenizer).render(chat_row("Hi"))
 
 
@@ -175,7 +175,7 @@ def test_double_bos_is_refused() -> None:
 def test_each_context_has_the_prefix_of_its_own_text() -> None:
     """One renderer under several contexts, as for a pool, and for rows with system messages of their own."""
     render = renderer()
-    other = render.under("Other rules.")
+    other = render.with_context("Other rules.")
     for one, text in ((render, "Rules."), (other, "Other rules."), (render, "Rules.")):
         for own in (None, "Own.", "Another."):
             _, context, rest = sides(one, chat_row("Hi", system=own))
@@ -219,7 +219,7 @@ def test_an_answer_that_the_template_drops_has_no_follow_up() -> None:
     assert tokenizer.decode(follow) == "<|im_end|>\n<|im_start|>user\nDown.<|im_end|>\n<|im_start|>assistant\n"
     for role in ("assistant", "user"):
         tokenizer.chat_template = f"{{% for m in messages if m.role != '{role}' %}}[{{{{ m.content }}}}]{{% endfor %}}"
-        with pytest.raises(DataError, match="does not render an answer and a user turn"):
+        with pytest.raises(DataError, match="does not render an answer and the user turn"):
             renderer(tokenizer).follow_up("Down.")
 
 
@@ -249,7 +249,7 @@ def test_over_long_rows_are_all_named_with_the_numbers() -> None:
         check_lengths("teacher", {"a": 90, "b": 91, "c": 92}, max_tokens=10, limit=100)
     lines = str(error.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["row 'b'", "row 'c'"]
-    assert "101 tokens" in lines[0]
+    assert "101 teacher tokens" in lines[0]
     assert "teacher.max_sequence_tokens" in lines[0]
     for count, last in ((20, "row '19'"), (21, "... and 1 more")):
         with pytest.raises(DataError) as error:

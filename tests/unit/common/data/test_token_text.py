@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.data.token_text import pieces, text_of
+from common.data.token_text import decode_ids, token_texts
 from tests.support.tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()  # every byte is a token
@@ -18,18 +18,18 @@ def ids_of(text: str) -> list[int]:
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=30))
 def test_pieces_are_one_a_token_and_together_the_text(text: str) -> None:
     ids = ids_of(text)
-    found = pieces(TOKENIZER, ids)
+    found = token_texts(TOKENIZER, ids)
     assert len(found) == len(ids)
-    assert "".join(found) == text_of(TOKENIZER, ids) == text
+    assert "".join(found) == decode_ids(TOKENIZER, ids) == text
 
 
 def test_a_character_stands_at_the_token_that_completes_it() -> None:
-    assert pieces(TOKENIZER, ids_of("aé€b")) == ["a", "", "é", "", "", "€", "b"]
+    assert token_texts(TOKENIZER, ids_of("aé€b")) == ["a", "", "é", "", "", "€", "b"]
 
 
 def test_half_a_character_at_the_end_is_shown_as_such() -> None:
-    assert pieces(TOKENIZER, ids_of("aé")[:2]) == ["a", "\ufffd"]
+    assert token_texts(TOKENIZER, ids_of("aé")[:2]) == ["a", "\ufffd"]
 
 
 def test_special_tokens_are_text() -> None:
-    assert pieces(TOKENIZER, [TOKENIZER.eos_token_id, *ids_of(" x")]) == ["<|im_end|>", " ", "x"]
+    assert token_texts(TOKENIZER, [TOKENIZER.eos_token_id, *ids_of(" x")]) == ["<|im_end|>", " ", "x"]
