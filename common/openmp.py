@@ -1,21 +1,22 @@
-"""How OpenMP threads wait for each other where processes share the cores of a machine."""
+"""Waiting policy of OpenMP threads on a machine whose cores several processes share."""
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
 
 SPINS = "1000"
-"""Turns that a thread of libgomp spins before it sleeps, tens of microseconds: between two products of one layer it is
-awake, and it soon leaves its core to a process that has work. Measured on two cores, seconds of a learner's micro-batch
-beside an answer under way, and alone: 1,000 turns 6.0 and 3.2, 10,000 8.1 and 3.2, none 5.7 and 3.6.
+"""Iterations that a libgomp thread spins before it sleeps (tens of microseconds): it stays awake between two products
+of one layer, and soon leaves its core to another process. Measured on two cores, seconds of a learner's micro-batch during
+a rollout, and alone: 1,000 iterations 6.0 and 3.2, 10,000 8.1 and 3.2, none 5.7 and 3.6.
 """
 
 
 def share_cores(environment: MutableMapping[str, str]) -> None:
-    """Set the waiting of OpenMP threads in `environment`, unless it says something of its own; read by a process before
-    its first parallel loop, and inherited by those that it starts.
+    """Set the OpenMP waiting policy in `environment`, unless it has one.
+
+    A process reads it before its first parallel loop; child processes inherit it.
     """
     if "OMP_WAIT_POLICY" in environment or "GOMP_SPINCOUNT" in environment:
         return
-    environment["OMP_WAIT_POLICY"] = "PASSIVE"  # for the other runtimes; libgomp's own count goes before it
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"  # for other runtimes; in libgomp the count overrides it
     environment["GOMP_SPINCOUNT"] = SPINS

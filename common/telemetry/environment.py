@@ -1,4 +1,4 @@
-"""What a run runs on, written down beside its results: interpreter, machine, state of the code."""
+"""Environment of a run, stored with its results: interpreter, machine, state of the code."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-"""Where these packages lie: a checkout, or an environment's site-packages."""
+"""Parent folder of these packages: a checkout, or an environment's site-packages."""
 
 
 def environment() -> dict[str, Any]:
-    """The content of ``environment.json``."""
+    """Content of ``environment.json``."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -24,9 +24,9 @@ def environment() -> dict[str, Any]:
 
 
 def commit(root: Path) -> dict[str, Any] | None:
-    """Commit of the checkout whose top is `root`, and whether tracked files differ from it; None where there is none.
+    """Commit of the checkout at `root`, and whether tracked files differ from it; None if `root` is no checkout's top.
 
-    An installed package may lie inside somebody else's checkout: that one's commit would say nothing.
+    An installed package may lie inside another project's checkout, whose commit says nothing about this code.
     """
     top = _git(root, "rev-parse", "--show-toplevel", "HEAD")
     if top is None or len(top) != 2 or Path(top[0]).resolve() != root:
@@ -36,7 +36,7 @@ def commit(root: Path) -> dict[str, Any] | None:
 
 def _git(root: Path, *arguments: str) -> list[str] | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.splitlines() if done.returncode == 0 else None
+    return result.stdout.splitlines() if result.returncode == 0 else None

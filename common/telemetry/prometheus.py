@@ -1,6 +1,4 @@
-"""A run's numbers for Prometheus: each value of ``metrics.jsonl`` as a gauge at ``http://host:port/metrics``, and what
-the run's own teachers say of themselves.
-"""
+"""Metrics of a run for Prometheus: each value of ``metrics.jsonl`` as a gauge, and the metrics of its teachers."""
 
 from __future__ import annotations
 
@@ -22,15 +20,15 @@ PREFIX = "opcd_run_"
 
 
 def gauge_name(name: str) -> str:
-    """``kl/lower_bound`` becomes ``opcd_run_kl_lower_bound``."""
+    """Prometheus name of a metric: ``kl/lower_bound`` becomes ``opcd_run_kl_lower_bound``."""
     return PREFIX + re.sub(r"[^a-zA-Z0-9]+", "_", name).strip("_")
 
 
 class PrometheusSink:
-    """Serves the newest value of every number, with the label `run`, from a thread.
+    """Serves the latest value of every metric, labelled `run`, at ``http://host:port/metrics`` from a thread.
 
-    Beside them ``opcd_run_step`` and ``opcd_run_updated_timestamp_seconds``, by which a run that stands still is seen.
-    Port 0 takes any free one; `url` says which. Raises ConfigError where the address cannot be bound.
+    ``opcd_run_step`` and ``opcd_run_updated_timestamp_seconds`` reveal a run that makes no progress. Port 0 takes any
+    free port; `url` names it. Raises ConfigError if the address cannot be bound.
     """
 
     def __init__(self, run: str, host: str, port: int) -> None:
@@ -46,40 +44,40 @@ class PrometheusSink:
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """The next scrape shows them. Values that a step lacks stay as they were."""
+        """Update the gauges; metrics that a step lacks keep their last value."""
         for name, value in {**values, "step": step, "updated_timestamp_seconds": time.time()}.items():
             self._gauge(name).labels(self._run).set(value)
 
     def relay(self, teacher: str, page: Callable[[], str]) -> None:
-        """Show what `page` returns (Prometheus' text) at each scrape, too, with the label ``teacher``."""
-        self._registry.register(_Relayed(teacher, page))
+        """Add the series of `page` (Prometheus text), labelled ``teacher``, to every scrape."""
+        self._registry.register(_RelayedPage(teacher, page))
 
     def close(self) -> None:
-        """Stop serving and give the port back."""
+        """Stop serving and free the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
     def _gauge(self, name: str) -> Gauge:
-        known = gauge_name(name)
-        if known not in self._gauges:
-            self._gauges[known] = Gauge(known, f"{name} of the newest step.", ["run"], registry=self._registry)
-        return self._gauges[known]
+        gauge = gauge_name(name)
+        if gauge not in self._gauges:
+            self._gauges[gauge] = Gauge(gauge, f"{name} of the latest step.", ["run"], registry=self._registry)
+        return self._gauges[gauge]
 
 
-class _Relayed(Collector):
-    """Series of another page. One that does not answer is in the log, and missing from the scrape."""
+class _RelayedPage(Collector):
+    """Series of another page; if it does not answer, the scrape lacks them and the log says why."""
 
     def __init__(self, teacher: str, page: Callable[[], str]) -> None:
         self._teacher = teacher
         self._page = page
 
     def describe(self) -> list[Metric]:
-        """Nothing is known before it is asked: names of several teachers may be the same."""
+        """Declare no names in advance: several teachers have the same ones."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Its series of now."""
+        """Fetch the page and label its series."""
         try:
             text = self._page()
         except OSError as error:

@@ -1,11 +1,11 @@
-"""What a run writes down while it goes: metrics, samples, spans of time, lines on the terminal."""
+"""Files and terminal lines that a run writes: metrics, samples, tokens, texts, audit."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,28 +14,20 @@ from typing import Any
 from common.telemetry.prometheus import PrometheusSink
 from common.telemetry.sinks import Sink, TensorBoardSink
 
-Span = tuple[float, float]
-"""(start, end), seconds since the epoch."""
-
-
-def covered_s(spans: Iterable[Span]) -> float:
-    """Seconds during which at least one of `spans` was open: overlapping work counts once."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
-
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write by rename, so a reader (or a crash) never meets half a file."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    """Write a JSON file by rename: a reader, or a crash, never sees half a file."""
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def lines_up_to(text: str, step: int) -> Iterator[str]:
-    """JSON lines whose ``step`` is at most `step`; a last line that a crash cut short is left out."""
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _lines_up_to(text: str, step: int) -> Iterator[str]:
+    """Yield JSON lines whose ``step`` is at most `step`; a last line cut by a crash is dropped."""
     for line in text.split("\n"):
         try:
             if json.loads(line)["step"] <= step:
@@ -46,16 +38,16 @@ def lines_up_to(text: str, step: int) -> Iterator[str]:
 
 @dataclass
 class RunFiles:
-    """The folder of one run: ``metrics.jsonl``, ``samples.jsonl``, ``audit.jsonl``, TensorBoard events; and `sinks`.
+    """Folder of one run: ``{metrics,samples,audit,tokens,texts}.jsonl``, TensorBoard events; and `sinks`.
 
-    Every line is flushed as it is written: what was done before a crash is kept.
+    Every line is flushed when written, so a crash loses none.
     """
 
     folder: Path
     resume_after: int | None = None
-    """Go on with the files of an earlier run: what it wrote of later steps is dropped, they are done again."""
+    """Continue the files of an earlier run after this step; lines of later steps are dropped."""
     sinks: Sequence[Sink] = ()
-    """Where numbers go besides; closed with the files."""
+    """Further receivers of metrics; closed with the files."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,33 +60,34 @@ class RunFiles:
         self._sinks = [TensorBoardSink(self.folder / "tensorboard", purge), *self.sinks]
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line of ``metrics.jsonl``; numbers go to the sinks too."""
+        """Write a line of ``metrics.jsonl`` and send its numbers to the sinks."""
         self._line(self._metrics, {"step": step, **values})
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for sink in self._sinks:
             sink.write(step, numbers)
 
     def relay_metrics(self, teacher: str, page: Callable[[], str]) -> None:
-        """Show a teacher's own page of metrics in that of the run, where there is one (`PrometheusSink.relay`)."""
+        """Add a teacher's metrics page to the run's, if the run serves one (`PrometheusSink.relay`)."""
         for sink in self._sinks:
             if isinstance(sink, PrometheusSink):
                 sink.relay(teacher, page)
 
     def sample(self, values: Mapping[str, Any]) -> None:
-        """One line of ``samples.jsonl``."""
+        """Write a line of ``samples.jsonl``."""
         self._line(self._samples, values)
 
     def tokens(self, values: Mapping[str, Any]) -> None:
-        """One line of ``tokens.jsonl``: an answer token by token (`learner.trainer.token_records`)."""
+        """Write a line of ``tokens.jsonl``: an answer token by token (`learner.trainer.token_records`)."""
         self._line(self._tokens, values)
 
     def text(self, values: Mapping[str, Any]) -> None:
-        """One line of ``texts.jsonl``: a context or a held-out prompt that other files name. It belongs to no step."""
+        """Write a line of ``texts.jsonl``: a context or a held-out prompt that other files name, for all steps."""
         self._line(self._texts, {"step": 0, **values})
 
     def audit(self, step: int, trained: Sequence[str], failed: Sequence[str], contexts: Sequence[str] = ()) -> None:
-        """One line of ``audit.jsonl``: which samples the step was trained on, and which it had to do without; of a pool
-        also the context of each that was trained on.
+        """Write a line of ``audit.jsonl``: the samples that the step trained on and those that failed.
+
+        `contexts`: with a context pool, the context of each trained sample.
         """
         values = {"step": step, "trained": list(trained), "failed": list(failed)}
         self._line(self._audit, {**values, "contexts": list(contexts)} if contexts else values)
@@ -114,10 +107,8 @@ class RunFiles:
         path = self.folder / name
         kept: list[str] = []
         if self.resume_after is not None and path.exists():
-            kept = list(lines_up_to(path.read_text(encoding="utf-8"), self.resume_after))
-        beside = path.with_name(name + ".partial")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(beside, path)
+            kept = list(_lines_up_to(path.read_text(encoding="utf-8"), self.resume_after))
+        _replace(path, "".join(line + "\n" for line in kept))
         return path.open("a", encoding="utf-8")
 
     @staticmethod
@@ -127,7 +118,7 @@ class RunFiles:
 
 
 class Progress:
-    """Lines for a log, and on a terminal one line that is rewritten while something long goes on."""
+    """Log lines, and on a terminal one status line that is rewritten during long operations."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -135,13 +126,13 @@ class Progress:
         self._open = False
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line."""
         self._clear()
         if not self._quiet:
             print(text, flush=True)
 
     def status(self, text: str) -> None:
-        """What goes on right now; nothing where the output is not a terminal."""
+        """Replace the status line; does nothing if the output is not a terminal."""
         if self._terminal:
             width = os.get_terminal_size().columns - 1
             sys.stdout.write("\r\033[K" + text[:width])

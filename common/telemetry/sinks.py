@@ -1,4 +1,4 @@
-"""Where a run's numbers go beside ``metrics.jsonl``: TensorBoard always, the others when asked."""
+"""Receivers of a run's metrics besides ``metrics.jsonl``: TensorBoard always, the others on request."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Takes the numbers of each step. ``metrics.jsonl`` has them all, so a sink that fails never ends a run."""
+    """Receives the numbers of each step. ``metrics.jsonl`` has all of them, so a failing sink never ends a run."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of `step`, by their names in ``metrics.jsonl``; a step may come in several parts."""
+        """Take numbers of `step`, named as in ``metrics.jsonl``; a step may come in several parts."""
 
     def close(self) -> None:
-        """What was written is stored; nothing is written afterwards."""
+        """Store everything written so far; no `write` follows."""
 
 
 def open_sinks(config: Config, *, resume: bool) -> Sequence[Sink]:
-    """The sinks that `config.run` asks for; with `resume` they go on with what an earlier part of the run stored.
+    """Open the sinks that `config.run` requests; with `resume` they continue those of the run's earlier part.
 
-    Raises ConfigError where a package is missing or the metrics' port is taken.
+    Raises ConfigError if a package is missing or the metrics port is taken.
     """
     with ExitStack() as opened:
         sinks: list[Sink] = []
-        for sink in _asked(config, resume):
+        for sink in _requested(config, resume):
             opened.callback(sink.close)
             sinks.append(sink)
         opened.pop_all()
     return sinks
 
 
-def _asked(config: Config, resume: bool) -> Iterator[Sink]:
+def _requested(config: Config, resume: bool) -> Iterator[Sink]:
     run = config.run
     if run.metrics_port is not None:
         yield PrometheusSink(run.name, run.metrics_host, run.metrics_port)
@@ -50,7 +50,7 @@ def _asked(config: Config, resume: bool) -> Iterator[Sink]:
 
 
 class TensorBoardSink:
-    """Event files in `folder`; `purge_step` and what comes after it are written anew."""
+    """Event files in `folder`; a resumed run discards earlier events from `purge_step` on."""
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -58,7 +58,7 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars, on disk when this returns."""
+        """Write scalars and flush the file."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -69,58 +69,58 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run of Weights & Biases under its project's name, with this run's name and configuration.
+    """A Weights & Biases run in `project`, with this run's name and configuration.
 
-    ``wandb`` itself finds its key and its server (``WANDB_API_KEY``, ``wandb login``), and waits for no network.
+    ``wandb`` finds its key and server itself (``WANDB_API_KEY``, ``wandb login``) and does not wait for the network.
     """
 
     def __init__(self, config: Config, project: str, *, resume: bool) -> None:
         wandb = _optional("wandb", "run.wandb")
         entity, _, name = project.rpartition("/")
-        kept = _Kept(config.run.path / "wandb.id", resume)
+        stored = _StoredId(config.run.path / "wandb.id", resume)
         self._run = wandb.init(
             project=name,
             entity=entity or None,
             name=config.run.name,
-            id=kept.id,
+            id=stored.id,
             resume="allow",
             dir=str(config.run.path),
             config=config.model_dump(mode="json"),
         )
-        kept.keep(self._run.id)
-        # wandb's own count never goes back, and a resumed run does steps again.
+        stored.store(self._run.id)
+        # wandb's own step count never decreases, and a resumed run repeats steps.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Queue them; wandb sends them from a process of its own."""
+        """Queue the numbers; wandb sends them from another process."""
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Send what is queued."""
+        """Send all queued numbers."""
         self._run.finish()
 
 
 class MlflowSink:
-    """A run of MLflow in `experiment`, with this run's name, at `uri` or where MLflow looks by itself."""
+    """An MLflow run in `experiment`, with this run's name, at `uri` or MLflow's default."""
 
     def __init__(self, config: Config, experiment: str, uri: str | None, *, resume: bool) -> None:
         self._mlflow = _optional("mlflow", "run.mlflow")
-        kept = _Kept(config.run.path / "mlflow.id", resume)
+        stored = _StoredId(config.run.path / "mlflow.id", resume)
         if uri is not None:
             self._mlflow.set_tracking_uri(uri)
         try:
             self._mlflow.set_experiment(experiment)
-            started = self._mlflow.start_run(run_id=kept.id, run_name=config.run.name)
-            if kept.id is None:
+            started = self._mlflow.start_run(run_id=stored.id, run_name=config.run.name)
+            if stored.id is None:
                 self._mlflow.log_dict(config.model_dump(mode="json"), "config.yaml")
         except self._mlflow.exceptions.MlflowException as error:
             raise ConfigError(
                 f"run.mlflow: {self._mlflow.get_tracking_uri()} does not take the run: {error}"
             ) from error
-        kept.keep(started.info.run_id)
+        stored.store(started.info.run_id)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Store them; what the server does not take is in the log."""
+        """Store the numbers; log a warning if the server rejects them."""
         try:
             self._mlflow.log_metrics(dict(values), step=step)
         except self._mlflow.exceptions.MlflowException as error:
@@ -131,15 +131,15 @@ class MlflowSink:
         self._mlflow.end_run()
 
 
-class _Kept:
-    """An id that a tracker gave this run, kept beside the run's files to go on with."""
+class _StoredId:
+    """A tracker's id of this run, stored with the run's files for a resume."""
 
     def __init__(self, path: Path, resume: bool) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.id = path.read_text(encoding="utf-8").strip() if resume and path.exists() else None
 
-    def keep(self, value: str) -> None:
+    def store(self, value: str) -> None:
         self._path.write_text(value + "\n", encoding="utf-8")
 
 

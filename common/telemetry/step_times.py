@@ -1,36 +1,36 @@
-"""Where the time of a step went: how long no rank computed, which stage that was for, how much overlapped."""
+"""Time of a step by stage: idle time of the trainer, the stage it waited for, overlap of stages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 
-from common.telemetry.run_files import Span, covered_s
+from common.telemetry.intervals import Interval, covered_s, difference, intersection
 from common.telemetry.trace import TraceSpan
 
 COMPUTE = ("topk", "accumulate", "step")
-"""Stages in which a rank of the learner computes."""
+"""Stages of a learner rank's computation."""
 
 QUEUE = "queue"
-"""Nobody works on what lies in a queue: its time is no stage's work."""
+"""Waiting time of answers in queues; not the work of a stage."""
 
 DEPTHS = (QUEUE, "rollout", "score")
-"""Where answers pile up: before a worker has room for them, in the engines, at the teacher."""
+"""Stages whose number of answers is reported: waiting for a free worker, in the engines, at the teacher."""
 
 UPSTREAM_FIRST = ("rollout", "score", QUEUE, "sync", "parity")
-"""Which of several stages at work an idle learner waits for: the earliest, since the later ones wait for it too."""
+"""Order in which active stages explain an idle learner: the earliest first, since later stages wait for it too."""
 
 OTHER = "other"
-"""Waited for while no stage was at work: the loop itself."""
+"""Idle time while no stage was active: the loop itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of one step, or of several added up (`+`).
+    """Seconds of one step, or of several steps added up (`+`).
 
-    ``stage_s``: covered by a stage, overlapping spans once. ``span_s``: of all its spans, added up. ``wait_s``: part of
-    the step in which no rank computed, by the stage that was waited for; it sums to ``trainer_idle_s``.
+    ``stage_s``: time covered by a stage, overlapping spans counted once. ``span_s``: total of its spans. ``wait_s``:
+    time in which no rank computed, by the stage that the learner waited for; it sums to ``trainer_idle_s``.
     """
 
     total_s: float = 0.0
@@ -41,28 +41,26 @@ class StepTimes:
 
     @property
     def trainer_idle_ratio(self) -> float:
-        """Share of the step in which no rank computed."""
+        """Fraction of the step in which no rank computed."""
         return self._share(self.trainer_idle_s)
 
     @property
     def wait_shares(self) -> dict[str, float]:
-        """Shares of the step in which the learner waited, by stage."""
+        """Fraction of the step in which the learner waited, by stage."""
         return {stage: self._share(seconds) for stage, seconds in self.wait_s.items()}
 
     @property
     def overlap_ratio(self) -> float:
-        """Stages' working times over the step's: 1 where they took turns, their number where all overlapped."""
+        """Sum of the stages' times over the step's: 1 if they took turns, their number if all overlapped."""
         return self._share(sum(seconds for stage, seconds in self.stage_s.items() if stage != QUEUE))
 
     @property
     def depths(self) -> dict[str, float]:
-        """Answers that were at each of `DEPTHS` at a time, in the mean over the step."""
+        """Mean number of answers at each stage of `DEPTHS` over the step."""
         return {stage: self._share(self.span_s.get(stage, 0.0)) for stage in DEPTHS}
 
     def metrics(self) -> dict[str, float]:
-        """``time/trainer_idle_ratio``, ``time/overlap_ratio`` and ``time/wait_ratio/STAGE``, all shares of the step, and
-        ``queue_depth/STAGE`` in answers.
-        """
+        """Metrics ``time/trainer_idle_ratio``, ``time/overlap_ratio``, ``time/wait_ratio/*`` and ``queue_depth/*``."""
         waits = {f"time/wait_ratio/{stage}": share for stage, share in self.wait_shares.items()}
         depths = {f"queue_depth/{stage}": depth for stage, depth in self.depths.items()}
         return {
@@ -85,13 +83,12 @@ class StepTimes:
         return seconds / self.total_s if self.total_s else 0.0
 
 
-def step_times(spans: Iterable[TraceSpan], window: Span) -> StepTimes:
-    """Times of the step that went from ``window[0]`` to ``window[1]``.
+def step_times(spans: Iterable[TraceSpan], window: Interval) -> StepTimes:
+    """Times of the step between ``window[0]`` and ``window[1]``; spans are clipped to it.
 
-    `spans` are the work on this step's own samples: where rollouts run ahead, those of later steps are not waited for.
-    What lies outside the window is cut off.
+    `spans` are the work on this step's samples: rollouts of later steps are not waited for.
     """
-    by_stage: dict[str, list[Span]] = {}
+    by_stage: dict[str, list[Interval]] = {}
     span_s: dict[str, float] = {}
     for span in spans:
         inside = intersection([span.interval], [window])
@@ -114,47 +111,12 @@ def step_times(spans: Iterable[TraceSpan], window: Span) -> StepTimes:
 
 
 def total_times(steps: Iterable[StepTimes]) -> StepTimes:
-    """Several steps as one; its ratios are means weighted by the steps' lengths."""
+    """Sum of several steps; its ratios are means weighted by step length."""
     return reduce(StepTimes.__add__, steps, StepTimes())
 
 
-def merged(spans: Iterable[Span]) -> list[Span]:
-    """The same moments as disjoint intervals in order; empty ones are left out."""
-    found: list[Span] = []
-    for start, end in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
-        elif end > start:
-            found.append((start, end))
-    return found
-
-
-def intersection(first: Iterable[Span], second: Iterable[Span]) -> list[Span]:
-    """Moments that lie in both, disjoint and in order."""
-    left, right = merged(first), merged(second)
-    found: list[Span] = []
-    i = j = 0
-    while i < len(left) and j < len(right):
-        start, end = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
-        if start < end:
-            found.append((start, end))
-        if left[i][1] <= right[j][1]:
-            i += 1
-        else:
-            j += 1
-    return found
-
-
-def difference(first: Iterable[Span], second: Iterable[Span]) -> list[Span]:
-    """Moments of `first` that do not lie in `second`, disjoint and in order."""
-    taken = merged(second)
-    borders: Sequence[float] = [float("-inf"), *(t for span in taken for t in span), float("inf")]
-    gaps = list(zip(borders[::2], borders[1::2], strict=True))
-    return intersection(first, gaps)
-
-
 def _wait_order(stages: Iterable[str]) -> list[str]:
-    """Stages that can be waited for, the known ones in their order, others behind them as they came."""
+    """Stages the learner can wait for: the known ones in their order, then the others."""
     waiting = [stage for stage in stages if stage not in COMPUTE]
     known = [stage for stage in UPSTREAM_FIRST if stage in waiting]
     return [*known, *(stage for stage in waiting if stage not in UPSTREAM_FIRST)]

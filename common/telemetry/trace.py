@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from common.telemetry.run_files import Span
+from common.telemetry.intervals import Interval
 
 Event = dict[str, Any]
 """One event of the Trace Event Format."""
@@ -42,7 +42,7 @@ class TraceSpan:
     args: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def interval(self) -> Span:
+    def interval(self) -> Interval:
         """(start, end)."""
         return self.start, self.end
 

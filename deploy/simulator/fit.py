@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config.model import Config
-from common.telemetry.run_files import Span
+from common.telemetry.intervals import Interval
 from deploy.simulator.config import (
     SimulatedLearner,
     SimulatedRollout,
@@ -163,7 +163,7 @@ class _Crowds:
 class _Crowd:
     """Answers of one worker: how many were in flight when."""
 
-    def __init__(self, rollouts: Sequence[Span], stopped: Sequence[Span]) -> None:
+    def __init__(self, rollouts: Sequence[Interval], stopped: Sequence[Interval]) -> None:
         starts, ends = np.array(rollouts, np.float64).T
         halts = np.array(stopped, np.float64).reshape(-1, 2)
         self._times = np.unique(np.concatenate([starts, ends, halts.ravel()]))
@@ -175,7 +175,7 @@ class _Crowd:
         for start, end in halts:
             self._going &= ~((middle > start) & (middle < end))
 
-    def clock(self, contention: float) -> Callable[[Span], F64]:
+    def clock(self, contention: float) -> Callable[[Interval], F64]:
         """Seconds of its own that an answer in flight all the time would have had, by moments."""
         slowness = 1 + contention * np.maximum(self._in_flight - 1, 0)
         worked = np.concatenate([[0.0], np.cumsum(np.diff(self._times) * self._going / slowness)])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from common.config.loader import load_config
 from common.config.model import Config, ConfigError
-from common.telemetry.run_files import Span
+from common.telemetry.intervals import Interval
 from common.telemetry.trace import Event, read_trace
 
 F64 = NDArray[np.float64]
@@ -30,7 +30,7 @@ class Answer:
 
     step: int
     worker: str
-    rollout: Span
+    rollout: Interval
     arrived: float
     """At the teacher: the end of `rollout`, by the teacher's clock."""
     scored: float
@@ -49,10 +49,10 @@ class Measured:
     """All answers: who was beside whom, ahead of whom."""
     answers: tuple[Answer, ...]
     """Those to fit: not of the first step, nor beside others that the run ended without."""
-    micro_batches: tuple[tuple[int, Span], ...]
-    steps: tuple[Span, ...]
-    busy: dict[str, tuple[Span, ...]]
-    syncs: tuple[Span, ...]
+    micro_batches: tuple[tuple[int, Interval], ...]
+    steps: tuple[Interval, ...]
+    busy: dict[str, tuple[Interval, ...]]
+    syncs: tuple[Interval, ...]
     """All of them: the engines stood still."""
     sync_s: tuple[float, ...]
     parity_s: tuple[float, ...]
@@ -121,7 +121,7 @@ def _answers(spans: Sequence[Event], tracks: dict[int, str]) -> list[Answer]:
     ]
 
 
-def _span(event: Event) -> Span:
+def _span(event: Event) -> Interval:
     return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
 
 
@@ -156,7 +156,7 @@ def by_own_clocks(run: Measured, interference: float) -> Measured:
     )
 
 
-def _clocks(busy: dict[str, tuple[Span, ...]], interference: float) -> dict[str, Callable[[F64], F64]]:
+def _clocks(busy: dict[str, tuple[Interval, ...]], interference: float) -> dict[str, Callable[[F64], F64]]:
     """Of each kind of stage: the seconds that it would have needed alone, by moments."""
     times = np.unique(np.concatenate([np.ravel(spans) for spans in busy.values() if spans]))
     middle = (times[1:] + times[:-1]) / 2
@@ -178,8 +178,8 @@ def _clocks(busy: dict[str, tuple[Span, ...]], interference: float) -> dict[str,
     return {kind: clock(kind) for kind in busy}
 
 
-def _spans_by(clock: Callable[[F64], F64]) -> Callable[[Sequence[Span]], tuple[Span, ...]]:
-    def own(spans: Sequence[Span]) -> tuple[Span, ...]:
+def _spans_by(clock: Callable[[F64], F64]) -> Callable[[Sequence[Interval]], tuple[Interval, ...]]:
+    def own(spans: Sequence[Interval]) -> tuple[Interval, ...]:
         return tuple((float(start), float(end)) for start, end in clock(np.array(spans, np.float64).reshape(-1, 2)))
 
     return own

@@ -6,7 +6,7 @@
              (slots)             (replicas)        (fills up)     (ranks)
 
 Which samples run ahead, which worker takes them and how micro-batches fill are decided by the very classes that a run
-uses (`StalenessTracker`, `Dispatch`, `MicroBatchFiller`). Everything random is drawn by sample number, so two
+uses (`StalenessTracker`, `Dispatch`, `MicroBatcher`). Everything random is drawn by sample number, so two
 configurations that differ in machines alone are compared on the same answers.
 """
 
@@ -21,12 +21,12 @@ from functools import partial
 
 import numpy as np
 
-from common.telemetry.run_files import Span
+from common.telemetry.intervals import Interval
 from common.telemetry.step_times import QUEUE, StepTimes, step_times, total_times
 from common.telemetry.trace import TraceSpan
 from deploy.simulator.clock import StageClock, WorkerClock
 from deploy.simulator.config import SimulationConfig, Spread
-from learner.loop.micro_batcher import MicroBatchFiller
+from learner.loop.micro_batcher import MicroBatcher
 from learner.loop.staleness import StalenessTracker, Verdict
 from rollout_workers.pool.dispatch import Dispatch
 
@@ -99,7 +99,7 @@ def simulate(config: SimulationConfig) -> Simulation:
     )
 
 
-def queue_depth(spans: Iterable[Span], total_s: float) -> QueueDepth:
+def queue_depth(spans: Iterable[Interval], total_s: float) -> QueueDepth:
     """Mean and largest number of `spans` open at a time in ``[0, total_s]``; one that ends makes room for the next."""
     inside = [(start, min(end, total_s)) for start, end in spans if start < min(end, total_s)]
     changes = sorted([(start, 1) for start, _ in inside] + [(end, -1) for _, end in inside])
@@ -152,9 +152,9 @@ class _Run:
         self.config = config
         self.tracker = StalenessTracker(config.max_staleness, config.samples_per_step)
         self.spans: list[list[TraceSpan]] = [[] for _ in range(config.steps)]
-        self.windows: list[Span] = []
-        self.waits: dict[str, list[Span]] = {name: [] for name in QUEUES}
-        self.busy: dict[str, list[Span]] = {name: [] for name in QUEUES}
+        self.windows: list[Interval] = []
+        self.waits: dict[str, list[Interval]] = {name: [] for name in QUEUES}
+        self.busy: dict[str, list[Interval]] = {name: [] for name in QUEUES}
         self.tokens = 0
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -178,7 +178,7 @@ class _Run:
         """Replicas with nothing to do, the one that has been idle for longest first."""
         self._replica_context: list[int | None] = [None] * config.teacher.replicas
         self._rank_free = [0.0] * config.learner.ranks
-        self._filler: MicroBatchFiller[_Sample] = MicroBatchFiller(
+        self._filler: MicroBatcher[_Sample] = MicroBatcher(
             config.learner.ranks, config.learner.micro_batch_tokens
         )
 

@@ -1,18 +1,11 @@
-"""Time covered by overlapping spans, files that survive a crash."""
+"""Files of a run survive a crash."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
-
-from common.telemetry.run_files import RunFiles, covered_s, write_json
-
-
-def test_overlapping_spans_count_once() -> None:
-    assert covered_s([(0, 2), (1, 3), (5, 6), (5.2, 5.4)]) == pytest.approx(4.0)
-    assert covered_s([]) == 0.0
+from common.telemetry.run_files import RunFiles, write_json
 
 
 def test_lines_are_on_disk_before_the_run_ends(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.telemetry.run_files import Span, covered_s
-from common.telemetry.step_times import StepTimes, difference, intersection, merged, step_times, total_times
+from common.telemetry.intervals import Interval, covered_s, difference, intersection, merged
+from common.telemetry.step_times import StepTimes, step_times, total_times
 from common.telemetry.trace import TraceSpan
 
 
@@ -107,13 +107,14 @@ def test_steps_add_up_by_their_seconds() -> None:
 spans = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)).map(lambda t: (t[0], t[0] + t[1])), max_size=6)
 
 
-def moments(intervals: list[Span]) -> set[int]:
+def moments(intervals: list[Interval]) -> set[int]:
     """Unit cells that integer intervals cover: the oracle."""
     return {cell for start, end in intervals for cell in range(int(start), int(end))}
 
 
 @given(spans, spans)
-def test_interval_arithmetic_is_set_arithmetic(first: list[Span], second: list[Span]) -> None:
+def test_interval_arithmetic_is_set_arithmetic(first: list[Interval], second: list[Interval]) -> None:
+    assert covered_s(first) == len(moments(first))
     for found, expected in (
         (merged(first), moments(first)),
         (intersection(first, second), moments(first) & moments(second)),
@@ -127,7 +128,7 @@ def test_interval_arithmetic_is_set_arithmetic(first: list[Span], second: list[S
 @given(
     st.lists(st.tuples(st.sampled_from(["rollout", "score", "accumulate", "step", "sync", "new"]), spans), max_size=6)
 )
-def test_waits_add_up_to_the_bubble(work: list[tuple[str, list[Span]]]) -> None:
+def test_waits_add_up_to_the_bubble(work: list[tuple[str, list[Interval]]]) -> None:
     times = step_times([span(stage, *interval) for stage, intervals in work for interval in intervals], (0, 30))
     assert sum(times.wait_s.values()) == pytest.approx(times.trainer_idle_s)
     assert 0 <= times.trainer_idle_ratio <= 1
