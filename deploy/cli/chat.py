@@ -1,4 +1,4 @@
-"""``opcd chat``: questions to a finished run, in the terminal or through a pipe."""
+"""``opcd chat``: ask a finished run questions, in the terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -20,30 +20,33 @@ if TYPE_CHECKING:
 
 
 def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/demo.")],
     prompt: Annotated[
-        str | None, typer.Option(help="One question; default: ask on the terminal, or read lines.")
+        str | None, typer.Option(help="One question; default: one question a line of standard input.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Folder of the run that holds the student; default: checkpoint, else best.")
+        str | None, typer.Option(help="Folder in the run that holds the student; default: checkpoint, else best.")
     ] = None,
-    context: Annotated[str | None, typer.Option(help="Of context.pool: an id; default: the pool's first.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: as the run evaluates.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    context: Annotated[str | None, typer.Option(help="Id in context.pool; default: the pool's first context.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; default: the limit of the run's evaluation.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     one_at_a_time: Annotated[
-        bool, typer.Option("--one-at-a-time", help="Never hold two models in memory, whatever is free.")
+        bool, typer.Option("--one-at-a-time", help="Hold one model in memory at a time, even if both would fit.")
     ] = False,
 ) -> None:
-    """Ask the base model, the base model with the context, and the distilled student, side by side.
+    """Ask the base model, the base model with the context, and the distilled student.
 
-    Lines of standard input are questions. Where the run's prompts are raw text, \\n ends a line. Ctrl-D ends.
+    Each line of standard input is a question. If the run's prompts are raw text, \\n in a question is a line end.
+    Ctrl-D ends the program.
     """
     from common.config.model import ConfigError
     from common.data.rows import DataError
     from deploy.inspect.chat import ChatError
 
     with known_errors(ChatError, ConfigError, DataError):
-        talk = _conversation(run, weights, context, max_tokens, temperature, one_at_a_time)
+        talk = open_conversation(run, weights, context, max_tokens, temperature, one_at_a_time)
     from rich.console import Console
 
     console = Console(soft_wrap=True)
@@ -51,16 +54,17 @@ def chat(
     for text in questions(prompt, talk):
         try:
             say(console, talk, text, alone=prompt is not None)
-        except DataError as error:  # the question; the next one may do
+        except DataError as error:  # this question cannot be rendered; the next one may be
             typer.echo(f"opcd: {error}", err=True)
             failed = True
     if failed and prompt is not None:
         raise typer.Exit(2)
 
 
-def _conversation(
+def open_conversation(
     run: Path, weights: str | None, context: str | None, max_tokens: int | None, temperature: float, one_at_a_time: bool
 ) -> Conversation:
+    """Return a conversation with the models of `run`. Raises ChatError, ConfigError or DataError."""
     from deploy.cli.inspect import context_text
     from deploy.inspect.chat import Conversation, Decoding, find_weights, read_config
 
@@ -86,7 +90,7 @@ def _device() -> str:
 
 
 def _both_fit(config: Config, student: Path, device: str) -> bool:
-    """Whether the weights of both take at most half of the free memory, the rest being for everything else."""
+    """Return True if the weights of both models take at most half of the free memory."""
     import torch
 
     from deploy.inspect.chat import weight_bytes
@@ -97,7 +101,7 @@ def _both_fit(config: Config, student: Path, device: str) -> bool:
 
 
 def questions(prompt: str | None, talk: Conversation) -> Iterator[str]:
-    """The one question, or those of standard input, blank lines left out."""
+    """Yield `prompt`, or the lines of standard input that are not blank."""
     if prompt is not None:
         yield line_ends(prompt) if talk.raw else prompt
         return
@@ -108,14 +112,14 @@ def questions(prompt: str | None, talk: Conversation) -> Iterator[str]:
 
 
 def line_ends(text: str) -> str:
-    """Typed ``\\n`` as line ends; ``\\\\`` is a backslash."""
+    """Replace a typed ``\\n`` with a line end and ``\\\\`` with a backslash."""
     return text.replace("\\\\", "\0").replace("\\n", "\n").replace("\0", "\\")
 
 
 def _typed(talk: Conversation) -> Iterable[str]:
     if importlib.util.find_spec("readline"):
-        importlib.import_module("readline")  # then input() edits lines, and remembers them
-    kind = "raw text, \\n is a line end" if talk.raw else "one user turn a line"
+        importlib.import_module("readline")  # gives input() line editing and a history
+    kind = "raw text, \\n is a line end" if talk.raw else "one user turn per line"
     typer.echo(f"{talk.student}: {kind}; Ctrl-D ends", err=True)
     while True:
         try:
@@ -126,7 +130,7 @@ def _typed(talk: Conversation) -> Iterable[str]:
 
 
 def say(console: Console, talk: Conversation, text: str, *, alone: bool) -> None:
-    """The answers, side by side on a terminal; one below the other elsewhere."""
+    """Print the answers: side by side on a terminal, one below the other otherwise."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""``opcd compare``: on-policy distillation and its baselines, on the same rows, steps and seeds."""
+"""``opcd compare``: on-policy distillation and its baselines on the same rows, steps and seeds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from common.config.loader import load_config
 from common.config.model import ConfigError
+from common.import_names import use_folder
 from common.telemetry.run_files import Progress
 from deploy.cli.errors import known_errors
 
@@ -17,31 +18,34 @@ from deploy.cli.errors import known_errors
 def compare(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see deploy/configs/.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides such as learner.steps=10, for all runs.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides for all runs, such as learner.steps=10.")
     ] = None,
-    methods: Annotated[str, typer.Option(help="Which, with commas between.")] = "opcd,offpolicy,sequence,pg,in_context",
-    seeds: Annotated[str, typer.Option(help="Which, with commas between: each method is run with each.")] = "0,1,2",
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas.")
+    ] = "opcd,offpolicy,sequence,pg,in_context",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method runs with each seed.")] = "0,1,2",
     vary: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE,VALUE", help="A setting that is varied: each method is run with each value."),
+        typer.Option(metavar="KEY=VALUE,VALUE", help="Setting to vary; each method runs with each value."),
     ] = None,
 ) -> None:
-    """Train by every method with every seed and write one table: runs/NAME-compare/compare.md, .json, .svg and .html.
+    """Train with every method and seed and write one table: runs/NAME-compare/compare.md, .json, .svg and .html.
 
-    --vary loss.top_k=1,16,256 has one row a value; given twice, one for every combination.
+    --vary loss.top_k=1,16,256 gives one row for each value; several --vary options give every combination.
 
-    Runs follow one another. What is finished under the same configuration is not run again, what was cut off with a
-    checkpoint goes on: after an interrupt, give the same command. A run that fails is a line of the table.
+    Runs start one after another. To continue after an interrupt, repeat the command: runs that finished under the same
+    configuration are kept, and a run with a checkpoint resumes. A run that fails becomes a line of the table.
     """
     from deploy.compare import compare as comparison
     from deploy.compare.plan import is_finished, plan, root_of
 
     chosen = _listed(methods)
     with known_errors(ConfigError):
+        use_folder(Path.cwd())
         try:
             numbers = [int(seed) for seed in _listed(seeds)]
         except ValueError as error:
-            raise ConfigError(f"--seeds {seeds!r}: whole numbers with commas between") from error
+            raise ConfigError(f"--seeds {seeds!r}: expected whole numbers separated by commas") from error
         runs = plan(config, overrides or (), chosen, numbers, vary or ())
         root = root_of(load_config(config, overrides or ()))
     progress = Progress()
@@ -50,7 +54,7 @@ def compare(
     try:
         table = comparison.compare(runs, chosen, root, " ".join(words), progress, comparison.train_apart)
     except KeyboardInterrupt:
-        progress.line("interrupted; the same command goes on from here")
+        progress.line("interrupted; repeat the command to continue")
         raise typer.Exit(130) from None
     finished = [run.config.run.path for run in runs if run.config is not None and is_finished(run)]
     progress.line("\n" + table.read_text(encoding="utf-8"))
@@ -59,7 +63,7 @@ def compare(
 
 
 def _written(finished: list[Path], root: Path) -> str:
-    """Names of the result's files; the page of curves is made of the finished runs, where there are any."""
+    """List the written files. Writes compare.html first, from the finished runs, if there are any."""
     names = [name for name in ("compare.md", "compare.json", "compare.svg") if (root / name).exists()]
     if finished:
         from deploy.report.load_run import ReportError

@@ -1,4 +1,4 @@
-"""Errors that a command ends in with one line instead of a trace."""
+"""Errors that end a command with one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 @contextmanager
 def known_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors whose text is all a user needs go to stderr, with exit status 2; all others keep their trace."""
+    """Print an error of these kinds on stderr and exit with status 2. Other errors keep their traceback."""
     try:
         yield
     except kinds as error:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from common.config.loader import load_config
 from common.config.model import Config, ConfigError
 from deploy.cli.errors import known_errors
+from deploy.cli.loading import load_run_config
 
 app = typer.Typer(
-    help="Let a model write down what it learned from solving problems, and distil that.",
+    help="Let a model write down what it learns from solving problems, and distil those notes.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -24,62 +25,47 @@ Overrides = Annotated[
 
 @app.command()
 def extract(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Solve problems of data.train without their answers, and write down insights: extracted.jsonl."""
-    resolved = _load(config, overrides)
-    from learner.experience import commands as stages
-
-    with known_errors(*stages.KNOWN_ERRORS):
-        raise typer.Exit(stages.extract(resolved))
+    """Solve the problems of data.train without their answers and write insights: extracted.jsonl."""
+    _run(config, overrides, lambda stages, resolved: stages.extract(resolved))
 
 
 @app.command()
 def accumulate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Make nested contexts of the insights, each at most experience.max_context_tokens: pool.jsonl."""
-    resolved = _load(config, overrides)
-    from learner.experience import commands as stages
-
-    with known_errors(*stages.KNOWN_ERRORS):
-        raise typer.Exit(stages.accumulate(resolved))
+    """Build nested contexts from the insights, each within experience.max_context_tokens: pool.jsonl."""
+    _run(config, overrides, lambda stages, resolved: stages.accumulate(resolved))
 
 
 @app.command()
 def select(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Choose contexts of the pool, at random or by accuracy on data.valid: selected.jsonl."""
-    resolved = _load(config, overrides)
-    from learner.experience import commands as stages
-
-    with known_errors(*stages.KNOWN_ERRORS):
-        raise typer.Exit(stages.select(resolved))
+    """Choose contexts from the pool, at random or by accuracy on data.valid: selected.jsonl."""
+    _run(config, overrides, lambda stages, resolved: stages.select(resolved))
 
 
 @app.command()
 def consolidate(
     config: ConfigPath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
 ) -> None:
     """Distil the selected contexts: opcd train with context.pool."""
-    resolved = _load(config, overrides)
-    from learner.experience import commands as stages
-
-    with known_errors(*stages.KNOWN_ERRORS):
-        raise typer.Exit(stages.consolidate(resolved, resume=resume))
+    _run(config, overrides, lambda stages, resolved: stages.consolidate(resolved, resume=resume))
 
 
 @app.command()
 def rounds(
     config: ConfigPath,
     overrides: Overrides = None,
-    count: Annotated[int, typer.Option("--rounds", min=1, help="How many, each in runs/NAME/round-N/.")] = 2,
+    count: Annotated[int, typer.Option("--rounds", min=1, help="Number of rounds, each in runs/NAME/round-N/.")] = 2,
 ) -> None:
-    """All four stages, again and again: each round's student makes the next round's experience."""
-    resolved = _load(config, overrides)
-    from learner.experience import commands as stages
-
-    with known_errors(*stages.KNOWN_ERRORS):
-        raise typer.Exit(stages.rounds(resolved, count))
+    """Run all four stages several times: the student of a round makes the experience of the next."""
+    _run(config, overrides, lambda stages, resolved: stages.rounds(resolved, count))
 
 
-def _load(config: str, overrides: list[str] | None) -> Config:
+def _run(config: str, overrides: list[str] | None, stage: Callable[[Any, Config], int]) -> None:
+    """Load the configuration, then the module with the stages, which imports Ray, and end with the stage's status."""
     with known_errors(ConfigError):
-        return load_config(config, overrides or ())
+        resolved = load_run_config(config, overrides)
+    from learner.experience import commands
+
+    with known_errors(*commands.KNOWN_ERRORS):
+        raise typer.Exit(stage(commands, resolved))

@@ -1,4 +1,4 @@
-"""``opcd inspect``: a row as both sides see it, in the terminal."""
+"""``opcd inspect``: one row's tokens on the student's and the teacher's side."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ if TYPE_CHECKING:
 
     from common.config.model import Config
     from common.data.rows import Row
-    from deploy.inspect.inspection import Seen, SeenToken
+    from deploy.inspect.inspection import InspectedRow, InspectedToken
 
-MOST_TOKENS = 40
-"""Of a run of tokens of one kind that are shown without ``--all``."""
+MAX_TOKENS = 40
+"""Tokens printed of each group of like tokens, without ``--all``."""
 
 STYLES = {"context": "yellow", "prompt": "", "response": "cyan"}
 
 
 def inspect(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file or a run's folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides.")] = None,
-    row: Annotated[str | None, typer.Option(help="Its id; default: the first row of data.train.")] = None,
-    context: Annotated[str | None, typer.Option(help="Of context.pool: an id; default: the pool's first.")] = None,
-    response: Annotated[str | None, typer.Option(help="Text behind the prompt; default: the row's answer.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Show every token of long contexts and prompts.")] = False,
+    row: Annotated[str | None, typer.Option(help="Id of the row; default: the first row of data.train.")] = None,
+    context: Annotated[str | None, typer.Option(help="Id in context.pool; default: the pool's first context.")] = None,
+    response: Annotated[str | None, typer.Option(help="Text after the prompt; default: the row's answer.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Print every token of long contexts and prompts.")] = False,
 ) -> None:
-    """What the student and the teacher see of a row, token by token. Needs the tokenizer, no engine."""
+    """Print a row as the student and the teacher see it, token by token. Needs the tokenizer, no engine."""
     from common.config.loader import load_config
     from common.config.model import ConfigError
     from common.data.rows import DataError
 
     with known_errors(ConfigError, DataError):
-        kept = Path(config) / "config.yaml"
-        resolved = load_config(str(kept) if kept.is_file() else config, overrides or ())
-        seen = _seen(resolved, row, context, response)
+        run_config = Path(config) / "config.yaml"
+        resolved = load_config(str(run_config) if run_config.is_file() else config, overrides or ())
+        inspected = _inspect(resolved, row, context, response)
     from rich.console import Console
 
-    show(Console(), seen, resolved, MOST_TOKENS if not everything else None)
+    show(Console(), inspected, resolved.rollout.max_tokens, None if everything else MAX_TOKENS)
 
 
-def _seen(config: Config, row_id: str | None, context_id: str | None, response: str | None) -> Seen:
+def _inspect(config: Config, row_id: str | None, context_id: str | None, response: str | None) -> InspectedRow:
     from common.data.rendering import Renderer, load_tokenizer
     from deploy.inspect.inspection import inspect_row
 
@@ -62,37 +62,34 @@ def _seen(config: Config, row_id: str | None, context_id: str | None, response: 
 
 
 def find_row(config: Config, row_id: str | None) -> Row:
-    """A row of any of the run's sets; the first one to train on without an id. Raises DataError where there is none."""
+    """Find a row in data.train, data.valid or data.eval by its id; None means the first row of data.train.
+
+    Raises DataError for an unknown id and for a row of a game.
+    """
     from common.data.rows import DataError, read_rows
 
     known: list[str] = []
     for source in (config.data.train, config.data.valid, config.data.eval):
         for row in [] if source is None else read_rows(source, config.data):
             if row_id is None or row.id == row_id:
-                return _not_played(row)
+                if row.environment is not None:
+                    raise DataError(f"row {row.id!r} is a game: the environment makes its prompts while it is played")
+                return row
             known.append(row.id)
     close = difflib.get_close_matches(str(row_id), known, n=1)
     raise DataError(f"no row {row_id!r} in train, valid or eval{f'; did you mean {close[0]!r}?' if close else ''}")
 
 
-def _not_played(row: Row) -> Row:
-    from common.data.rows import DataError
-
-    if row.environment is not None:
-        raise DataError(f"row {row.id!r} is a game: its prompts are what the environment says while it is played")
-    return row
-
-
 def context_text(config: Config, context_id: str | None) -> str:
-    """The run's context; of a pool the one named, or the first. Raises ConfigError where it is not there."""
+    """Return the run's context; from a pool, the one with that id, or the first. Raises ConfigError."""
     from common.config.model import ConfigError
     from common.data.contexts import read_pool
 
     if config.context.pool is None:
         if context_id is not None:
-            raise ConfigError("--context names one of context.pool, and this run has a single context")
+            raise ConfigError("--context needs context.pool, and this run has a single context")
         return config.context.read()
-    pool = {one.id: one.text for one in read_pool(Path(config.context.pool))}
+    pool = {context.id: context.text for context in read_pool(Path(config.context.pool))}
     if context_id is None:
         return next(iter(pool.values()))
     if context_id not in pool:
@@ -102,47 +99,43 @@ def context_text(config: Config, context_id: str | None) -> str:
     return pool[context_id]
 
 
-# --- the terminal -----------------------------------------------------------------------------------------------------
-
-
-def show(console: Console, seen: Seen, config: Config, most: int | None) -> None:
-    """Facts, the tokens, then whatever is suspicious."""
+def show(console: Console, inspected: InspectedRow, max_answer_tokens: int, max_tokens: int | None) -> None:
+    """Print the facts, the table of tokens and the warnings; at most `max_tokens` of each group of like tokens."""
     from rich.text import Text
 
-    for name, value in facts(seen, config.rollout.max_tokens):
+    for name, value in facts(inspected, max_answer_tokens):
         console.print(Text.assemble((f"{name:<24}", "bold"), value))
-    console.print(_table(seen.tokens, most))
-    for warning in seen.warnings():
+    console.print(_table(inspected.tokens, max_tokens))
+    for warning in inspected.warnings():
         console.print(Text(f"warning: {warning}", "red"))
 
 
-def facts(seen: Seen, max_tokens: int) -> list[tuple[str, str]]:
-    """What can be said of the row in a line each."""
-    apart = seen.teacher_tokens - seen.equal_tokens
-    own = seen.student_tokens - seen.equal_tokens
-    bos = (
-        "the tokenizer has none"
-        if seen.bos is None
-        else f"{seen.bos[0]} for the student, {seen.bos[1]} for the teacher"
-    )
+def facts(row: InspectedRow, max_answer_tokens: int) -> list[tuple[str, str]]:
+    """Return the row's lengths and boundaries as (name, text)."""
+    teacher_only = row.teacher_tokens - row.equal_tokens
+    student_only = row.student_tokens - row.equal_tokens
+    bos = "the tokenizer has none" if row.bos is None else f"{row.bos[0]} for the student, {row.bos[1]} for the teacher"
     return [
-        ("row", seen.row_id),
+        ("row", row.row_id),
         (
             "student's prompt",
-            f"{seen.student_tokens} tokens, {seen.student_tokens + max_tokens} with the longest answer",
+            f"{row.student_tokens} tokens, {row.student_tokens + max_answer_tokens} with the longest answer",
         ),
         (
             "teacher's prompt",
-            f"{seen.teacher_tokens} tokens, {seen.context_tokens} of them the shared context, "
-            f"{seen.teacher_tokens + max_tokens} with the longest answer",
+            f"{row.teacher_tokens} tokens, {row.context_tokens} of them the shared context, "
+            f"{row.teacher_tokens + max_answer_tokens} with the longest answer",
         ),
-        ("prompts become equal", f"from token {apart} (teacher) and {own} (student), {seen.equal_tokens} tokens"),
+        (
+            "prompts become equal",
+            f"from token {teacher_only} (teacher) and {student_only} (student), {row.equal_tokens} tokens",
+        ),
         ("BOS", bos),
-        ("response", "the given text as tokens; in a run, the very tokens that the student sampled"),
+        ("response", "the given text as tokens; a run uses the token ids that the student sampled"),
     ]
 
 
-def _table(tokens: Sequence[SeenToken], most: int | None) -> Any:
+def _table(tokens: Sequence[InspectedToken], max_tokens: int | None) -> Any:
     from rich.table import Table
     from rich.text import Text
 
@@ -155,22 +148,12 @@ def _table(tokens: Sequence[SeenToken], most: int | None) -> Any:
     table.add_column("loss")
     table.add_column("id", justify="right")
     table.add_column("piece", overflow="fold")
-    for one in shortened(tokens, most or len(tokens)):
-        if isinstance(one, int):
-            table.add_row("…", "…", "", "", "", Text(f"{one} more like these (--all)", "dim"))
+    for token in shortened(tokens, max_tokens or len(tokens)):
+        if isinstance(token, int):
+            table.add_row("…", "…", "", "", "", Text(f"{token} more like these (--all)", "dim"))
             continue
-        # Text, not str: a piece may look like markup.
-        cells = (
-            _place(one.teacher),
-            _place(one.student),
-            one.role,
-            "x" if one.counted else "",
-            str(one.id),
-            repr(one.piece),
-        )
-        table.add_row(*(Text(cell, STYLES[one.role]) for cell in cells))
+        positions = ["-" if position is None else str(position) for position in (token.teacher, token.student)]
+        cells = (*positions, token.role, "x" if token.counted else "", str(token.id), repr(token.piece))
+        # Text, because rich would read markup in a plain string.
+        table.add_row(*(Text(cell, STYLES[token.role]) for cell in cells))
     return table
-
-
-def _place(place: int | None) -> str:
-    return "-" if place is None else str(place)

@@ -1,4 +1,4 @@
-"""The ``opcd`` command line. Heavy imports happen inside the commands, so that ``opcd --help`` answers at once."""
+"""The ``opcd`` program. Commands import heavy packages inside their functions, so that ``opcd --help`` is fast."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Annotated
 
 import typer
 
-from common.config.loader import dump_config, load_config, load_teacher_config
+from common.config.loader import dump_config, load_teacher_config
 from common.config.model import ConfigError
 from common.data.rows import DataError
 from common.protocol.scoring import TeacherError
 from deploy.cli import compare, experience, report, submit, version
 from deploy.cli.errors import known_errors
+from deploy.cli.loading import load_run_config
 
 app = typer.Typer(
     name="opcd",
@@ -35,8 +36,8 @@ Overrides = Annotated[
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class Model(StrEnum):
-    """Models and rows that `opcd prepare` knows."""
+class Task(StrEnum):
+    """Arguments of `opcd prepare`."""
 
     SMOLLM2 = "smollm2"
     HIDDEN_RULE = "hidden-rule"
@@ -52,17 +53,14 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration, check the data, start nothing.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
     accept_changes: Annotated[
-        bool,
-        typer.Option(
-            "--accept-changes", help="Resume although the model, teacher, data, context or loss is another one."
-        ),
+        bool, typer.Option("--accept-changes", help="Resume although model, teacher, data, context or loss changed.")
     ] = False,
 ) -> None:
-    """Distil a context into a student: the whole run."""
+    """Distil a context into a student: a whole run."""
     with known_errors(ConfigError, DataError):
-        resolved = load_config(config, overrides or ())
+        resolved = load_run_config(config, overrides)
         if dry_run:
             from deploy.inspect.checks import check_data
 
@@ -78,7 +76,7 @@ def train(
 
 @app.command()
 def teacher(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Serve the teacher of a configuration until it is told to stop."""
+    """Serve the teacher of a configuration until Ctrl-C or SIGTERM."""
     with known_errors(ConfigError):
         resolved = load_teacher_config(config, overrides or ())
     from teacher_server.http.serve import serve
@@ -93,14 +91,14 @@ def evaluate(
     overrides: Overrides = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="A model folder to evaluate; default: the student's initial model.", file_okay=False),
+        typer.Option(help="Model folder to evaluate; default: the student's initial model.", file_okay=False),
     ] = None,
 ) -> None:
-    """Held-out accuracy without and with the context."""
+    """Measure held-out accuracy without and with the context."""
     with known_errors(ConfigError):
-        resolved = load_config(config, overrides or ())
+        resolved = load_run_config(config, overrides)
         if checkpoint is not None and not (checkpoint / "config.json").is_file():
-            raise ConfigError(f"--checkpoint {checkpoint}: no model there (no config.json)")
+            raise ConfigError(f"--checkpoint {checkpoint}: not a model folder (no config.json)")
     from learner import train as entry
 
     with known_errors(*entry.KNOWN_ERRORS):
@@ -110,29 +108,30 @@ def evaluate(
 @app.command()
 def simulate(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A run's YAML file (with --from), or one with a section simulation.")
+        str,
+        typer.Argument(metavar="CONFIG", help="A run's YAML file (with --from), or a file with a section simulation."),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Overrides such as simulation.sync.seconds=2, or of the run's own keys."
-        ),
+        typer.Argument(metavar="KEY=VALUE", help="Overrides such as simulation.sync.seconds=2, or keys of the run."),
     ] = None,
     measured: Annotated[
-        Path | None, typer.Option("--from", help="A finished run (runs/NAME) that says how fast the parts are.")
+        Path | None, typer.Option("--from", help="Finished run (runs/NAME) to take the measured times from.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Rollout workers, each as fast as the measured one.")] = None,
-    ranks: Annotated[int | None, typer.Option(help="Ranks of the learner.")] = None,
-    teachers: Annotated[int | None, typer.Option(help="Teacher servers.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of rollout workers, each as fast as the measured one.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(help="Number of learner ranks.")] = None,
+    teachers: Annotated[int | None, typer.Option(help="Number of teacher servers.")] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Write the simulated timeline there; ui.perfetto.dev opens it.")
+        Path | None, typer.Option(help="File to write the simulated timeline to; ui.perfetto.dev opens it.")
     ] = None,
 ) -> None:
-    """Predict step time, bubbles and queues of a run, on machines that need not be there.
+    """Predict step time, idle time and queues of a run on machines that you do not have.
 
-    The loop's own rules over stages that only take time. Left out: over-issued prompts (rollout.oversample_fraction), ranks of
-    ZeRO 2 and 3 waiting for each other in every micro-batch, samples under several contexts, processes that share
-    cores in another way than in the measured run, evaluation and checkpoints.
+    Applies the loop's own rules to stages that only take time. Not modelled: oversampled prompts
+    (rollout.oversample_fraction), ranks that wait for each other in every micro-batch (ZeRO 2 and 3), samples under
+    several contexts, processes that share cores differently than in the measured run, evaluation, checkpoints.
     """
     from common.telemetry.trace import TraceFile
     from deploy.simulator.file import load_simulation
@@ -140,9 +139,9 @@ def simulate(
     from deploy.simulator.simulate import simulate as run_simulation
 
     sizes = {"rollout.workers": workers, "learner.ranks": ranks, "teacher.replicas": teachers}
-    asked = [f"simulation.{key}={value}" for key, value in sizes.items() if value is not None]
+    size_overrides = [f"simulation.{key}={value}" for key, value in sizes.items() if value is not None]
     with known_errors(ConfigError, OSError):
-        found = load_simulation(config, [*(overrides or ()), *asked], measured)
+        found = load_simulation(config, [*(overrides or ()), *size_overrides], measured)
         simulation = run_simulation(found.simulation)
         if trace is not None:
             trace.unlink(missing_ok=True)
@@ -157,41 +156,42 @@ def simulate(
 
 @app.command()
 def prepare(
-    model: Annotated[Model, typer.Argument(help="Which.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write; default: models/MODEL.")] = None,
+    task: Annotated[Task, typer.Argument(help="Name of the model or task.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: models/TASK.")] = None,
 ) -> None:
-    """Write models or rows into a folder, once: smollm2, from packaged weights; few-shot, rows of three tasks for it;
-    hidden-rule, a larger and a smaller model of a toy task with its rows, experience-rule, a model that can look back
-    at what it did, with its rows, and frozen-lake, a model that plays that game by its context, all trained here in
-    minutes. Installs and downloads nothing.
+    """Write the model and the rows of a small task into a folder, once. Downloads nothing.
+
+    smollm2: a language model, from packaged weights. few-shot: rows of three tasks for it. hidden-rule: a larger and
+    a smaller model of a toy task. experience-rule: a model that writes down what it learns. frozen-lake: a model that
+    plays the game by its context. The last three are trained here, in minutes.
     """
     from deploy.tasks.gguf import PrepareError
 
-    folder = out or Path("models") / model.value
+    folder = out or Path("models") / task.value
     with known_errors(PrepareError):
-        written = _prepare(model, folder)
-    typer.echo(f"{folder}: {'written' if written else 'there already'}")
+        written = _prepare(task, folder)
+    typer.echo(f"{folder}: {'written' if written else 'exists already'}")
 
 
-def _prepare(model: Model, folder: Path) -> bool:
-    match model:
-        case Model.SMOLLM2:
+def _prepare(task: Task, folder: Path) -> bool:
+    match task:
+        case Task.SMOLLM2:
             from deploy.tasks.gguf import prepare_smollm2
 
             return prepare_smollm2(folder)
-        case Model.HIDDEN_RULE:
+        case Task.HIDDEN_RULE:
             from deploy.tasks.hidden_rule import prepare_hidden_rule
 
             return prepare_hidden_rule(folder)
-        case Model.EXPERIENCE_RULE:
+        case Task.EXPERIENCE_RULE:
             from deploy.tasks.experience_rule import prepare_experience_rule
 
             return prepare_experience_rule(folder)
-        case Model.FROZEN_LAKE:
+        case Task.FROZEN_LAKE:
             from deploy.tasks.frozen_lake import prepare_frozen_lake
 
             return prepare_frozen_lake(folder)
-        case Model.FEW_SHOT:
+        case Task.FEW_SHOT:
             from deploy.tasks.few_shot import prepare_few_shot
 
             return prepare_few_shot(folder)
@@ -199,9 +199,10 @@ def _prepare(model: Model, folder: Path) -> bool:
 
 @app.command()
 def key(
-    tenant: Annotated[str, typer.Argument(help="The team the key belongs to.")],
+    tenant: Annotated[str, typer.Argument(help="Name of the team that uses the key.")],
     out: Annotated[
-        Path | None, typer.Option(help="New file for the key (teacher.client_key_file of a run); default: show it.")
+        Path | None,
+        typer.Option(help="New file for the key (a run's teacher.client_key_file); default: print the key."),
     ] = None,
 ) -> None:
     """Make a key for a teacher server. Prints the line for its teacher.server_keys_file: opcd key TEAM >> keys."""
@@ -215,12 +216,12 @@ def key(
             with open(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as stream:
                 stream.write(secret + "\n")
     typer.echo(f"{tenant} {digest}")
-    typer.echo(f"the key, shown this once: {secret}" if out is None else f"the key is in {out}", err=True)
+    typer.echo(f"the key, printed only once: {secret}" if out is None else f"the key is in {out}", err=True)
 
 
 @app.command()
 def doctor() -> None:
-    """Show what this machine can run, and what is missing or broken."""
+    """Report missing or broken requirements and the kinds of run that this machine supports."""
     from deploy.inspect.doctor import report
 
     raise typer.Exit(report())
@@ -234,7 +235,7 @@ app.command()(compare.compare)
 
 
 def main() -> None:
-    """Entry of the ``opcd`` script."""
+    """Run the ``opcd`` command line."""
     app()
 
 

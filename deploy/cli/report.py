@@ -1,4 +1,4 @@
-"""``opcd report``: the page of a run, or of several side by side."""
+"""``opcd report``: the HTML page of a run, or of several runs side by side."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/demo.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the page of several runs goes; default: comparison.html here.", dir_okay=False),
+        typer.Option(
+            help="File for the page of several runs; default: comparison.html in the current folder.", dir_okay=False
+        ),
     ] = None,
 ) -> None:
-    """Write a run's report.html anew; of several runs, a page that compares them.
+    """Write the report.html of one run again, or one page that compares several runs.
 
-    Also for runs that go on, failed or were killed: the page says what it had to do without.
+    Also works for a run that is still going, failed or was killed: the page says which files were missing.
     """
     from deploy.report.load_run import ReportError
     from deploy.report.writing import write_comparison, write_report

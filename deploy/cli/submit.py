@@ -1,4 +1,4 @@
-"""``opcd submit`` and ``opcd jobs``: runs on a Ray cluster that is reached by its address alone."""
+"""``opcd submit`` and ``opcd jobs``: runs on a Ray cluster, of which only the address is known here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from common.config.loader import load_config
 from common.config.model import ConfigError
+from common.import_names import check_import_names
 from deploy.cli.errors import known_errors
 from deploy.submit.files import file_faults
 from deploy.submit.submit import plan, ray_command
@@ -19,20 +20,20 @@ from deploy.submit.wheel import wheels_folder, write_wheel
 if TYPE_CHECKING:
     from deploy.submit.cluster import Cluster
 
-Address = Annotated[str, typer.Option("--address", help="Ray's dashboard on the head, http://HEAD:8265.")]
+Address = Annotated[str, typer.Option("--address", help="Ray's dashboard on the head node, http://HEAD:8265.")]
 TokenFile = Annotated[
     Path | None,
     typer.Option(
-        "--token-file", help="File with the cluster's token; default: what Ray finds by itself (RAY_AUTH_MODE=token)."
+        "--token-file", help="File with the cluster's token; default: Ray's own settings (RAY_AUTH_MODE=token)."
     ),
 ]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="The id that `opcd submit` printed.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id that `opcd submit` printed.")]
 
 jobs = typer.Typer(help="Runs that were submitted to a Ray cluster.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
+    """Add the commands of this module."""
     app.command()(submit)
     app.add_typer(jobs, name="jobs")
 
@@ -44,48 +45,55 @@ def submit(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides such as learner.lr=1e-5.")
     ] = None,
     working_dir: Annotated[
-        Path, typer.Option(help="The folder to upload; relative paths of the run start there.", file_okay=False)
+        Path, typer.Option(help="Folder to upload; relative paths of the run start in it.", file_okay=False)
     ] = Path(),
     secret: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME[=NODE_NAME]", help="Environment variable that the nodes have; its value is never sent."
+            metavar="NAME[=NODE_NAME]", help="Environment variable that is set on the nodes; its value is not sent."
         ),
     ] = None,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Environment variable to send; anyone may see it.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Environment variable to send; anyone with access to the cluster can read it."
+        ),
     ] = None,
     token_file: TokenFile = None,
-    job_id: Annotated[str | None, typer.Option("--id", help="Name of the job; default: made from run.name.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    job_id: Annotated[str | None, typer.Option("--id", help="Job id; default: run.name and a random suffix.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Resume although model, teacher, data, context or loss changed.")
     ] = False,
-    follow: Annotated[bool, typer.Option("--follow", help="Show the output; end with the run's exit status.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Print the output and exit with the run's status.")] = False,
     check_gpus: Annotated[
-        bool, typer.Option("--check-gpus/--no-check-gpus", help="Refuse a run that the cluster could not hold.")
+        bool,
+        typer.Option("--check-gpus/--no-check-gpus", help="Refuse a run that needs more GPUs than the cluster has."),
     ] = True,
     show: Annotated[
-        bool, typer.Option("--print", help="Print the `ray job submit` that does the same; send nothing.")
+        bool, typer.Option("--print", help="Print the equivalent `ray job submit` and send nothing.")
     ] = False,
 ) -> None:
     """Run a configuration on a Ray cluster. Prints the job's id.
 
-    The working directory is uploaded without models, runs, keys and what .gitignore names, opcd itself as a wheel:
-    the nodes need its dependencies, not opcd.
+    Uploads the working directory, except models, runs, keys and files that .gitignore names, and opcd as a wheel: the
+    nodes need opcd's dependencies, not opcd itself.
     """
     from deploy.submit.cluster import KNOWN_ERRORS, shipped_files
 
     with known_errors(*KNOWN_ERRORS):
+        check_import_names(working_dir)
         resolved = load_config(config, overrides or ())
         shipped = shipped_files(working_dir)
         faults = file_faults(resolved, working_dir, lambda path: is_shipped(path, shipped))
         if Path(config).resolve() not in shipped:
-            faults.append(f"{config} is not uploaded with {working_dir.resolve()}: --working-dir names the folder")
+            faults.append(
+                f"{config} is not among the files that {working_dir.resolve()} uploads; --working-dir sets the folder"
+            )
         if token_file is not None and token_file.resolve() in shipped:
             faults.append(
-                f"--token-file {token_file} would be uploaded with {working_dir.resolve()}, for whoever may read the "
-                "job: keep it elsewhere, for example in ~/.ray/auth_token"
+                f"--token-file {token_file} would be uploaded with {working_dir.resolve()}, readable by everyone who "
+                "can read the job: keep it elsewhere, for example in ~/.ray/auth_token"
             )
         if faults:
             raise ConfigError("\n".join(faults))
@@ -115,7 +123,7 @@ def submit(
 
 @jobs.command("list")
 def list_jobs(address: Address, token_file: TokenFile = None) -> None:
-    """Submitted runs, the newest first."""
+    """List submitted runs, newest first."""
     from rich.console import Console
     from rich.table import Table
 
@@ -136,10 +144,12 @@ def list_jobs(address: Address, token_file: TokenFile = None) -> None:
 def logs(
     job: JobId,
     address: Address,
-    follow: Annotated[bool, typer.Option("--follow", help="Until the run ends, with its exit status.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print until the run ends and exit with its status.")
+    ] = False,
     token_file: TokenFile = None,
 ) -> None:
-    """What a submitted run has printed."""
+    """Print the output of a submitted run."""
     from deploy.submit.cluster import KNOWN_ERRORS
 
     with known_errors(*KNOWN_ERRORS):
@@ -153,7 +163,7 @@ def logs(
 
 @jobs.command()
 def stop(job: JobId, address: Address, token_file: TokenFile = None) -> None:
-    """End a submitted run in order: its weights and summary are written."""
+    """Stop a submitted run cleanly: it writes its weights and summary first."""
     from deploy.submit.cluster import KNOWN_ERRORS
 
     with known_errors(*KNOWN_ERRORS):
@@ -162,14 +172,14 @@ def stop(job: JobId, address: Address, token_file: TokenFile = None) -> None:
 
 
 def connect(address: str, token_file: Path | None) -> Cluster:
-    """The cluster at `address`; raises what is in `submit_cluster.KNOWN_ERRORS`."""
+    """Connect to the cluster at `address`. Raises one of `deploy.submit.cluster.KNOWN_ERRORS`."""
     from deploy.submit.cluster import Cluster
 
     return Cluster(address, token_file)
 
 
 def is_shipped(path: Path, shipped: frozenset[Path]) -> bool:
-    """Whether the upload has `path`, a file or a folder with a file in it."""
+    """Return True if the upload contains `path`: the file, or a file in that folder."""
     return path in shipped or any(path in file.parents for file in shipped)
 
 

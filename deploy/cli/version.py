@@ -9,19 +9,20 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add the option to the command itself."""
+    """Add the option ``--version`` to `app`."""
     app.callback()(_options)
 
 
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=lambda asked: _show(asked), help="Show the version.")
+        bool,
+        typer.Option("--version", is_eager=True, callback=lambda wanted: _show(wanted), help="Print the version."),
     ] = False,
 ) -> None:
     """On-policy context distillation: vLLM rollouts, a shared teacher server, a DeepSpeed learner."""
 
 
-def _show(asked: bool) -> None:
-    if asked:
+def _show(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"opcd {importlib.metadata.version('opcd')}")
         raise typer.Exit

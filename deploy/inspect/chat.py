@@ -1,4 +1,4 @@
-"""Base, base with the context and distilled student, asked the same: plain transformers generation, no engine."""
+"""Asks the base model, the base model with the context and the distilled student, by transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import yaml
 
 from common.config.loader import validate
 from common.config.model import Config, ConfigError
+from common.data.model_lookup import require_model
 from common.data.rendering import Renderer, load_tokenizer, teacher_sequence
 from common.data.rows import DataError, Message, Row, read_rows
-from common.data.token_text import text_of
+from common.data.token_text import decode_ids
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = ("checkpoint", "best")
-"""Where a run leaves a student, the first that is there is taken."""
+"""Folders in a run that may hold the student, in order of preference."""
 
 BASE, IN_CONTEXT, DISTILLED = "base", "base + context", "distilled"
 VOICES = (BASE, IN_CONTEXT, DISTILLED)
 
 
 class ChatError(ValueError):
-    """Why a run cannot be talked to."""
+    """A run without a configuration or without a student."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How an answer is made; `temperature` 0 is greedy."""
+    """Settings of `generate`; `temperature` 0 is greedy."""
 
     max_tokens: int
     temperature: float
@@ -37,43 +38,43 @@ class Decoding:
 
 
 def read_config(run: Path) -> Config:
-    """The configuration that a run kept. Raises ChatError where `run` is none, ConfigError where it does not fit this
-    version.
-    """
+    """Read the run's config.yaml. Raises ChatError if it cannot be read, ConfigError if its keys are not valid."""
     try:
         text = (run / "config.yaml").read_text(encoding="utf-8")
     except OSError as error:
-        raise ChatError(f"{run} is no run's folder: config.yaml: {error.strerror}") from error
+        raise ChatError(f"{run} is not a run's folder: config.yaml: {error.strerror}") from error
     return validate(Config, yaml.safe_load(text))
 
 
 def find_weights(run: Path, name: str | None) -> Path:
-    """The folder of the distilled student. Raises ChatError where there is none."""
-    tried = [name] if name is not None else list(WEIGHTS)
-    for one in tried:
-        if any((run / one / mark).is_file() for mark in ("config.json", ADAPTER)):
-            return run / one
-    there = sorted(path.relative_to(run).as_posix() for path in run.glob("exports/*") if path.is_dir())
-    remedy = f"--weights {there[-1]}" if there else "a run writes one at its end (checkpoint.export_every: before)"
-    raise ChatError(f"{run} holds no student yet (looked for {', '.join(f'{one}/' for one in tried)}): {remedy}")
+    """Return the folder of the distilled student in `run`. Raises ChatError if there is none."""
+    candidates = [name] if name is not None else list(WEIGHTS)
+    for folder in candidates:
+        if any((run / folder / file).is_file() for file in ("config.json", ADAPTER)):
+            return run / folder
+    exports = sorted(path.relative_to(run).as_posix() for path in run.glob("exports/*") if path.is_dir())
+    remedy = f"--weights {exports[-1]}" if exports else "a run writes one at its end (earlier: checkpoint.export_every)"
+    searched = ", ".join(f"{folder}/" for folder in candidates)
+    raise ChatError(f"{run} holds no student yet (looked for {searched}): {remedy}")
 
 
 def asks_raw(config: Config, tokenizer: Any) -> bool:
-    """Whether the run's prompts are raw text, not turns: as its data says, else its context's placement, else whether
-    the tokenizer has a chat template.
+    """Return True if the run's prompts are raw text, False if they are chat turns.
+
+    Decided by ``context.placement``, else the first row of data.train, else the tokenizer's chat template.
     """
     if config.context.placement is not None:
         return config.context.placement == "prefix"
     try:
         first = read_rows(config.data.train, config.data)[0]
-    except DataError:  # the data is elsewhere by now
+    except DataError:  # the data has been moved since the run
         return not tokenizer.chat_template
     return first.prompt is not None
 
 
 @dataclass
 class Conversation:
-    """Asks the three; every question by itself, without memory of the ones before."""
+    """Asks the three models. Each question stands alone: earlier questions and answers are not part of the prompt."""
 
     config: Config
     student: Path
@@ -81,7 +82,7 @@ class Conversation:
     context: str
     decoding: Decoding
     keep_both: bool
-    """Hold both models in memory; else one is loaded for each part of a question."""
+    """Keep both models in memory; False loads the base and the student again for each question."""
     device: str = "cpu"
     tokenizer: Any = field(init=False)
     raw: bool = field(init=False)
@@ -92,20 +93,21 @@ class Conversation:
         self.raw = asks_raw(self.config, self.tokenizer)
 
     def ask(self, text: str) -> Iterator[tuple[str, str]]:
-        """(who, answer), as each is ready. Raises DataError for a prompt that cannot be rendered as in the run."""
+        """Yield (voice, answer), each when it is ready. Raises DataError for a prompt that cannot be rendered."""
         without, with_context = self.sequences(text)
         for voice, ids in ((BASE, without), (IN_CONTEXT, with_context), (DISTILLED, without)):
             yield voice, self.answer(self._model(voice == DISTILLED), ids)
 
     def sequences(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a question without the context and with it, as the run renders them."""
-        row = Row(id="question", prompt=text) if self.raw else _turn(text)
+        """Return the question's token ids without and with the context, rendered as in the run."""
+        turn = Message(role="user", content=text)
+        row = Row(id="question", prompt=text) if self.raw else Row(id="question", messages=(turn,))
         renderer = Renderer(self.tokenizer, self.context, self.config.student, self.config.context.placement)
         prompt = renderer.render(row)
         return prompt.student_ids.tolist(), teacher_sequence(prompt, renderer.contexts)
 
     def answer(self, model: Any, ids: Sequence[int]) -> str:
-        """What the model says next, up to a stop string or the end of its turn."""
+        """Generate the model's continuation, up to a stop string or the end of its turn."""
         import torch
 
         options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -126,8 +128,8 @@ class Conversation:
 
     def _cut(self, ids: list[int]) -> str:
         eos = self.tokenizer.eos_token_id
-        text = text_of(self.tokenizer, ids[: ids.index(eos)] if eos in ids else ids)
-        ends = [place for stop in self.decoding.stop if (place := text.find(stop)) >= 0]
+        text = decode_ids(self.tokenizer, ids[: ids.index(eos)] if eos in ids else ids)
+        ends = [position for stop in self.decoding.stop if (position := text.find(stop)) >= 0]
         return text[: min(ends)] if ends else text
 
     def _model(self, distilled: bool) -> Any:
@@ -139,24 +141,19 @@ class Conversation:
         return self._models[folder]
 
 
-def _turn(text: str) -> Row:
-    return Row(id="question", messages=(Message(role="user", content=text),))
-
-
 def load_model(folder: str, base: str, device: str) -> Any:
-    """A causal language model, or the adapter in `folder` on `base`. Raises ConfigError where there is none."""
+    """Load the model in `folder`, or the adapter in `folder` on `base`. Raises ConfigError if there is no model."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     adapter = (Path(folder) / ADAPTER).is_file()
+    source = base if adapter else folder
+    require_model(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base if adapter else folder, dtype=dtype_on(device))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype_on(device))
     except OSError as error:
-        raise ConfigError(
-            f"no model at {base if adapter else folder} (relative paths count from the folder that the run was "
-            f"started in): {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"cannot load the model at {source}: {str(error).splitlines()[0]}") from error
     if adapter:
         from peft import PeftModel
 
@@ -165,12 +162,12 @@ def load_model(folder: str, base: str, device: str) -> Any:
 
 
 def dtype_on(device: str) -> Any:
-    """bfloat16 on a GPU, float32 on CPU, as runs have it."""
+    """Return the dtype that runs use: bfloat16 on a GPU, float32 on CPU."""
     import torch
 
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of a model's weights on disk; 0 where they are not a folder here."""
+    """Return the size of a model's weights on disk; 0 if `folder` is not a local folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0

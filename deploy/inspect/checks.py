@@ -1,4 +1,4 @@
-"""What a dry run looks at: everything a run reads, and by name whatever of it is not there."""
+"""The checks of a dry run: read everything that a run reads and name each missing part."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from pathlib import Path
 
 from common.config.model import Config, ConfigError
 from common.data.contexts import check_context
-from common.data.rows import DataError
+from common.data.rows import DataError, read_rows
 
 
 def check_data(config: Config) -> str:
-    """Read and render every row as a run would, if the student's tokenizer is at hand; says what was checked.
+    """Read every row, and render it if the student's model is a local folder; return a summary of the checks.
 
-    Nothing is fetched. Raises ConfigError or DataError, with a line for every part that is missing.
+    Downloads nothing. Raises ConfigError or DataError, with a line for each missing part.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported, which is below
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # takes effect if set before huggingface_hub is imported, below
     counts = _read_all(config)
-    absent = [line for line in absent_models(config) if line]
-    notes = "".join(f"\n# {line}" for line in absent)
+    notes = "".join(f"\n# {line}" for line in absent_models(config))
     if not Path(config.student.model).is_dir():
-        # A hub name, or a folder that is made later: the rows can be read, but not rendered.
-        return f"# data is fine: {counts}; not rendered, {config.student.model} is no folder here{notes}"
+        # A hub name, or a folder that is written later: the rows can be read, but not rendered.
+        return f"# data is fine: {counts}; not rendered, {config.student.model} is not a local folder{notes}"
     from learner.data.inputs import read_inputs
 
     inputs = read_inputs(config)
@@ -31,7 +30,7 @@ def check_data(config: Config) -> str:
 
 
 def absent_models(config: Config) -> Iterator[str]:
-    """A sentence for every model that is neither a folder nor in the hub's cache here."""
+    """Yield a line for each model that is neither a local folder nor in the hub's cache."""
     named = {"student.model": config.student.model}
     named |= {
         f"{'teacher' if name == 'default' else f'teachers.{name}'}.model": section.model
@@ -40,7 +39,7 @@ def absent_models(config: Config) -> Iterator[str]:
     }
     for key, model in named.items():
         if not (Path(model) / "config.json").is_file() and not _is_cached(model):
-            yield f"{key} {model} is not on this machine: no folder with a config.json, and not in the hub's cache"
+            yield f"{key} {model} is not on this machine: not a folder with a config.json, and not in the hub's cache"
 
 
 def _is_cached(model: str) -> bool:
@@ -49,14 +48,12 @@ def _is_cached(model: str) -> bool:
 
     try:
         return isinstance(try_to_load_from_cache(model, "config.json"), str)
-    except HFValidationError:  # a path, and as such it was looked for
+    except HFValidationError:  # a path, which the caller has looked for
         return False
 
 
 def _read_all(config: Config) -> str:
-    """How many rows each set has. Raises DataError, or ConfigError, that names all that cannot be read."""
-    from common.data.rows import read_rows
-
+    """Count the rows of each set. Raises DataError or ConfigError with a line for each part that cannot be read."""
     counts: list[str] = []
     faults: list[Exception] = []
     try:

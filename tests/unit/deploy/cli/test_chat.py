@@ -83,7 +83,7 @@ def test_one_at_a_time_holds_one_model(run: Path, monkeypatch: pytest.MonkeyPatc
         for _ in range(2):
             list(talk.ask(QUESTION))
         assert len(loaded) == count
-        assert len(talk._models) == (2 if keep_both else 1)
+        assert loaded[2:] == ([] if keep_both else loaded[:2])  # the second question loads both again, or neither
 
 
 def test_an_answer_ends_before_a_stop_string(run: Path, expected: dict[str, str]) -> None:
@@ -101,8 +101,8 @@ def test_both_models_stay_where_that_leaves_half_of_the_free_memory(
     assert size > 10_000
     for free, fits in ((2 * size, True), (2 * size - 1, False)):
         monkeypatch.setattr("deploy.inspect.machine.available_memory_bytes", lambda free=free: free)
-        assert cli_chat._conversation(run, None, None, None, 0.0, False).keep_both is fits
-        assert not cli_chat._conversation(run, None, None, None, 0.0, True).keep_both
+        assert cli_chat.open_conversation(run, None, None, None, 0.0, False).keep_both is fits
+        assert not cli_chat.open_conversation(run, None, None, None, 0.0, True).keep_both
 
 
 def test_answers_are_as_long_as_asked_else_as_the_run_evaluates(run: Path, tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_answers_are_as_long_as_asked_else_as_the_run_evaluates(run: Path, tmp_p
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "checkpoint").symlink_to(run / "checkpoint")
     for folder, asked, length in ((run, None, 6), (tmp_path, None, 4), (tmp_path, 2, 2)):
-        assert cli_chat._conversation(folder, None, None, asked, 0.5, False).decoding.max_tokens == length
-    assert cli_chat._conversation(tmp_path, None, None, None, 0.5, False).decoding == Decoding(4, 0.5, (";",))
+        assert cli_chat.open_conversation(folder, None, None, asked, 0.5, False).decoding.max_tokens == length
+    assert cli_chat.open_conversation(tmp_path, None, None, None, 0.5, False).decoding == Decoding(4, 0.5, (";",))
 
 
 def test_an_adapter_answers_on_its_base(run: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -166,19 +166,12 @@ def test_the_runs_placement_is_the_chats(run: Path) -> None:
 
 def test_a_high_temperature_is_not_greedy_and_a_low_one_nearly_is(run: Path, expected: dict[str, str]) -> None:
     torch.manual_seed(0)
-    asked = {
-        temperature: {
-            dict(
-                Conversation(read_config(run), run / "checkpoint", CONTEXT, Decoding(6, temperature, ()), True).ask(
-                    QUESTION
-                )
-            )["distilled"]
-            for _ in range(4)
-        }
-        for temperature in (1e-4, 5.0)
-    }
-    assert asked[1e-4] == {expected["distilled"]}
-    assert len(asked[5.0]) > 1
+    answers = {}
+    for temperature in (1e-4, 5.0):
+        talk = Conversation(read_config(run), run / "checkpoint", CONTEXT, Decoding(6, temperature, ()), True)
+        answers[temperature] = {dict(talk.ask(QUESTION))["distilled"] for _ in range(4)}
+    assert answers[1e-4] == {expected["distilled"]}
+    assert len(answers[5.0]) > 1
 
 
 def test_typed_line_ends() -> None:
@@ -226,10 +219,10 @@ def test_the_best_weights_stand_in_for_the_last(run: Path, tmp_path: Path) -> No
     assert find_weights(tmp_path, None) == tmp_path / "checkpoint"
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    assert "is no run's folder" in opcd(tmp_path).stderr
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    assert "is not a run's folder" in opcd(tmp_path).stderr
 
 
-def test_a_base_model_that_is_elsewhere_is_named(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(chat.ConfigError, match="relative paths count from the folder"):
+def test_a_missing_base_model_is_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(chat.ConfigError, match=f"no model at {tmp_path / 'nowhere'}: no such folder"):
         chat.load_model(str(tmp_path / "nowhere"), "unused", "cpu")

@@ -71,7 +71,7 @@ def test_dry_run_counts_the_teachers_tokens(path: Path) -> None:
 def test_dry_run_without_the_model_reads_the_rows(path: Path) -> None:
     result = opcd("train", path, "student.model=some/name", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "not rendered, some/name is no folder here" in result.stderr
+    assert "not rendered, some/name is not a local folder" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
@@ -128,11 +128,11 @@ def test_every_prompt_that_does_not_fit_is_a_line_with_its_numbers(path: Path) -
     assert result.stdout == ""
     lines = result.stderr.splitlines()
     assert len(lines) == 5
-    assert "row 'cat': 17 tokens on the student's side (9 of prompt, 8 of answer), at most 16" in lines[0]
+    assert "row 'cat': 17 student tokens (9 of prompt, 8 of answer), at most 16" in lines[0]
 
 
 def test_a_checkpoint_that_is_none_is_one_line(path: Path, tmp_path: Path) -> None:
-    assert "no model there" in refusal(opcd("evaluate", path, "--checkpoint", tmp_path))
+    assert "not a model folder (no config.json)" in refusal(opcd("evaluate", path, "--checkpoint", tmp_path))
 
 
 def test_a_new_key_opens_the_teacher_whose_file_holds_its_line(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_prepare_leaves_a_model_alone(tiny_model: Path) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in tiny_model.iterdir()}
     result = opcd("prepare", "smollm2", "--out", tiny_model)
     assert result.exit_code == 0
-    assert "there already" in result.stdout
+    assert "exists already" in result.stdout
     assert {file.name: file.stat().st_mtime_ns for file in tiny_model.iterdir()} == before
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from deploy.inspect.doctor import abilities, checks, report
-from deploy.inspect.machine import Gpu, Machine, look, pins
+from deploy.inspect.machine import Gpu, Machine, gather, pins
 
 VERSIONS = {"torch": "2.13.0", "ray": "2.60.0", "deepspeed": "0.19.8", "transformers": "5.19.0"}
 GPU = Gpu("NVIDIA H100", 80.0, bfloat16=True)
@@ -70,7 +70,7 @@ def test_a_gpu_machine_is_said_to_be_untried() -> None:
         (replace(CPU_MACHINE, installed={**VERSIONS}), "not installed"),
         (replace(CPU_MACHINE, installed={**CPU_MACHINE.installed, "ray": "2.59.0"}), "tested with 2.60.0"),
         (replace(CPU_MACHINE, installed={**CPU_MACHINE.installed, "vllm": "0.32.0"}), "overwrite each other"),
-        (replace(CPU_MACHINE, installed={**VERSIONS, "vllm": "0.32.0"}), "there is no GPU"),
+        (replace(CPU_MACHINE, installed={**VERSIONS, "vllm": "0.32.0"}), "on a machine without a GPU"),
         (replace(CPU_MACHINE, unwanted=("torchvision",)), "pip uninstall torchvision"),
         (replace(CPU_MACHINE, plugin=None), "no entry point opcd_weight_transfer"),
         (replace(CPU_MACHINE, plugin_error="No module named 'x'"), "No module named 'x'"),
@@ -91,9 +91,9 @@ def test_something_broken_is_named_with_its_remedy(machine: Machine, part: str) 
     ("machine", "part"),
     [
         (replace(CPU_MACHINE, cores=1.5), "1.5"),
-        (replace(CPU_MACHINE, memory_gib=4.0), "killed for memory"),
+        (replace(CPU_MACHINE, memory_gib=4.0), "the kernel may kill a run"),
         (replace(CPU_MACHINE, shm_gib=0.06), "--shm-size"),
-        (replace(CPU_MACHINE, gpus=(GPU,)), "the CPU build leaves the GPUs alone"),
+        (replace(CPU_MACHINE, gpus=(GPU,)), "the CPU build does not use the GPUs"),
     ],
 )
 def test_something_scarce_is_a_warning(machine: Machine, part: str) -> None:
@@ -110,7 +110,7 @@ def test_pins_are_the_projects_own() -> None:
 
 
 def test_this_machine_passes() -> None:
-    machine = look()
+    machine = gather()
     assert machine.cores >= 1
     assert machine.memory_gib > 0
     assert [check for check in checks(machine) if check.state == "broken"] == []

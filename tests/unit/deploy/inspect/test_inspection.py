@@ -1,4 +1,4 @@
-"""``opcd inspect``: both sides of a row, token by token, against the ids that a run would use."""
+"""``opcd inspect`` shows both sides of a row, token by token, with the ids that a run would use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.data.rows import Row
 from common.protocol.schema import Context, Prompt, as_ids
 from deploy.cli import inspect as cli_inspect
 from deploy.cli.main import app
-from deploy.inspect.inspection import Seen, SeenToken, equal_at_end, inspect_row, shortened
+from deploy.inspect.inspection import InspectedRow, InspectedToken, equal_at_end, inspect_row, shortened
 from tests.support.tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -25,7 +25,7 @@ CHAT = Row.model_validate({"id": "c", "messages": [{"role": "user", "content": "
 RAW = Row(id="r", prompt="Q: cat\nA:")
 
 
-def seen_of(row: Row, answer: str = "four", skip_first: int = 0) -> tuple[Seen, Prompt, dict[str, Context]]:
+def seen_of(row: Row, answer: str = "four", skip_first: int = 0) -> tuple[InspectedRow, Prompt, dict[str, Context]]:
     renderer = Renderer(TOKENIZER, CONTEXT, StudentConfig(model="unused"))
     prompt = renderer.render(row)
     ids = TOKENIZER(answer, add_special_tokens=False)["input_ids"]
@@ -41,7 +41,7 @@ def test_either_side_reads_as_the_run_sends_it(row: Row) -> None:
         ("student", prompt.student_ids.tolist()),
     ):
         there = {getattr(token, side): token.id for token in seen.tokens if getattr(token, side) is not None}
-        assert [there[place] for place in range(len(there))] == [*expected, *answer]
+        assert [there[position] for position in range(len(there))] == [*expected, *answer]
     assert seen.teacher_tokens == len(teacher_sequence(prompt, contexts))
     assert seen.student_tokens == len(prompt.student_ids)
 
@@ -76,9 +76,11 @@ def test_a_system_turn_of_the_students_own_is_seen_apart() -> None:
     renderer = Renderer(TOKENIZER, CONTEXT, StudentConfig(model="unused", system="text", system_text="Hello."))
     prompt = renderer.render(CHAT)
     seen = inspect_row(TOKENIZER, prompt, renderer.contexts, [])
-    assert {token.role for token in seen.student_alone} == {"prompt"}
-    assert "".join(token.piece for token in seen.student_alone) == "<|im_start|>system"
-    assert "".join(token.piece for token in seen.teacher_alone) == f"<|im_start|>system\n{CONTEXT}\n"
+    student_only = [token for token in seen.tokens if token.teacher is None]
+    teacher_only = [token for token in seen.tokens if token.student is None]
+    assert {token.role for token in student_only} == {"prompt"}
+    assert "".join(token.piece for token in student_only) == "<|im_start|>system"
+    assert "".join(token.piece for token in teacher_only) == f"<|im_start|>system\n{CONTEXT}\n"
 
 
 class WithBos:
@@ -97,7 +99,7 @@ def warned(student: list[int], teacher: list[int], context: list[int] | None) ->
     return list(inspect_row(WithBos(), prompt, contexts, []).warnings())
 
 
-def test_what_is_suspicious_is_said() -> None:
+def test_likely_mistakes_are_warnings() -> None:
     assert warned([1, 5, 6], [5, 6], [1, 9]) == []
     (double,) = warned([1, 1, 5], [5], [1, 9])
     assert "2 BOS tokens on the student's side" in double
@@ -117,15 +119,15 @@ def test_common_ends() -> None:
 
 
 def test_long_runs_are_shortened_each_by_itself() -> None:
-    tokens = [SeenToken(i, None, "context", i, "x", False) for i in range(10)]
-    tokens += [SeenToken(i, i, "prompt", i, "x", False) for i in range(3)]
+    tokens = [InspectedToken(i, None, "context", i, "x", False) for i in range(10)]
+    tokens += [InspectedToken(i, i, "prompt", i, "x", False) for i in range(3)]
     found = list(shortened(tokens, 4))
     assert [one if isinstance(one, int) else (one.role, one.id) for one in found] == [
         *[("context", 0), ("context", 1), 6, ("context", 8), ("context", 9)],
         *[("prompt", 0), ("prompt", 1), ("prompt", 2)],
     ]
     assert list(shortened(tokens, 10)) == tokens
-    apart = [SeenToken(i, None, "prompt", i, "x", False) for i in range(3)]
+    apart = [InspectedToken(i, None, "prompt", i, "x", False) for i in range(3)]
     assert list(shortened([*apart, *tokens[10:]], 4)) == [*apart, *tokens[10:]]  # those of one side, those of both
     assert list(shortened([], 4)) == []
 
@@ -184,7 +186,7 @@ def test_the_command_finds_held_out_rows_and_takes_a_response(path: Path) -> Non
 
 def test_long_contexts_are_shown_in_part(path: Path) -> None:
     short, whole = (opcd(path, f"context.text={'x' * 300}", *more) for more in ((), ("--all",)))
-    assert short.stdout.count(" context ") == cli_inspect.MOST_TOKENS
+    assert short.stdout.count(" context ") == cli_inspect.MAX_TOKENS
     assert "260 more like these (--all)" in short.stdout
     assert whole.stdout.count(" context ") == 300
 
@@ -215,7 +217,7 @@ def test_a_runs_folder_stands_for_its_configuration(path: Path) -> None:
         (("--row", "cats"), "no row 'cats' in train, valid or eval; did you mean 'cat'?"),
         (("--context", "a"), "this run has a single context"),
         (("context.text=null", "context.file=/nowhere"), "cannot read /nowhere"),
-        (("student.model=models/none",), "no tokenizer at models/none: no model's folder (seen from "),
+        (("student.model=models/none",), "no model at models/none: no such folder (seen from "),
     ],
 )
 def test_refusals_are_one_line(path: Path, arguments: tuple[str, ...], part: str) -> None:
