@@ -1,4 +1,4 @@
-"""The interface between the server (which knows tenants, queues and bytes) and what runs a model (which knows none)."""
+"""Interface of the backends that run a model. Tenants, queues and HTTP are the server's."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.protocol.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode
+import numpy as np
+
+from common.protocol.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
 from teacher_server.backends.wire_size import own_tokens
 
 
 class BackendError(RuntimeError):
-    """The backend cannot run this model as asked; the text says why and what would work."""
+    """The backend cannot run this model with these settings; the message gives cause and remedy."""
 
 
 class BackendLost(RuntimeError):
-    """What runs the model is gone; only another process can help."""
+    """The process that runs the model died; only a restart helps."""
 
 
 class Prefix(Protocol):
-    """A context as a backend keeps it: computed once, shared by every sequence that starts with it."""
+    """A backend's state of a context: computed once, shared by every sequence that starts with the context."""
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the whole prefix, parents included: where the positions of a prompt begin."""
+        """Tokens of the whole prefix, parents included: the first position of a prompt."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Memory held by this state alone, parents not included."""
+        """Bytes that this state holds, parents excluded."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """One item of a batch with everything a backend needs; ids, shapes and lengths are already checked."""
+    """One item of a batch with all that a backend needs; its ids, shapes and lengths are validated."""
 
     item: ScoreItem
     prefix: Any | None
@@ -45,12 +47,24 @@ class Work:
 
     @property
     def own_tokens(self) -> int:
-        """Tokens that a forward pass pays for: prompt and response, the context not."""
+        """Tokens of prompt and response; the context costs no forward pass."""
         return own_tokens(self.item)
+
+    @property
+    def teacher_ids(self) -> int:
+        """Ids per position that the teacher picks: `k`, or 0 if the mode has none."""
+        return self.k if self.mode in ("teacher_topk", "union") else 0
+
+    def empty_score(self) -> ItemScore:
+        """Score of an empty response, which has no positions."""
+        width = self.teacher_ids + (0 if self.item.topk_ids is None else self.item.topk_ids.shape[1])
+        none = np.empty(0, dtype=np.float32)
+        ids = as_ids(np.empty((0, width))) if self.teacher_ids else None
+        return ItemScore(np.empty((0, width), dtype=np.float16), none, none, ids)
 
 
 class Backend(Protocol):
-    """Runs a model. Calls come from one thread at a time; nothing here touches an event loop."""
+    """Runs a model. Only one thread calls at a time; methods block and use no event loop."""
 
     name: str
     dtype: str
@@ -60,22 +74,22 @@ class Backend(Protocol):
     max_sequence_tokens: int
     weight_version: int
     modes: Mapping[ScoreMode, tuple[float, ...] | None]
-    """As in `TeacherInfo.modes`."""
+    """Temperatures by mode, see `TeacherInfo.modes`."""
 
     def prefix_bytes(self, tokens: int) -> int:
-        """Memory that the state of `tokens` context tokens takes: its `nbytes`, or a little more."""
+        """Upper bound of `Prefix.nbytes` for `tokens` context tokens, a little above it at most."""
         ...
 
     def embeds(self, ids: Ids) -> bool:
-        """Whether the model has an input embedding for every id."""
+        """Return True if the model has an input embedding for every id."""
         ...
 
     def prefill(self, ids: Ids, parent: Any | None) -> Any:
-        """State of the prefix ``parent + ids``; `ids` are the tokens after the parent's."""
+        """State of the prefix ``parent + ids``."""
         ...
 
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
-        """Results in the order of `batch`, which may mix prefixes, modes, temperatures and lengths."""
+        """Results in the order of `batch`. A batch may mix prefixes, modes, temperatures and lengths."""
         ...
 
 
@@ -83,16 +97,16 @@ class LiveBackend(Backend, Protocol):
     """A backend whose weights can be replaced between batches."""
 
     device: Any
-    """Where they lie."""
+    """Device of the weights."""
 
     def load_weights(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
-        """Take the weights of `version`; raises SyncError, and must not be used any more then."""
+        """Load the weights of `version`. Raises SyncError; the backend is then unusable."""
         ...
 
     def save_state(self, path: Path) -> None:
-        """What going on needs beside the weights of the version, as one file."""
+        """Write the state that a resumed run needs in addition to the weights, as one file."""
         ...
 
     def load_state(self, path: Path) -> None:
-        """Go on from `save_state`."""
+        """Restore the file of `save_state`."""
         ...

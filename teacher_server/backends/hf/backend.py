@@ -1,4 +1,4 @@
-"""A Hugging Face model as a teacher, on any device: packed forward passes over shared context caches."""
+"""Backend for Hugging Face models on any device: packed forward passes over shared context caches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common.protocol.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMo
 from common.weight_sync.collective import SyncError
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.hf.attention import (
-    NAME,
+    ATTENTION_NAME,
     AttentionPlan,
     KeyValues,
     refuse_unusual_attention,
@@ -25,23 +25,23 @@ from teacher_server.backends.hf.attention import (
 )
 from teacher_server.backends.hf.fingerprint import model_fingerprint
 from teacher_server.backends.hf.live_weights import LiveWeights
-from teacher_server.backends.hf.outputs import Values, score_hidden, spans
-from teacher_server.backends.hf.packing import Packed, PrefixState, Sequence_, pack, passes
+from teacher_server.backends.hf.outputs import PositionScores, score_hidden, spans
+from teacher_server.backends.hf.packing import PackedBatch, PrefixedSequence, PrefixState, pack_batch, split_into_passes
 
 SELF_CHECK_NATS = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
-"""How far packed scores may be from the model's own forward pass at load; a wrong architecture is off by nats."""
+"""Allowed difference of packed scores from the model's own forward pass at load; a wrong architecture is nats off."""
 
-AttentionInterface.register(NAME, shared_prefix_attention)
+AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
 
 CPU_PASS_TOKENS = 512
-"""Of one forward pass on CPU: more are no faster there, and their activations take memory and leave the caches."""
+"""Tokens of a forward pass on CPU. More tokens are not faster, and their activations take memory and exceed caches."""
 
 
 class TransformersBackend:
     """Scores with a causal language model of transformers.
 
-    Raises BackendError for models whose attention is not plain causal attention over everything before (sliding
-    windows, chunks, capped scores): they are refused by name, never approximated.
+    Raises BackendError for models without full causal attention (sliding windows, chunks, capped scores): their scores
+    are never approximated.
     """
 
     name = "transformers"
@@ -61,7 +61,7 @@ class TransformersBackend:
         kind: Literal["frozen", "live", "ema"] = "frozen",
         ema_decay: float = 0.0,
     ) -> None:
-        """`model` is a loaded ``*ForCausalLM``; contexts are computed `prefill_tokens` at a time."""
+        """`model` is a loaded ``*ForCausalLM``; a prefill pass computes at most `prefill_tokens` tokens."""
         self.model_name = model_name
         self.weight_version = 0
         self._prefill_tokens = prefill_tokens
@@ -90,95 +90,91 @@ class TransformersBackend:
         kind: Literal["frozen", "live", "ema"] = "frozen",
         ema_decay: float = 0.0,
     ) -> TransformersBackend:
-        """From a Hugging Face folder or hub name; `dtype` ``auto`` is bfloat16 on a GPU, float32 on CPU."""
+        """Load a folder or hub name; `dtype` ``auto`` is bfloat16 on a GPU and float32 on CPU."""
         gpu = torch.cuda.is_available()
         if dtype == "auto":
             dtype = "bfloat16" if gpu else "float32"
         refuse_unusual_attention(AutoConfig.from_pretrained(folder))
-        where = device_map or ("auto" if gpu else None)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=where)
-        absent = sum(weights.is_meta for weights in model.parameters())
-        if absent:
+        device_map = device_map or ("auto" if gpu else None)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=device_map)
+        offloaded = sum(weights.is_meta for weights in model.parameters())
+        if offloaded:
             raise BackendError(
-                f"{folder} does not fit on the devices of teacher.device_map `{where}`: {absent} of its tensors "
-                "would be fetched in every forward pass; use more or larger GPUs"
+                f"{folder} does not fit on the devices of teacher.device_map `{device_map}`: every forward pass "
+                f"would fetch {offloaded} of its tensors; use more or larger GPUs"
             )
         return cls(model, model_name=folder, prefill_tokens=prefill_tokens, kind=kind, ema_decay=ema_decay)
 
-    # --- Backend ----------------------------------------------------------------------------------------------------
-
     @torch.inference_mode()
     def prefill(self, ids: Ids, parent: PrefixState | None) -> PrefixState:
-        """Keys and values of `ids` after `parent`; long prefixes in pieces that later ones attend to."""
-        pieces: list[PrefixState] = []
+        """Keys and values of `ids` after `parent`, computed in chunks of `prefill_tokens`."""
+        chunks: list[PrefixState] = []
         last = parent
         for start in range(0, ids.size, self._prefill_tokens):
-            last = self._prefill_piece(ids[start : start + self._prefill_tokens], last)
-            pieces.append(last)
+            last = self._prefill_chunk(ids[start : start + self._prefill_tokens], last)
+            chunks.append(last)
         assert last is not None
-        if len(pieces) == 1:
-            return pieces[0]
+        if len(chunks) == 1:
+            return chunks[0]
         layers = range(len(last.own.keys))
         own = KeyValues(
-            keys=[torch.cat([piece.own.keys[layer] for piece in pieces], 1) for layer in layers],
-            values=[torch.cat([piece.own.values[layer] for piece in pieces], 1) for layer in layers],
+            keys=[torch.cat([chunk.own.keys[layer] for chunk in chunks], 1) for layer in layers],
+            values=[torch.cat([chunk.own.values[layer] for chunk in chunks], 1) for layer in layers],
         )
         return _state(parent, own, int(ids.size), last.last_hidden)
 
     @torch.inference_mode()
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
-        """Packed forward passes, then the output layer at response positions only."""
-        sequences = [Sequence_(work.prefix, work.item.prompt_ids, work.item.response_ids) for work in batch]
+        """Run packed forward passes, then the output layer at response positions only."""
+        sequences = [PrefixedSequence(work.prefix, work.item.prompt_ids, work.item.response_ids) for work in batch]
         results: dict[int, ItemScore | ItemError] = {}
-        for together in passes(sequences, CPU_PASS_TOKENS if self.device.type == "cpu" else None):
-            packed = pack([sequences[i] for i in together])
+        for indices in split_into_passes(sequences, CPU_PASS_TOKENS if self.device.type == "cpu" else None):
+            packed = pack_batch([sequences[i] for i in indices])
             hidden = self._hidden(packed)
-            works = [batch[i] for i in together]
-            for members in _alike(works):
-                scored = self._score_alike([works[i] for i in members], [hidden[packed.rows[i]] for i in members])
-                results.update(zip((together[i] for i in members), scored, strict=True))
+            works = [batch[i] for i in indices]
+            for group in _groups_of_equal_settings(works):
+                scores = self._score_group([works[i] for i in group], [hidden[packed.rows[i]] for i in group])
+                results.update(zip((indices[i] for i in group), scores, strict=True))
         return [results[i] for i in range(len(batch))]
 
     def embeds(self, ids: Ids) -> bool:
-        """Whether the model has an input embedding for every id."""
+        """Return True if the model has an input embedding for every id."""
         return int(ids.max(initial=0)) < self._embedded
 
     def prefix_bytes(self, tokens: int) -> int:
-        """Keys and values of `tokens` tokens in all layers, and the last one's hidden state."""
+        """Bytes of keys and values of `tokens` tokens in all layers, and of the last hidden state."""
         return tokens * self._token_bytes + self._hidden_bytes
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the weights of `version` (of a `live` or `ema` teacher). Raises SyncError, and is unusable then."""
+        """Load the weights of `version` into a `live` or `ema` teacher. Raises SyncError; it is then unusable."""
         if self._live is None:
             raise SyncError(f"{self.model_name} is a frozen teacher: it takes no weights")
-        self._live.load(tensors, again=version == self.weight_version)
+        self._live.load(tensors, repeated=version == self.weight_version)
         self.weight_version = version
 
     def save_state(self, path: Path) -> None:
-        """The average and its version, as safetensors."""
+        """Write the average and its version as safetensors."""
         if self._live is not None:
             save_file(self._live.state(), path, metadata={"version": str(self.weight_version)})
 
     def load_state(self, path: Path) -> None:
-        """Go on from `save_state`."""
+        """Restore the file of `save_state`."""
         if self._live is not None:
             self._live.restore(load_file(path))
             with safe_open(path, "pt") as stored:
                 self.weight_version = int(stored.metadata()["version"])
 
-    # --- steps ------------------------------------------------------------------------------------------------------
-
-    def _prefill_piece(self, ids: Ids, parent: PrefixState | None) -> PrefixState:
-        packed = pack([Sequence_(parent, ids, as_ids([0]))])
+    def _prefill_chunk(self, ids: Ids, parent: PrefixState | None) -> PrefixState:
+        packed = pack_batch([PrefixedSequence(parent, ids, as_ids([0]))])
         record: dict[int, tuple[Tensor, Tensor]] = {}
-        plan = AttentionPlan(packed.plan.blocks, packed.plan.crosses, record)
+        plan = AttentionPlan(packed.plan.blocks, packed.plan.prefix_spans, record)
         hidden = self._forward(packed.ids, packed.positions, plan)
         layers = range(len(record))
         own = KeyValues([record[layer][0] for layer in layers], [record[layer][1] for layer in layers])
         return _state(parent, own, int(ids.size), hidden[-1].clone())
 
-    def _hidden(self, packed: Packed) -> Tensor:
-        """Final hidden states ``[N + prefixes, H]``: of the packed tokens, then of the prefixes' last tokens."""
+    def _hidden(self, packed: PackedBatch) -> Tensor:
+        """Final hidden states ``[N + prefixes, H]`` of the packed tokens, then of the prefixes' last tokens."""
         parts = [prefix.last_hidden[None] for prefix in packed.prefixes]
         if packed.ids.numel():
             parts.insert(0, self._forward(packed.ids, packed.positions, packed.plan))
@@ -196,12 +192,12 @@ class TransformersBackend:
         )
         return output.last_hidden_state[0]
 
-    def _score_alike(self, works: list[Work], hidden: list[Tensor]) -> list[ItemScore | ItemError]:
-        """Items of one mode, temperature and width, as one run of positions."""
+    def _score_group(self, works: list[Work], hidden: list[Tensor]) -> list[ItemScore | ItemError]:
+        """Scores of items with equal mode, temperature, k and width, computed together."""
         first = works[0]
         lengths = [work.item.response_ids.size for work in works]
         if not sum(lengths):
-            return [_empty(work) for work in works]
+            return [work.empty_score() for work in works]
         rows = torch.cat(hidden).to(self._output_layer.weight.device)
         ids = None
         if first.mode in ("at_ids", "union"):
@@ -219,7 +215,7 @@ class TransformersBackend:
         return [_item_score(values, span) for span in spans(lengths)]
 
     def _check_against_plain_forward(self) -> None:
-        """Packed scores over a cached, parented context against the model's own forward pass, once, at load."""
+        """Compare packed scores over a cached context and its child with the model's own forward pass; BackendError."""
         generator = np.random.default_rng(0)
         length = min(24, self.max_sequence_tokens)
         ids = as_ids(generator.integers(0, min(self.vocab_size, self._embedded), length))
@@ -228,7 +224,7 @@ class TransformersBackend:
             tokens = torch.from_numpy(ids.astype(np.int64))[None].to(self._model.device)
             logits = self._model(input_ids=tokens, use_cache=False).logits[0, c - 1 : -1].float()
         expected = logits.log_softmax(-1).cpu().gather(-1, torch.from_numpy(ids[c:].astype(np.int64))[:, None])[:, 0]
-        self._model.set_attn_implementation(NAME)
+        self._model.set_attn_implementation(ATTENTION_NAME)
         prefix = self.prefill(ids[a:b], self.prefill(ids[:a], None))
         self._token_bytes = sum(t.nbytes for t in (*prefix.own.keys, *prefix.own.values)) // prefix.own_tokens
         self._hidden_bytes = prefix.last_hidden.nbytes
@@ -258,8 +254,8 @@ def _state(parent: PrefixState | None, own: KeyValues, tokens: int, last_hidden:
     )
 
 
-def _alike(batch: Sequence[Work]) -> list[list[int]]:
-    """Numbers of the items that one pass of the output stage can take together."""
+def _groups_of_equal_settings(batch: Sequence[Work]) -> list[list[int]]:
+    """Indices of the items that the output layer scores together."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, work in enumerate(batch):
         width = 0 if work.item.topk_ids is None else work.item.topk_ids.shape[1]
@@ -276,9 +272,9 @@ def _ids_tensor(arrays: list[Ids], device: torch.device) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device)
 
 
-def _item_score(values: Values, span: slice) -> ItemScore | ItemError:
+def _item_score(values: PositionScores, span: slice) -> ItemScore | ItemError:
     if not bool(values.finite[span].all()):
-        return ItemError(code="internal", message="the model gave logits that are not numbers (NaN or infinite)")
+        return ItemError(code="internal", message="the model returned logits that are NaN or infinite")
     if bool(values.repeated[span].any()):
         position = int(values.repeated[span].nonzero()[0, 0])
         return ItemError(code="bad_ids", message=f"the support at position {position} has an id twice")
@@ -288,17 +284,4 @@ def _item_score(values: Values, span: slice) -> ItemScore | ItemError:
         tail_logprob=values.tail[span].cpu().numpy(),
         topk_ids=None if values.ids is None else as_ids(values.ids[span].cpu().numpy()),
         floored=int(values.floored[span].sum()),
-    )
-
-
-def _empty(work: Work) -> ItemScore:
-    """The score of an empty response: no positions."""
-    width = 0 if work.item.topk_ids is None else work.item.topk_ids.shape[1]
-    width += work.k if work.mode in ("teacher_topk", "union") else 0
-    picks = work.mode in ("teacher_topk", "union")
-    return ItemScore(
-        logprobs=np.empty((0, width), dtype=np.float16),
-        sampled_logprob=np.empty(0, dtype=np.float32),
-        tail_logprob=np.empty(0, dtype=np.float32),
-        topk_ids=np.empty((0, width), dtype=np.uint32) if picks else None,
     )

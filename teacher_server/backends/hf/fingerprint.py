@@ -1,4 +1,4 @@
-"""A name for a model's weights that changes when any of its tensors is another one, and is quick to take."""
+"""Fingerprint of loaded weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SAMPLES_PER_TENSOR = 64
 def model_fingerprint(model: Any) -> str:
     """Hex sha256 of the configuration and of every tensor's name, shape, dtype and `SAMPLES_PER_TENSOR` values.
 
-    The values lie at even strides through the flattened tensor. It tells models and checkpoints apart; it is no proof
-    against someone who changes weights on purpose.
+    The values are at even strides in the flattened tensor. The fingerprint tells models and checkpoints apart; it does
+    not detect weights that someone changes on purpose.
     """
     digest = hashlib.sha256()
     config = model.config.to_dict()

@@ -1,4 +1,4 @@
-"""From hidden states to the numbers of a reply: the output layer in chunks, full-vocabulary log-softmax in f32."""
+"""Log-probs from hidden states: the output layer in chunks, full-vocabulary log-softmax in f32."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from common.protocol.schema import LOGPROB_FLOOR, PAD_ID, ScoreMode
 
 CHUNK_BYTES = 64 * 1024 * 1024
-"""Of f32 logits alive at a time, on a GPU."""
+"""Maximum bytes of f32 logits in memory on a GPU."""
 
 CPU_CHUNK_BYTES = CHUNK_BYTES // 2
-"""The same on CPU: as fast as the whole; an eighth took 1.5 times as long."""
+"""The same on CPU. Half is as fast as the whole; an eighth takes 1.5 times as long."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Values:
-    """For n positions: ``logprobs [n, k]``, ``sampled [n]``, ``tail [n]`` (f32), ``ids [n, k]`` where the teacher
-    picked them, ``floored [n]`` how many values were clamped, ``finite [n]`` whether the model gave numbers at all,
-    ``repeated [n]`` whether a support that came in had an id twice.
+class PositionScores:
+    """Scores of n positions (f32): ``logprobs [n, k]``, ``sampled [n]``, ``tail [n]``; ``ids [n, k]`` if the teacher
+    picked any. ``floored [n]`` counts clamped values, ``finite [n]`` is False for NaN or infinite logits, and
+    ``repeated [n]`` is True if the requested support holds an id twice.
     """
 
     logprobs: Tensor
@@ -43,8 +43,8 @@ def score_hidden(
     mode: ScoreMode,
     temperature: float,
     k: int,
-) -> Values:
-    """Scores of n positions from ``hidden [n, H]``; never more than `CHUNK_BYTES` of logits alive."""
+) -> PositionScores:
+    """Scores of n positions from ``hidden [n, H]``, with at most `CHUNK_BYTES` of logits in memory."""
     chunk = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
     rows = max(1, chunk // (4 * vocab_size))
     parts = [
@@ -58,7 +58,7 @@ def score_hidden(
         )
         for start in range(0, hidden.shape[0], rows)
     ]
-    return Values(
+    return PositionScores(
         logprobs=torch.cat([part.logprobs for part in parts]),
         sampled=torch.cat([part.sampled for part in parts]),
         tail=torch.cat([part.tail for part in parts]),
@@ -71,8 +71,8 @@ def score_hidden(
 
 def score_logits(
     logits: Tensor, *, sampled: Tensor, ids: Tensor | None, mode: ScoreMode, temperature: float, k: int
-) -> Values:
-    """The same from ``logits [n, V]`` (f32, overwritten). Ids at or above V get the floor: the teacher lacks them."""
+) -> PositionScores:
+    """Scores from ``logits [n, V]`` (f32, overwritten). Ids at or above V, which the teacher lacks, get the floor."""
     if temperature != 1.0:
         logits = logits.div_(temperature)
     picked = logits.topk(min(k, logits.shape[-1]), dim=-1).indices if mode in ("teacher_topk", "union") else None
@@ -88,24 +88,24 @@ def score_logits(
     width = logits.shape[-1]
     lacking = support >= width
     if bool(lacking.any()) or bool((sampled >= width).any()):
-        # One column more, for the ids that the model does not have.
+        # An extra column stands for the ids that the model lacks.
         logits = torch.nn.functional.pad(logits, (0, 1), value=float("-inf"))
-        places, sampled = support.clamp(max=width), sampled.clamp(max=width)
+        columns, sampled = support.clamp(max=width), sampled.clamp(max=width)
     else:
-        places = support
-    # From the row's largest on: logits of some models are in the hundreds, and rounded accordingly.
+        columns = support
+    # Subtract the row maximum: logits of some models are in the hundreds, with f32 rounding to match.
     logits = logits.sub_(logits.amax(-1, keepdim=True))
-    at_support, at_sampled = logits.gather(-1, places), logits.gather(-1, sampled[:, None])[:, 0]
-    # The mass outside is summed from its own terms, 1 - sum would drown in rounding, and in the logits' own memory.
-    outside = logits.scatter_(-1, places, float("-inf"))
-    top = outside.amax(-1, keepdim=True).clamp_(min=torch.finfo(outside.dtype).min)  # -inf: nothing is outside
+    at_support, at_sampled = logits.gather(-1, columns), logits.gather(-1, sampled[:, None])[:, 0]
+    # Sum the mass outside the support from its own terms: 1 - sum would lose it to rounding. Reuse the logits' memory.
+    outside = logits.scatter_(-1, columns, float("-inf"))
+    top = outside.amax(-1, keepdim=True).clamp_(min=torch.finfo(outside.dtype).min)  # -inf: no mass outside
     log_outside = top[:, 0] + outside.sub_(top).exp_().sum(-1).log()
-    normaliser = torch.logaddexp(_log_inside(at_support, places), log_outside)
+    normaliser = torch.logaddexp(_log_inside(at_support, columns), log_outside)
     logprobs, sampled_logprob = at_support - normaliser[:, None], at_sampled - normaliser
     tail = log_outside - normaliser
-    asked = logprobs if mode != "union" else logprobs.masked_fill(support == PAD_ID, 0.0)
-    floored = (asked < LOGPROB_FLOOR).sum(-1) + (sampled_logprob < LOGPROB_FLOOR) + (tail < LOGPROB_FLOOR)
-    return Values(
+    present = logprobs if mode != "union" else logprobs.masked_fill(support == PAD_ID, 0.0)
+    floored = (present < LOGPROB_FLOOR).sum(-1) + (sampled_logprob < LOGPROB_FLOOR) + (tail < LOGPROB_FLOOR)
+    return PositionScores(
         logprobs=logprobs.clamp_(min=LOGPROB_FLOOR),
         sampled=sampled_logprob.clamp_(min=LOGPROB_FLOOR),
         tail=tail.clamp_(min=LOGPROB_FLOOR),
@@ -116,26 +116,24 @@ def score_logits(
     )
 
 
-def _log_inside(at_support: Tensor, places: Tensor) -> Tensor:
-    """``[n]``: log of the mass at `places`, each counted once however often it is there (ids that a model lacks share
-    one).
-    """
-    ordered, order = places.sort(dim=-1)
-    again = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (min(1, ordered.shape[1]), 0))
-    return at_support.gather(-1, order).masked_fill(again, float("-inf")).logsumexp(-1)
+def _log_inside(at_support: Tensor, columns: Tensor) -> Tensor:
+    """``[n]``: log of the mass at `columns`, each counted once: ids that the model lacks share one column."""
+    ordered, order = columns.sort(dim=-1)
+    repeats = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (min(1, ordered.shape[1]), 0))
+    return at_support.gather(-1, order).masked_fill(repeats, float("-inf")).logsumexp(-1)
 
 
 def _repeated(ids: Tensor) -> Tensor:
-    """``[n]``: whether an id occurs twice in its row; its mass would be counted twice."""
+    """``[n]``: True if an id occurs twice in its row; its mass would count twice."""
     ordered = ids.sort(dim=-1).values
     return (ordered[:, 1:] == ordered[:, :-1]).any(-1)
 
 
 def _contained(picked: Tensor, ids: Tensor) -> Tensor:
-    """``[n, k]``: which of `picked` occur in the same row of `ids`, without an [n, k, k] tensor."""
+    """``[n, k]``: True if the id of `picked` occurs in the same row of `ids`; needs no [n, k, k] tensor."""
     ordered = ids.sort(dim=-1).values
-    place = torch.searchsorted(ordered, picked.contiguous()).clamp(max=ids.shape[-1] - 1)
-    return ordered.gather(-1, place) == picked
+    index = torch.searchsorted(ordered, picked.contiguous()).clamp(max=ids.shape[-1] - 1)
+    return ordered.gather(-1, index) == picked
 
 
 def spans(lengths: list[int]) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""A batch of sequences as one packed row of tokens, with the plan of who attends to what. Pure; no model here."""
+"""Layout of a batch of sequences as one packed row of tokens with its attention plan."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from common.protocol.schema import Ids
-from teacher_server.backends.hf.attention import AttentionPlan, Cross, KeyValues, own_blocks
+from teacher_server.backends.hf.attention import AttentionPlan, KeyValues, PrefixSpan, causal_blocks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixState:
-    """A context's keys and values, computed once. A child holds only what comes after its parent.
+    """Keys and values of a context, computed once. A child holds only the tokens after its parent.
 
-    ``last_hidden [H]`` is the final hidden state of the last token: what predicts the first token of an empty prompt.
+    ``last_hidden [H]`` is the final hidden state of the last token. It predicts the first response token if the prompt
+    is empty.
     """
 
     parent: PrefixState | None
@@ -38,8 +39,8 @@ class PrefixState:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sequence_:
-    """What is packed: a prefix (or None), the prompt and the response after it."""
+class PrefixedSequence:
+    """A cached prefix (or None), the prompt and the response."""
 
     prefix: PrefixState | None
     prompt: Ids
@@ -47,11 +48,11 @@ class Sequence_:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Packed:
+class PackedBatch:
     """``ids [N]``, ``positions [N]`` and the plan of one forward pass.
 
-    ``rows[i] [T_i]`` are where the hidden states that predict sequence ``i``'s response lie: an index below ``N`` is a
-    place of the packed row, ``N + j`` is the last hidden state of ``prefixes[j]`` (an empty prompt).
+    ``rows[i] [T_i]`` are indices of the hidden states that predict sequence ``i``'s response: below ``N`` into the
+    packed row, ``N + j`` is the last hidden state of ``prefixes[j]`` (for an empty prompt).
     """
 
     ids: Tensor
@@ -62,8 +63,8 @@ class Packed:
 
 
 @dataclass
-class _Row:
-    """The packed row while it grows."""
+class _PackedRow:
+    """Builder of the packed row."""
 
     ids: list[Ids]
     positions: list[Ids]
@@ -80,66 +81,66 @@ class _Row:
         return start
 
 
-def pack(sequences: Sequence[Sequence_]) -> Packed:
-    """Lay `sequences` out so that those of one prefix, and of one prompt under it, are neighbours.
+def pack_batch(sequences: Sequence[PrefixedSequence]) -> PackedBatch:
+    """Lay out `sequences` grouped by prefix, then by prompt; a shared prompt appears once.
 
-    A prompt that several sequences share is laid out once. The last response token is left out: nothing is predicted
-    from it.
+    The last response token is left out, because it predicts nothing.
     """
-    row = _Row([], [], [])
-    crosses: list[Cross] = []
-    found: list[tuple[int, list[int]]] = []
-    empty: dict[int, PrefixState] = {}
+    row = _PackedRow([], [], [])
+    prefix_spans: list[PrefixSpan] = []
+    predictors: list[tuple[int, list[int]]] = []
+    prefixes: dict[int, PrefixState] = {}
     for members in _group(range(len(sequences)), lambda i: id(sequences[i].prefix)):
         prefix = sequences[members[0]].prefix
         begin = row.length
         offset = 0 if prefix is None else prefix.total_tokens
-        inner: list[Cross] = []
+        inner: list[PrefixSpan] = []
         for same in _group(members, lambda i: sequences[i].prompt.tobytes()):
-            found += _lay_prompt(row, inner, [(i, sequences[i]) for i in same], offset)
+            predictors += _append_prompt(row, inner, [(i, sequences[i]) for i in same], offset)
         if prefix is not None:
-            empty[id(prefix)] = prefix
+            prefixes[id(prefix)] = prefix
             if row.length > begin:
-                crosses += [Cross(begin, row.length, state.own) for state in prefix.chain()]
-        crosses += inner
-    order = {key: number for number, key in enumerate(empty)}
+                prefix_spans += [PrefixSpan(begin, row.length, state.own) for state in prefix.chain()]
+        prefix_spans += inner
+    order = {key: number for number, key in enumerate(prefixes)}
     rows: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(sequences)
-    for i, places in found:
-        resolved = [place if place >= 0 else row.length + order[id(sequences[i].prefix)] for place in places]
+    for i, indices in predictors:
+        resolved = [index if index >= 0 else row.length + order[id(sequences[i].prefix)] for index in indices]
         rows[i] = torch.tensor(resolved, dtype=torch.long)
-    return Packed(
+    return PackedBatch(
         ids=_tensor(row.ids),
         positions=_tensor(row.positions),
-        plan=AttentionPlan(blocks=own_blocks(row.nodes), crosses=crosses),
+        plan=AttentionPlan(blocks=causal_blocks(row.nodes), prefix_spans=prefix_spans),
         rows=rows,
-        prefixes=list(empty.values()),
+        prefixes=list(prefixes.values()),
     )
 
 
-def passes(sequences: Sequence[Sequence_], tokens: int | None) -> list[list[int]]:
-    """Numbers of the sequences that are packed together: at most `tokens` in a row, None: all in one.
+def split_into_passes(sequences: Sequence[PrefixedSequence], tokens: int | None) -> list[list[int]]:
+    """Indices of the sequences of each pass; None: one pass. A pass above `tokens` holds sequences of one prompt only.
 
-    Neighbours in `pack` stay together, and those that share a prompt always, so that it is computed once.
+    Sequences of one prompt are never split, so the prompt is computed once; sequences of one prefix are adjacent.
     """
     if tokens is None:
         return [list(range(len(sequences)))]
-    found: list[list[int]] = []
+    result: list[list[int]] = []
     room = 0
-    for under in _group(range(len(sequences)), lambda i: id(sequences[i].prefix)):
-        for same in _group(under, lambda i: sequences[i].prompt.tobytes()):
-            length = int(sequences[same[0]].prompt.size) + sum(int(sequences[i].response.size) for i in same)
-            if not found or length > room:
-                found.append([])
+    for same_prefix in _group(range(len(sequences)), lambda i: id(sequences[i].prefix)):
+        for same_prompt in _group(same_prefix, lambda i: sequences[i].prompt.tobytes()):
+            length = int(sequences[same_prompt[0]].prompt.size)
+            length += sum(int(sequences[i].response.size) for i in same_prompt)
+            if not result or length > room:
+                result.append([])
                 room = tokens
-            found[-1] += same
+            result[-1] += same_prompt
             room -= length
-    return found
+    return result
 
 
-def _lay_prompt(
-    row: _Row, crosses: list[Cross], members: list[tuple[int, Sequence_]], offset: int
+def _append_prompt(
+    row: _PackedRow, prefix_spans: list[PrefixSpan], members: list[tuple[int, PrefixedSequence]], offset: int
 ) -> list[tuple[int, list[int]]]:
-    """Append sequences of one prompt; returns (number, places of the predicting hidden states; -1: the prefix's)."""
+    """Append sequences of one prompt; returns (number, indices of the predicting hidden states; -1: the prefix's)."""
     prompt = members[0][1].prompt
     members = [(i, sequence) for i, sequence in members if sequence.response.size]
     if len(members) < 2 or not prompt.size:
@@ -147,10 +148,10 @@ def _lay_prompt(
         for i, sequence in members:
             start = row.append(np.concatenate([prompt, sequence.response[:-1]]), offset)
             first = start + int(prompt.size) - 1
-            places = list(range(first, first + int(sequence.response.size)))
+            indices = list(range(first, first + int(sequence.response.size)))
             if not prompt.size:
-                places[0] = -1
-            found.append((i, places))
+                indices[0] = -1
+            found.append((i, indices))
         return found
     at = row.append(prompt, offset)
     begin, found = row.length, []
@@ -158,7 +159,7 @@ def _lay_prompt(
         start = row.append(sequence.response[:-1], offset + int(prompt.size))
         found.append((i, [begin - 1, *range(start, start + int(sequence.response.size) - 1)]))
     if row.length > begin:
-        crosses.append(Cross(begin, row.length, slice(at, begin)))
+        prefix_spans.append(PrefixSpan(begin, row.length, slice(at, begin)))
     return found
 
 

@@ -1,8 +1,7 @@
-"""A vLLM engine as a teacher: tensor parallel, contexts in the engine's own prefix cache.
+"""Backend with a vLLM engine: tensor parallel, contexts in the engine's prefix cache.
 
-Whatever it answers is exact: tails are summed by the workers from their own terms (`vllm_worker`), every row is proved
-to have been written, and every row's mass to be 1 (`vllm_rows`). An answer that falls short is asked for again without
-the cache, once; then it is an error of its item.
+Scores are exact: the workers sum tails from their own terms (`worker`), and `rows` validates that every row was written
+and has mass 1. An invalid result is requested once more without the cache, and is then an error of its item.
 """
 
 from __future__ import annotations
@@ -17,17 +16,16 @@ import numpy as np
 from common.config.model import TeacherConfig
 from common.protocol.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
 from teacher_server.backends.base import BackendError, Work
-from teacher_server.backends.vllm.engine import Ask, ScoringEngine
-from teacher_server.backends.vllm.files import folder_of, weights_fingerprint
+from teacher_server.backends.vllm.engine import EngineRequest, ScoringEngine
+from teacher_server.backends.vllm.files import model_folder, weights_fingerprint
 from teacher_server.backends.vllm.rows import (
+    InvalidRows,
     Rows,
-    RowsLost,
-    empty_score,
-    fault_of,
     fixed_ids,
     item_score,
     rows_of_fixed_ids,
     rows_of_top_k,
+    support_error,
 )
 
 log = logging.getLogger(__name__)
@@ -36,18 +34,18 @@ MODES: dict[bool, tuple[ScoreMode, ...]] = {
     True: ("at_ids", "teacher_topk", "union", "sampled"),
     False: ("teacher_topk", "sampled"),
 }
-"""By whether the engine's model runner scores fixed ids (V2: on GPUs) or its own best ones only (V1: on CPU)."""
+"""Modes of a model runner that scores fixed ids (V2, on GPUs) or only its own best ids (V1, on CPU)."""
 
 TEMPERATURES = (1.0,)
-"""vLLM gives prompt log-probs of unscaled logits."""
+"""vLLM returns prompt log-probs of unscaled logits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VllmPrefix:
-    """A context: its ids, and the name under which the engine's cache holds its keys and values.
+    """A context: its ids, and the `salt` that names its keys and values in the engine's cache.
 
-    Names are random, one for each chain of contexts: what one tenant put is never found by another's tokens. What the
-    engine itself evicts it computes again.
+    Each chain of contexts has a random salt, so one tenant's tokens never hit another tenant's cache. The engine
+    recomputes evicted contexts.
     """
 
     ids: Ids
@@ -61,13 +59,13 @@ class VllmPrefix:
 
 
 class VllmBackend:
-    """Scores with a vLLM engine in processes of its own."""
+    """Scores with a vLLM engine, which runs in other processes."""
 
     name = "vllm"
     weight_version = 0
 
     def __init__(self, engine: ScoringEngine, *, model_name: str, fingerprint: str) -> None:
-        """`engine` is a running one, ended by `close`."""
+        """`engine` is running; `close` ends it."""
         self._engine = engine
         self.model_name = model_name
         self.model_fingerprint = fingerprint
@@ -78,12 +76,12 @@ class VllmBackend:
 
     @classmethod
     def load(cls, model: str, config: TeacherConfig) -> VllmBackend:
-        """A folder or hub name in a new engine, each mode tried once. Raises BackendError."""
-        fingerprint = weights_fingerprint(folder_of(model))
+        """Load a folder or hub name into a new engine and try each mode once. Raises BackendError."""
+        fingerprint = weights_fingerprint(model_folder(model))
         engine = ScoringEngine(model, config)
         try:
             backend = cls(engine, model_name=model, fingerprint=fingerprint)
-            backend._check_every_mode()
+            backend._check_modes()
         except BaseException:
             engine.close()
             raise
@@ -94,76 +92,75 @@ class VllmBackend:
         self._engine.close()
 
     def prefix_bytes(self, tokens: int) -> int:
-        """Keys and values of `tokens` tokens, in the engine's memory."""
+        """Bytes of keys and values of `tokens` tokens in the engine's memory."""
         return tokens * self._engine.token_bytes
 
     def embeds(self, ids: Ids) -> bool:
-        """Whether the model has an input embedding for every id."""
+        """Return True if the model has an input embedding for every id."""
         return int(ids.max(initial=0)) < self.vocab_size
 
     def prefill(self, ids: Ids, parent: VllmPrefix | None) -> VllmPrefix:
-        """Let the engine compute ``parent + ids`` into its cache."""
+        """Have the engine compute ``parent + ids`` into its cache."""
         whole = ids if parent is None else np.concatenate([parent.ids, ids])
         salt = uuid.uuid4().hex if parent is None else parent.salt
-        self._engine.run([Ask(whole.tolist(), salt)])
+        self._engine.run([EngineRequest(whole.tolist(), salt)])
         return VllmPrefix(whole, salt, self.prefix_bytes(int(ids.size)))
 
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
-        """Results in order. The engine batches the requests as its memory allows."""
-        results: list[ItemScore | ItemError | None] = [fault_of(work, self.vocab_size) for work in batch]
-        left = []
+        """Results in the order of `batch`; the engine forms its own batches."""
+        results: list[ItemScore | ItemError | None] = [support_error(work, self.vocab_size) for work in batch]
+        pending = []
         for i, work in enumerate(batch):
             if results[i] is None and not work.item.response_ids.size:
-                results[i] = empty_score(work)
+                results[i] = work.empty_score()
             elif results[i] is None:
-                left.append(i)
-        again = []
-        for i, rows in zip(left, self._rows([batch[i] for i in left], cached=True), strict=True):
-            if isinstance(rows, RowsLost):
-                again.append(i)
-            else:
-                results[i] = item_score(rows, batch[i])
-        for i, rows in zip(again, self._rows([batch[i] for i in again], cached=False), strict=True):
-            if isinstance(rows, RowsLost):
-                log.error("vLLM's answer is not whole, without its cache too: %s", rows)
-                results[i] = ItemError("internal", f"vLLM's answer is not whole: {rows}")
-            else:
-                results[i] = item_score(rows, batch[i])
+                pending.append(i)
+        for cached in (True, False):
+            invalid = []
+            for i, rows in zip(pending, self._rows([batch[i] for i in pending], cached=cached), strict=True):
+                if not isinstance(rows, InvalidRows):
+                    results[i] = item_score(rows, batch[i])
+                    continue
+                invalid.append(i)
+                if not cached:
+                    log.error("vLLM's result is invalid, also without its cache: %s", rows)
+                    results[i] = ItemError("internal", f"vLLM's result is invalid: {rows}")
+            pending = invalid
         return [result for result in results if result is not None]
 
-    def _rows(self, works: Sequence[Work], *, cached: bool) -> Iterator[Rows | RowsLost]:
-        for start, stop in self._loads(works, cached=cached):
+    def _rows(self, works: Sequence[Work], *, cached: bool) -> Iterator[Rows | InvalidRows]:
+        for start, stop in self._spans_that_fit(works, cached=cached):
             part = works[start:stop]
-            outputs = self._engine.run([self._ask(work, cached=cached) for work in part])
+            outputs = self._engine.run([self._request(work, cached=cached) for work in part])
             for work, output in zip(part, outputs, strict=True):
                 try:
                     yield self._read(work, output)
-                except RowsLost as lost:
-                    yield lost
+                except InvalidRows as error:
+                    yield error
 
-    def _ask(self, work: Work, *, cached: bool) -> Ask:
+    def _request(self, work: Work, *, cached: bool) -> EngineRequest:
         item = work.item
-        before = as_ids([]) if work.prefix is None else work.prefix.ids
-        ids = np.concatenate([before, item.prompt_ids, item.response_ids]).tolist()
+        context = as_ids([]) if work.prefix is None else work.prefix.ids
+        ids = np.concatenate([context, item.prompt_ids, item.response_ids]).tolist()
         salt = work.prefix.salt if cached and work.prefix is not None else None
         first = _first_row(work)
         if self._engine.fixed_ids:
-            return Ask(ids, salt, start=first, fixed_ids=fixed_ids(work, self.vocab_size))
-        return Ask(ids, salt, start=first, top_k_columns=1 + (work.k if work.mode == "teacher_topk" else 0))
+            return EngineRequest(ids, salt, start=first, fixed_ids=fixed_ids(work, self.vocab_size))
+        return EngineRequest(ids, salt, start=first, top_k_columns=1 + work.teacher_ids)
 
     def _read(self, work: Work, output: object) -> Rows:
-        """Raises RowsLost. Rows of cached positions are never computed, whatever stands in their place."""
-        found = getattr(output, "num_cached_tokens", None)
-        if found is None or found > _first_row(work):
-            raise RowsLost(f"{found} tokens were read from the cache, the first scored row is {_first_row(work)}")
+        """Rows of `output`. Raises InvalidRows, also if a scored position was cached: vLLM does not compute its row."""
+        cached = getattr(output, "num_cached_tokens", None)
+        if cached is None or cached > _first_row(work):
+            raise InvalidRows(f"{cached} tokens came from the cache, the first scored row is {_first_row(work)}")
         if self._engine.fixed_ids:
             return rows_of_fixed_ids(getattr(output, "prompt_token_id_logprobs", None), work, self.vocab_size)
         return rows_of_top_k(getattr(output, "prompt_logprobs", None), work, self.vocab_size)
 
-    def _loads(self, works: Sequence[Work], *, cached: bool) -> Iterator[tuple[int, int]]:
+    def _spans_that_fit(self, works: Sequence[Work], *, cached: bool) -> Iterator[tuple[int, int]]:
         """Spans of `works` whose keys and values fit into the engine's memory together.
 
-        A request that vLLM puts back for want of memory would resume from its own cached rows, never scored.
+        A request that vLLM preempts for lack of memory would resume from cached positions, which have no rows.
         """
         start, used, seen = 0, 0, set[str]()
         block = self._engine.block_tokens
@@ -182,21 +179,21 @@ class VllmBackend:
         if start < len(works):
             yield start, len(works)
 
-    def _check_every_mode(self) -> None:
-        """A few random tokens in every mode: that this vLLM's workers took our functions and give whole rows."""
+    def _check_modes(self) -> None:
+        """Score a few random tokens in every mode, so that a vLLM without the replaced functions fails at load."""
         generator = np.random.default_rng(0)
         length, k = min(12, self.max_sequence_tokens), min(4, self.vocab_size)
         ids = as_ids(generator.integers(0, self.vocab_size, length))
         support = as_ids(np.stack([generator.choice(self.vocab_size, k, replace=False) for _ in ids[2:]]))
         for mode in self.modes:
-            asked = support if mode in ("at_ids", "union") else None
-            item = ScoreItem(None, prompt_ids=ids[:2], response_ids=ids[2:], topk_ids=asked)
+            topk_ids = support if mode in ("at_ids", "union") else None
+            item = ScoreItem(None, prompt_ids=ids[:2], response_ids=ids[2:], topk_ids=topk_ids)
             (result,) = self.score([Work(item, None, mode, 1.0, k)])
             if isinstance(result, ItemError):
-                raise BackendError(f"this vLLM does not score in mode {mode} as it should: {result.message}")
+                raise BackendError(f"this vLLM does not score in mode {mode}: {result.message}")
 
 
 def _first_row(work: Work) -> int:
-    """Place in the whole sequence of the token whose row predicts the first response token."""
+    """Index in the whole sequence of the token whose row predicts the first response token."""
     context = 0 if work.prefix is None else work.prefix.total_tokens
     return int(context + work.item.prompt_ids.size) - 1

@@ -1,4 +1,4 @@
-"""A fingerprint of a model's files, for an engine whose weights lie in other processes."""
+"""Fingerprint of a model's files, for an engine that holds its weights in other processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from teacher_server.backends.base import BackendError
 from teacher_server.backends.hf.fingerprint import SAMPLES_PER_TENSOR
 
 HEADER_BYTES = 100 * 1024 * 1024
-"""Longest header that the safetensors format allows."""
+"""Maximum header size of the safetensors format."""
 
 
-def folder_of(model: str) -> Path:
-    """Where the files of a folder or a hub name lie; the hub's are fetched if need be. Raises BackendError."""
+def model_folder(model: str) -> Path:
+    """Folder of a model path or hub name, downloaded if missing. Raises BackendError."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -24,16 +24,14 @@ def folder_of(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:
-        raise BackendError(
-            f"{model} is neither a folder nor a model of the hub that can be reached: {error}"
-        ) from error
+        raise BackendError(f"{model} is neither a folder nor a model that the hub returns: {error}") from error
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Hex sha256 of the configuration and of every tensor's name, shape, dtype and `SAMPLES_PER_TENSOR` stretches of 8
-    bytes at even strides. Another one than the transformers backend's, which looks at loaded weights.
+    """Hex sha256 of the configuration and of every tensor's name, shape, dtype and `SAMPLES_PER_TENSOR` samples of 8
+    bytes at even strides. It differs from the transformers backend's fingerprint, which reads loaded weights.
 
-    Raises BackendError where there are no safetensors files.
+    Raises BackendError if there are no safetensors files.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -52,14 +50,14 @@ def _tensors(file: Path) -> list[tuple[str, bytes]]:
     data = np.memmap(file, dtype=np.uint8, mode="r")
     length = int.from_bytes(data[:8].tobytes(), "little")
     if length > min(HEADER_BYTES, data.size - 8):
-        raise BackendError(f"{file} is no safetensors file")
+        raise BackendError(f"{file} is not a safetensors file")
     header = json.loads(data[8 : 8 + length].tobytes())
-    found = []
+    tensors = []
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
         begin, end = (8 + length + offset for offset in tensor["data_offsets"])
-        places = np.linspace(begin, max(begin, end - 8), SAMPLES_PER_TENSOR).astype(np.int64)
-        sample = b"".join(data[place : min(place + 8, end)].tobytes() for place in places)
-        found.append((f"{name} {tensor['shape']} {tensor['dtype']}", sample))
-    return found
+        offsets = np.linspace(begin, max(begin, end - 8), SAMPLES_PER_TENSOR).astype(np.int64)
+        sample = b"".join(data[offset : min(offset + 8, end)].tobytes() for offset in offsets)
+        tensors.append((f"{name} {tensor['shape']} {tensor['dtype']}", sample))
+    return tensors

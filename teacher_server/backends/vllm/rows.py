@@ -1,4 +1,4 @@
-"""Requests to and answers from vLLM as arrays, and the proof that an answer holds every row. Pure: no engine here."""
+"""Arrays of vLLM requests and results, and validation that a result holds every row."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from teacher_server.backends.base import Work
 from teacher_server.backends.vllm.worker import FIXED_COLUMNS
 
 MASS_NATS = 1e-3
-"""How far the log of a row's whole mass, support and tail together, may be from 0. In f32 it is off by some 1e-6."""
+"""Allowed distance from 0 of the log of a row's mass (support and tail); f32 rounding is about 1e-6."""
 
 
-class RowsLost(Exception):
-    """The engine's answer does not hold every scored row, or holds something else; the text says what."""
+class InvalidRows(Exception):
+    """The engine's result misses rows or holds wrong ones; the message says which."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """f32 scores of one item, checked: ``sampled [T]``, ``tail [T]``, ``logprobs [T, width]`` at ``ids`` (None: those
-    of the request).
+    """Validated f32 scores of one item: ``sampled [T]``, ``tail [T]``, ``logprobs [T, width]`` at ``ids`` (None: the
+    request's ids).
     """
 
     sampled: F32
@@ -32,8 +32,8 @@ class Rows:
     ids: Ids | None
 
 
-def fault_of(work: Work, vocab_size: int) -> ItemError | None:
-    """Why the support of an item cannot be asked for; None where it can."""
+def support_error(work: Work, vocab_size: int) -> ItemError | None:
+    """Error of a support that vLLM cannot score; None if it can."""
     ids = work.item.topk_ids
     if ids is None or not ids.size:
         return None
@@ -48,12 +48,12 @@ def fault_of(work: Work, vocab_size: int) -> ItemError | None:
 
 
 def fixed_ids(work: Work, vocab_size: int) -> NDArray[np.int32]:
-    """What is asked of `vllm_worker.fixed_id_rows`: ``[T, 2 + w + 2k]``.
+    """Request ids of `worker.fixed_id_rows`: ``[T, 2 + w + 2k]``.
 
-    An id that the model lacks is asked for as another one of its row, and gets the floor afterwards.
+    Another id of the row replaces an id that the model lacks; `rows_of_fixed_ids` gives that id the floor.
     """
     tokens = work.item.response_ids.size
-    k = work.k if work.mode in ("teacher_topk", "union") else 0
+    k = work.teacher_ids
     head = np.stack([work.item.response_ids, np.full(tokens, k)], axis=1)
     support = _support(work)
     known = support < vocab_size
@@ -64,84 +64,75 @@ def fixed_ids(work: Work, vocab_size: int) -> NDArray[np.int32]:
 
 
 def rows_of_fixed_ids(values: F32 | None, work: Work, vocab_size: int) -> Rows:
-    """The answer to `fixed_ids`; raises RowsLost."""
+    """Rows of the result of a `fixed_ids` request. Raises InvalidRows."""
     if values is None:
-        raise RowsLost("no scores came back")
+        raise InvalidRows("the result holds no scores")
     support = _support(work)
     tokens, width = support.shape
-    k = work.k if work.mode in ("teacher_topk", "union") else 0
+    k = work.teacher_ids
     if values.shape != (tokens, FIXED_COLUMNS + width + 2 * k):
-        raise RowsLost(f"scores of shape {list(values.shape)} for {tokens} tokens and {width} + {k} ids")
+        raise InvalidRows(f"scores of shape {list(values.shape)} for {tokens} tokens and {width} + {k} ids")
     split = [FIXED_COLUMNS, FIXED_COLUMNS + width, FIXED_COLUMNS + width + k]
-    head, asked, picked, of_picked = np.split(values.astype(np.float32, copy=False), split, axis=1)
+    head, at_support, teacher_ids, at_teacher_ids = np.split(values.astype(np.float32, copy=False), split, axis=1)
     lacking = support >= vocab_size
-    logprobs = np.concatenate([np.where(lacking, np.float32(LOGPROB_FLOOR), asked), of_picked], axis=1)
-    ids = np.concatenate([support, _as_whole_ids(picked, vocab_size)], axis=1) if k else None
-    return _checked(Rows(head[:, 0], head[:, 1], logprobs, ids))
+    logprobs = np.concatenate([np.where(lacking, np.float32(LOGPROB_FLOOR), at_support), at_teacher_ids], axis=1)
+    ids = np.concatenate([support, _whole_ids(teacher_ids, vocab_size)], axis=1) if k else None
+    return _validated(Rows(head[:, 0], head[:, 1], logprobs, ids))
 
 
 def rows_of_top_k(flat: Any, work: Work, vocab_size: int) -> Rows:
-    """From vLLM's ``FlatLogprobs`` of all prompt tokens, rows as of `vllm_worker.top_k_rows`; raises RowsLost."""
+    """Rows of `worker.top_k_rows` from vLLM's ``FlatLogprobs`` of all prompt tokens. Raises InvalidRows."""
     if flat is None:
-        raise RowsLost("no scores came back")
-    k = work.k if work.mode == "teacher_topk" else 0
+        raise InvalidRows("the result holds no scores")
+    k = work.teacher_ids
     tokens, width = work.item.response_ids.size, 2 + k
-    # Position 0 has no row; the response's rows are the last ones.
+    # Position 0 has no row, and the response's rows are the last ones.
     starts, ends = flat.start_indices[1:][-tokens:], flat.end_indices[1:][-tokens:]
     if len(starts) != tokens or ends[-1] - starts[0] != tokens * width:
-        raise RowsLost(f"{len(starts)} rows of scores for {tokens} tokens")
+        raise InvalidRows(f"{len(starts)} rows of scores for {tokens} tokens")
     ids = np.asarray(flat.token_ids[starts[0] : ends[-1]], dtype=np.int64).reshape(tokens, width)
     values = np.asarray(flat.logprobs[starts[0] : ends[-1]], dtype=np.float32).reshape(tokens, width)
     if (ids[:, 0] != work.item.response_ids).any():
-        raise RowsLost("rows of other tokens than the response's came back")
-    picked = _as_whole_ids(ids[:, 1:-1], vocab_size) if k else None
-    return _checked(Rows(values[:, 0], values[:, -1], values[:, 1:-1], picked))
+        raise InvalidRows("the rows belong to other tokens than the response's")
+    teacher_ids = _whole_ids(ids[:, 1:-1], vocab_size) if k else None
+    return _validated(Rows(values[:, 0], values[:, -1], values[:, 1:-1], teacher_ids))
 
 
-def _as_whole_ids(values: NDArray[Any], vocab_size: int) -> Ids:
+def _whole_ids(values: NDArray[Any], vocab_size: int) -> Ids:
     whole = np.isfinite(values) & (values == np.floor(values))
     if not (whole & (values >= 0) & ((values < vocab_size) | (values == PAD_ID))).all():
-        raise RowsLost("ids came back that the model does not have")
+        raise InvalidRows("the rows hold ids that the model lacks")
     return as_ids(values.astype(np.int64))
 
 
-def _checked(rows: Rows) -> Rows:
-    """`rows`, if they are log-probs and each row's mass, support and tail together, is 1; raises RowsLost."""
+def _validated(rows: Rows) -> Rows:
+    """Return `rows` if all are log-probs and the mass of each row, support and tail, is 1. Raises InvalidRows."""
     for values in (rows.sampled, rows.tail, rows.logprobs):
         if not np.isfinite(values).all():
-            raise RowsLost("rows that were never written, or of a model that gave no numbers")
+            raise InvalidRows("rows are NaN or infinite: never written, or from NaN or infinite logits")
         if (values > MASS_NATS).any():
-            raise RowsLost(f"a log-probability of {float(values.max()):.3g}")
-    own = rows.logprobs if rows.ids is None else np.where(rows.ids == PAD_ID, LOGPROB_FLOOR, rows.logprobs)
-    terms = np.concatenate([own, rows.tail[:, None]], axis=1).astype(np.float64)
+            raise InvalidRows(f"a log-probability of {float(values.max()):.3g}")
+    logprobs = rows.logprobs if rows.ids is None else np.where(rows.ids == PAD_ID, LOGPROB_FLOOR, rows.logprobs)
+    terms = np.concatenate([logprobs, rows.tail[:, None]], axis=1).astype(np.float64)
     mass = np.logaddexp.reduce(terms, axis=1)
     if (np.abs(mass) > MASS_NATS).any():
         row = int(np.abs(mass).argmax())
-        raise RowsLost(f"the mass of row {row} is e**{mass[row]:.3g}, not 1")
+        raise InvalidRows(f"the mass of row {row} is e**{mass[row]:.3g}, not 1")
     return rows
 
 
 def item_score(rows: Rows, work: Work) -> ItemScore:
-    """Rows as they travel; the floor counted where it stands for a value."""
+    """Score of `rows`, with the number of values at the floor."""
     values = rows.logprobs
-    asked: Mask = np.ones(values.shape, dtype=np.bool_) if rows.ids is None else rows.ids != PAD_ID
-    floored = sum(int((part <= LOGPROB_FLOOR).sum()) for part in (values[asked], rows.sampled, rows.tail))
+    present: Mask = np.ones(values.shape, dtype=np.bool_) if rows.ids is None else rows.ids != PAD_ID
+    floored = sum(int((part <= LOGPROB_FLOOR).sum()) for part in (values[present], rows.sampled, rows.tail))
     return ItemScore(
         logprobs=values.astype(np.float16),
         sampled_logprob=np.ascontiguousarray(rows.sampled),
         tail_logprob=np.ascontiguousarray(rows.tail),
-        topk_ids=rows.ids if work.mode in ("teacher_topk", "union") else None,
+        topk_ids=rows.ids if work.teacher_ids else None,
         floored=floored,
     )
-
-
-def empty_score(work: Work) -> ItemScore:
-    """The score of an empty response: no positions."""
-    picks = work.k if work.mode in ("teacher_topk", "union") else 0
-    width = _support(work).shape[1] + picks
-    none = np.empty(0, dtype=np.float32)
-    ids = as_ids(np.empty((0, width))) if picks else None
-    return ItemScore(np.empty((0, width), dtype=np.float16), none, none, ids)
 
 
 def _support(work: Work) -> Ids:

@@ -1,15 +1,15 @@
-"""What the vLLM backend adds to vLLM's workers: rows of scores that carry the mass outside the support.
+"""Worker extension for vLLM: rows of scores that include the tail, the log of the mass outside the support.
 
-vLLM returns log-probs at ids, but not what is left outside of them, and `1 - sum` of f32 values is noise where little
-is left. So a *worker extension* (``worker_extension_cls``) replaces the one function of each model runner that turns
-logits into prompt log-probs by one that does the same with the code of the transformers backend, tail included.
+vLLM returns log-probs at ids but no tail, and `1 - sum` of f32 values is noise for a small tail. So the extension
+(``worker_extension_cls``) replaces, in each model runner, the function that turns logits into prompt log-probs. The
+replacement uses the code of the transformers backend.
 
-Fixed-id rows (V2 runner), ``[n, 2 + w + 2k]``, in the place of the log-probs at the ids asked for:
+Fixed-id rows (V2 runner), ``[n, 2 + w + 2k]``:
 
-    ids asked for:   response token | k      | support (w) | 0 (k)       | 0 (k)
-    values returned: its log-prob   | tail   | log-probs   | teacher's k | their log-probs
+    requested ids:   response token | k      | support (w) | 0 (k)       | 0 (k)
+    returned values: its log-prob   | tail   | log-probs   | teacher's k | their log-probs
 
-Teacher-top-k rows (V1 runner), ``[n, 2 + k]``: token, the teacher's best k, and in the last column the tail.
+Teacher-top-k rows (V1 runner), ``[n, 2 + k]``: token, the teacher's best k, and the tail in the last column.
 Ids travel as f32, which holds every integer up to 2**24 exactly.
 """
 
@@ -21,21 +21,21 @@ import torch
 from torch import Tensor
 
 from common.protocol.schema import ScoreMode
-from teacher_server.backends.hf.outputs import CHUNK_BYTES, Values, score_logits
+from teacher_server.backends.hf.outputs import CHUNK_BYTES, PositionScores, score_logits
 
 EXTENSION = f"{__name__}.ScoringExtension"
 
 FIXED_COLUMNS = 2
-"""Ahead of the support in a fixed-id row: the response token and k (in), its log-prob and the tail (out)."""
+"""Columns before the support in a fixed-id row: response token and k in a request, log-prob and tail in a result."""
 
 
 class ScoringExtension:
-    """Mixed into vLLM's worker class; called through ``collective_rpc``."""
+    """Mix-in of vLLM's worker class, called through ``collective_rpc``."""
 
     model_runner: Any
 
     def opcd_install_scoring(self, fixed_ids: bool) -> None:
-        """Put this module's functions in place of the model runner's, in this worker's process."""
+        """Replace the model runner's function in this worker's process."""
         if fixed_ids:
             from vllm.v1.worker.gpu.sample import prompt_logprob
 
@@ -43,14 +43,14 @@ class ScoringExtension:
         else:
             from vllm.v1.outputs import LogprobsTensors
 
-            LogprobsTensors.empty_cpu = staticmethod(_unwritten(LogprobsTensors.empty_cpu))
+            LogprobsTensors.empty_cpu = staticmethod(nan_until_written(LogprobsTensors.empty_cpu))
             self.model_runner.sampler.gather_logprobs = top_k_rows
 
 
 def fixed_id_rows(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Rows ``[n, 2 + w + 2k]`` f32 of ``logits [n, V]`` at ``token_ids [n, 2 + w + 2k]``, all n of one request.
+    """Rows ``[n, 2 + w + 2k]`` f32 of ``logits [n, V]`` at ``token_ids [n, 2 + w + 2k]``, all of one request.
 
-    Stands in for vLLM's ``compute_token_logprobs``. A row whose logits are no numbers is NaN.
+    Replaces vLLM's ``compute_token_logprobs``. A row with NaN or infinite logits is NaN.
     """
     k = int(token_ids[0, 1])
     width = token_ids.shape[1] - FIXED_COLUMNS - 2 * k
@@ -64,13 +64,14 @@ def fixed_id_rows(logits: Tensor, token_ids: Tensor) -> Tensor:
         columns = [values.sampled[:, None], values.tail[:, None], values.logprobs[:, :width]]
         if values.ids is not None:
             columns += [values.ids[:, width:].float(), values.logprobs[:, width:]]
-        parts.append(_numbers(values, torch.cat(columns, dim=1)))
+        parts.append(_nan_if_not_finite(values, torch.cat(columns, dim=1)))
     return torch.cat(parts)
 
 
 def top_k_rows(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
-    """The teacher's best ``num_logprobs - 1`` and the tail outside them, in the form of the V1 sampler's own
-    ``gather_logprobs``: ``LogprobsTensors`` of ``[n, 1 + num_logprobs]``.
+    """Log-probs of the teacher's best ``num_logprobs - 1`` ids and their tail.
+
+    Replaces ``gather_logprobs`` of vLLM's V1 sampler. Returns ``LogprobsTensors`` of ``[n, 1 + num_logprobs]``.
     """
     from vllm.v1.outputs import LogprobsTensors
 
@@ -83,26 +84,26 @@ def top_k_rows(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
         picked = sampled.new_empty((sampled.shape[0], 0)) if values.ids is None else values.ids
         ids.append(torch.cat([sampled[:, None], picked, torch.zeros_like(sampled)[:, None]], dim=1))
         row = torch.cat([values.sampled[:, None], values.logprobs, values.tail[:, None]], dim=1)
-        rows.append(_numbers(values, row))
+        rows.append(_nan_if_not_finite(values, row))
     return LogprobsTensors(torch.cat(ids).to(torch.int32), torch.cat(rows), torch.zeros_like(token_ids))
 
 
-def _unwritten(empty_cpu: Any) -> Any:
-    """`empty_cpu` whose log-probs are NaN until they are written: the V1 runner leaves rows of cached positions out."""
+def nan_until_written(empty_cpu: Any) -> Any:
+    """Wrap `empty_cpu` to fill log-probs with NaN, because the V1 runner does not write rows of cached positions."""
 
-    def marked(num_positions: int, num_tokens_per_position: int) -> Any:
+    def empty_cpu_nan(num_positions: int, num_tokens_per_position: int) -> Any:
         tensors = empty_cpu(num_positions, num_tokens_per_position)
         tensors.logprobs.fill_(float("nan"))
         return tensors
 
-    return marked
+    return empty_cpu_nan
 
 
-def _numbers(values: Values, row: Tensor) -> Tensor:
+def _nan_if_not_finite(values: PositionScores, row: Tensor) -> Tensor:
     return row.masked_fill_(~values.finite[:, None], float("nan"))
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    """Slices of rows whose f32 copy stays under `CHUNK_BYTES`: vLLM sets no memory aside for it."""
+    """Slices of rows with an f32 copy below `CHUNK_BYTES`, because vLLM reserves no memory for the copy."""
     step = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
     return [slice(start, start + step) for start in range(0, logits.shape[0], step)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from common.protocol.schema import Ids, ItemError, ItemScore, ScoreMode, as_ids
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.hf import backend as transformers_backend
-from teacher_server.backends.hf.attention import _plain_attention, attention_with_lse, refuse_unusual_attention
+from teacher_server.backends.hf.attention import attention_with_lse, eager_attention_with_lse, refuse_unusual_attention
 from teacher_server.backends.hf.backend import TransformersBackend
-from teacher_server.backends.hf.packing import PrefixState, Sequence_, passes
+from teacher_server.backends.hf.packing import PrefixedSequence, PrefixState, split_into_passes
 from tests.support.teacher_oracle import Oracle, assert_score, random_item
 
 CONTEXT = as_ids(np.random.default_rng(7).integers(0, 512, 150))
@@ -23,8 +24,13 @@ NOTHING = as_ids([])
 
 
 @pytest.fixture(scope="module")
-def backend(tiny_model: Path) -> TransformersBackend:
-    return TransformersBackend.load(str(tiny_model), prefill_tokens=64)
+def model(tiny_model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def backend(model: Any, tiny_model: Path) -> TransformersBackend:
+    return TransformersBackend(model, model_name=str(tiny_model), prefill_tokens=64)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def oracle(tiny_model: Path) -> Oracle:
 
 @pytest.fixture(scope="module")
 def prefixes(backend: TransformersBackend) -> dict[int, PrefixState | None]:
-    """By length: none, a short one, its child (cut inside what `prefill_tokens` cuts again), a grandchild."""
+    """Prefixes by length: none, a short one, its child (longer than `prefill_tokens`), a grandchild."""
     first = backend.prefill(CONTEXT[:5], None)
     second = backend.prefill(CONTEXT[5:100], first)
     return {0: None, 5: first, 100: second, 150: backend.prefill(CONTEXT[100:], second)}
@@ -74,7 +80,7 @@ def test_mixed_lengths_with_and_without_context(
 def test_off_by_one_in_positions_would_show(
     backend: TransformersBackend, oracle: Oracle, prefixes: dict[int, PrefixState | None]
 ) -> None:
-    """The same item one position later is another score by far more than the tolerance: positions are really seen."""
+    """The same item one position later has another score, by far more than the tolerance."""
     rng = np.random.default_rng(1)
     one = work(rng, prefixes[100], 7, 20)
     check(backend, oracle, [one])
@@ -135,14 +141,14 @@ def test_a_batch_in_several_passes_is_scored_the_same(
 
 
 def test_passes_hold_what_they_may_and_never_part_answers_to_one_prompt() -> None:
-    def sequence(prompt: int, response: int) -> Sequence_:
-        return Sequence_(None, as_ids([prompt] * 10), as_ids(range(response)))
+    def sequence(prompt: int, response: int) -> PrefixedSequence:
+        return PrefixedSequence(None, as_ids([prompt] * 10), as_ids(range(response)))
 
     sequences = [sequence(prompt, 20) for prompt in (0, 1, 0, 2, 1, 0, 3)]
-    assert passes(sequences, None) == [[0, 1, 2, 3, 4, 5, 6]]
-    assert passes(sequences, 100) == [[0, 2, 5], [1, 4, 3], [6]]  # 70, 50 + 30, 30 tokens
-    assert passes(sequences, 1) == [[0, 2, 5], [1, 4], [3], [6]]
-    assert passes([], 5) == []
+    assert split_into_passes(sequences, None) == [[0, 1, 2, 3, 4, 5, 6]]
+    assert split_into_passes(sequences, 100) == [[0, 2, 5], [1, 4, 3], [6]]  # 70, 50 + 30, 30 tokens
+    assert split_into_passes(sequences, 1) == [[0, 2, 5], [1, 4], [3], [6]]
+    assert split_into_passes([], 5) == []
 
 
 def test_one_token_answers_alone(backend: TransformersBackend, oracle: Oracle) -> None:
@@ -208,7 +214,7 @@ def test_modes_and_temperatures_in_one_batch(
 
 
 def test_in_bfloat16_scores_are_as_near_to_exact_ones_as_the_models_own(tiny_model: Path) -> None:
-    """The same rounded weights in f32 say what is exact; merging parts of the attention must not add to the noise."""
+    """The rounded weights in f32 give the exact scores; merging parts of the attention must add no noise."""
     backend = TransformersBackend.load(str(tiny_model), dtype="bfloat16")
     own = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     exact = Oracle(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).float())
@@ -261,12 +267,13 @@ def test_an_id_twice_in_a_row_is_an_error_of_its_item_alone(backend: Transformer
 
 
 def test_logits_that_are_not_numbers_are_an_error_of_their_item_alone(tiny_untied_model: Path) -> None:
-    backend = TransformersBackend.load(str(tiny_untied_model))
+    model = AutoModelForCausalLM.from_pretrained(tiny_untied_model, dtype=torch.float32)
+    backend = TransformersBackend(model, model_name="m")
     rng = np.random.default_rng(14)
     good, bad = work(rng, None, 5, 4), work(rng, None, 5, 4)
     bad.item.prompt_ids[2] = 511
     good.item.prompt_ids[:] = good.item.response_ids[:] = 3
-    backend._model.get_input_embeddings().weight.data[511] = float("nan")
+    model.get_input_embeddings().weight.data[511] = float("nan")
     first, second = backend.score([good, bad])
     assert isinstance(first, ItemScore)
     assert isinstance(second, ItemError)
@@ -274,11 +281,11 @@ def test_logits_that_are_not_numbers_are_an_error_of_their_item_alone(tiny_untie
 
 
 def test_output_layer_sees_response_positions_only(
-    backend: TransformersBackend, prefixes: dict[int, PrefixState | None]
+    model: Any, backend: TransformersBackend, prefixes: dict[int, PrefixState | None]
 ) -> None:
     rng = np.random.default_rng(15)
     rows: list[int] = []
-    hook = backend._output_layer.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
     try:
         backend.score([work(rng, prefixes[150], 40, 3), work(rng, None, 60, 5)])
     finally:
@@ -287,17 +294,16 @@ def test_output_layer_sees_response_positions_only(
 
 
 def test_context_is_not_run_again(
-    backend: TransformersBackend, prefixes: dict[int, PrefixState | None], monkeypatch: pytest.MonkeyPatch
+    model: Any, backend: TransformersBackend, prefixes: dict[int, PrefixState | None]
 ) -> None:
     tokens: list[int] = []
-    forward = backend._forward
-
-    def count(ids: torch.Tensor, *rest: object) -> torch.Tensor:
-        tokens.append(ids.numel())
-        return forward(ids, *rest)
-
-    monkeypatch.setattr(backend, "_forward", count)
-    backend.score([work(np.random.default_rng(16), prefixes[150], 4, 6) for _ in range(3)])
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda _, __, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        backend.score([work(np.random.default_rng(16), prefixes[150], 4, 6) for _ in range(3)])
+    finally:
+        hook.remove()
     assert tokens == [4 + 3 * (6 - 1)]  # one prompt (same seed), and no answer's last token
 
 
@@ -319,7 +325,7 @@ def test_attention_with_lse(causal: bool) -> None:
     if causal:
         scores = scores.masked_fill(torch.ones(17, 17).triu(1).bool(), float("-inf"))
     out = scores.softmax(-1) @ v.double()
-    for function in (attention_with_lse, lambda *a, **b: _plain_attention(*a, **b, rows=5)):
+    for function in (attention_with_lse, lambda *a, **b: eager_attention_with_lse(*a, **b, rows=5)):
         got, lse = function(q, k, v, causal=causal, scale=0.3)
         torch.testing.assert_close(got.double(), out, rtol=0, atol=1e-5)
         torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=1e-5)
@@ -354,7 +360,7 @@ def test_sliding_windows_are_refused_by_name() -> None:
 
 
 def test_frequencies_that_depend_on_the_longest_sequence_are_refused_by_name() -> None:
-    """Below `original_max_position_embeddings` the check against a plain forward pass at load sees nothing of it."""
+    """Below `original_max_position_embeddings` the check against a plain forward pass at load cannot detect it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     longrope = {
@@ -382,7 +388,7 @@ def test_frequencies_that_depend_on_the_longest_sequence_are_refused_by_name() -
 
 
 def test_unlike_architectures_are_refused_at_load() -> None:
-    """Learned absolute positions come out right; scores capped inside the attention do not get past the load."""
+    """Loading refuses a model with capped attention scores."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(

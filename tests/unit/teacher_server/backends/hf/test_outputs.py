@@ -1,4 +1,4 @@
-"""From logits to a reply's numbers, against float64: the tail however small, and the memory that it takes."""
+"""Scores from logits against float64: tails of any size, and memory use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from teacher_server.backends.hf.outputs import score_logits
 
 
 def expected(logits: Tensor, support: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs at `support` and of all else, in float64."""
+    """Log-probs at `support` and the tail, in float64."""
     logprobs = (logits.double() / temperature).log_softmax(-1)
     outside = logprobs.scatter(-1, support, float("-inf"))
     return logprobs.gather(-1, support), outside.logsumexp(-1)
@@ -36,7 +36,7 @@ def test_the_tail_is_exact_however_little_is_in_it(gap: float, temperature: floa
 
 
 def test_large_logits_cost_no_precision() -> None:
-    """As of a model without a final norm: a float32 near 4,000 knows steps of 2e-4 only."""
+    """Logits of a model without a final norm: float32 steps near 4,000 are 2e-4."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((16, 500), generator=generator) + 4000
     support = torch.stack([torch.randperm(500, generator=generator)[:8] for _ in range(16)])
@@ -65,7 +65,7 @@ def test_without_a_support_all_the_mass_is_outside() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [0, 5])
-def test_logits_that_are_not_numbers_are_told(bad: float, place: int) -> None:
+def test_nan_and_infinite_logits_are_reported(bad: float, place: int) -> None:
     """In the support or outside it."""
     logits = torch.zeros((2, 7))
     logits[1, place] = bad
@@ -75,7 +75,7 @@ def test_logits_that_are_not_numbers_are_told(bad: float, place: int) -> None:
 
 
 def test_no_second_copy_of_the_logits_is_made() -> None:
-    """They are overwritten: a copy would double what a teacher needs beside its contexts."""
+    """Scoring overwrites the logits: a copy would double the memory of a pass."""
     logits = torch.randn((64, 4096))
     support = torch.arange(8).expand(64, 8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -1,4 +1,4 @@
-"""The vLLM backend without an engine: what is asked, how an answer is proved whole, whether this vLLM has the calls."""
+"""The vLLM backend without an engine: requests, validation of results, and the calls into the installed vLLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.config.model import TeacherConfig
 from common.protocol.schema import LOGPROB_FLOOR, Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
 from teacher_server.backends.base import Work
 from teacher_server.backends.vllm.backend import VllmBackend
-from teacher_server.backends.vllm.engine import Ask, engine_settings
+from teacher_server.backends.vllm.engine import EngineRequest, engine_settings
 from teacher_server.backends.vllm.files import weights_fingerprint
 from teacher_server.backends.vllm.worker import fixed_id_rows, top_k_rows
 from tests.support.teacher_oracle import assert_score, random_item
@@ -27,9 +27,9 @@ MODES: tuple[ScoreMode, ...] = ("at_ids", "teacher_topk", "union", "sampled")
 
 @dataclass
 class FakeEngine:
-    """Answers as a vLLM whose workers run our functions: logits are a function of all tokens up to the position.
+    """Answers as a vLLM with the replaced functions: logits are a function of all tokens up to the position.
 
-    Cached requests are answered by `damage`d outputs, as long as `faults` lasts.
+    `damage` changes the first `faults` outputs.
     """
 
     fixed_ids: bool = True
@@ -41,13 +41,13 @@ class FakeEngine:
     max_sequence_tokens: int = 512
     token_bytes: int = 2
     dtype: str = "float32"
-    calls: list[list[Ask]] = field(default_factory=list)
+    calls: list[list[EngineRequest]] = field(default_factory=list)
 
-    def run(self, asks: list[Ask]) -> list[Any]:
-        self.calls.append(list(asks))
-        return [self._answer(ask) for ask in asks]
+    def run(self, requests: list[EngineRequest]) -> list[Any]:
+        self.calls.append(list(requests))
+        return [self._answer(ask) for ask in requests]
 
-    def _answer(self, ask: Ask) -> Any:
+    def _answer(self, ask: EngineRequest) -> Any:
         rows = logits_of(as_ids(ask.ids))
         output = SimpleNamespace(num_cached_tokens=0, prompt_token_id_logprobs=None, prompt_logprobs=None)
         if ask.fixed_ids is not None:
@@ -62,7 +62,7 @@ class FakeEngine:
 
 
 def logits_of(ids: Ids) -> torch.Tensor:
-    """``[N, V]``: of each position, from a seed that holds all tokens up to it."""
+    """``[N, V]``: logits of each position, from a seed of all tokens up to it."""
     rows = []
     for stop in range(1, ids.size + 1):
         seed = int.from_bytes(ids[:stop].tobytes(), "little") % (2**63 - 1)
@@ -148,7 +148,7 @@ def test_ids_that_the_model_lacks_get_the_floor(mode: ScoreMode) -> None:
     assert score.floored == 3
 
 
-def test_supports_that_cannot_be_asked_for_are_errors_of_their_item() -> None:
+def test_unscorable_supports_are_errors_of_their_item() -> None:
     twice, none, whole = work_of("at_ids"), work_of("at_ids", seed=1), work_of("at_ids", seed=2)
     assert twice.item.topk_ids is not None
     assert none.item.topk_ids is not None
@@ -170,7 +170,7 @@ def test_an_empty_response_has_no_rows(mode: ScoreMode) -> None:
     assert not engine.calls
 
 
-# --- answers that fall short ----------------------------------------------------------------------------------------
+# --- invalid results -----------------------------------------------------------------------------------------------
 
 
 def drop(output: Any) -> None:
@@ -213,7 +213,7 @@ FAULTS = [drop, cached_too_far, short, unwritten, zeros, positive, another_value
 
 
 @pytest.mark.parametrize("damage", FAULTS)
-def test_a_damaged_answer_is_asked_for_again_without_the_cache(damage: Any) -> None:
+def test_an_invalid_result_is_requested_again_without_the_cache(damage: Any) -> None:
     engine = FakeEngine(damage=damage, faults=1)
     backend = backend_of(engine)
     prefix = backend.prefill(as_ids(range(10)), None)
@@ -226,7 +226,7 @@ def test_a_damaged_answer_is_asked_for_again_without_the_cache(damage: Any) -> N
 
 
 @pytest.mark.parametrize("damage", FAULTS)
-def test_an_answer_damaged_twice_is_an_error_of_its_item(damage: Any) -> None:
+def test_a_result_that_is_invalid_twice_is_an_error_of_its_item(damage: Any) -> None:
     engine = FakeEngine(damage=damage, faults=2)
     (result,) = backend_of(engine).score([work_of("at_ids")])
     assert isinstance(result, ItemError)
@@ -256,26 +256,26 @@ def ids_of_nothing(output: Any) -> None:
 
 
 @pytest.mark.parametrize("damage", [drop, cached_too_far, other_tokens, unwritten_row, rows_missing, ids_of_nothing])
-def test_damaged_top_k_rows_are_never_answered(damage: Any) -> None:
+def test_invalid_top_k_rows_are_never_returned(damage: Any) -> None:
     for faults, kind in ((1, ItemScore), (2, ItemError)):
         engine = FakeEngine(fixed_ids=False, damage=damage, faults=faults)
         (result,) = backend_of(engine).score([work_of("teacher_topk")])
         assert isinstance(result, kind)
 
 
-def test_rows_that_no_runner_wrote_are_marked() -> None:
-    """The V1 runner leaves rows of cached positions as it found the memory: the extension makes them NaN."""
+def test_unwritten_rows_are_nan() -> None:
+    """The V1 runner does not write rows of cached positions; the extension makes them NaN."""
     from vllm.v1.outputs import LogprobsTensors
 
-    from teacher_server.backends.vllm.worker import _unwritten
+    from teacher_server.backends.vllm.worker import nan_until_written
 
-    assert torch.isnan(_unwritten(LogprobsTensors.empty_cpu)(3, 4).logprobs).all()
+    assert torch.isnan(nan_until_written(LogprobsTensors.empty_cpu)(3, 4).logprobs).all()
 
 
 # --- contexts -------------------------------------------------------------------------------------------------------
 
 
-def test_chains_of_contexts_share_a_name_in_the_cache_and_nobody_else_does() -> None:
+def test_only_chains_of_contexts_share_a_salt() -> None:
     engine = FakeEngine()
     backend = backend_of(engine)
     root = backend.prefill(as_ids(range(10)), None)
@@ -294,7 +294,7 @@ def test_a_batch_never_needs_more_cache_than_there_is() -> None:
     backend = backend_of(engine)
     prefix = backend.prefill(as_ids(range(10)), None)
     results = backend.score([work_of("sampled", seed=seed, prefix=prefix) for seed in range(5)])
-    assert [len(asks) for asks in engine.calls] == [1, 2, 2, 1]
+    assert [len(requests) for requests in engine.calls] == [1, 2, 2, 1]
     assert all(isinstance(result, ItemScore) for result in results)
 
 
@@ -316,7 +316,7 @@ def test_the_calls_that_only_a_gpu_runs_exist_in_this_vllm() -> None:
     assert "skip_reading_prefix_cache" in inspect.getsource(KVCacheManager)
 
 
-def test_the_functions_that_the_workers_replace_are_called_as_ours_are() -> None:
+def test_replaced_functions_have_the_signatures_of_ours() -> None:
     """Read from the source: the V2 runner's module cannot be imported without Triton."""
     import vllm
     from vllm.v1.sample.sampler import Sampler
@@ -346,12 +346,12 @@ def test_settings_and_sampling_are_arguments_that_this_vllm_takes() -> None:
     gpu_settings = engine_settings(TeacherConfig(tensor_parallel_size=4, gpu_memory_utilization=0.5), gpu=True)
     assert (gpu_settings["tensor_parallel_size"], gpu_settings["gpu_memory_utilization"]) == (4, 0.5)
     ids = np.ones((3, 4), dtype=np.int32)
-    params = sampling(Ask([1, 2, 3, 4, 5], "salt", start=1, fixed_ids=ids))
+    params = sampling(EngineRequest([1, 2, 3, 4, 5], "salt", start=1, fixed_ids=ids))
     assert isinstance(params, SamplingParams)
     assert params.prompt_logprob_token_ids is not None
     assert params.prompt_logprob_start == 1
     assert params.skip_reading_prefix_cache is False
-    assert sampling(Ask([1, 2], None, top_k_columns=3)).skip_reading_prefix_cache is True
+    assert sampling(EngineRequest([1, 2], None, top_k_columns=3)).skip_reading_prefix_cache is True
 
 
 # --- the fingerprint ------------------------------------------------------------------------------------------------
