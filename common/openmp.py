@@ -6,7 +6,7 @@ from collections.abc import MutableMapping
 
 SPINS = "1000"
 """Iterations that a libgomp thread spins before it sleeps (tens of microseconds): it stays awake between two products
-of one layer, and soon leaves its core to another process. Measured on two cores, seconds of a learner's micro-batch during
+of one layer, and soon leaves its core to another process. Measured on two cores, seconds of a micro-batch during
 a rollout, and alone: 1,000 iterations 6.0 and 3.2, 10,000 8.1 and 3.2, none 5.7 and 3.6.
 """
 

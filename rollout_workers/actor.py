@@ -23,7 +23,7 @@ from common.data.rendering import Renderer, load_tokenizer
 from common.protocol.schema import F32, FinishReason, Prompt, Sample, ScoredTrajectory, TokenSequence, Trajectory
 from common.protocol.scoring import Scorer, ScorerFactory, ScoringError
 from common.weight_sync.manifest import SyncManifest
-from rollout_workers.engine.stops import cut_text
+from rollout_workers.engine.stop_strings import cut_text
 from rollout_workers.environments.playing import (
     EpisodeSummary,
     Played,

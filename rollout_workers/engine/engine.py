@@ -16,21 +16,21 @@ from common.data.rendering import load_tokenizer
 from common.openmp import share_cores
 from common.protocol.schema import F32, FinishReason, Ids, Sampling, TokenSequence, as_ids
 from common.weight_sync.manifest import SyncManifest
-from rollout_workers.engine.stops import Stops, first_stop, resolve_stops
+from rollout_workers.engine.stop_strings import StopTokens, first_stop, resolve_stop_strings
 from rollout_workers.pool.failures import EngineLost
 from rollout_workers.vllm_plugin.sync_info import WEIGHT_TRANSFER, init_info, update_info
 
-LIFE_EVERY_S = 0.5
-"""How often an engine that owes an answer is looked at."""
+LIVENESS_POLL_S = 0.5
+"""Interval of liveness checks during a control call."""
 
 
 class RolloutError(RuntimeError):
-    """A request that this engine cannot answer; names the sample and the numbers."""
+    """A request that this engine cannot answer; the message names the request and the numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One answer; the fields are those of `common.protocol.schema.Trajectory`."""
+    """One answer; fields as in `common.protocol.schema.Trajectory`."""
 
     response_ids: Ids
     sampled_logprobs: F32
@@ -40,19 +40,19 @@ class Generation:
 
 
 class RolloutEngine:
-    """A running vLLM engine under one model; start it with `start`, always `close` it."""
+    """A running vLLM engine with one model: create it with `start`, always `close` it."""
 
     def __init__(self, engine: Any, tokenizer: Any, limit_tokens: int, sync: SyncConfig) -> None:
         self._engine = engine
         self._sync = sync
         self._tokenizer = tokenizer
-        self._stops: dict[tuple[str, ...], Stops] = {}
+        self._stop_tokens: dict[tuple[str, ...], StopTokens] = {}
         self.limit_tokens = limit_tokens
         self.weight_version = 0
 
     @classmethod
     async def start(cls, model: str, config: Config, *, max_logprobs: int) -> RolloutEngine:
-        """Load `model`, start the engine: tens of seconds. Raises ValueError for a top-k over the vocabulary."""
+        """Load `model`, start the engine (tens of seconds); raises ValueError if `max_logprobs` exceeds the vocabulary."""
         _set_environment(config)
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
@@ -64,19 +64,19 @@ class RolloutEngine:
             dtype=_dtype(config),
             seed=config.run.seed,
             max_model_len=config.student.max_sequence_tokens,
-            # What else is in a batch, or was cached before, shows in the last bit of a log-prob.
+            # Other sequences in the batch, or cached blocks, change the last bit of a log-prob.
             max_num_seqs=1 if config.learner.deterministic else rollout.max_num_seqs,
             enable_prefix_caching=not config.learner.deterministic,
             enable_sleep_mode=rollout.colocated,
             tensor_parallel_size=rollout.tensor_parallel_size,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             enforce_eager=rollout.enforce_eager,
-            # A prompt that is cut costs its answer's generator a draw, which vLLM takes back: on CPU it dies in trying.
+            # A chunked prompt makes vLLM rewind the request's random generator, which crashes the engine on CPU.
             enable_chunked_prefill=None if _on_gpu() else False,
             distributed_executor_backend=_executor(config),
             max_logprobs=max_logprobs,
             logprobs_mode="processed_logprobs",
-            # The model's own generation_config would change temperature, top-k or penalties without a word.
+            # The model's own generation_config would silently change temperature, top-k or penalties.
             generation_config="vllm",
             weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER),
             disable_log_stats=True,
@@ -95,9 +95,9 @@ class RolloutEngine:
         return running
 
     async def generate(self, prompt_ids: Sequence[int] | Ids, sampling: Sampling, request_id: str) -> Generation:
-        """One answer to a token prompt, its last token the stop where there was one.
+        """Answer a token prompt; the answer includes its stop token.
 
-        Raises RolloutError where the prompt and the longest answer exceed what the engine can hold: nothing is cut.
+        Raises RolloutError if the prompt plus ``max_tokens`` exceeds the engine's context: nothing is truncated.
         """
         from vllm import SamplingParams
 
@@ -108,21 +108,21 @@ class RolloutEngine:
                 f"{request_id}: {len(prompt)} prompt tokens + {sampling.max_tokens} of answer are {longest}, the "
                 f"engine takes {self.limit_tokens}: raise student.max_sequence_tokens or lower rollout.max_tokens"
             )
-        stops = self._resolve(sampling.stop)
+        stops = self._resolve_stops(sampling.stop)
         params = SamplingParams(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            top_k=sampling.draw_from,
+            top_k=sampling.top_k,
             seed=sampling.seed,
-            logprobs=sampling.top_k,
+            logprobs=sampling.top_logprobs,
             flat_logprobs=True,
             detokenize=False,
-            stop_token_ids=[*stops.token_ids, *self._ends()],
+            stop_token_ids=[*stops.token_ids, *self._eos_ids()],
         )
         completion = await self._run(prompt, params, request_id, lambda output: output.outputs[0])
         ids = as_ids(completion.token_ids)
-        sampled, topk = _columns(completion.logprobs, len(ids), sampling.top_k)
+        sampled, topk = _columns(completion.logprobs, len(ids), sampling.top_logprobs)
         finish = _finish(completion.finish_reason, request_id)
         kept = first_stop(ids.tolist(), stops.spanning, self.decode) if stops.spanning else None
         if kept is not None:
@@ -131,12 +131,12 @@ class RolloutEngine:
         return Generation(ids, sampled, topk, finish, tuple(s for s in spans if s[0] < len(ids)))
 
     async def logprobs(self, sequences: Sequence[TokenSequence]) -> list[F32]:
-        """log-probs of each sequence's response tokens at temperature 1, ``[T]`` each, none read from a cache."""
+        """Log-probs of each sequence's response tokens ``[T]`` at temperature 1, computed without the prefix cache."""
         import asyncio
 
         from vllm import SamplingParams
 
-        # One token must be generated; it is not looked at.
+        # vLLM must generate at least one token; it is ignored.
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -147,7 +147,7 @@ class RolloutEngine:
             skip_reading_prefix_cache=True,
         )
 
-        async def one(index: int, sequence: TokenSequence) -> F32:
+        async def score(index: int, sequence: TokenSequence) -> F32:
             ids = [*sequence.prompt_ids.tolist(), *sequence.response_ids.tolist()]
             name = f"probe-{self.weight_version}-{index}"
             flat = await self._run(ids, params, name, lambda output: output.prompt_logprobs)
@@ -156,27 +156,27 @@ class RolloutEngine:
                 raise RolloutError(f"{name}: the engine scored other tokens than it was given")
             return np.asarray([flat.logprobs[start] for start in starts], dtype=np.float32)
 
-        return list(await asyncio.gather(*(one(i, sequence) for i, sequence in enumerate(sequences))))
+        return list(await asyncio.gather(*(score(i, sequence) for i, sequence in enumerate(sequences))))
 
     async def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
-        """Join the weight group, leaving the one before; this engine's workers take the ranks from `rank` on.
+        """Join a weight group, leaving the previous one; this engine's workers take the ranks from `rank` on.
 
-        Blocks until all are there. Called again, with another address, whenever the members change.
+        Blocks until all members have joined. Called again, with another address, whenever the members change.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         info = init_info(self._sync, host, port, rank, world_size)
         request = WeightTransferInitRequest(init_info=info)
-        await self._answered(self._engine.init_weight_transfer_engine(request))
+        await self._control_call(self._engine.init_weight_transfer_engine(request))
 
     async def receive(self, manifest: SyncManifest, version: int) -> None:
-        """Take the weights that the sender publishes as `version`; answers in flight wait and go on under them."""
-        await self._answered(self._receive(manifest, version))
+        """Receive the weights published as `version`; answers in flight pause and continue with them."""
+        await self._control_call(self._receive(manifest, version))
 
     async def _receive(self, manifest: SyncManifest, version: int) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        # No resume after a failure: the engine may hold half of the weights. Answers in flight wait for the next try.
+        # No resume after a failure: the engine may hold half of the weights. Answers in flight wait for the next sync.
         await self._engine.pause_generation(mode="keep", clear_cache=True)
         await self._engine.start_weight_update()
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info(manifest.at(version))))
@@ -185,41 +185,40 @@ class RolloutEngine:
         await self._engine.resume_generation()
 
     async def sleep(self) -> None:
-        """Give the GPU's memory back: weights move to host memory, the key-value cache is dropped."""
-        await self._answered(self._engine.sleep(level=1))
+        """Free the GPU: weights move to host memory, the key-value cache is dropped."""
+        await self._control_call(self._engine.sleep(level=1))
 
     async def wake(self) -> None:
-        """Take it again; the weights are what they were."""
-        await self._answered(self._engine.wake_up())
+        """Move the unchanged weights back to the GPU."""
+        await self._control_call(self._engine.wake_up())
 
     async def check_health(self) -> None:
-        """Returns once the engine has answered, between two forward passes: never where it hangs, so the caller sets
-        the limit. Raises EngineLost where the engine's processes are gone.
-        """
-        await self._answered(self._answers())
+        """Return once the engine process answers, between two forward passes; raises EngineLost if it died.
 
-    async def _answers(self) -> None:
-        await self._engine.check_health()  # looks at what this process knows, and asks nobody
-        await self._engine.is_sleeping()  # goes to the engine's own process and back
+        A hung engine never answers: the caller sets the timeout.
+        """
+        await self._control_call(self._round_trip())
+
+    async def _round_trip(self) -> None:
+        await self._engine.check_health()  # reads this process's state only
+        await self._engine.is_sleeping()  # a round trip to the engine process
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens left out."""
+        """Text of `ids` without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def close(self) -> None:
-        """End the engine's processes."""
+        """Stop the engine's processes."""
         self._engine.shutdown()
 
-    async def _answered(self, call: Coroutine[Any, Any, None]) -> None:
-        """Wait for a control call. vLLM leaves those of an engine that has died without an answer, so its life is
-        looked at meanwhile; raises EngineLost.
-        """
+    async def _control_call(self, call: Coroutine[Any, Any, None]) -> None:
+        """Wait for a control call; raises EngineLost if the engine dies meanwhile, which vLLM leaves unanswered."""
         import asyncio
 
         task = asyncio.ensure_future(call)
         try:
             with _engine_alive():
-                while not (await asyncio.wait({task}, timeout=LIFE_EVERY_S))[0]:
+                while not (await asyncio.wait({task}, timeout=LIVENESS_POLL_S))[0]:
                     if self._engine.errored:
                         raise self._engine.dead_error
                 await task
@@ -233,21 +232,20 @@ class RolloutEngine:
                 result = output
         return pick(result)
 
-    def _resolve(self, stops: tuple[str, ...]) -> Stops:
-        if stops not in self._stops:
+    def _resolve_stops(self, stop_strings: tuple[str, ...]) -> StopTokens:
+        if stop_strings not in self._stop_tokens:
             tokenizer = self._tokenizer
             special = {text: tokenizer.convert_tokens_to_ids(text) for text in tokenizer.all_special_tokens}
             texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=True)
-            self._stops[stops] = resolve_stops(stops, texts, special)
-        return self._stops[stops]
+            self._stop_tokens[stop_strings] = resolve_stop_strings(stop_strings, texts, special)
+        return self._stop_tokens[stop_strings]
 
-    def _ends(self) -> list[int]:
-        """End-of-sequence ids: the tokenizer's and those of the model's generation config."""
+    def _eos_ids(self) -> list[int]:
+        """End-of-sequence ids of the tokenizer and of the model's generation config."""
         config = self._engine.model_config.try_get_generation_config()
-        ends = config.get("eos_token_id", [])
-        listed = ends if isinstance(ends, list) else [ends]
-        own = self._tokenizer.eos_token_id
-        return sorted({i for i in (*listed, own) if i is not None})
+        configured = config.get("eos_token_id", [])
+        ids = configured if isinstance(configured, list) else [configured]
+        return sorted({i for i in (*ids, self._tokenizer.eos_token_id) if i is not None})
 
 
 @contextmanager
@@ -261,7 +259,7 @@ def _engine_alive() -> Iterator[None]:
 
 
 def _finish(reason: str | None, request_id: str) -> FinishReason:
-    """An aborted answer is a part of one: it must not be trained on as if the student had ended there."""
+    """Reject an aborted answer: training must not treat it as one that the student ended."""
     if reason == "stop":
         return "stop"
     if reason == "length":
@@ -270,7 +268,7 @@ def _finish(reason: str | None, request_id: str) -> FinishReason:
 
 
 def _columns(flat: Any, tokens: int, k: int) -> tuple[F32, Ids]:
-    """(log-prob of the sampled token ``[T]``, ids of the top k ``[T, k]``): vLLM puts the sampled token first."""
+    """Split into (log-prob of the sampled token ``[T]``, top-k ids ``[T, k]``): vLLM puts the sampled token first."""
     width = k + 1
     starts: NDArray[np.int64] = np.asarray(flat.start_indices, dtype=np.int64)
     if len(starts) != tokens or len(flat.token_ids) != tokens * width:
@@ -282,14 +280,15 @@ def _columns(flat: Any, tokens: int, k: int) -> tuple[F32, Ids]:
 
 
 def _dtype(config: Config) -> str:
-
     wanted = config.student.dtype
     return wanted if wanted != "auto" else ("bfloat16" if _on_gpu() else "float32")
 
 
 def _executor(config: Config) -> Any:
-    """On CPU vLLM would put one worker, too, into a process of its own, to give it an OpenMP environment, and wait for
-    it on a core of its own. Here the engine's process has that environment already (`_set_environment`).
+    """Executor class; None lets vLLM choose.
+
+    For a single CPU worker vLLM would start another process, to set its OpenMP environment, and busy-wait for it on a
+    core. Here the engine process has that environment already (`_set_environment`).
     """
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -303,7 +302,7 @@ def _on_gpu() -> bool:
 
 
 def _set_environment(config: Config) -> None:
-    """vLLM reads these before anything else; they only matter on CPU."""
+    """Set the variables that vLLM reads at import; they matter on CPU only."""
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.rollout.kv_cache_gib)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     share_cores(os.environ)

@@ -26,7 +26,7 @@ from deploy.tasks.hidden_rule import (
     train,
     write_rows,
 )
-from rollout_workers.engine.stops import resolve_stops
+from rollout_workers.engine.stop_strings import resolve_stop_strings
 from tests.support.paths import ROOT
 
 TINY = {"teacher": Size(hidden=64, layers=1, most_steps=3), "student": Size(hidden=32, layers=1, most_steps=3)}
@@ -68,7 +68,7 @@ def test_what_a_run_renders_is_what_the_models_were_trained_on(tmp_path: Path) -
     assert whole == tokenizer(context_of(DISTILLED) + str(row.prompt))["input_ids"]
     assert prompt.student_ids.tolist() == tokenizer(str(row.prompt))["input_ids"]
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=True)
-    stops = resolve_stops(config.rollout.stop, texts, {"<end>": tokenizer.eos_token_id})
+    stops = resolve_stop_strings(config.rollout.stop, texts, {"<end>": tokenizer.eos_token_id})
     assert list(stops.token_ids) == tokenizer("\n")["input_ids"]
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(byte_tokenizer())
 
