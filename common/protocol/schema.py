@@ -1,8 +1,8 @@
-"""Everything that crosses a process boundary, defined here and nowhere else.
+"""Types of all values that cross a process boundary.
 
-Arrays are numpy: token ids ``uint32``, log-probabilities natural logs. ``P`` prompt tokens, ``T`` response tokens,
-``k`` ids of the support at one response position. Row ``t`` of a ``[T, ...]`` array is always about predicting
-``response_ids[t]`` from everything before it.
+Arrays are numpy; token ids are ``uint32``, log-probs are natural logarithms. Shapes: ``T`` response tokens, ``k`` ids
+of the support per response position. Row ``t`` of a ``[T, ...]`` array belongs to the prediction of
+``response_ids[t]``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 PROTOCOL_VERSION = 1
-"""Of the teacher's wire form. A client refuses a teacher that speaks another."""
+"""Version of the teacher's binary form. A client refuses a teacher with another version."""
 
 LOGPROB_FLOOR = -10_000.0
-"""What ``-inf`` (an id the teacher cannot emit) becomes in every reply: finite in f16, e**floor is 0 in f32."""
+"""Replaces ``-inf`` (an id that the teacher cannot emit) in every reply: finite in f16, and exp(floor) is 0 in f32."""
 
 PAD_ID = 0xFFFFFF
-"""Fills unused places of a ``union`` support; its log-probability is `LOGPROB_FLOOR`."""
+"""Fills unused columns of a ``union`` support; its log-prob is `LOGPROB_FLOOR`."""
 
 Ids = NDArray[np.uint32]
 F16 = NDArray[np.float16]
@@ -34,14 +34,14 @@ FinishReason = Literal["stop", "length"]
 
 
 def as_ids(values: object) -> Ids:
-    """Token ids as a contiguous ``uint32`` array."""
+    """Convert token ids to a contiguous ``uint32`` array."""
     return np.ascontiguousarray(np.asarray(values, dtype=np.uint32))
 
 
 def context_hash(tokenizer_fingerprint: str, ids: Ids) -> str:
-    """Name of a context: hex sha256 of the tokenizer fingerprint (32 raw bytes) and the ids as u32 little-endian.
+    """Return a context's name: hex sha256 of the tokenizer fingerprint (32 raw bytes) and the ids (u32 little-endian).
 
-    `ids` is the whole prefix, parents included, so the name does not depend on how the prefix was cut into parents.
+    `ids` is the whole prefix, parents included, so the name does not depend on the split into parents.
     """
     digest = hashlib.sha256(bytes.fromhex(tokenizer_fingerprint))
     digest.update(np.ascontiguousarray(ids, dtype="<u4").tobytes())
@@ -50,10 +50,10 @@ def context_hash(tokenizer_fingerprint: str, ids: Ids) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """An immutable token prefix of the teacher's sequence (BOS and template head included).
+    """An immutable token prefix of the teacher's sequence, BOS and template head included.
 
-    `ids` is the whole prefix. `parent` may name a context whose ids are a proper prefix of these; then only the
-    difference travels and the parent's key-value cache is reused.
+    `ids` is the whole prefix. `parent` names a context whose ids are a proper prefix of `ids`: only the difference is
+    sent, and the parent's key-value cache is reused.
     """
 
     hash: str
@@ -63,21 +63,21 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Game:
-    """An episode to play: an environment by name, its constructor's arguments, the seed that it begins from."""
+    """An episode to play: environment name, arguments of its constructor, seed of its start."""
 
     environment: str
     options: dict[str, Any]
     seed: int
     context: str | None = None
-    """Text that the teacher sees with every turn, where it is not the run's one context."""
+    """Text that the teacher sees with every turn. Default: the run's context."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row of the data set as token sequences of both sides.
+    """One row as the token sequences of student and teacher; the response is appended to both.
 
-    The student sees ``student_ids``; the teacher sees ``context + teacher_ids`` (``teacher_ids`` alone when `context`
-    is None). The response follows either.
+    The student sees ``student_ids``. The teacher sees ``context + teacher_ids``, or ``teacher_ids`` if `context` is
+    None.
     """
 
     row_id: str
@@ -86,22 +86,22 @@ class Prompt:
     context: str | None
     answer: str | None = None
     teacher: str | None = None
-    """Name of the teacher that scores it; None: the run's default."""
+    """Name of the teacher that scores the row. Default: the `teacher` section."""
     game: Game | None = None
-    """Of a row that is played: the tokens are those of its first turn, later ones are rendered while it is played."""
+    """Episode of a row with an environment. The prompt holds the first turn; later turns are rendered during play."""
     context_id: str | None = None
-    """What the pool calls the context that was drawn for it (``context.pool``)."""
+    """Id of the context sampled from ``context.pool``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One answer of the student, made without the context.
+    """One response of the student, sampled without the context.
 
-    ``response_ids [T]`` ends with the stop token when ``finish_reason`` is ``stop``. ``sampled_logprobs [T]`` are the
-    engine's, at the sampling temperature. ``topk_ids [T, k]`` are the student's most likely ids, best first; ``k`` is
-    0 where the learner picks them (``rollout.topk_from: learner``). ``versions`` are (first response position,
-    weight version) spans: more than one when the weights changed while the answer was being made. ``loss_mask [T]`` is
-    False where the environment spoke (a whole conversation as one response); None: the student made every token.
+    ``response_ids [T]`` ends with the stop token if ``finish_reason`` is ``stop``. ``sampled_logprobs [T]`` come from
+    the engine, at the sampling temperature. ``topk_ids [T, k]`` are the student's most likely ids, best first; ``k`` is
+    0 if the learner picks them (``rollout.topk_from: learner``). ``versions`` are (first response position, weight
+    version) spans, several if the weights changed during sampling. ``loss_mask [T]`` is False for tokens of the
+    environment (a conversation as one response); None means that the student sampled every token.
     """
 
     sample_id: str
@@ -117,25 +117,24 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one answer is made. `temperature` 0 is greedy; `top_k` is how many of the student's ids come back per
-    position (0: none), not a filter: that is `draw_from`, the number of most likely ids that may be drawn (0: all).
-    `stop` are strings, resolved to tokens by the engine; `seed` fixes the draw.
+    """Sampling parameters of one response. `temperature` 0 is greedy, `top_k` 0 samples from all ids.
+
+    `top_logprobs` is the number of most likely ids to return per position. `stop` holds strings; the engine resolves
+    them to tokens. `seed` makes the response repeatable.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    top_logprobs: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
-    draw_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Answer `number` of a run (from 0) that is to be made: of a prompt, under a seed of its own. `step` is the one it
-    is meant for.
-    """
+    """A request for one response: sample `number` of the run (from 0), intended for optimiser step `step`."""
 
     number: int
     step: int
@@ -144,14 +143,14 @@ class Sample:
     sampling: Sampling
 
     @property
-    def most_tokens(self) -> int:
-        """Prompt and longest answer."""
+    def max_tokens(self) -> int:
+        """Upper bound for prompt plus response tokens."""
         return len(self.prompt.student_ids) + self.sampling.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """A fixed prompt and response: what the parity probe scores on both sides after every weight sync."""
+    """A fixed prompt and response, for example of the parity probe, which engine and learner score after every sync."""
 
     prompt_ids: Ids
     response_ids: Ids
@@ -159,7 +158,8 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class ScoreItem:
-    """One sequence to score: ``context + prompt_ids + response_ids``; ``topk_ids [T, k]`` for `at_ids` and `union`."""
+    """One sequence to score: ``context + prompt_ids + response_ids``. Modes `at_ids` and `union` need
+    ``topk_ids [T, k]``."""
 
     context: str | None
     prompt_ids: Ids
@@ -169,7 +169,7 @@ class ScoreItem:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """A batch of items under one mode and temperature. `k` is the width of the teacher's own top-k, where it picks."""
+    """A batch of items with one mode and temperature. `k` is the number of ids that the teacher picks, if it does."""
 
     request_id: str
     run: str
@@ -181,11 +181,11 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class ItemScore:
-    """The teacher's log-probabilities for one item, normalised over the full vocabulary at the asked temperature.
+    """The teacher's log-probs for one item, normalised over the full vocabulary at the requested temperature.
 
-    ``logprobs [T, k]`` f16 at ``topk_ids`` (the request's in mode `at_ids`, else the ones returned here);
-    ``sampled_logprob [T]`` f32 of the response tokens; ``tail_logprob [T]`` f32, log of the mass outside the k ids,
-    computed in f32 by the teacher. ``floored`` counts values clamped to `LOGPROB_FLOOR`.
+    ``logprobs [T, k]`` (f16) are at ``topk_ids``: the request's ids in mode `at_ids`, else the returned ones.
+    ``sampled_logprob [T]`` (f32) belongs to the response tokens. ``tail_logprob [T]`` (f32) is the log of the mass
+    outside the k ids. ``floored`` counts values clamped to `LOGPROB_FLOOR`.
     """
 
     logprobs: F16
@@ -197,7 +197,7 @@ class ItemScore:
 
 @dataclass(frozen=True, slots=True)
 class ItemError:
-    """Why one item was not scored; the other items of the batch are answered all the same."""
+    """Reason why one item has no score; other items of the batch are not affected."""
 
     code: Literal["unknown_context", "too_long", "bad_ids", "bad_shape", "internal"]
     message: str
@@ -205,7 +205,7 @@ class ItemError:
 
 @dataclass(frozen=True, slots=True)
 class ScoreResponse:
-    """Results in the order of the request's items, stamped with who computed them."""
+    """Results in the order of the request's items, with the fingerprint and version of the model that scored them."""
 
     request_id: str
     model_fingerprint: str
@@ -215,7 +215,7 @@ class ScoreResponse:
 
 @dataclass(frozen=True, slots=True)
 class ScoredTrajectory:
-    """What the learner trains on: an answer and the teacher's view of it. Never partial."""
+    """A response and its complete score by the teacher, ready for training."""
 
     trajectory: Trajectory
     score: ItemScore
@@ -224,7 +224,7 @@ class ScoredTrajectory:
 
 
 class TeacherInfo(BaseModel):
-    """The handshake, ``GET /v1/info``. A client refuses what does not fit its run."""
+    """The teacher's reply to ``GET /v1/info``. A client refuses a teacher that does not fit its run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -240,9 +240,9 @@ class TeacherInfo(BaseModel):
     max_sequence_tokens: int
     max_items: int
     max_request_tokens: int
-    """Prompt and response tokens of one request; a request of a single item may have more."""
+    """Upper bound for prompt plus response tokens of a request; a request with a single item may have more."""
     max_body_bytes: int
     modes: dict[ScoreMode, tuple[float, ...] | None]
-    """Mode -> temperatures it can do; None: any positive one. A mode that is absent cannot be done."""
+    """Supported modes, each with its temperatures; None means any positive temperature."""
     kind: Literal["frozen", "live", "ema"]
     weight_version: int

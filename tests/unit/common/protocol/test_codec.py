@@ -1,4 +1,4 @@
-"""The wire form: what goes in comes out, and bytes that are no message raise CodecError and nothing else."""
+"""The wire form: decoding returns the encoded values, and any other bytes raise CodecError and nothing else."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from common.protocol.codec import (
     encode_context,
     encode_request,
     encode_response,
-    pack_ids,
-    unpack_ids,
 )
+from common.protocol.fields import pack_ids, unpack_ids
 from common.protocol.schema import Context, ItemError, ItemScore, ScoreItem, ScoreRequest, ScoreResponse, as_ids
 
 DECODERS = (decode_context, decode_request, decode_response)

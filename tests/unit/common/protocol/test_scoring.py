@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from common.protocol.routing import RoutingScorerFactory
 from common.protocol.schema import ItemScore, Prompt, ScoredTrajectory, Trajectory, as_ids
-from common.protocol.scoring import ScoringError
+from common.protocol.scoring import RoutingScorerFactory, ScoringError
 
 
 @dataclass
