@@ -191,8 +191,8 @@ class SyncConfig(Section):
     """Transfer of new weights to the engines, and the checks that they arrived."""
 
     backend: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
-    """`gloo`: through host memory, any device. `nccl`: between GPUs. `ipc`: learner and engines share a GPU, or a host
-    without GPUs. `file`: safetensors in `folder`, which other programs can read as well."""
+    """`gloo`: through host memory, any device. `nccl`: between GPUs. `ipc`: learner and engines share one GPU. `file`:
+    safetensors in `folder`, which other programs can read as well."""
     folder: Path | None = None
     """Shared folder for `file`. Default: ``weights/`` in the run's folder."""
     delta: bool = False

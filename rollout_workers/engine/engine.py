@@ -52,7 +52,7 @@ class RolloutEngine:
 
     @classmethod
     async def start(cls, model: str, config: Config, *, max_logprobs: int) -> RolloutEngine:
-        """Load `model`, start the engine (tens of seconds); raises ValueError if `max_logprobs` exceeds the vocabulary."""
+        """Load `model` and start the engine (tens of seconds); raises ValueError if `max_logprobs` is too large."""
         _set_environment(config)
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig

@@ -122,7 +122,7 @@ def write_config(folder: Path, setting: Setting, steps: int, **sections: dict[st
         "rollout": {"batch_size": BATCH, "max_tokens": setting.answer_tokens, "threads": THREADS},
         "loss": {"top_k": TOP_K},
         "learner": {"steps": steps, "lr": LEARNING_RATE, "threads": THREADS, "micro_batch_tokens": 512},
-        "sync": {"backend": "ipc", "probe_prompts": 4, "probe_tokens": 16},
+        "sync": {"probe_prompts": 4, "probe_tokens": 16},
         "eval": {"every": 0},
     }
     for section, values in sections.items():
