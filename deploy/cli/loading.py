@@ -1,4 +1,4 @@
-"""How the commands that start a run read its configuration."""
+"""Reads the configuration for the commands that start a run."""
 
 from __future__ import annotations
 

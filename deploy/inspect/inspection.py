@@ -31,7 +31,7 @@ class InspectedRow:
     """A row as both sides see it. `tokens`: the teacher's own, the student's own, then the tokens both sides share."""
 
     row_id: str
-    tokens: Sequence[SeenToken]
+    tokens: Sequence[InspectedToken]
     context_tokens: int
     """Length of the teacher's prefix that all rows under this context share."""
     teacher_tokens: int
@@ -70,15 +70,16 @@ def inspect_row(
     teacher_ids = [*teacher, *response]
     texts = token_texts(tokenizer, teacher_ids)
     student_texts = token_texts(tokenizer, [*student, *response])
-    tokens: list[InspectedToken] = []
-    for i in range(teacher_only):
-        tokens.append(InspectedToken(i, None, "context" if i < context else "prompt", teacher[i], texts[i], False))
-    for i in range(student_only):
-        tokens.append(InspectedToken(None, i, "prompt", student[i], student_texts[i], False))
+
+    def role(position: int) -> Role:
+        return "context" if position < context else "prompt" if position < len(teacher) else "response"
+
+    tokens = [InspectedToken(i, None, role(i), teacher[i], texts[i], False) for i in range(teacher_only)]
+    tokens += [InspectedToken(None, i, "prompt", student[i], student_texts[i], False) for i in range(student_only)]
     for i in range(teacher_only, len(teacher_ids)):
-        role: Role = "context" if i < context else "prompt" if i < len(teacher) else "response"
+        on_student = i - teacher_only + student_only
         counted = i >= len(teacher) + skip_first
-        tokens.append(InspectedToken(i, i - teacher_only + student_only, role, teacher_ids[i], texts[i], counted))
+        tokens.append(InspectedToken(i, on_student, role(i), teacher_ids[i], texts[i], counted))
     bos = tokenizer.bos_token_id
     return InspectedRow(
         row_id=prompt.row_id,

@@ -1,4 +1,4 @@
-"""Ray's job server: submit, follow, list, stop, and what GPUs a cluster has. Imports ray."""
+"""Client of Ray's job server: submit, follow, list and stop jobs, and count a cluster's GPUs. Imports ray."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from learner.cluster.placement import PlacementError, bundles_of, impossible, sh
 
 
 class ClusterError(RuntimeError):
-    """Ray's job server was not reached, or refused; its own words."""
+    """Ray's job server was not reached or refused the request; the text is Ray's."""
 
 
 KNOWN_ERRORS = (ClusterError, ConfigError, PlacementError, OSError)
-"""Errors whose text is all a user needs."""
+"""Errors with a text for the user, printed without a traceback."""
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 INTERRUPTED = 130
 QUIET = logging.getLogger("opcd.submit")
-"""For Ray's packer, whose own logger lists what it ignores."""
+"""Logger for Ray's packer, whose default logger lists the files that it leaves out."""
 HEAD_START_S = 60
 
 
 class Cluster:
     """A connection to the job server at `address` (``http://HEAD:8265``).
 
-    With `token_file` every request carries the token in it; without, Ray's own settings (``RAY_AUTH_MODE``,
-    ``~/.ray/auth_token``) hold. Raises ConfigError, and every method ClusterError.
+    Every request carries the token of `token_file`; None leaves Ray's own settings (``RAY_AUTH_MODE``,
+    ``~/.ray/auth_token``). The constructor raises ConfigError, every method ClusterError.
     """
 
     def __init__(self, address: str, token_file: Path | None = None) -> None:
@@ -53,35 +53,38 @@ class Cluster:
             raise ConfigError(f"--address {address}: expected the address of Ray's dashboard, http://HEAD:8265")
         for name in ADDRESS_VARIABLES:
             if os.environ.get(name, address) != address:
-                # Ray's client lets the variable win, in silence.
-                raise ConfigError(f"{name} is {os.environ[name]}, and Ray would take it for --address {address}: unset")
+                # Ray's client silently prefers the variable.
+                raise ConfigError(
+                    f"{name} is {os.environ[name]}, and Ray would use it in place of --address {address}: unset {name}"
+                )
         self.address = address
         self._headers = {} if token_file is None else {"Authorization": f"Bearer {read_token(token_file)}"}
-        with rays_errors():
+        with ray_errors():
             self._jobs = JobSubmissionClient(address, headers=dict(self._headers))
 
     def gpus(self) -> dict[str, float]:
-        """GPUs of each living node, used ones included, by the node's address."""
+        """Return the number of GPUs, free or in use, of each living node."""
         headers = {"Content-Type": "application/json", **self._headers}
         options = ListApiOptions(limit=10_000, detail=False)
-        with rays_errors():
+        with ray_errors():
             nodes = StateApiClient(self.address, headers=headers).list(StateResource.NODES, options, True)
         return gpus_of(nodes)
 
     def check(self, config: Config) -> None:
-        """Whether the run fits on the cluster with nothing else on it. Raises PlacementError with what is missing. Of a
-        run that waits for nodes to come (``run.placement_timeout_s``) only what no cluster can hold is refused.
+        """Raise PlacementError if the run does not fit on the idle cluster.
+
+        A run that waits for new nodes (``run.placement_timeout_s``) is refused only if no cluster could hold it.
         """
         bundles = bundles_of(config)
-        why = impossible(bundles)
-        if why is None and bundles and not config.run.placement_timeout_s:
-            why = shortfall(bundles, self.gpus())
-        if why is not None:
-            raise PlacementError(f"the cluster at {self.address}, if it were free: {why}")
+        reason = impossible(bundles)
+        if reason is None and bundles and not config.run.placement_timeout_s:
+            reason = shortfall(bundles, self.gpus())
+        if reason is not None:
+            raise PlacementError(f"the cluster at {self.address}, if it were free: {reason}")
 
     def submit(self, job: Job) -> str:
-        """Upload what `job` needs and start it; returns its id. A head that has just started is waited for."""
-        with rays_errors():
+        """Upload the files of `job`, start it and return its id. Retries for a minute while the head node starts."""
+        with ray_errors():
             return self._submit(job)
 
     @retry(
@@ -99,17 +102,17 @@ class Cluster:
         )
 
     def follow(self, job_id: str, write: Callable[[str], object]) -> int:
-        """Hand the job's output to `write` until it ends; returns its exit status. Ctrl-C leaves the job alone."""
+        """Pass the job's output to `write` until it ends; return its exit status. Ctrl-C does not stop the job."""
 
         async def tail() -> None:
             async for lines in self._jobs.tail_job_logs(job_id):
                 write(lines)
 
         try:
-            with rays_errors():
+            with ray_errors():
                 asyncio.run(tail())
                 details = self._jobs.get_job_info(job_id)
-                while not details.status.is_terminal():  # the output ends a moment before the state is written
+                while not details.status.is_terminal():  # the output ends shortly before the status changes
                     time.sleep(0.2)
                     details = self._jobs.get_job_info(job_id)
         except KeyboardInterrupt:
@@ -117,27 +120,26 @@ class Cluster:
         return exit_status(details)
 
     def logs(self, job_id: str) -> str:
-        """All that the job has printed so far."""
-        with rays_errors():
+        """Return the output of the job so far."""
+        with ray_errors():
             return self._jobs.get_job_logs(job_id)
 
     def stop(self, job_id: str) -> bool:
-        """Ask the job to end in order; whether it was running."""
-        with rays_errors():
+        """Ask the job to stop cleanly; return True if it was running."""
+        with ray_errors():
             return self._jobs.stop_job(job_id)
 
     def jobs(self) -> list[JobDetails]:
-        """The jobs that `submit` sent, from whatever machine, the newest first."""
-        with rays_errors():
-            known = self._jobs.list_jobs()
-        sent = [job for job in known if "opcd_run" in (job.metadata or {})]
-        return sorted(sent, key=lambda job: -(job.start_time or 0))
+        """Return the jobs that opcd submitted, from any machine, newest first."""
+        with ray_errors():
+            jobs = self._jobs.list_jobs()
+        submitted = [job for job in jobs if "opcd_run" in (job.metadata or {})]
+        return sorted(submitted, key=lambda job: -(job.start_time or 0))
 
 
 @contextmanager
-def rays_errors() -> Iterator[None]:
-    """Ray's client raises RuntimeError for whatever the server answers, and what `requests` raises, which is OSError;
-    here they get a name."""
+def ray_errors() -> Iterator[None]:
+    """Turn errors of Ray's client into ClusterError. It raises RuntimeError for refusals, and OSError from requests."""
     try:
         yield
     except (AuthenticationError, OSError, RayStateApiException, RuntimeError) as error:
@@ -145,7 +147,7 @@ def rays_errors() -> Iterator[None]:
 
 
 def gpus_of(nodes: list[dict[str, object]]) -> dict[str, float]:
-    """GPUs by ``ADDRESS#NODE`` of the living nodes that have any, from Ray's list of nodes."""
+    """Return the GPU counts of living nodes with GPUs by ``ADDRESS#NODE``, from Ray's list of nodes."""
     found: dict[str, float] = {}
     for node in nodes:
         resources = node["resources_total"]
@@ -156,7 +158,7 @@ def gpus_of(nodes: list[dict[str, object]]) -> dict[str, float]:
 
 
 def exit_status(job: JobDetails) -> int:
-    """That of the job's command; 130 for a job that was stopped, 1 for one that Ray could not run."""
+    """Return the status of the job's command; 130 for a stopped job, 1 for a job that Ray could not run."""
     if job.status == JobStatus.STOPPED:
         return INTERRUPTED
     if job.status == JobStatus.SUCCEEDED:
@@ -165,7 +167,7 @@ def exit_status(job: JobDetails) -> int:
 
 
 def read_token(path: Path) -> str:
-    """The token in a file. Raises ConfigError, without the token."""
+    """Read the token from a file. Raises ConfigError, whose text does not repeat the token."""
     try:
         token = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -176,7 +178,7 @@ def read_token(path: Path) -> str:
 
 
 def shipped_files(folder: Path) -> frozenset[Path]:
-    """What of `folder` Ray uploads, found out by its own packer: absolute paths of files."""
+    """Return the absolute paths of the files in `folder` that Ray uploads, as Ray's own packer selects them."""
     root = folder.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "upload.zip"

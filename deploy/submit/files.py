@@ -1,8 +1,8 @@
-"""What of a configuration names files, and whether a submitted job would find them. Pure but for looking at files.
+"""Finds the files that a configuration names and checks that a submitted job can read them. Sends nothing.
 
-A job runs in a copy of the submitted folder. Relative paths are read from there, absolute ones on the cluster's own
-disks, which this machine does not know. Results and secrets must not be in that copy: it is deleted after the job, and
-whoever may read the job may read it.
+A job runs in a copy of the submitted folder. Relative paths count from the copy; absolute paths are on the cluster's
+disks, which this machine cannot check. Results and secrets must not be in the copy: Ray deletes it after the job, and
+everyone who can read the job can read it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Use = Literal["input", "output", "secret", "model"]
 
 OUTPUTS = ("run.dir", "sync.folder")
 SECRETS = ("client_key_file", "server_keys_file", "tls_key")
-"""Last parts of the keys of files that hold secrets."""
+"""Last parts of the configuration keys that name files with secrets."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedFile:
-    """A configuration key, the path in it and what the job does with it."""
+    """A configuration key, its path and the job's use of that path."""
 
     key: str
     path: Path
@@ -34,7 +34,7 @@ class NamedFile:
 
 
 def named_files(config: Config) -> Iterator[NamedFile]:
-    """Every path of a configuration, in its order; models that may be hub names among them."""
+    """Yield every path of a configuration, in order; a model may also be a hub name."""
     for key, value in _leaves(config, ""):
         leaf = key.rpartition(".")[2]
         if isinstance(value, Path) and is_file(value):  # not a source of rows such as game:FrozenLake
@@ -45,9 +45,9 @@ def named_files(config: Config) -> Iterator[NamedFile]:
 
 
 def file_faults(config: Config, folder: Path, is_shipped: Callable[[Path], bool]) -> list[str]:
-    """What a job submitted from `folder` would not find, or should not be given; one line each, with the remedy.
+    """Return a line with a remedy for each path that a job from `folder` cannot read or must not contain.
 
-    `is_shipped` says of a path below `folder` whether the upload has it.
+    `is_shipped` tells if the upload contains a path below `folder`.
     """
     return [fault for file in named_files(config) if (fault := _fault(file, folder, is_shipped))]
 
@@ -55,22 +55,22 @@ def file_faults(config: Config, folder: Path, is_shipped: Callable[[Path], bool]
 def _fault(file: NamedFile, folder: Path, is_shipped: Callable[[Path], bool]) -> str | None:
     key, path = file.key, file.path
     if path.is_absolute():
-        return None  # on the cluster; not known here
+        return None  # on the cluster's disks
     if file.use == "output":
         return (
-            f"{key} is `{path}`: a job's folder is deleted after it; give an absolute path that all nodes share, for "
-            f"example {key}=/shared/{path}"
+            f"{key} is `{path}`: Ray deletes the job's folder after the job; give an absolute path that all nodes "
+            f"share, for example {key}=/shared/{path}"
         )
     if file.use == "secret":
         return (
             f"{key} is `{path}`: secrets are not uploaded; put the file on the cluster's nodes and give its absolute "
-            f"path there, for example {key}=/run/secrets/{path.name}"
+            f"path, for example {key}=/run/secrets/{path.name}"
         )
     here = (folder / path).resolve()
     if file.use == "model" and not here.exists():
         return None  # a hub name
     if not here.is_relative_to(folder.resolve()):
-        return f"{key} is `{path}`: outside of the submitted folder {folder}; give an absolute path on the cluster"
+        return f"{key} is `{path}`: outside the submitted folder {folder}; give an absolute path on the cluster"
     if not here.exists():
         return f"{key} is `{path}`: no such file in the submitted folder {folder}"
     if not is_shipped(here):

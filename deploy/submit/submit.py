@@ -1,8 +1,4 @@
-"""A run as a Ray job: what is sent, and the plain ``ray job submit`` that would send the same. Pure.
-
-Contacting a cluster is `deploy.submit.cluster`, the wheel `deploy.submit.wheel`, the files of a configuration
-`deploy.submit.files`.
-"""
+"""Describes a run as a Ray job, and prints the equivalent ``ray job submit``. Sends nothing."""
 
 from __future__ import annotations
 
@@ -34,27 +30,27 @@ EXCLUDES = (
     "*.pem",
     ".env",
 )
-"""Never uploaded, in the syntax of .gitignore; beside them what .gitignore and .rayignore of the folder name."""
+"""Never uploaded, in the syntax of .gitignore. The folder's .gitignore and .rayignore exclude further files."""
 
 STOP_WAIT_S = 600
-"""How long a stopped job has to end in order. Ray's own 3 seconds are too short to save a model."""
+"""Time for a stopped job to end cleanly. Ray's default of 3 seconds is too short to save a model."""
 
 VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-"""Names that Ray fills in (others it leaves as they stand)."""
+"""Variable names that Ray substitutes; it leaves other ``${...}`` unchanged."""
 LIKE_A_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
 SUBMISSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What Ray's job server is asked to run."""
+    """A request to Ray's job server."""
 
     submission_id: str
     entrypoint: tuple[str, ...]
-    """Words of the command, run in a copy of the working directory."""
+    """The command, run in a copy of the working directory."""
     working_dir: Path
     runtime_env: dict[str, Any]
-    """Without the working directory, which ``ray job submit`` takes as an option of its own."""
+    """Without the working directory, for which ``ray job submit`` has a separate option."""
     metadata: dict[str, str]
 
 
@@ -71,12 +67,12 @@ def plan(
     resume: bool = False,
     accept_changes: bool = False,
 ) -> Job:
-    """The job that runs `config`, a file below `working_dir`, with the code in `wheel`.
+    """Return the job that runs `config`, a file below `working_dir`, with the code in `wheel`.
 
-    `secrets` are names of environment variables (``NAME``, or ``NAME=NODE_NAME``) that the cluster's nodes have:
-    the job record holds the names, each node fills in the values. `variables` (``NAME=VALUE``) are sent as they are.
+    `secrets` name environment variables of the cluster's nodes (``NAME``, or ``NAME=NODE_NAME``): the job record holds
+    the names, and each node substitutes its values. `variables` (``NAME=VALUE``) are sent with their values.
 
-    Raises ConfigError for a file outside of the folder, a bad name, and a secret among `variables`.
+    Raises ConfigError for a file outside the folder, a bad name, or a secret among `variables`.
     """
     if not SUBMISSION_ID.fullmatch(submission_id):
         raise ConfigError(f"--id {submission_id!r}: letters, digits, dots, dashes and underscores")
@@ -100,41 +96,41 @@ def plan(
 
 
 def below(path: Path, folder: Path) -> Path:
-    """`path` seen from `folder`, which must hold it: the job knows nothing else. Raises ConfigError."""
-    here, root = path.resolve(), folder.resolve()
-    if not here.is_relative_to(root):
+    """Return `path` relative to `folder`. Raises ConfigError if the folder does not contain it."""
+    absolute, root = path.resolve(), folder.resolve()
+    if not absolute.is_relative_to(root):
         raise ConfigError(f"{path} is not in {root}, the folder that is uploaded; --working-dir names another")
-    return here.relative_to(root)
+    return absolute.relative_to(root)
 
 
 def secret_variable(text: str) -> tuple[str, str]:
-    """``NAME`` or ``NAME=NODE_NAME`` as the pair for ``env_vars``, in which Ray fills in the node's own value."""
+    """Parse ``NAME`` or ``NAME=NODE_NAME`` into a pair for ``env_vars``; Ray substitutes the node's value."""
     name, equals, node_name = text.partition("=")
     node_name = node_name if equals else name
     if not VARIABLE.fullmatch(name) or not VARIABLE.fullmatch(node_name):
-        # The text is not repeated: what stands there may be the secret itself.
+        # The message does not repeat the text, which may be the secret itself.
         raise ConfigError(
-            "--secret: expected NAME, or NAME=NODE_NAME, of environment variables that the cluster's nodes have; "
-            "capitals, digits and underscores. Values do not belong there"
+            "--secret: expected NAME or NAME=NODE_NAME, names of environment variables on the cluster's nodes "
+            "(capitals, digits and underscores), never a value"
         )
     return name, f"${{{node_name}}}"
 
 
 def plain_variable(text: str) -> tuple[str, str]:
-    """``NAME=VALUE`` as a pair; a name that looks like a secret's is refused, because everybody sees the value."""
+    """Parse ``NAME=VALUE``. Raises ConfigError for a name like a secret's, because the job record shows the value."""
     name, equals, value = text.partition("=")
     if not equals or not VARIABLE.fullmatch(name):
         raise ConfigError(f"--env {name}: expected NAME=VALUE; capitals, digits and underscores in the name")
     if LIKE_A_SECRET.search(name):
         raise ConfigError(
-            f"--env {name}: looks like a secret, and whoever may read the job reads its variables; set it on the "
-            f"cluster's nodes and name it: --secret {name}"
+            f"--env {name}: looks like a secret, and everyone who can read the job can read its variables; set it on "
+            f"the cluster's nodes and pass its name: --secret {name}"
         )
     return name, value
 
 
 def ray_command(job: Job, address: str, *, token_file: Path | None = None, follow: bool = False) -> str:
-    """The ``ray job submit`` that sends `job`, for a POSIX shell."""
+    """Return the ``ray job submit`` command that sends `job`, for a POSIX shell."""
     login = [] if token_file is None else ["RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN_PATH={shlex.quote(str(token_file))}"]
     options = {
         "--address": address,

@@ -1,9 +1,8 @@
-"""opcd as a wheel for ``py_modules`` of a Ray job, made from the code that is running.
+"""Packs the running opcd as a wheel for ``py_modules`` of a Ray job.
 
-Nodes of a cluster need opcd's entry points (vLLM finds the weight transfer through one), and a working directory ships
-none. Ray installs a wheel with ``pip install --target`` and everything that it requires, and names it on the cluster by
-its file name alone: so this wheel requires nothing (the cluster has the packages), and its version ends in a hash of
-its content (changed code is another wheel).
+Nodes need opcd's entry points, by which vLLM finds the weight transfer, and an uploaded folder has none. Ray installs a
+wheel with ``pip install --target`` and all its requirements, so this wheel has none: the nodes have the packages. Ray
+identifies a wheel by its file name, so the version ends in a hash of the content.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.config.model import ConfigError
+from common.import_names import PACKAGES
 
-PACKAGES = ("common", "rollout_workers", "teacher_server", "learner", "deploy")
 LONG_AGO = (1980, 1, 1, 0, 0, 0)
-"""Time of every file in the archive, so that equal content is an equal wheel."""
+"""Time of every file in the archive, so that equal content gives an equal wheel."""
 
 
 def write_wheel(folder: Path) -> Path:
-    """Write the wheel of the running code into `folder`, unless it is there; returns its path.
+    """Write the wheel of the running code into `folder`, unless it exists; return its path.
 
-    Raises ConfigError where opcd is not installed, OSError where `folder` cannot be written.
+    Raises ConfigError if opcd is not installed, OSError if `folder` cannot be written.
     """
     try:
         installed = importlib.metadata.distribution("opcd")
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError("opcd is not installed here, so its entry points are not known: pip install .") from None
+        raise ConfigError("opcd is not installed, so its entry points are unknown: pip install .") from None
     files = read_packages()
     files_hash = hashlib.sha256()
     entry_points = entry_points_text(installed)
@@ -49,12 +48,12 @@ def write_wheel(folder: Path) -> Path:
 
 
 def wheels_folder() -> Path:
-    """Where wheels are kept between submissions: the user's cache."""
+    """Return the folder in the user's cache that keeps wheels between submissions."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opcd"
 
 
 def read_packages() -> dict[str, bytes]:
-    """Every file of the packages as they are imported here, by its path in a wheel, in a fixed order."""
+    """Return the files of the imported packages by their paths in a wheel, in a fixed order."""
     found: dict[str, bytes] = {}
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -67,7 +66,7 @@ def read_packages() -> dict[str, bytes]:
 
 
 def entry_points_text(installed: importlib.metadata.Distribution) -> str:
-    """``entry_points.txt`` of the installed distribution, in a fixed order."""
+    """Return ``entry_points.txt`` of the installed distribution, in a fixed order."""
     groups: dict[str, list[str]] = {}
     for point in sorted(installed.entry_points):
         groups.setdefault(point.group, []).append(f"{point.name} = {point.value}\n")
@@ -75,7 +74,7 @@ def entry_points_text(installed: importlib.metadata.Distribution) -> str:
 
 
 def dist_info(version: str, entry_points: str) -> dict[str, bytes]:
-    """The metadata's files but RECORD. No requirements: see above."""
+    """Return the metadata files except RECORD; no requirements, see the module's docstring."""
     folder = f"opcd-{version}.dist-info"
     return {
         f"{folder}/METADATA": f"Metadata-Version: 2.1\nName: opcd\nVersion: {version}\n".encode(),
@@ -85,7 +84,7 @@ def dist_info(version: str, entry_points: str) -> dict[str, bytes]:
 
 
 def _write(path: Path, files: Mapping[str, bytes]) -> None:
-    """A wheel of `files` and their RECORD (https://packaging.python.org/specifications/binary-distribution-format)."""
+    """Write a wheel of `files` and their RECORD (https://packaging.python.org/specifications/binary-distribution-format)."""
     (folder,) = {name.partition("/")[0] for name in files if ".dist-info/" in name}
     record = "".join(f"{name},sha256={_digest(content)},{len(content)}\n" for name, content in files.items())
     record += f"{folder}/RECORD,,\n"

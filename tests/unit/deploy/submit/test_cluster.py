@@ -1,4 +1,4 @@
-"""What Ray's job server says, as a user hears it; a real one is in tests/integration/deploy/test_submit.py."""
+"""Answers of Ray's job server as the user sees them; tests/integration/deploy/test_submit.py has a real server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobDetails
 
+from deploy.submit import cluster as submit_cluster
 from deploy.submit.cluster import Cluster, exit_status, gpus_of, read_token
 from deploy.submit.submit import Job
 
@@ -51,7 +52,7 @@ def known(job_id: str, start: int, *, sent_by_opcd: bool = True) -> JobDetails:
 
 
 class Server:
-    """Ray's client in front of a server that has just started, has three jobs, and is interrupted while it is heard."""
+    """A client of Ray's job server that has just started, has three jobs, and is interrupted while its log is read."""
 
     def __init__(self) -> None:
         self.refusals = 1
@@ -71,10 +72,11 @@ class Server:
 
 
 @pytest.fixture
-def cluster() -> Cluster:
-    found = object.__new__(Cluster)
-    found._jobs = Server()
-    return found
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    for name in submit_cluster.ADDRESS_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(submit_cluster, "JobSubmissionClient", lambda address, headers: Server())
+    return Cluster("http://head:8265")
 
 
 def test_a_head_that_has_just_started_is_waited_for(cluster: Cluster) -> None:

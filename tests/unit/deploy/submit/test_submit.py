@@ -1,4 +1,4 @@
-"""A run as a Ray job: what is sent, what is refused, and that ``ray job submit`` reads the printed command alike."""
+"""The job of a submitted run, the refusals, and ``ray job submit``'s own reading of the printed command."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from learner.cluster.placement import PlacementError
 from tests.support.configs import config_of
 
 ADDRESS = "http://127.0.0.1:1"
-"""Where nobody listens."""
+"""No server listens on this port."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project that can be submitted: its data, a key and a model that are to stay, and a wheel cache of its own."""
+    """A project to submit: data, files that must not be uploaded, and an empty wheel cache."""
     here = tmp_path / "project"
-    stays = ("models/m/config.json", "runs/old/metrics.jsonl", "team.key", "ca.pem", ".env", "notes/secret.txt")
-    for name in ("data/train.jsonl", *stays):
+    excluded = ("models/m/config.json", "runs/old/metrics.jsonl", "team.key", "ca.pem", ".env", "notes/secret.txt")
+    for name in ("data/train.jsonl", *excluded):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text("{}")
     (here / ".gitignore").write_text("notes/\n")
@@ -200,7 +200,7 @@ def test_what_a_job_would_not_find_is_named_with_the_remedy(folder: Path) -> Non
         ),
         ("student.model", {"student": {"model": "models/m"}}, "student.model=/shared/models/m"),
         ("context.file", {"context": {"file": "notes/secret.txt"}}, "left out of the upload"),
-        ("context.file", {"context": {"file": "../up.txt"}}, "outside of the submitted folder"),
+        ("context.file", {"context": {"file": "../up.txt"}}, "outside the submitted folder"),
         ("data.train", {"data": {"train": "none.jsonl"}}, "no such file"),
     ):
         (fault,) = faults_of(folder, **sections)
@@ -258,12 +258,7 @@ def test_a_cluster_that_is_not_there_is_one_line(folder: Path) -> None:
 
 
 def test_a_run_that_the_cluster_cannot_hold_is_not_sent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect(address: str, token_file: Path | None) -> Cluster:
-        cluster = object.__new__(Cluster)
-        cluster.address = address
-        return cluster
-
-    monkeypatch.setattr(cli_submit, "connect", connect)
+    monkeypatch.setattr(submit_cluster, "JobSubmissionClient", lambda address, headers: None)
     monkeypatch.setattr(Cluster, "gpus", lambda self: {"10.0.0.1#abcdef": 1.0})
     sent: list[Job] = []
     monkeypatch.setattr(Cluster, "submit", lambda self, job: sent.append(job) or job.submission_id)
@@ -279,7 +274,7 @@ def test_a_run_that_the_cluster_cannot_hold_is_not_sent(folder: Path, monkeypatc
     assert submitted(*waits, "--id", "waits").stdout == "waits\n"
     assert [job.submission_id for job in sent] == ["fits", "forced", "waits"]
     with pytest.raises(PlacementError):
-        connect(ADDRESS, None).check(config_of(learner={"gpus_per_rank": 2}))
+        Cluster(ADDRESS).check(config_of(learner={"gpus_per_rank": 2}))
 
 
 @pytest.mark.parametrize("text", ["", "two words", "\u00e9"])

@@ -1,4 +1,4 @@
-"""The wheel of a submitted job: this very code, its entry points, no requirements, another name for other content."""
+"""The wheel of a submitted job: the running code, its entry points, no requirements, named by its content."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_it_holds_the_running_code(wheel: Path) -> None:
 
 
 def test_pip_installs_it_as_ray_does_and_entry_points_load(wheel: Path, tmp_path: Path) -> None:
-    """``pip install --target``, without an index: there is nothing to fetch. Then as a node's worker sees it."""
+    """``pip install --target``, without an index. Then imported as by a node's worker."""
     target = tmp_path / "target"
     options = ["-q", "--no-index", "--no-compile", str(wheel), f"--target={target}"]
     subprocess.run([sys.executable, "-m", "pip", "install", *options], check=True, capture_output=True, timeout=60)
