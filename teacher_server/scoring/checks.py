@@ -1,4 +1,4 @@
-"""What is refused before anything is queued: whole requests (RequestRefused) and single items (ItemError)."""
+"""Checks before an item is queued: of whole requests (RequestRefused) and of single items (ItemError)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIN_TEMPERATURE = 1e-3
 
 
 class RequestRefused(ValueError):
-    """The request as a whole cannot be answered; `status` is the HTTP status, `code` is machine-readable."""
+    """The whole request is refused. `status` is the HTTP status, `code` is machine-readable."""
 
     def __init__(self, status: int, code: str, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -21,10 +21,7 @@ class RequestRefused(ValueError):
 
 
 def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
-    """Mode, temperature, k, number of items, their tokens and the size of the reply against what this teacher offers.
-
-    Raises RequestRefused.
-    """
+    """Check mode, temperature, k, number of items, tokens and size of the reply. Raises RequestRefused."""
     if request.mode not in info.modes:
         raise RequestRefused(
             400, "mode", f"mode {request.mode} is not offered by this teacher ({', '.join(info.modes)} are)"
@@ -36,10 +33,10 @@ def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
         )
     if allowed is not None and request.temperature not in allowed:
         raise RequestRefused(400, "temperature", f"mode {request.mode} is offered at temperatures {list(allowed)} only")
-    least = 1 if request.mode in ("teacher_topk", "union") else 0
-    if not least <= request.k <= min(info.max_k, info.vocab_size):
+    min_k = 1 if request.mode in ("teacher_topk", "union") else 0
+    if not min_k <= request.k <= min(info.max_k, info.vocab_size):
         raise RequestRefused(
-            400, "k", f"k is {request.k}, must be {least} to {min(info.max_k, info.vocab_size)} in mode {request.mode}"
+            400, "k", f"k is {request.k}, must be {min_k} to {min(info.max_k, info.vocab_size)} in mode {request.mode}"
         )
     if len(request.items) > info.max_items:
         raise RequestRefused(413, "items", f"{len(request.items)} items, at most {info.max_items} in one request")
@@ -66,7 +63,7 @@ def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
 def check_item(
     item: ScoreItem, context: Context | None, request: ScoreRequest, info: TeacherInfo, backend: Backend
 ) -> ItemError | None:
-    """Shapes, ids and lengths of one item whose context was looked up; None where all is well."""
+    """Check shapes, ids and lengths of one item against its stored `context`; None if the item is valid."""
     tokens = int(item.response_ids.size)
     wants_ids = request.mode in ("at_ids", "union")
     if wants_ids != (item.topk_ids is not None):
@@ -80,17 +77,21 @@ def check_item(
                 f"topk ids of {tokens} response tokens have shape {list(shape)}, must be [{tokens}, 1 to {info.max_k}]",
             )
     if item.context is not None and context is None:
-        return ItemError("unknown_context", f"context {item.context} is not here (never put, or evicted): put it again")
-    before = 0 if context is None else int(context.ids.size)
-    total = before + int(item.prompt_ids.size) + tokens
+        return ItemError(
+            "unknown_context", f"context {item.context} is not stored (never put, or evicted): put the context again"
+        )
+    context_tokens = 0 if context is None else int(context.ids.size)
+    total = context_tokens + int(item.prompt_ids.size) + tokens
     if total > info.max_sequence_tokens:
         return ItemError(
             "too_long",
-            f"{before} context + {item.prompt_ids.size} prompt + {tokens} response tokens are {total}, "
+            f"{context_tokens} context + {item.prompt_ids.size} prompt + {tokens} response tokens are {total}, "
             f"at most {info.max_sequence_tokens}",
         )
-    if tokens and not before and not item.prompt_ids.size:
-        return ItemError("bad_shape", "nothing precedes the response: prompt and context are both empty")
+    if tokens and not context_tokens and not item.prompt_ids.size:
+        return ItemError(
+            "bad_shape", "prompt and context are both empty: the first response token needs a token before it"
+        )
     if not backend.embeds(item.prompt_ids) or not backend.embeds(item.response_ids):
         largest = max(int(item.prompt_ids.max(initial=0)), int(item.response_ids.max(initial=0)))
         return ItemError("bad_ids", f"token id {largest} is not in this model's vocabulary of {info.vocab_size}")

@@ -1,7 +1,7 @@
-"""Contexts by content hash: their tokens, as clients put them, and their computed state, as the backend keeps it.
+"""Contexts by content hash: the tokens that clients put, and the states that the backend computes from them.
 
-Both are bounded in bytes and let the least recently used leave first. Names are always (tenant, hash): a tenant can
-neither see, nor by timing tell, what another one has put.
+Both stores are bounded in bytes and evict the least recently used entry. Names are always (tenant, hash): a tenant
+cannot see the contexts of another tenant, nor detect them by timing.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from common.protocol.schema import Context, Ids, context_hash
 from teacher_server.backends.base import Backend
 
 MAX_PARENTS = 256
-"""Longest chain of parents: each one costs a merge in every layer of every forward pass."""
+"""Maximum length of a chain of parents: each parent costs a merge in every layer of every forward pass."""
 
 MAX_CONTEXTS = 65_536
-"""Stored at a time, of all tenants: short ones take far more memory than their ids."""
+"""Maximum number of stored contexts, over all tenants: a short context takes far more memory than its ids."""
 
 Name = tuple[str, str]
 """(tenant, context hash)."""
 
 
 class ContextRefused(ValueError):
-    """The context cannot be stored; `code` is machine-readable (``unknown_parent``, ``hash_mismatch``, ...)."""
+    """The context cannot be stored. `code` is machine-readable (``unknown_parent``, ``hash_mismatch``, ...)."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -37,10 +37,10 @@ class ContextRefused(ValueError):
 
 
 class ContextStore:
-    """Token prefixes of all tenants. Immutable: a hash names the same tokens for ever."""
+    """Token prefixes of all tenants. A hash always names the same tokens."""
 
     def __init__(self, tokenizer_fingerprint: str, *, max_tokens: int, max_bytes: int) -> None:
-        """`max_tokens` bounds one context (what the model can take), `max_bytes` all of them together."""
+        """`max_tokens` bounds one context (the model's limit), `max_bytes` all contexts together."""
         self._fingerprint = tokenizer_fingerprint
         self._max_tokens = max_tokens
         self._max_bytes = max_bytes
@@ -48,12 +48,12 @@ class ContextStore:
         self.nbytes = 0
 
     def put(self, tenant: str, name: str, ids: Ids, parent: str | None) -> Context:
-        """Store ``parent + ids`` under `name`; raises ContextRefused. Putting it again changes nothing."""
-        known = self.get(tenant, name)
+        """Store ``parent + ids`` under `name`. Putting a context again changes nothing. Raises ContextRefused."""
+        stored = self.get(tenant, name)
         if parent is not None:
             head = self.get(tenant, parent)
             if head is None:
-                raise ContextRefused("unknown_parent", f"parent {parent} is not here: put it first")
+                raise ContextRefused("unknown_parent", f"parent {parent} is not stored: put the parent first")
             ids = np.concatenate([head.ids, ids])
             if len(self.parents(tenant, head)) + 1 >= MAX_PARENTS:
                 raise ContextRefused("too_deep", f"more than {MAX_PARENTS} contexts in a chain: drop `parent`")
@@ -66,10 +66,10 @@ class ContextStore:
             raise ContextRefused(
                 "hash_mismatch",
                 f"these {ids.size} tokens hash to {actual} under this teacher's tokenizer, not to {name}: "
-                "tokens damaged, or another tokenizer",
+                "the tokens are damaged, or the client uses another tokenizer",
             )
-        if known is not None:
-            return known
+        if stored is not None:
+            return stored
         if ids.nbytes > self._max_bytes:
             raise ContextRefused("too_long", f"{ids.nbytes} bytes of ids, at most {self._max_bytes}")
         context = Context(hash=name, ids=ids, parent=parent)
@@ -81,14 +81,14 @@ class ContextStore:
         return context
 
     def get(self, tenant: str, name: str) -> Context | None:
-        """The context, now the most recently used one; None where the tenant has not put it or it was evicted."""
+        """Return the context and mark it as used; None if the tenant has not put it or it was evicted."""
         context = self._contexts.get((tenant, name))
         if context is not None:
             self._contexts.move_to_end((tenant, name))
         return context
 
     def parents(self, tenant: str, context: Context) -> tuple[Context, ...]:
-        """Ancestors that are still here, the nearest first."""
+        """Stored ancestors, the nearest first, up to the first missing one."""
         found: list[Context] = []
         while context.parent is not None and (parent := self.get(tenant, context.parent)) is not None:
             found.append(parent)
@@ -101,7 +101,7 @@ class ContextStore:
 
 @dataclass(frozen=True, slots=True)
 class ContextRef:
-    """A context with its ancestors (nearest first) and its tenant: all that computing its state takes."""
+    """A context with its tenant and its ancestors (nearest first): the input for computing its state."""
 
     tenant: str
     context: Context
@@ -109,11 +109,11 @@ class ContextRef:
 
     @property
     def name(self) -> Name:
-        """What the context is stored under."""
+        """Key of the context in the store."""
         return self.tenant, self.context.hash
 
     def own_tokens(self) -> list[int]:
-        """Tokens of each state that computing this one leaves in the cache, the root's first."""
+        """Number of own tokens of each context in the chain, without its parent's, the root first."""
         ends = [0, *(int(context.ids.size) for context in (*reversed(self.parents), self.context))]
         return [end - begin for begin, end in pairwise(ends)]
 
@@ -128,12 +128,12 @@ class _Entry:
 
 
 class CacheFull(RuntimeError):
-    """Everything in the cache is in use: score what is pinned first, then ask again."""
+    """Every cached state is pinned. Score the pinned items first, then acquire again."""
 
 
 @dataclass(slots=True)
 class CacheCounts:
-    """Since the start: `hit_tokens` context tokens that were not computed again, `computed_tokens` that were."""
+    """Totals since the start. `hit_tokens`: context tokens served from the cache; `computed_tokens`: computed."""
 
     hits: int = 0
     misses: int = 0
@@ -143,7 +143,7 @@ class CacheCounts:
 
 
 class PrefixCache:
-    """Computed states by (tenant, hash, weight version). Used from the backend's thread only."""
+    """Computed states by (tenant, hash, weight version). Only `holds` may be called outside the worker thread."""
 
     def __init__(self, backend: Backend, max_bytes: int) -> None:
         self._backend = backend
@@ -152,50 +152,50 @@ class PrefixCache:
         self.nbytes = 0
         self.counts = CacheCounts()
 
-    def fits(self, located: ContextRef) -> bool:
-        """Whether the state of a context can be held at all, with those of its parents, which it refers to."""
-        return sum(map(self._backend.prefix_bytes, located.own_tokens())) <= self._max_bytes
+    def fits(self, ref: ContextRef) -> bool:
+        """Check that the states of a context and its parents fit into an empty cache together."""
+        return sum(map(self._backend.prefix_bytes, ref.own_tokens())) <= self._max_bytes
 
-    def holds(self, located: ContextRef) -> bool:
-        """Whether the state is here (may be asked from any thread; true only for the moment)."""
-        return self._key(located.tenant, located.context) in self._entries
+    def holds(self, ref: ContextRef) -> bool:
+        """Tell if the state is cached at the moment. Thread-safe."""
+        return self._key(ref.tenant, ref.context) in self._entries
 
     @contextmanager
     def pinned(self) -> Iterator[Pins]:
-        """A scope in which acquired states stay; all of them are let go at its end."""
+        """Scope that keeps its acquired states in the cache and releases all of them at the end."""
         pins = Pins(self)
         try:
             yield pins
         finally:
             pins.release()
 
-    def acquire(self, located: ContextRef) -> _Entry:
-        """The entry of a context, computed if it is not here, pinned once. Raises CacheFull."""
-        entry = self._entries.get(self._key(located.tenant, located.context))
+    def acquire(self, ref: ContextRef) -> _Entry:
+        """Pin and return the entry of a context; compute it if missing. Raises CacheFull."""
+        entry = self._entries.get(self._key(ref.tenant, ref.context))
         if entry is not None:
             self.counts.hits += 1
-            self.counts.hit_tokens += int(located.context.ids.size)
+            self.counts.hit_tokens += int(ref.context.ids.size)
         else:
             self.counts.misses += 1
-            entry = self._compute(located)
+            entry = self._compute(ref)
         entry.pins += 1
         self._entries.move_to_end(entry.key)
         return entry
 
     def drop_other_versions(self) -> None:
-        """Forget states of other weights than the backend's: nobody asks for them again. Call it between batches."""
+        """Drop the states of other weight versions than the backend's. Call it between batches."""
         for entry in reversed(list(self._entries.values())):
             if entry.key[2] != self._backend.weight_version:
                 del self._entries[entry.key]
                 self.nbytes -= entry.state.nbytes
 
-    def _compute(self, located: ContextRef) -> _Entry:
+    def _compute(self, ref: ContextRef) -> _Entry:
         parent: _Entry | None = None
-        lineage = (*reversed(located.parents), located.context)
-        for context in lineage:
-            entry = self._entries.get(self._key(located.tenant, context))
+        chain = (*reversed(ref.parents), ref.context)
+        for context in chain:
+            entry = self._entries.get(self._key(ref.tenant, context))
             if entry is None:
-                entry = self._compute_one(located.tenant, context, parent)
+                entry = self._compute_one(ref.tenant, context, parent)
             parent = entry
         assert parent is not None
         return parent
@@ -224,7 +224,7 @@ class PrefixCache:
         while self._entries and self.nbytes + needed > self._max_bytes:
             victim = next((e for e in self._entries.values() if not e.pins and not e.children), None)
             if victim is None:
-                raise CacheFull(f"{self.nbytes} bytes of context caches are in use, {needed} more are needed")
+                raise CacheFull(f"{self.nbytes} bytes of context states are in use, {needed} more are needed")
             self._drop(victim)
             self.counts.evictions += 1
 
@@ -242,20 +242,20 @@ class PrefixCache:
 
 
 class Pins:
-    """States in use by one batch."""
+    """The pinned states of one batch."""
 
     def __init__(self, cache: PrefixCache) -> None:
         self._cache = cache
         self._entries: dict[Name, _Entry] = {}
 
-    def state(self, located: ContextRef) -> Any:
-        """The state of `located`, pinned until the scope ends. Raises CacheFull."""
-        if located.name not in self._entries:
-            self._entries[located.name] = self._cache.acquire(located)
-        return self._entries[located.name].state
+    def state(self, ref: ContextRef) -> Any:
+        """The state of a context, pinned until the scope ends. Raises CacheFull."""
+        if ref.name not in self._entries:
+            self._entries[ref.name] = self._cache.acquire(ref)
+        return self._entries[ref.name].state
 
     def release(self) -> None:
-        """Let all of them go."""
+        """Unpin all states."""
         for entry in self._entries.values():
             entry.pins -= 1
         self._entries.clear()

@@ -1,11 +1,11 @@
-"""What ``/metrics`` shows. One registry per server, so that several can live in one process."""
+"""Prometheus series of ``/metrics``. Each server has its own registry: one process may hold several servers."""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 MAX_RUNS = 200
-"""Runs of a tenant with series of their own; those that come later share the tenant's ``other``."""
+"""Runs of one tenant that get their own series. Later runs share the tenant's ``other``."""
 
 OTHER = "other"
 
@@ -35,10 +35,10 @@ class Metrics:
         self.tokens_computed = counter("tokens_computed", "Prompt and response tokens run through the model.", "run")
         self.context_computed = counter("context_tokens_computed", "Context tokens run through the model.", "run")
         self.context_saved = counter(
-            "context_tokens_saved", "Context tokens that scoring without a cache would have run again.", "run"
+            "context_tokens_saved", "Context tokens that the cache kept from running again.", "run"
         )
         self.floored = counter("values_floored", "Log-probabilities clamped to the floor.", "run")
-        self.unauthorised = counter("unauthorised", "Requests without a key of this teacher.")
+        self.unauthorised = counter("unauthorised", "Requests without a valid key.")
         self.bytes_in = counter("bytes_in", "Bytes of score requests' bodies.", "run")
         self.context_bytes_in = counter("context_bytes_in", "Bytes of contexts' bodies.", "tenant")
         self.bytes_out = counter("bytes_out", "Bytes of replies.", "run")
@@ -47,18 +47,18 @@ class Metrics:
         self.batch_s = histogram("batch_seconds", "Duration of a batch.", _SECONDS)
         self.batch_items = histogram("batch_items", "Items of a batch.", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
         self.batch_tokens = histogram("batch_tokens", "Prompt and response tokens of a batch.", _TOKENS)
-        self.queued_tokens = gauge("queued_tokens", "Tokens that wait.")
-        self.cache_hits = gauge("context_cache_hits", "Look-ups of a context's state that found it.")
-        self.cache_misses = gauge("context_cache_misses", "Look-ups of a context's state that computed it.")
-        self.cache_evictions = gauge("context_cache_evictions", "States that made room for others.")
-        self.cache_bytes = gauge("context_cache_bytes", "Memory of the contexts' states.")
-        self.body_bytes = gauge("body_bytes", "Memory of the request bodies being worked on.")
-        self.reply_bytes = gauge("reply_bytes", "Memory of replies kept for requests that are sent again.")
+        self.queued_tokens = gauge("queued_tokens", "Waiting tokens.")
+        self.cache_hits = gauge("context_cache_hits", "Look-ups of a context state that found it.")
+        self.cache_misses = gauge("context_cache_misses", "Look-ups of a context state that computed it.")
+        self.cache_evictions = gauge("context_cache_evictions", "Evicted context states.")
+        self.cache_bytes = gauge("context_cache_bytes", "Memory of the cached context states.")
+        self.body_bytes = gauge("body_bytes", "Memory of the request bodies in progress.")
+        self.reply_bytes = gauge("reply_bytes", "Memory of the replies kept for repeated requests.")
 
     def run(self, tenant: str, run: str) -> str:
-        """The label of a run that asked for what can be answered: of its own, while its tenant has few enough.
+        """Label of a run with a valid request: its own label for the first `MAX_RUNS` runs of its tenant.
 
-        Names that a tenant makes up can neither grow the registry without bound nor take other tenants' labels.
+        Invented names can neither grow the registry without bound nor take the labels of other tenants.
         """
         runs = self._runs.setdefault(tenant, set())
         if len(runs) < MAX_RUNS:
@@ -66,7 +66,7 @@ class Metrics:
         return self.known(tenant, run)
 
     def known(self, tenant: str, run: str) -> str:
-        """The label of a run that may be made up: ``TENANT/other`` where `run` has no label of its own."""
+        """Label of any run name, which may be invented: ``TENANT/other`` if the run has no own label."""
         return f"{tenant}/{run if run in self._runs.get(tenant, ()) else OTHER}"
 
     def render(self) -> bytes:

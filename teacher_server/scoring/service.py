@@ -1,4 +1,4 @@
-"""What the server does, without HTTP: look up, check, queue, answer."""
+"""The scoring service without HTTP: contexts, checks, the queue and the weights of one model."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from teacher_server.scoring.metrics import Metrics
 from teacher_server.scoring.scheduler import RUN_SHARE, BatchReport, QueueFull, Scheduler, SchedulerStopped
 
 CONTEXT_IDS_BYTES = 256 * 1024 * 1024
-"""Bound on the tokens of stored contexts (their states have a bound of their own)."""
+"""Bound on the ids of all stored contexts. ``teacher.context_cache_bytes`` bounds their states."""
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """Fingerprints of the tokenizer that goes with the model."""
+    """Fingerprints of the model's tokenizer."""
 
     tokenizer: str
     chat_template: str
 
 
 class TeacherService:
-    """One model, its contexts and its queue. `start` and `stop` on the event loop that uses it."""
+    """One model with its contexts and its queue. Call `start`, `stop` and `score` on one event loop."""
 
     def __init__(
         self,
@@ -52,24 +52,25 @@ class TeacherService:
         on_stop: Callable[[], None] | None = None,
         on_failure: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`thread_setup` runs in the thread that computes, `on_stop` after it has ended; `on_failure` is called with
-        the reason when nothing is computed any more.
+        """`thread_setup` runs in the worker thread, `on_stop` after the thread has ended.
+
+        `on_failure` is called with the reason when the batch loop fails.
         """
         self._backend = backend
         self._config = config
         self._identity = identity
-        self._longest = min(config.max_sequence_tokens or backend.max_sequence_tokens, backend.max_sequence_tokens)
+        self._max_sequence = min(config.max_sequence_tokens or backend.max_sequence_tokens, backend.max_sequence_tokens)
         self._thread_setup = thread_setup
         self._on_stop = on_stop
         self._on_failure = on_failure
         self._scheduler: Scheduler | None = None
         self._draining = False
         self._broken: str | None = None
-        self.contexts = ContextStore(identity.tokenizer, max_tokens=self._longest, max_bytes=CONTEXT_IDS_BYTES)
+        self.contexts = ContextStore(identity.tokenizer, max_tokens=self._max_sequence, max_bytes=CONTEXT_IDS_BYTES)
         self.metrics = Metrics()
 
     def start(self) -> None:
-        """Begin to take requests."""
+        """Start taking requests."""
         self._scheduler = Scheduler(
             self._backend,
             batch_tokens=self._config.batch_tokens,
@@ -84,7 +85,7 @@ class TeacherService:
         self._scheduler.start()
 
     async def stop(self) -> None:
-        """Take nothing more, finish what is queued."""
+        """Refuse new requests and finish the queued ones."""
         self.drain()
         if self._scheduler is not None:
             await self._scheduler.stop()
@@ -92,28 +93,28 @@ class TeacherService:
             await asyncio.to_thread(self._on_stop)
 
     def drain(self) -> None:
-        """Refuse new requests from here on; from any thread."""
+        """Refuse new requests from now on. Thread-safe."""
         self._draining = True
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """True while requests are taken."""
         return self._scheduler is not None and self.alive and not self._draining and self._broken is None
 
     @property
     def alive(self) -> bool:
-        """False where only another process can help."""
+        """False after a fault that only a new process repairs."""
         return self.failure is None
 
     @property
     def failure(self) -> str | None:
-        """Why nothing is computed any more; None: it is."""
+        """The fault that ended the batch loop, or None."""
         return None if self._scheduler is None else self._scheduler.failure
 
     def load_weights(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
-        """Replace the weights between two batches; from any thread but the event loop's, blocks until it is done.
+        """Replace the weights between two batches; blocks, so call it outside the event loop's thread.
 
-        Raises SyncError; nothing is scored any more then, since the weights are a mixture.
+        Raises SyncError. The service then refuses every request: the weights are a mixture of two versions.
         """
         self._change(
             lambda backend: backend.load_weights(tensors, version), f"weights of version {version} did not arrive whole"
@@ -121,15 +122,15 @@ class TeacherService:
 
     @property
     def device(self) -> Any:
-        """Where the model's weights are to arrive."""
+        """The device that receives new weights."""
         return cast(LiveBackend, self._backend).device
 
     def save_state(self, path: Path) -> None:
-        """What a resumed run needs of a teacher that averages, as one file."""
+        """Write the averaged weights and their version to one file, for a resumed run."""
         self._between_batches(lambda backend: backend.save_state(path))
 
     def load_state(self, path: Path) -> None:
-        """Go on from `save_state`; nothing is scored any more where that fails."""
+        """Read the file of `save_state`. The service refuses every request if that fails."""
         self._change(lambda backend: backend.load_state(path), f"the average in {path} was not read whole")
 
     def _change(self, call: Callable[[LiveBackend], None], fault: str) -> None:
@@ -137,7 +138,7 @@ class TeacherService:
             try:
                 call(backend)
             except BaseException as error:
-                # Here and not where it is waited for: the next batch may be in this thread's queue already.
+                # Set on the worker thread: the next batch may already be in the queue of this thread.
                 self._broken = f"{fault}: {error}"
                 raise
 
@@ -150,9 +151,9 @@ class TeacherService:
         self._scheduler.between_batches(lambda: call(backend)).result()
 
     def info(self) -> TeacherInfo:
-        """The handshake."""
+        """Handshake: the model's identity, modes and bounds."""
         backend, config = self._backend, self._config
-        assert config.kind != "base"  # the learner itself
+        assert config.kind != "base"  # `build_service` refuses it
         return TeacherInfo(
             protocol=PROTOCOL_VERSION,
             model=backend.model_name,
@@ -163,7 +164,7 @@ class TeacherService:
             dtype=backend.dtype,
             vocab_size=backend.vocab_size,
             max_k=min(config.max_k, backend.vocab_size),
-            max_sequence_tokens=self._longest,
+            max_sequence_tokens=self._max_sequence,
             max_items=config.max_items,
             max_body_bytes=config.max_body_bytes,
             max_request_tokens=max(1, int(RUN_SHARE * config.max_queued_tokens)),
@@ -173,7 +174,7 @@ class TeacherService:
         )
 
     def put_context(self, tenant: str, name: str, ids: Ids, parent: str | None) -> Context:
-        """Store a context; raises RequestRefused."""
+        """Store a context. Raises RequestRefused."""
         if self._draining:
             raise _shutting_down()
         try:
@@ -183,15 +184,15 @@ class TeacherService:
             raise RequestRefused(status, error.code, str(error)) from error
 
     def check(self, request: ScoreRequest) -> TeacherInfo:
-        """Whether a request can be answered here, by the bounds of this handshake; raises RequestRefused."""
+        """Check a request against the bounds of the handshake. Raises RequestRefused."""
         info = self.info()
         check_request(request, info)
         return info
 
     async def score(self, tenant: str, request: ScoreRequest, *, deadline_s: float | None = None) -> ScoreResponse:
-        """Score the items that can be scored, say of the others why not; raises RequestRefused for the whole.
+        """Score each valid item and return an ItemError for each other one.
 
-        After `deadline_s` the items leave the queue and the request is refused: nobody waits for it any more.
+        After `deadline_s` the items leave the queue. Raises RequestRefused for the whole request.
         """
         scheduler = self._scheduler
         self._refuse_if_broken()
@@ -201,16 +202,16 @@ class TeacherService:
         faults, works = self._prepare(tenant, request, info, scheduler)
         try:
             async with asyncio.timeout(deadline_s):
-                scored, version = await _of_one_version(scheduler, tenant, request.run, works)
+                scored, version = await _score_with_one_version(scheduler, tenant, request.run, works)
         except QueueFull as error:
             raise RequestRefused(429, "busy", str(error), retry_after_s=error.retry_after_s) from error
         except SchedulerStopped as error:
             raise RequestRefused(503, "broken", str(error)) from error
         except TimeoutError as error:
-            raise RequestRefused(504, "deadline", f"not scored within the {deadline_s:g} s asked for") from error
+            raise RequestRefused(504, "deadline", f"not scored within the requested {deadline_s:g} s") from error
         self._refuse_if_broken()  # an update may have failed while these items waited
-        in_order = iter(scored)
-        results = tuple(next(in_order) if fault is None else fault for fault in faults)
+        scores = iter(scored)
+        results = tuple(next(scores) if fault is None else fault for fault in faults)
         self._count(tenant, request, results)
         return ScoreResponse(
             request_id=request.request_id,
@@ -220,7 +221,7 @@ class TeacherService:
         )
 
     def render_metrics(self) -> bytes:
-        """Prometheus text, gauges brought up to date."""
+        """Update the gauges and return Prometheus text."""
         if self._scheduler is not None:
             cache = self._scheduler.cache
             self.metrics.queued_tokens.set(self._scheduler.queue.tokens)
@@ -237,31 +238,30 @@ class TeacherService:
     def _prepare(
         self, tenant: str, request: ScoreRequest, info: TeacherInfo, scheduler: Scheduler
     ) -> tuple[list[ItemError | None], list[tuple[Work, ContextRef | None]]]:
-        """Per item its fault or None; the work of those without one."""
+        """Return a fault or None for each item, and the work of the items without a fault."""
         faults: list[ItemError | None] = []
         works: list[tuple[Work, ContextRef | None]] = []
         for item in request.items:
-            located = self._locate(tenant, item)
-            context = None if located is None else located.context
-            fault = check_item(item, context, request, info, self._backend)
-            if fault is None and located is not None and not scheduler.cache.fits(located):
+            ref = self._find_context(tenant, item)
+            fault = check_item(item, None if ref is None else ref.context, request, info, self._backend)
+            if fault is None and ref is not None and not scheduler.cache.fits(ref):
                 fault = ItemError(
                     "too_long",
-                    f"the cache of a context of {located.context.ids.size} tokens takes more than "
+                    f"the state of a context of {ref.context.ids.size} tokens takes more than "
                     f"teacher.context_cache_bytes={self._config.context_cache_bytes}",
                 )
             faults.append(fault)
             if fault is None:
-                works.append((Work(item, None, request.mode, request.temperature, request.k), located))
+                works.append((Work(item, None, request.mode, request.temperature, request.k), ref))
         return faults, works
 
-    def _locate(self, tenant: str, item: ScoreItem) -> ContextRef | None:
+    def _find_context(self, tenant: str, item: ScoreItem) -> ContextRef | None:
         context = None if item.context is None else self.contexts.get(tenant, item.context)
         return None if context is None else ContextRef(tenant, context, self.contexts.parents(tenant, context))
 
     def _observe(self, report: BatchReport) -> None:
         metrics = self.metrics
-        needed: dict[str, int] = {}
+        requested: dict[str, int] = {}
         metrics.batch_items.observe(len(report.jobs))
         metrics.batch_tokens.observe(report.own_tokens)
         metrics.batch_s.observe(report.seconds)
@@ -269,10 +269,10 @@ class TeacherService:
             label = metrics.run(job.tenant, job.run)
             metrics.queue_s.labels(label).observe(report.began - job.queued_at)
             metrics.tokens_computed.labels(label).inc(job.work.own_tokens)
-            if job.located is not None:
-                needed[label] = needed.get(label, 0) + int(job.located.context.ids.size)
+            if job.context is not None:
+                requested[label] = requested.get(label, 0) + int(job.context.context.ids.size)
         computed = {metrics.run(*account): tokens for account, tokens in report.context_tokens.items()}
-        for label, tokens in needed.items():
+        for label, tokens in requested.items():
             metrics.context_computed.labels(label).inc(computed.get(label, 0))
             metrics.context_saved.labels(label).inc(max(0, tokens - computed.get(label, 0)))
 
@@ -290,17 +290,20 @@ def _shutting_down() -> RequestRefused:
     return RequestRefused(503, "draining", "this teacher is shutting down: connect again", retry_after_s=1.0)
 
 
-async def _of_one_version(
+async def _score_with_one_version(
     scheduler: Scheduler, tenant: str, run: str, works: Sequence[tuple[Work, ContextRef | None]]
 ) -> tuple[list[ItemScore | ItemError], int | None]:
-    """Results that were all computed with one version of the weights, and which: a reply has one stamp.
+    """Score all items with one weight version and return that version; None if there are no items.
 
-    What was computed before an update in mid-request is computed again. None where there is nothing to compute.
+    Items that were scored before a weight update are scored again.
     """
     results: list[ItemScore | ItemError | None] = [None] * len(works)
     versions = [-1] * len(works)
-    while stale := [place for place, version in enumerate(versions) if version < max(0, *versions)]:
-        scored = await scheduler.submit(tenant, run, [works[place] for place in stale])
-        for place, (result, version) in zip(stale, scored, strict=True):
-            results[place], versions[place] = result, version
+    outdated = list(range(len(works)))
+    while outdated:
+        scored = await scheduler.submit(tenant, run, [works[index] for index in outdated])
+        for index, (result, version) in zip(outdated, scored, strict=True):
+            results[index], versions[index] = result, version
+        newest = max(versions)
+        outdated = [index for index, version in enumerate(versions) if version < newest]
     return [result for result in results if result is not None], max(versions, default=None)

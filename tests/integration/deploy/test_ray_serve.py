@@ -224,7 +224,7 @@ async def test_a_replica_that_computes_nothing_any_more_fails_its_health_check(
     service._scheduler._on_batch = faulty
     with pytest.raises(RequestRefused, match="a series that is not there"):
         await service.score("red", request_of(items(1, 1)))
-    with pytest.raises(RuntimeError, match=r"must be replaced: no batches .*a series that is not there"):
+    with pytest.raises(RuntimeError, match=r"must be replaced: the batch loop failed: .*a series that is not there"):
         replica.check_health()
     await service.stop()
 

@@ -1,4 +1,4 @@
-"""Where each bound lies: the last that is taken, the first that is refused."""
+"""Each bound: the last value that is taken, the first that is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def item(prompt: int = 3, response: int = 4, *, k: int | None = 8, context: str 
 
 
 def refusal(info: TeacherInfo = INFO, **fields: object) -> str | None:
-    """Code of what is wrong with a request that has these `fields`; None: it is taken."""
+    """Error code of a request with these `fields`; None if it is valid."""
     whole = {"request_id": "", "run": "r", "mode": "at_ids", "temperature": 1.0, "k": 8, "items": ()}
     try:
         check_request(ScoreRequest(**{**whole, **fields}), info)
@@ -92,7 +92,7 @@ def test_a_reply_that_is_too_large() -> None:
 
 
 def fault(one: ScoreItem, mode: ScoreMode = "at_ids", context: Context | None = None) -> str | None:
-    """Code of what is wrong with an item; None: it is scored."""
+    """Error code of an item; None if it is valid."""
     request = ScoreRequest("", "r", mode, 1.0, 8, (one,))
     found = check_item(one, context, request, INFO, cast(Backend, Vocabulary()))
     assert found is None or isinstance(found, ItemError)

@@ -66,7 +66,7 @@ def test_tenants_do_not_see_each_other(store: ContextStore) -> None:
     store.put("a", named(ids), ids, None)
     assert store.get("b", named(ids)) is None
     more = as_ids([1, 2, 3, 4])
-    with pytest.raises(ContextRefused, match="put it first"):
+    with pytest.raises(ContextRefused, match="put the parent first"):
         store.put("b", named(more), more[3:], named(ids))
 
 
@@ -99,7 +99,7 @@ class State:
 
 
 class CountingBackend:
-    """States cost ten bytes a token; what was computed is written down."""
+    """A backend whose states take ten bytes a token. Records each computation."""
 
     def __init__(self) -> None:
         self.weight_version = 0
@@ -225,7 +225,7 @@ def test_a_context_that_never_fits(cache: PrefixCache) -> None:
 
 @pytest.mark.parametrize("tokens", range(60, 101))
 def test_what_is_said_to_fit_does(tokens: int) -> None:
-    """A state has memory beside that of its tokens, each parent's too: not seen, the context would fail for ever."""
+    """A state takes more memory than its tokens, and so does each parent's state: `fits` counts it."""
 
     class Padded(CountingBackend):
         def prefix_bytes(self, tokens: int) -> int:
