@@ -244,9 +244,9 @@ def rebuild(handles: Handles, nbytes: int, device_index: int) -> Tensor:
     import torch
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-    storage, counters = handles[:3], handles[3:]
-    tensor = (torch.Tensor, (nbytes,), (1,), 0, torch.UntypedStorage, torch.uint8, device_index)
-    return rebuild_cuda_tensor(*tensor, *storage, False, *counters)
+    tensor: list[Any] = [torch.Tensor, (nbytes,), (1,), 0, torch.UntypedStorage, torch.uint8, device_index]
+    arguments = [*tensor, *handles[:3], False, *handles[3:]]
+    return rebuild_cuda_tensor(*arguments)
 
 
 def encode_handles(uuid: str, exports: list[Handles]) -> bytes:
