@@ -62,8 +62,8 @@ async def sync_seconds(model: Path) -> dict[str, dict[str, Any]]:
         engine.close()
     seconds = statistics.median(times[1:])
     how = (
-        f"SmolLM2-135M, {plan.nbytes / 1e6:.0f} MB of float32 over gloo, "
-        f"buckets of {config.sync.bucket_bytes >> 20} MiB, pause to resume: {plan.nbytes / seconds / 1e9:.2f} GB/s; median of {REPEATS}"
+        f"SmolLM2-135M, {plan.nbytes / 1e6:.0f} MB of float32 over gloo, pause to resume: "
+        f"{plan.nbytes / seconds / 1e9:.2f} GB/s; median of {REPEATS}"
     )
     return {"sync.seconds": figure(seconds, "s", None, how)}
 
