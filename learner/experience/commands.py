@@ -1,4 +1,7 @@
-"""`opcd experience`: the stages over rollout workers, and rounds of all of them."""
+"""The commands of `opcd experience`: extract, accumulate, select, consolidate, and rounds of all four.
+
+Each returns the exit status and raises one of `KNOWN_ERRORS`. A stage that was cut off continues from its file.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,25 @@ import json
 from collections.abc import Awaitable, Callable
 
 from common.async_utils import run_in_background
-from common.config.model import Config, ConfigError
+from common.config.model import Config, ConfigError, ContextConfig, RunConfig
 from common.telemetry.run_files import Progress, RunFiles
 from learner import train
 from learner.cluster.services import Services
-from learner.experience.extract import extraction_of, folder, solver, without_context
-from learner.experience.pool import POOL, SELECTED, Selection, candidates, consolidation_of, write_pool, write_selected
+from learner.experience.accumulate import write_pool
+from learner.experience.extract import prepare_extraction, solver, without_context
+from learner.experience.select import Selection, candidates, write_selected
+from learner.experience.stage_files import POOL, SELECTED, experience_folder
 from learner.loop.checkpoints import Checkpoints
 from learner.train import KNOWN_ERRORS
 
-__all__ = ["KNOWN_ERRORS", "accumulate", "consolidate", "extract", "rounds", "select"]
+__all__ = ["KNOWN_ERRORS", "accumulate", "consolidate", "consolidation_config", "extract", "rounds", "select"]
 
 
 def extract(config: Config) -> int:
-    """Solve problems and write down insights; returns the exit status. Raises one of `KNOWN_ERRORS`."""
+    """Solve problems and write insights: ``solved.jsonl``, ``extracted.jsonl``."""
     progress = Progress()
     progress.status("reading data")
-    extraction = extraction_of(config)
+    extraction = prepare_extraction(config)
     try:
         status = 0
         if not extraction.done:
@@ -41,25 +46,25 @@ def extract(config: Config) -> int:
 
 
 def accumulate(config: Config) -> int:
-    """Nested contexts from what was extracted; returns the exit status. Raises one of `KNOWN_ERRORS`."""
+    """Build nested contexts from the insights: ``pool.jsonl``."""
     count = write_pool(config)
-    Progress().line(f"{count} contexts in {folder(config) / POOL}")
+    Progress().line(f"{count} contexts in {experience_folder(config.run) / POOL}")
     return 0
 
 
 def select(config: Config) -> int:
-    """Choose contexts of the pool; returns the exit status. Raises one of `KNOWN_ERRORS`."""
-    progress, path = Progress(), folder(config)
+    """Choose contexts of the pool: ``selected.jsonl``."""
+    progress, folder = Progress(), experience_folder(config.run)
     if config.experience.select == "random":
-        chosen = candidates(config)
-        write_selected(config, chosen)
-        progress.line(f"{len(chosen)} contexts in {path / SELECTED}")
+        chosen = candidates(config.run, config.experience)
+        write_selected(config.run, chosen)
+        progress.line(f"{len(chosen)} contexts in {folder / SELECTED}")
         return 0
     selection = Selection(config)
     try:
         status = 0
         if not selection.done:
-            with RunFiles(path / "select", resume_after=0) as files:
+            with RunFiles(folder / "select", resume_after=0) as files:
                 status = _over_workers(
                     without_context(config),
                     config.teacher_model,
@@ -75,22 +80,30 @@ def select(config: Config) -> int:
 
 
 def consolidate(config: Config, *, resume: bool = False) -> int:
-    """Distil the selected contexts: a run; returns the exit status. Raises one of `KNOWN_ERRORS`."""
-    return train.run(consolidation_of(config), resume=resume)
+    """Distil the selected contexts: an ordinary run."""
+    return train.run(consolidation_config(config), resume=resume)
+
+
+def consolidation_config(config: Config) -> Config:
+    """Return the configuration of the run that distils the selection. Raises ConfigError if there is none."""
+    selected = experience_folder(config.run) / SELECTED
+    if not selected.exists():
+        raise ConfigError(f"{selected} is missing: run `opcd experience select` first")
+    return config.model_copy(update={"context": ContextConfig(pool=selected, placement=config.context.placement)})
 
 
 def rounds(config: Config, count: int) -> int:
-    """All stages `count` times, each round's student the next one's solver and start; what is finished is left alone.
+    """Run all stages `count` times: each round's student is the next round's solver and initial student.
 
-    Returns the exit status. Raises one of `KNOWN_ERRORS`.
+    Finished rounds are skipped; a round with a checkpoint is resumed.
     """
     lora = config.learner.lora
     if lora is not None and lora.publish == "adapter":
-        raise ConfigError("rounds begin from the round before: learner.lora.publish must be `merged`")
+        raise ConfigError("each round starts from the weights of the last one: learner.lora.publish must be `merged`")
     student = config.student.model
     for number in range(1, count + 1):
-        one = round_of(config, number, student)
-        if not _finished(one):
+        one = _round_config(config, number, student)
+        if not _finished(one.run):
             Progress().line(f"round {number} of {count}, from {student}")
             resume = Checkpoints(one.run.path / "checkpoints", one.checkpoint.keep).newest() is not None
             for stage in () if resume else (extract, accumulate, select):
@@ -102,8 +115,8 @@ def rounds(config: Config, count: int) -> int:
     return 0
 
 
-def round_of(config: Config, number: int, student: str) -> Config:
-    """Round `number` (from 1) as a run of its own, ``runs/NAME/round-NUMBER/``, that begins from `student`."""
+def _round_config(config: Config, number: int, student: str) -> Config:
+    """Return the configuration of round `number` (from 1): a run in ``runs/NAME/round-NUMBER/`` from `student`."""
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": config.run.path, "name": f"round-{number}"}),
@@ -113,13 +126,13 @@ def round_of(config: Config, number: int, student: str) -> Config:
     )
 
 
-def _finished(config: Config) -> bool:
-    path = config.run.path / "summary.json"
+def _finished(run: RunConfig) -> bool:
+    path = run.path / "summary.json"
     return path.exists() and json.loads(path.read_text(encoding="utf-8"))["outcome"] == "finished"
 
 
 def _over_workers(config: Config, model: str, progress: Progress, work: Callable[[Services], Awaitable[None]]) -> int:
-    """`work` over rollout workers that are loaded with `model`; returns the exit status."""
+    """Do `work` with rollout workers that run `model`; return the exit status."""
 
     async def run() -> None:
         services = Services(config)

@@ -43,7 +43,7 @@ def test_from_problems_to_a_run_that_takes_what_was_learned(write_config: Callab
     assert done.returncode == 0, done.stderr
     assert "0 items from 4 problems (4 gave none, 0 were too long)" in done.stdout  # the model is random
     solved, extracted = lines(folder / "solved.jsonl")[1:], lines(folder / "extracted.jsonl")[1:]
-    assert [line["place"] for line in solved] == [line["place"] for line in extracted] == [0, 1, 2, 3]
+    assert [line["position"] for line in solved] == [line["position"] for line in extracted] == [0, 1, 2, 3]
     assert all(line["problem"] == f"Q: {line['id']}\nA:" for line in solved)
     assert len({line["trace"] for line in solved}) > 1
     assert all(line["answer"] for line in extracted)

@@ -21,8 +21,7 @@ WIRING = (
     "learner/cluster/teachers.py",
     "learner/data/games.py",
     "learner/experience/extract.py",
-    "learner/experience/pool.py",
-    "learner/experience/traces.py",
+    "learner/experience/prompts.py",
 )
 """The files that know the other services, and what of them it may know."""
 WIRED = (
@@ -98,7 +97,7 @@ def test_every_import_keeps_the_rules() -> None:
         ("teacher_server/x.py", "from deploy.tasks.gguf import prepare_smollm2"),
         ("deploy/x.py", "from learner.engine import LearnerEngine"),
         ("deploy/x.py", "from learner.loop.staleness import StalenessTracker"),
-        ("deploy/simulator/simulate.py", "from learner.loop.rollout_pipeline import RolloutPipeline"),
+        ("deploy/simulator/simulate.py", "from learner.loop.training_loop import RolloutPipeline"),
     ],
 )
 def test_a_forbidden_import_is_seen(file: str, source: str) -> None:

@@ -36,10 +36,9 @@ from deploy.tasks.experience_rule import (
     train,
     write_rows,
 )
-from deploy.tasks.gguf import PrepareError
-from deploy.tasks.hidden_rule import Size, byte_tokenizer
-from learner.experience.parse import items_of
-from learner.experience.templates import load_templates
+from deploy.tasks.folders import PrepareError
+from deploy.tasks.small_training import Size, byte_tokenizer
+from learner.experience.prompts import load_templates, parse_items
 from tests.support.paths import ROOT
 
 CONFIG = ROOT / "deploy/configs/experience_small.yaml"
@@ -98,12 +97,12 @@ def test_what_the_pipeline_shows_is_what_the_model_was_trained_on(
     config = load_config(CONFIG)
     templates = load_templates(config.experience.templates)
     answer = looked_back(DISTILLED).removeprefix("Why?\n").removesuffix("<end>")
-    assert items_of(answer) == (str(DISTILLED),)
+    assert parse_items(answer) == (str(DISTILLED),)
     digits = (4, 8, 1, 5)
-    attempt = templates.extraction(question(digits), str(DISTILLED.answer(digits)), game=False) + "\n"
+    attempt = templates.extraction_prompt(question(digits), str(DISTILLED.answer(digits)), game=False) + "\n"
     assert attempt + answer == solved(DISTILLED, [digits]) + looked_back(DISTILLED).removesuffix("<end>")
     several = (Rule(0), DISTILLED, DISTILLED)
-    context = templates.experience(tuple(map(str, several))) + SEPARATOR
+    context = templates.context_text(tuple(map(str, several))) + SEPARATOR
     assert context == context_of(several)
     tokenizer = byte_tokenizer()
     write_rows(tmp_path, seed=0)

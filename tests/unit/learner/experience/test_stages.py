@@ -1,4 +1,4 @@
-"""The stages of `opcd experience`, from problems to the run that distils, with a stand-in for the engine's answers."""
+"""The stages of `opcd experience`, from problems to the run that distils, with a fake for the engine's answers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,11 @@ from common.telemetry.run_files import Progress, RunFiles
 from deploy.cli.main import app
 from learner.data.inputs import read_inputs
 from learner.experience import commands
-from learner.experience.extract import (
-    EXTRACTED,
-    SOLVED,
-    Extraction,
-    extraction_of,
-    folder,
-    problems_of,
-    without_context,
-)
-from learner.experience.pool import POOL, SCORES, SELECTED, Selection, candidates, consolidation_of, write_pool
+from learner.experience.accumulate import write_pool
+from learner.experience.commands import consolidation_config
+from learner.experience.extract import Extraction, choose_problems, prepare_extraction, without_context
+from learner.experience.select import Selection, candidates
+from learner.experience.stage_files import EXTRACTED, POOL, SCORES, SELECTED, SOLVED, experience_folder
 from rollout_workers.environments.episodes import Exchange
 from rollout_workers.environments.playing import Played
 from tests.support.tiny import make_tokenizer
@@ -41,7 +36,7 @@ QUIET = Progress(quiet=True)
 
 @dataclass(frozen=True)
 class Answer:
-    """What the services say of an answer."""
+    """An answer as the services return it."""
 
     text: str
     finish_reason: str = "stop"
@@ -49,7 +44,7 @@ class Answer:
 
 @dataclass
 class Engine:
-    """Answers by a function of the prompt's text; dies after `lasts` prompts."""
+    """Answers by a function of the prompt's text; fails after `lasts` prompts."""
 
     answer: Callable[[str], str]
     lasts: int = 10**9
@@ -72,8 +67,8 @@ class Engine:
         ]
 
 
-def solve_and_tell(prompt: str) -> str:
-    """Solves by naming the problem; tells one item about the attempt that it is shown."""
+def solve_or_extract(prompt: str) -> str:
+    """Solves a problem by naming it; answers an extraction prompt with one item about the attempt."""
     if "=== Attempt ===" not in prompt:
         return f"thinking</think>I solve {prompt.split()[1]}."
     attempt = prompt.split("=== Attempt ===")[1].split("===")[0].strip()
@@ -106,11 +101,11 @@ def config(path: Path) -> Config:
 
 
 def lines(config: Config, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder(config) / name).read_text().splitlines()]
+    return [json.loads(line) for line in (experience_folder(config.run) / name).read_text().splitlines()]
 
 
 def extract(config: Config, engine: Engine) -> Extraction:
-    extraction = extraction_of(config)
+    extraction = prepare_extraction(config)
     try:
         asyncio.run(extraction.run(engine, QUIET))
     finally:
@@ -121,92 +116,92 @@ def extract(config: Config, engine: Engine) -> Extraction:
 # --- extract ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_series_solves_and_looks_back_at_problems_of_its_own(config: Config) -> None:
-    engine = Engine(solve_and_tell)
+def test_every_series_solves_its_problems_and_extracts_items(config: Config) -> None:
+    engine = Engine(solve_or_extract)
     extraction = extract(config, engine)
     solved, extracted = lines(config, SOLVED)[1:], lines(config, EXTRACTED)[1:]
-    assert [(line["seed"], line["place"]) for line in extracted] == [(s, p) for s in range(2) for p in range(3)]
+    assert [(line["seed"], line["position"]) for line in extracted] == [(s, p) for s in range(2) for p in range(3)]
     assert [line["id"] for line in solved] == [line["id"] for line in extracted]
     series = [[line["id"] for line in extracted if line["seed"] == seed] for seed in range(2)]
     assert all(len(set(one)) == 3 for one in series)
     assert series[0] != series[1]
-    for line, told in zip(solved, extracted, strict=True):
+    for line, insights in zip(solved, extracted, strict=True):
         assert line["problem"] == f"Q: {line['id']}\nA:"
         assert line["trace"] == f"I solve {line['id']}."
-        assert told["items"] == [f"know {line['id']}."]
+        assert insights["items"] == [f"know {line['id']}."]
     assert extraction.done
     assert extraction.summary() == "6 items from 6 problems (0 gave none, 0 were too long)"
 
 
-def test_problems_are_asked_as_they_are_and_looking_back_has_many_lines(config: Config) -> None:
-    engine = Engine(solve_and_tell)
+def test_solving_uses_the_rows_prompts_and_extraction_has_no_stop_string(config: Config) -> None:
+    engine = Engine(solve_or_extract)
     extract(config, engine)
-    solving, telling = engine.asked[:6], engine.asked[6:]
+    solving, extracting = engine.asked[:6], engine.asked[6:]
     assert all(text.startswith("Q: train") and text.endswith("\nA:") for text, _ in solving)
     assert {(one.max_tokens, one.temperature, one.stop) for _, one in solving} == {(64, 0.7, ("\n",))}
-    assert {(one.max_tokens, one.temperature, one.stop) for _, one in telling} == {(128, 0.7, ())}
+    assert {(one.max_tokens, one.temperature, one.stop) for _, one in extracting} == {(128, 0.7, ())}
     assert len({one.seed for _, one in engine.asked}) == 12
 
 
 def test_the_expected_answer_is_never_shown(config: Config, path: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"id": f"r{i}", "prompt": "Q: x\nA:", "answer": f"SECRET{i}"}) for i in range(6)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
-    engine = Engine(solve_and_tell)
+    engine = Engine(solve_or_extract)
     extract(config, engine)
     assert "SECRET" not in "".join(text for text, _ in engine.asked)
-    assert "SECRET" not in (folder(config) / SOLVED).read_text()
+    assert "SECRET" not in (experience_folder(config.run) / SOLVED).read_text()
 
 
-def test_what_was_cut_off_goes_on_and_ends_as_if_it_had_not_been(config: Config, path: Path) -> None:
+def test_an_interrupted_extraction_resumes_to_the_same_result(config: Config, path: Path) -> None:
     with pytest.raises(ConnectionError):
-        extract(config, Engine(solve_and_tell, lasts=4 + 2 + 4))  # two of the six are not looked back at
+        extract(config, Engine(solve_or_extract, lasts=4 + 2 + 4))  # two of the six attempts are not processed
     assert len(lines(config, SOLVED)) == 1 + 6
     assert len(lines(config, EXTRACTED)) == 1 + 4
-    engine = Engine(solve_and_tell)
+    engine = Engine(solve_or_extract)
     extract(config, engine)
     assert len(engine.asked) == 2
     whole = load_config(path, ["run.name=whole"])
-    extract(whole, Engine(solve_and_tell))
+    extract(whole, Engine(solve_or_extract))
     assert lines(config, EXTRACTED) == lines(whole, EXTRACTED)
-    again = extraction_of(config)
+    again = prepare_extraction(config)
     assert again.done
     again.close()
 
 
-def test_another_model_or_template_is_not_mixed_in(config: Config, path: Path, tmp_path: Path) -> None:
-    extract(config, Engine(solve_and_tell))
-    with pytest.raises(ConfigError, match=r"solved\.jsonl was made otherwise: model was"):
-        extraction_of(load_config(path, ["experience.model=other"]))
+def test_another_model_or_template_is_refused(config: Config, path: Path, tmp_path: Path) -> None:
+    extract(config, Engine(solve_or_extract))
+    with pytest.raises(ConfigError, match=r"solved\.jsonl was made from other inputs: model was"):
+        prepare_extraction(load_config(path, ["experience.model=other"]))
     (tmp_path / "extract.txt").write_text("{problem} {trace}")
-    with pytest.raises(ConfigError, match=r"extracted\.jsonl was made otherwise: templates was"):
-        extraction_of(load_config(path, [f"experience.templates={tmp_path}"]))
-    more = extraction_of(load_config(path, ["experience.problems=4"]))  # goes on, it does not begin anew
+    with pytest.raises(ConfigError, match=r"extracted\.jsonl was made from other inputs: templates was"):
+        prepare_extraction(load_config(path, [f"experience.templates={tmp_path}"]))
+    more = prepare_extraction(load_config(path, ["experience.problems=4"]))  # more problems extend the file
     assert not more.done
     more.close()
 
 
 def test_an_attempt_that_is_too_long_is_counted_and_not_cut(path: Path) -> None:
     config = load_config(path, ["student.max_sequence_tokens=200"])
-    engine = Engine(solve_and_tell)
+    engine = Engine(solve_or_extract)
     extraction = extract(config, engine)
     assert len(engine.asked) == 6
-    assert {line["fault"].split(", at most")[1] for line in lines(config, EXTRACTED)[1:]} == {" 200"}
+    assert {line["fault"].split(", at most ")[1] for line in lines(config, EXTRACTED)[1:]} == {"200 fit"}
     assert "6 were too long" in extraction.summary()
 
 
 def test_too_few_rows_are_named(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"experience\.problems is 7, data\.train has 6 rows"):
-        extraction_of(load_config(path, ["experience.problems=7"]))
+        prepare_extraction(load_config(path, ["experience.problems=7"]))
 
 
-def test_games_are_played_and_their_end_is_shown(path: Path, tmp_path: Path) -> None:
+def test_games_are_played_and_the_prompt_shows_their_end(path: Path, tmp_path: Path) -> None:
     config = load_config(path, ["data.train=game:FrozenLake?rows=4&seed=0"])
-    told = Engine(lambda prompt: f"- EXPERIENCE ITEM: {'fell' if 'You fell.' in prompt else 'nothing seen'}")
-    extract(config, told)
+    engine = Engine(lambda prompt: f"- EXPERIENCE ITEM: {'fell' if 'You fell.' in prompt else 'nothing seen'}")
+    extract(config, engine)
     assert [line["items"] for line in lines(config, EXTRACTED)[1:]] == [["fell"]] * 6
     assert all(line["problem"].startswith("board ") for line in lines(config, SOLVED)[1:])
-    assert "0.25" not in (folder(config) / SOLVED).read_text()
-    shown = [text for text, _ in told.asked[6:]]
+    assert "0.25" not in (experience_folder(config.run) / SOLVED).read_text()
+    shown = [text for text, _ in engine.asked[6:]]
     assert all(text.startswith("<|im_start|>user\nBelow is one game") for text in shown)
 
 
@@ -214,20 +209,20 @@ def test_games_are_played_and_their_end_is_shown(path: Path, tmp_path: Path) -> 
 
 
 def test_the_pool_has_a_context_after_every_problem_of_every_series(config: Config) -> None:
-    extract(config, Engine(solve_and_tell))
+    extract(config, Engine(solve_or_extract))
     assert write_pool(config) == 6
     pool = lines(config, POOL)
     assert [one["id"] for one in pool] == [f"s{s}-n{n:03d}" for s in range(2) for n in (1, 2, 3)]
     for seed in range(2):
-        told = [f"- know {line['id']}." for line in lines(config, EXTRACTED)[1:] if line["seed"] == seed]
+        items = [f"- know {line['id']}." for line in lines(config, EXTRACTED)[1:] if line["seed"] == seed]
         for one, count in zip([one for one in pool if one["seed"] == seed], (1, 2, 3), strict=True):
-            assert one["text"].endswith("\n".join(told[:count]) + "\n\n")  # the rows are raw: a prompt follows at once
+            assert one["text"].endswith("\n".join(items[:count]) + "\n\n")  # raw rows: a prompt follows directly
             assert one["tokens"] == len(TOKENIZER(one["text"])["input_ids"])
-    assert len(read_pool(folder(config) / POOL)) == 6
+    assert len(read_pool(experience_folder(config.run) / POOL)) == 6
 
 
-def test_the_cap_is_of_the_whole_text(config: Config, path: Path) -> None:
-    extract(config, Engine(solve_and_tell))
+def test_the_cap_applies_to_the_whole_text(config: Config, path: Path) -> None:
+    extract(config, Engine(solve_or_extract))
     write_pool(config)
     of_one, of_two = (one["tokens"] for one in lines(config, POOL)[:2])
     write_pool(load_config(path, [f"experience.max_context_tokens={of_two}"]))
@@ -236,29 +231,26 @@ def test_the_cap_is_of_the_whole_text(config: Config, path: Path) -> None:
         write_pool(load_config(path, [f"experience.max_context_tokens={of_one - 1}"]))
 
 
-def test_a_random_selection_is_a_pool_that_a_run_takes(config: Config, path: Path) -> None:
-    extract(config, Engine(solve_and_tell))
+def test_a_random_selection_is_a_pool_for_a_run(config: Config, path: Path) -> None:
+    extract(config, Engine(solve_or_extract))
     write_pool(config)
     two = load_config(path, ["experience.keep=2"])
     assert commands.select(two) == 0
     selected = lines(config, SELECTED)
-    assert [one["id"] for one in selected] == candidates(two)
-    assert selected == [one for one in lines(config, POOL) if one["id"] in candidates(two)]
-    run = consolidation_of(config)
-    assert run.context == config.context  # what the file names is what the stage wrote
-    inputs = read_inputs(run)
-    assert (
-        {inputs.context_sampler(0, f"{key}").context_id for key in range(30)} == set(candidates(two))
-        if inputs.context_sampler
-        else False
-    )
+    assert [one["id"] for one in selected] == candidates(two.run, two.experience)
+    assert selected == [one for one in lines(config, POOL) if one["id"] in candidates(two.run, two.experience)]
+    run = consolidation_config(config)
+    assert run.context == config.context  # the configuration names the file that the stage wrote
+    sampler = read_inputs(run).context_sampler
+    assert sampler is not None
+    assert {sampler(0, f"{key}").context_id for key in range(30)} == set(candidates(two.run, two.experience))
 
 
-def test_selection_keeps_the_context_under_which_most_rows_are_right(path: Path, tmp_path: Path) -> None:
+def test_selection_keeps_the_contexts_with_the_highest_accuracy(path: Path, tmp_path: Path) -> None:
     config = load_config(path, ["experience.select=validation", "experience.keep=2"])
-    extract(config, Engine(solve_and_tell))
+    extract(config, Engine(solve_or_extract))
     write_pool(config)
-    # Right under a context for as many of the three rows as it has items: the longest lists win.
+    # A context with n items makes n of the three rows right, so the longest lists win.
     engine = Engine(
         lambda prompt: (
             prompt.split("Q: valid")[1][0] if prompt.count("- know") > int(prompt.split("Q: valid")[1][0]) else "?"
@@ -281,11 +273,11 @@ def test_selection_keeps_the_context_under_which_most_rows_are_right(path: Path,
     assert {line["context_id"] for line in answers} == {one["id"] for one in lines(config, POOL)}
 
 
-def test_selection_goes_on_and_tries_candidates_only(path: Path, tmp_path: Path) -> None:
+def test_selection_resumes_and_tries_candidates_only(path: Path, tmp_path: Path) -> None:
     config = load_config(path, ["experience.select=validation", "experience.candidates=3"])
-    extract(config, Engine(solve_and_tell))
+    extract(config, Engine(solve_or_extract))
     write_pool(config)
-    tried = candidates(config)
+    tried = candidates(config.run, config.experience)
     assert len(tried) == 3
     selection = Selection(config)
     with RunFiles(tmp_path / "select") as files:
@@ -295,25 +287,25 @@ def test_selection_goes_on_and_tries_candidates_only(path: Path, tmp_path: Path)
         engine = Engine(lambda prompt: "?")
         asyncio.run(selection.run(engine, files, QUIET))
     assert len(engine.asked) == 3
-    assert selection.keep() == tried[:1]  # of equals the first
+    assert selection.keep() == tried[:1]  # the first wins a tie
     selection.close()
     with pytest.raises(ConfigError, match=r"data\.valid is not set"):
         Selection(load_config(path, ["data.valid=null"]))
 
 
-def test_a_stage_whose_input_is_not_there_names_the_command(config: Config) -> None:
+def test_a_stage_without_its_input_names_the_command(config: Config) -> None:
     with pytest.raises(ConfigError, match="run `opcd experience extract` first"):
         write_pool(config)
     with pytest.raises(ConfigError, match="run `opcd experience accumulate` first"):
-        candidates(config)
+        candidates(config.run, config.experience)
     with pytest.raises(ConfigError, match="run `opcd experience select` first"):
-        consolidation_of(config)
+        consolidation_config(config)
 
 
 # --- rounds -----------------------------------------------------------------------------------------------------------
 
 
-def test_each_round_begins_from_the_student_of_the_round_before(
+def test_each_round_starts_from_the_student_of_the_last_round(
     config: Config, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, str, str]] = []
@@ -335,7 +327,7 @@ def test_each_round_begins_from_the_student_of_the_round_before(
     assert commands.rounds(config, 1) == 0
     assert calls == [(name, "round-1", config.student.model) for name in stages]
     calls.clear()
-    assert commands.rounds(config, 2) == 0  # the finished round is left alone
+    assert commands.rounds(config, 2) == 0  # the finished round is skipped
     assert calls == [(name, "round-2", first) for name in stages]
     calls.clear()
     assert CliRunner().invoke(app, ["experience", "rounds", str(path), "--rounds", "3"]).exit_code == 0
@@ -357,7 +349,7 @@ def test_problems_are_a_function_of_the_runs_seed(config: Config, path: Path) ->
         rows = read_rows(one.data.train)
         return [
             (problem.seed, problem.row.id)
-            for problem in problems_of(one, rows, read_inputs(without_context(one)).train)
+            for problem in choose_problems(one.experience, one.run.seed, rows, read_inputs(without_context(one)).train)
         ]
 
     assert ids(config) == ids(config)
