@@ -1,4 +1,5 @@
-"""What every service shares: schema, wire form, configuration, prompt rendering, telemetry.
+"""Code shared by all services: configuration, data, protocol, weight sync, evaluation, telemetry.
 
-Imports no ray, vllm, deepspeed, and no torch at module level, so any process can import it in a second.
+Imports no other package of the project, no Ray, vLLM or DeepSpeed, and torch only inside functions, so that every
+process can import it within a second.
 """

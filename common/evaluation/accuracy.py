@@ -1,7 +1,7 @@
-"""Accuracy on held-out rows, what changed, the gap closed, each with its interval. Pure: answers come from elsewhere.
+"""Accuracy on held-out rows, its change and the gap closed, each with a 95% interval.
 
-A row is what was drawn at random from the task, so rows are what every interval counts: several answers to one row make
-that row's own share of right answers sharper, they are not more rows.
+Rows are the random sample of the task, so every interval counts rows. Several answers to one row make the row's share
+of right answers more precise; they do not count as more rows.
 """
 
 from __future__ import annotations
@@ -14,101 +14,88 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.evaluation.graders import Grader
-
 Z95 = 1.959964
 RESAMPLES = 2000
-"""Of a bootstrap: the ends of its interval are then good to about a tenth of its width."""
+"""Resamples of a bootstrap; with this many, the interval's ends are good to about a tenth of its width."""
 
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Share of right answers (pass@1: the mean over rows of a row's share) on `n` rows, `samples` answers each."""
+    """Share of right answers on `n` rows with `samples` answers each (pass@1: the mean over rows of a row's share)."""
 
     accuracy: float
     n: int
     ci95: Interval
     samples: int = 1
     rows: Mapping[str, float] = field(default_factory=dict)
-    """Row id -> its share of right answers."""
+    """Maps a row's id to its share of right answers."""
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the rows, as JSON values."""
+        """Return all fields except `rows`, as JSON values."""
         return {"accuracy": self.accuracy, "n": self.n, "ci95": list(self.ci95), "samples": self.samples}
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Accuracy:
-        """From what ``dataclasses.asdict`` made of one, lists for tuples."""
+    def from_dict(cls, state: Mapping[str, Any]) -> Accuracy:
+        """Rebuild from ``dataclasses.asdict``, also after JSON turned tuples into lists."""
         return cls(**{**state, "ci95": (state["ci95"][0], state["ci95"][1])})
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What became of a figure: after minus before, on the same rows."""
+    """Change of a figure on the same rows: after minus before."""
 
     change: float
     ci95: Interval
 
     @property
     def covers_zero(self) -> bool:
-        """Whether there may have been none."""
+        """True if the change may be zero."""
         return self.ci95[0] <= 0 <= self.ci95[1]
 
 
-def grade(answers: Sequence[str], expected: Sequence[str], grader: Grader) -> list[bool]:
-    """One verdict per row; raises ValueError where an answer is missing."""
-    return [grader(answer, right) for answer, right in zip(answers, expected, strict=True)]
-
-
-def accuracy(right: Sequence[bool]) -> Accuracy:
-    """Accuracy of graded answers, one a row; at least one is needed."""
-    return pass_at_1({str(row): [verdict] for row, verdict in enumerate(right)})
-
-
 def pass_at_1(verdicts: Mapping[str, Sequence[bool]]) -> Accuracy:
-    """Accuracy of several graded answers to each row, all rows the same number of them; at least one is needed.
+    """Compute the accuracy from each row's verdicts: the same number of answers for every row, at least one.
 
-    The interval is Wilson's at the number of independent answers that the rows are worth (`effective_n`): with one
-    answer a row that is the number of rows, and the interval Wilson's own, which stays honest at 0 and at 1.
-    Raises ValueError for rows with different numbers of answers.
+    The interval is Wilson's at `effective_n` independent answers. With one answer per row that is the number of rows;
+    Wilson's interval is accurate also at 0 and 1. Raises ValueError for rows with different numbers of answers.
     """
     counts = {len(row) for row in verdicts.values()}
     if len(counts) != 1 or counts == {0}:
-        raise ValueError(f"rows have {sorted(counts)} answers each; all need the same number, at least one")
+        raise ValueError(f"rows have {sorted(counts)} answers each; all rows need the same number, at least one")
     (samples,) = counts
     rows = {name: sum(row) / samples for name, row in verdicts.items()}
     mean = sum(rows.values()) / len(rows)
     spread = sum((value - mean) ** 2 for value in rows.values()) / len(rows)
-    ci95 = wilson(mean, effective_n(mean, spread / len(rows), at_least=1, at_most=len(rows) * samples, flat=len(rows)))
-    return Accuracy(accuracy=mean, n=len(rows), ci95=ci95, samples=samples, rows=rows)
+    n = effective_n(mean, spread / len(rows), max_n=len(rows) * samples, if_constant=len(rows))
+    return Accuracy(accuracy=mean, n=len(rows), ci95=wilson(mean, n), samples=samples, rows=rows)
 
 
-def effective_n(p: float, variance: float, *, at_least: float, at_most: float, flat: float) -> float:
-    """Independent answers with share `p` right whose mean would have `variance` (Kish's effective sample size).
-
-    `flat` where nothing varies because all are right, or all wrong: the variance says nothing there.
+def effective_n(p: float, variance: float, *, max_n: float, if_constant: float) -> float:
+    """Return the number of independent answers, share `p` right, whose mean has `variance` (Kish's effective sample
+    size), between 1 and `max_n`. If all answers are right, or all wrong, the variance carries no information and the
+    result is `if_constant`.
     """
     if p in (0.0, 1.0):
-        return flat
-    return min(max(p * (1 - p) / variance, at_least), at_most) if variance > 0 else at_most
+        return if_constant
+    return min(max(p * (1 - p) / variance, 1), max_n) if variance > 0 else max_n
 
 
 def wilson(p: float, n: float) -> Interval:
-    """Wilson's 95% score interval of a share `p` among `n`."""
+    """Return Wilson's 95% score interval of a share `p` of `n`."""
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def change(before: Accuracy, after: Accuracy) -> Change:
-    """After minus before, paired by row: what both got right, or wrong, does not blur it.
+    """Compute after minus before, paired by row, so that unchanged rows do not widen the interval.
 
-    The interval is Bonett and Price's (2012): two more rows, one won and one lost, keep it honest where few rows
-    changed or none did. Raises ValueError where the rows are not the same.
+    The interval is Bonett and Price's (2012): two more rows, one gained and one lost, keep it accurate if few rows or
+    none changed. Raises ValueError if the rows are not the same.
     """
-    (first, second), n = aligned(before, after), before.n
+    (first, second), n = align_rows(before.rows, after.rows), before.n
     differences = second - first
     centre = float(differences.sum()) / (n + 2)
     variance = (float((differences**2).sum()) + 2) / (n + 2) - centre**2
@@ -117,43 +104,46 @@ def change(before: Accuracy, after: Accuracy) -> Change:
 
 
 def gap_closed(base: Accuracy, in_context: Accuracy, final: Accuracy) -> float | None:
-    """(after - before) / (in context - before); None where the context makes no difference: nothing to distil."""
+    """Return (final - base) / (in context - base), or None if the context makes no difference."""
     gap = in_context.accuracy - base.accuracy
     return None if gap == 0 else (final.accuracy - base.accuracy) / gap
 
 
 def gap_closed_ci95(base: Accuracy, in_context: Accuracy, final: Accuracy, seed: int = 0) -> Interval | None:
-    """95% interval of `gap_closed`: percentiles of a paired bootstrap over rows, always the same for one `seed`.
+    """Return the 95% interval of `gap_closed`: percentiles of a paired bootstrap over rows, a function of `seed`.
 
-    None where the gap itself may be zero (its interval covers zero): a ratio to it says nothing then. Resamples without
-    a gap in the direction of the whole (under 2.5% of them, or the gap's interval would cover zero) are left out.
+    None if the gap's own interval covers zero: a ratio to it has no meaning. Resamples whose gap has the opposite sign
+    are left out; they are under 2.5%, or the gap's interval would cover zero.
     """
     if change(base, in_context).covers_zero:
         return None
-    scores = np.stack(aligned(base, in_context, final), axis=-1)
-    means = resampled(scores, np.random.default_rng(seed))
+    scores = align_rows(base.rows, in_context.rows, final.rows).T
+    means = bootstrap_means(scores, np.random.default_rng(seed))
     return ratio_interval(means[:, 2] - means[:, 0], means[:, 1] - means[:, 0])
 
 
 def ratio_interval(gains: NDArray[np.float64], gaps: NDArray[np.float64]) -> Interval:
-    """2.5% and 97.5% percentile of gain over gap, where the gap has the sign of most."""
+    """Return the 2.5% and 97.5% percentiles of gain over gap, without gaps of the minority's sign."""
     usable = gaps * np.sign(np.median(gaps)) > 0
     low, high = np.quantile(gains[usable] / gaps[usable], (0.025, 0.975))
     return float(low), float(high)
 
 
-def resampled(scores: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Means of `RESAMPLES` resamples of the rows of ``scores [rows, m]``: ``[RESAMPLES, m]``."""
+def bootstrap_means(scores: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return the means ``[RESAMPLES, m]`` of resamples of the rows of ``scores [rows, m]``."""
     rows = len(scores)
     even = np.full(rows, 1 / rows)
     return np.stack([rng.multinomial(rows, even) @ scores / rows for _ in range(RESAMPLES)])
 
 
-def aligned(*results: Accuracy) -> tuple[NDArray[np.float64], ...]:
-    """The rows' shares of each result, ``[n]``, in one order. Raises ValueError where the rows are not the same."""
-    names = list(results[0].rows)
-    for result in results[1:]:
-        if result.rows.keys() != results[0].rows.keys():
-            different = sorted(set(names) ^ set(result.rows))
+def align_rows(*results: Mapping[str, float]) -> NDArray[np.float64]:
+    """Stack the shares by row of several results, in one order of rows: ``[results, rows]``.
+
+    Raises ValueError if the rows are not the same.
+    """
+    names = list(results[0])
+    for rows in results[1:]:
+        if rows.keys() != results[0].keys():
+            different = sorted(set(names) ^ set(rows))
             raise ValueError(f"results of different rows cannot be compared: {', '.join(different[:5])}")
-    return tuple(np.array([result.rows[name] for name in names], dtype=np.float64) for result in results)
+    return np.array([[rows[name] for name in names] for rows in results], dtype=np.float64)

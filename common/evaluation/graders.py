@@ -1,8 +1,4 @@
-"""Whether an answer is right: small pure functions chosen by ``eval.grader``.
-
-A grader is a function ``(answer of the model, expected answer) -> bool``; one of your own is named by its path,
-``package.module:attribute``.
-"""
+"""Graders: functions that tell a right answer from a wrong one, chosen by ``eval.grader``."""
 
 from __future__ import annotations
 
@@ -10,91 +6,108 @@ import importlib
 import inspect
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 from common.config.model import ConfigError
+from common.evaluation.answers import final_answer, strip_thinking, tagged_answer, tidy
 
 Grader = Callable[[str, str], bool]
 """(answer of the model, expected answer) -> right or wrong."""
 
-THINKING_ENDS = "</think>"
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-
-
-def after_thinking(text: str) -> str:
-    """What follows the last ``</think>``; the whole text where there is none."""
-    return text.rpartition(THINKING_ENDS)[2]
+MATH_TIMEOUT_S = 5
+"""Limit for one expression: a model's text can keep a computer algebra system busy without end."""
 
 
 def exact(answer: str, expected: str) -> bool:
-    """Equal, white space around left out."""
+    """Equal except for white space at both ends."""
     return answer.strip() == expected.strip()
 
 
 def exact_casefold(answer: str, expected: str) -> bool:
-    """`exact`, ignoring case."""
+    """Equal except for case and white space at both ends."""
     return exact(answer.casefold(), expected.casefold())
 
 
 def contains(answer: str, expected: str) -> bool:
-    """The expected answer occurs in the model's."""
+    """The expected answer occurs in the model's answer."""
     return expected.strip() in answer
 
 
 def answer_tag(answer: str, expected: str) -> bool:
-    """What stands in the last ``<answer>…</answer>`` behind the thinking, ignoring case; without a tag it is wrong.
+    """The last ``<answer>`` tag after the thinking holds the expected answer, ignoring case; no tag is wrong.
 
-    As the paper grades multiple choice and labels.
+    The paper grades multiple choice and labels this way.
     """
-    found = _TAG.findall(after_thinking(answer))
-    return bool(found) and exact_casefold(found[-1], expected)
+    found = tagged_answer(answer)
+    return found is not None and exact_casefold(found, expected)
 
 
-def _math() -> Grader:
-    _need("math", module="math_verify", extra="math")
-    from common.evaluation.math_answers import grade
+def math(answer: str, expected: str) -> bool:
+    """The final answer equals the expected one, as text or as mathematics (``math-verify``)."""
+    found = final_answer(answer)
+    if not found:
+        return False
+    wanted = final_answer(expected) or tidy(expected)
+    if found == wanted:
+        return True
+    from math_verify import verify  # an optional package
 
-    return grade
-
-
-def _reasoning_gym() -> Grader:
-    _need("reasoning_gym", module="reasoning_gym", extra="reasoning")
-    from reasoning_gym import get_score_answer_fn
-
-    def grade(answer: str, expected: str) -> bool:
-        entry = json.loads(expected)
-        found = _TAG.findall(after_thinking(answer))
-        score = get_score_answer_fn(entry["metadata"]["source_dataset"])
-        return score((found[-1] if found else after_thinking(answer)).strip(), entry) == 1.0
-
-    return grade
+    # math-verify's time limits are signals, which only the main thread can receive.
+    limit = MATH_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
+    return bool(verify(_parsed(wanted, limit), _parsed(found, limit), timeout_seconds=limit))
 
 
-GRADERS: Mapping[str, Callable[[], Grader]] = {
-    "exact": lambda: exact,
-    "exact_casefold": lambda: exact_casefold,
-    "contains": lambda: contains,
-    "answer_tag": lambda: answer_tag,
-    "math": _math,
-    "reasoning_gym": _reasoning_gym,
+@lru_cache(maxsize=4096)
+def _parsed(expression: str, limit_s: int | None) -> Any:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    return parse(
+        f"${expression}$",
+        extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()],
+        parsing_timeout=limit_s,
+    )
+
+
+def reasoning_gym(answer: str, expected: str) -> bool:
+    """The row's task in ``reasoning_gym`` gives the answer its full score."""
+    from reasoning_gym import get_score_answer_fn  # an optional package
+
+    entry = json.loads(expected)
+    found = tagged_answer(answer)
+    score = get_score_answer_fn(entry["metadata"]["source_dataset"])
+    return bool(score((strip_thinking(answer) if found is None else found).strip(), entry) == 1.0)
+
+
+GRADERS: Mapping[str, Grader] = {
+    "exact": exact,
+    "exact_casefold": exact_casefold,
+    "contains": contains,
+    "answer_tag": answer_tag,
+    "math": math,
+    "reasoning_gym": reasoning_gym,
 }
-"""Name -> what makes the grader; some need a package of an extra."""
+EXTRAS = {"math": ("math_verify", "math"), "reasoning_gym": ("reasoning_gym", "reasoning")}
+"""Grader -> (package that it needs, extra of opcd that installs the package)."""
 
 NAMES = (*GRADERS, "regex:PATTERN", "package.module:attribute")
 
 
 def make_grader(spec: str) -> Grader:
-    """The grader that `spec` names.
+    """Return the grader named by `spec`.
 
-    ``regex:PATTERN``: the pattern's first group (the whole match where it has none), searched in the model's answer,
-    equals the expected one; no match is wrong. ``math`` compares the last ``Answer:`` line or ``\\boxed{}`` as
-    mathematics. ``reasoning_gym`` asks the scorer of the row's task (rows of a ``reasoning_gym:`` source); only the
-    full score is right. Raises ConfigError, naming what is valid, for anything else.
+    ``regex:PATTERN`` searches the model's answer; the pattern's first group, or the whole match if it has no group,
+    must equal the expected answer. ``package.module:attribute`` is a function ``(answer, expected) -> bool``. Raises
+    ConfigError, with all valid names, for an unknown grader, and for a missing package.
     """
     if spec in GRADERS:
-        return GRADERS[spec]()
+        package, extra = EXTRAS.get(spec, (None, None))
+        if package is not None and find_spec(package) is None:
+            raise ConfigError(f"eval.grader `{spec}` needs the `{extra}` extra: pip install 'opcd[{extra}]'")
+        return GRADERS[spec]
     kind, colon, rest = spec.partition(":")
     if kind == "regex" and colon:
         return _regex(spec, rest)
@@ -103,23 +116,18 @@ def make_grader(spec: str) -> Grader:
     raise ConfigError(f"bad value eval.grader={spec!r}: valid are {', '.join(NAMES)}")
 
 
-def _need(grader: str, *, module: str, extra: str) -> None:
-    if find_spec(module) is None:
-        raise ConfigError(f"eval.grader `{grader}` needs the `{extra}` extra: pip install 'opcd[{extra}]'")
-
-
 def _imported(spec: str, module: str, attribute: str) -> Grader:
     try:
-        found: Any = importlib.import_module(module)
+        function: Any = importlib.import_module(module)
         for name in attribute.split("."):
-            found = getattr(found, name)
-        inspect.signature(found).bind("answer", "expected")
+            function = getattr(function, name)
+        inspect.signature(function).bind("answer", "expected")
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"bad value eval.grader={spec!r}: {error}; expected package.module:attribute of a function "
             f"(answer, expected) -> bool, or one of {', '.join(NAMES[:-1])}"
         ) from error
-    return lambda answer, expected: bool(found(answer, expected))
+    return lambda answer, expected: bool(function(answer, expected))
 
 
 def _regex(spec: str, pattern: str) -> Grader:

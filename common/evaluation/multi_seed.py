@@ -1,8 +1,8 @@
-"""Figures of several runs that differ in their seed alone, on the same rows: means, and intervals that know of both.
+"""Accuracy figures over several runs that differ only in their seed, with intervals over rows and seeds.
 
-Rows and seeds are crossed: every run answers every row. So two variances add up, that of the mean over rows and that of
-the mean over seeds (each holds a part of the answers' own chance: together a little too much, never too little). The
-latter is estimated from as many values as there are seeds: of three it is rough, of one it is not known and left out.
+Every run answers every row, so two variances add up: that of the mean over rows and that of the mean over seeds. Both
+contain a part of the sampling noise of the answers, so their sum is slightly too large, never too small. The variance
+over seeds comes from one value per seed: with three seeds it is rough, with one seed it is unknown and left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common.evaluation.accuracy import (
     Accuracy,
     Change,
     Interval,
-    aligned,
+    align_rows,
     change,
     effective_n,
     ratio_interval,
@@ -27,47 +27,46 @@ from common.evaluation.accuracy import (
 )
 
 Rows = Mapping[str, float]
-"""Row id -> its share of right answers in one run."""
+"""Maps a row's id to its share of right answers in one run."""
 
 
 def accuracy_over_seeds(runs: Sequence[Rows]) -> Accuracy:
-    """Mean over runs and rows; Wilson's interval at the independent answers that they are worth. At least one run.
+    """Compute the mean over one or more runs and their rows, with Wilson's interval at the effective sample size.
 
-    Raises ValueError where the runs have different rows.
+    Raises ValueError if the runs have different rows.
     """
-    scores = _matrix(runs)
+    scores = align_rows(*runs)
     seeds, rows = scores.shape
     mean = float(scores.mean())
     variance = float(scores.mean(axis=0).var()) / rows + _seed_variance(scores)
-    n = effective_n(mean, variance, at_least=1, at_most=rows * seeds, flat=rows)
+    n = effective_n(mean, variance, max_n=rows * seeds, if_constant=rows)
     return Accuracy(mean, rows, wilson(mean, n), seeds, dict(zip(runs[0], scores.mean(axis=0).tolist(), strict=True)))
 
 
 def change_over_seeds(before: Sequence[Rows], after: Sequence[Rows]) -> Change:
-    """Mean of after minus before, paired by row and by run; the interval of `accuracy.change`, widened by
-    what the runs differ in. Raises ValueError where rows or numbers of runs are not the same.
+    """Compute the mean of after minus before, paired by row and run. The interval is that of `accuracy.change`, widened
+    by the variance over runs. Raises ValueError if rows or numbers of runs are not the same.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} and {len(after)} runs cannot be paired")
     first, second = accuracy_over_seeds(before), accuracy_over_seeds(after)
-    found = change(first, second)
-    between = Z95**2 * _seed_variance(_matrix([*after], like=before[0]) - _matrix(before))
-    low, high = (
-        end + sign * (math.hypot(half, math.sqrt(between)) - half)
-        for half in [(found.ci95[1] - found.ci95[0]) / 2]
-        for end, sign in zip(found.ci95, (-1, 1), strict=True)
-    )
-    return Change(found.change, (max(-1.0, low), min(1.0, high)))
+    over_rows = change(first, second)
+    scores = align_rows(*before, *after)
+    over_seeds = Z95 * math.sqrt(_seed_variance(scores[len(before) :] - scores[: len(before)]))
+    low, high = over_rows.ci95
+    half = (high - low) / 2
+    wider = math.hypot(half, over_seeds) - half
+    return Change(over_rows.change, (max(-1.0, low - wider), min(1.0, high + wider)))
 
 
 def gap_closed_over_seeds(
     base: Sequence[Rows], in_context: Sequence[Rows], final: Sequence[Rows], seed: int = 0
 ) -> tuple[float | None, Interval | None]:
-    """(mean gain over mean gap, its interval): a bootstrap that draws rows and runs anew, always the same for a `seed`.
+    """Return (mean gain over mean gap, its interval from a bootstrap over rows and runs), a function of `seed`.
 
-    No value where there is no gap; no interval where the gap's own covers zero.
+    The value is None without a gap; the interval is None if the gap's own interval covers zero.
     """
-    stacked = np.stack([_matrix(runs, like=base[0]) for runs in (base, in_context, final)], axis=-1)
+    stacked = np.stack(np.split(align_rows(*base, *in_context, *final), 3), axis=-1)
     gain, gap = (stacked[..., i] - stacked[..., 0] for i in (2, 1))
     value = float(gain.mean() / gap.mean()) if gap.mean() else None
     if value is None or change_over_seeds(base, in_context).covers_zero:
@@ -80,17 +79,7 @@ def gap_closed_over_seeds(
     return value, ratio_interval(means[:, 2] - means[:, 0], means[:, 1] - means[:, 0])
 
 
-def _matrix(runs: Sequence[Rows], like: Rows | None = None) -> NDArray[np.float64]:
-    """``[runs, rows]``, columns in the order of `like`."""
-    known = [_bare(like if like is not None else runs[0]), *map(_bare, runs)]
-    return np.stack(aligned(*known)[1:])
-
-
-def _bare(rows: Rows) -> Accuracy:
-    return Accuracy(math.nan, len(rows), (math.nan, math.nan), rows=rows)
-
-
 def _seed_variance(scores: NDArray[np.float64]) -> float:
-    """Variance of the mean over runs, by what the runs' own means differ in."""
+    """Return the variance of the mean over runs, estimated from the runs' means; 0 for a single run."""
     runs = len(scores)
     return float(scores.mean(axis=1).var(ddof=1)) / runs if runs > 1 else 0.0

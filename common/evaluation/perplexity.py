@@ -1,6 +1,6 @@
-"""How well a model predicts a text it has nothing to do with: what distillation may have cost. Pure.
+"""Perplexity on unrelated text, a measure of forgetting.
 
-Nats per token, not their exponential: differences of nats mean the same at every level.
+In nats per token: a difference of nats means the same at every level, a difference of exponentials does not.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.evaluation.accuracy import Change, resampled
+from common.evaluation.accuracy import Change, bootstrap_means
 from common.protocol.schema import Ids, TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """Mean negative log-prob of a text's tokens, in nats; `chunks` are (sum of nats, tokens) of its pieces."""
+    """Mean negative log-prob of a text's tokens, in nats; `chunks` holds (sum of nats, tokens) of each chunk."""
 
     nats: float
     tokens: int
     chunks: tuple[tuple[float, int], ...] = ()
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Perplexity:
-        """From what ``dataclasses.asdict`` made of one, lists for tuples."""
+    def from_dict(cls, state: Mapping[str, Any]) -> Perplexity:
+        """Rebuild from ``dataclasses.asdict``, also after JSON turned tuples into lists."""
         return cls(**{**state, "chunks": tuple((nats, tokens) for nats, tokens in state["chunks"])})
 
 
-def chunks_of(ids: Ids, size: int) -> list[TokenSequence]:
-    """`ids` cut into sequences of at most `size` tokens, the first of each the last of the one before.
+def split_into_chunks(ids: Ids, size: int) -> list[TokenSequence]:
+    """Split `ids` into sequences of at most `size` tokens; each starts with the last token of the one before.
 
-    So every token but the text's first is predicted exactly once, from what stands before it in its own chunk. Raises
-    ValueError for a text of fewer than two tokens.
+    Every token but the first is thus predicted exactly once, from the tokens before it in its chunk. Raises ValueError
+    for fewer than two tokens.
     """
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens, at least two are needed")
@@ -44,19 +44,17 @@ def chunks_of(ids: Ids, size: int) -> list[TokenSequence]:
 
 
 def perplexity(logprobs: Sequence[NDArray[np.float32]]) -> Perplexity:
-    """From the log-probs of each chunk's tokens, ``[T]`` each. Raises ValueError where one is no number."""
+    """Compute the perplexity from each chunk's log-probs ``[T]``. Raises ValueError for a value that is not finite."""
     chunks = tuple((-float(values.astype(np.float64).sum()), len(values)) for values in logprobs)
     nats, tokens = sum(nats for nats, _ in chunks), sum(tokens for _, tokens in chunks)
     if not np.isfinite(nats):
-        raise ValueError("the model gives a token of the text no finite log-prob")
+        raise ValueError("the model's log-prob of a token of the text is not finite")
     return Perplexity(nats / tokens, tokens, chunks)
 
 
 def perplexity_change(before: Perplexity, after: Perplexity, seed: int = 0) -> Change | None:
-    """After minus before in nats per token (above zero: the text is predicted worse); 95% percentile interval of a
-    paired bootstrap over chunks. None for a text of one chunk.
-
-    Raises ValueError where the chunks are not the same.
+    """Compute after minus before in nats per token; above zero the text is predicted worse. The 95% interval is that of
+    a paired bootstrap over chunks. None for a text of one chunk. Raises ValueError if the chunks are not the same.
     """
     first, second = np.array(before.chunks), np.array(after.chunks)
     if first.shape != second.shape or (first[:, 1] != second[:, 1]).any():
@@ -64,6 +62,6 @@ def perplexity_change(before: Perplexity, after: Perplexity, seed: int = 0) -> C
     if len(first) < 2:
         return None
     columns = np.stack([second[:, 0] - first[:, 0], first[:, 1]], axis=-1)
-    means = resampled(columns, np.random.default_rng(seed))
+    means = bootstrap_means(columns, np.random.default_rng(seed))
     low, high = np.quantile(means[:, 0] / means[:, 1], (0.025, 0.975))
     return Change(after.nats - before.nats, (float(low), float(high)))

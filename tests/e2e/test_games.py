@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from common.data.contexts import context_index
-from common.evaluation.accuracy import accuracy
 from tests.support.runs import metric_lines, started_run
+from tests.support.verdicts import accuracy_of
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -102,5 +102,5 @@ def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path)
         assert "[Game]" in first["observation"]
         assert line["right"] == (line["reward"] == 1.0)
     summary = json.loads((run / "summary.json").read_text())
-    won = accuracy([line["right"] for line in played if line["set"] == "final"])
+    won = accuracy_of([line["right"] for line in played if line["set"] == "final"])
     assert summary["final"]["accuracy"] == won.accuracy

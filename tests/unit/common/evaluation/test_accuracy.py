@@ -10,22 +10,35 @@ import pytest
 
 from common.evaluation.accuracy import (
     Accuracy,
-    accuracy,
     change,
     gap_closed,
     gap_closed_ci95,
     pass_at_1,
     wilson,
 )
+from tests.support.verdicts import accuracy_of
 
 
-def drawn(rng: np.random.Generator, chances: np.ndarray, samples: int) -> Accuracy:
+def sampled(rng: np.random.Generator, chances: np.ndarray, samples: int) -> Accuracy:
     return pass_at_1({str(i): list(rng.random(samples) < chance) for i, chance in enumerate(chances)})
 
 
 def binary(values: str) -> Accuracy:
     """``"1101"``: which rows were right."""
-    return accuracy([value == "1" for value in values])
+    return accuracy_of([value == "1" for value in values])
+
+
+def test_the_interval_is_wilsons() -> None:
+    half = accuracy_of([True] * 64 + [False] * 64)
+    assert half.accuracy == 0.5
+    assert half.ci95 == pytest.approx((0.4146, 0.5854), abs=2e-4)  # n = 128 at p = 0.5: about 8.5 points either way
+    assert accuracy_of([False] * 10).ci95 == pytest.approx((0.0, 0.2775), abs=2e-4)
+
+
+def test_gap_closed() -> None:
+    base, teacher, final = (accuracy_of([True] * n + [False] * (10 - n)) for n in (1, 9, 7))
+    assert gap_closed(base, teacher, final) == pytest.approx(0.75)
+    assert gap_closed(base, base, final) is None
 
 
 def test_pass_at_1_is_the_mean_of_the_rows_shares() -> None:
@@ -37,7 +50,7 @@ def test_pass_at_1_is_the_mean_of_the_rows_shares() -> None:
 
 def test_answers_that_repeat_each_other_are_worth_one() -> None:
     verdicts = [True] * 30 + [False] * 10
-    once = accuracy(verdicts)
+    once = accuracy_of(verdicts)
     repeated = pass_at_1({str(i): [right] * 8 for i, right in enumerate(verdicts)})
     assert repeated.ci95 == pytest.approx(once.ci95)
     assert once.ci95 == pytest.approx(wilson(0.75, 40))
@@ -58,7 +71,7 @@ def test_the_interval_covers_the_truth_and_is_that_of_a_bootstrap_over_rows() ->
     covered, widths, bootstrapped = 0, [], []
     for repeat in range(400):
         chances = rng.beta(0.6, 0.9, 60)  # rows differ: a few are nearly always right, more nearly never
-        found = drawn(rng, chances, 4)
+        found = sampled(rng, chances, 4)
         covered += found.ci95[0] <= 0.6 / 1.5 <= found.ci95[1]
         if repeat < 20:
             shares = np.array(list(found.rows.values()))
@@ -98,7 +111,7 @@ def test_the_interval_of_a_change_covers_the_truth() -> None:
     for _ in range(600):
         before, after = rng.random(40) < 0.3, np.zeros(40, bool)
         after = np.where(before, rng.random(40) < 0.9, rng.random(40) < 0.4)
-        found = change(accuracy(list(before)), accuracy(list(after)))
+        found = change(accuracy_of(list(before)), accuracy_of(list(after)))
         covered += found.ci95[0] <= 0.3 * 0.9 + 0.7 * 0.4 - 0.3 <= found.ci95[1]
     assert 0.93 <= covered / 600 <= 0.99
 
@@ -123,7 +136,7 @@ def test_the_gap_closeds_interval_is_the_delta_methods() -> None:
     rng = np.random.default_rng(2)
     base, teacher = rng.random(400) < 0.2, rng.random(400) < 0.8
     final = np.where(rng.random(400) < 0.6, teacher, base)
-    results = [accuracy(list(values)) for values in (base, teacher, final)]
+    results = [accuracy_of(list(values)) for values in (base, teacher, final)]
     value, found = gap_closed(*results), gap_closed_ci95(*results)
     assert value is not None
     assert found is not None
@@ -146,5 +159,5 @@ def test_a_context_that_harms_has_a_gap_too() -> None:
 
 def test_a_result_survives_its_way_through_json() -> None:
     found = pass_at_1({"a": [True, True], "b": [True, False]})
-    assert Accuracy.of(json.loads(json.dumps(asdict(found)))) == found
+    assert Accuracy.from_dict(json.loads(json.dumps(asdict(found)))) == found
     assert "rows" not in found.summary()

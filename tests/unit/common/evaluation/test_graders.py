@@ -1,4 +1,4 @@
-"""Graders beyond plain text: tags, mathematics, scorers of procedural tasks, a user's own."""
+"""Graders: plain text, tags, mathematics, scorers of procedural tasks, a user's own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,31 @@ import pytest
 
 from common.config.model import ConfigError
 from common.data.sources import read_records
-from common.evaluation.graders import NAMES, after_thinking, make_grader
-from common.evaluation.math_answers import final_answer
+from common.evaluation.answers import final_answer, strip_thinking
+from common.evaluation.graders import NAMES, make_grader
+
+
+@pytest.mark.parametrize(
+    ("spec", "answer", "expected", "right"),
+    [
+        ("exact", " cats ", "cats", True),
+        ("exact", "Cats", "cats", False),
+        ("exact_casefold", "CATS", "cats", True),
+        ("contains", "I say cats.", "cats", True),
+        ("contains", "I say cat.", "cats", False),
+        (r"regex:<answer>(.*?)</answer>", "so <answer> B </answer>", "B", True),
+        (r"regex:<answer>(.*?)</answer>", "B", "B", False),
+        (r"regex:[a-z]+s", "12 cats", "cats", True),
+    ],
+)
+def test_graders(spec: str, answer: str, expected: str, right: bool) -> None:
+    assert make_grader(spec)(answer, expected) is right
+
+
+@pytest.mark.parametrize("spec", ["exakt", "regex", "regex:(", ""])
+def test_an_unknown_grader_is_a_config_error(spec: str) -> None:
+    with pytest.raises(ConfigError, match=r"eval\.grader"):
+        make_grader(spec)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +47,7 @@ from common.evaluation.math_answers import final_answer
     ],
 )
 def test_only_what_follows_the_thinking_counts(text: str, rest: str) -> None:
-    assert after_thinking(text) == rest
+    assert strip_thinking(text) == rest
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.evaluation.accuracy import accuracy, change, gap_closed, gap_closed_ci95
+from common.evaluation.accuracy import change, gap_closed, gap_closed_ci95
 from common.evaluation.multi_seed import Rows, accuracy_over_seeds, change_over_seeds, gap_closed_over_seeds
+from tests.support.verdicts import accuracy_of
 
 
 def rows_of(values: np.ndarray) -> Rows:
@@ -25,10 +26,10 @@ def crossed(rng: np.random.Generator, seeds: int, rows: int, *, level: float, be
 
 def test_of_one_run_they_are_that_runs_own() -> None:
     values = binary("1" * 13 + "0" * 7)
-    found, own = accuracy_over_seeds([values]), accuracy([v == 1 for v in values.values()])
+    found, own = accuracy_over_seeds([values]), accuracy_of([v == 1 for v in values.values()])
     assert (found.accuracy, found.n, found.ci95) == (own.accuracy, own.n, pytest.approx(own.ci95))
     after = binary("1" * 18 + "0" * 2)
-    assert change_over_seeds([values], [after]) == change(own, accuracy([v == 1 for v in after.values()]))
+    assert change_over_seeds([values], [after]) == change(own, accuracy_of([v == 1 for v in after.values()]))
 
 
 def test_runs_that_agree_are_worth_no_more_rows() -> None:
@@ -78,7 +79,7 @@ def test_a_seed_that_fails_altogether_shows_in_the_interval_of_the_gap_closed() 
 
 def test_of_one_run_the_gap_closed_is_that_runs_own() -> None:
     sets = [binary("0" * 20 + "1" * 10), binary("1" * 25 + "0" * 5), binary("1" * 15 + "0" * 5 + "1" * 10)]
-    single = [accuracy([v == 1 for v in rows.values()]) for rows in sets]
+    single = [accuracy_of([v == 1 for v in rows.values()]) for rows in sets]
     value, interval = gap_closed_over_seeds(*([rows] for rows in sets))
     assert value == pytest.approx(gap_closed(*single))
     assert interval == pytest.approx(gap_closed_ci95(*single), abs=0.08)

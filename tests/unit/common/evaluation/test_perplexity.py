@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from common.evaluation.perplexity import Perplexity, chunks_of, perplexity, perplexity_change
+from common.evaluation.perplexity import Perplexity, perplexity, perplexity_change, split_into_chunks
 from common.protocol.schema import as_ids
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(2, 512), (10, 4), (11, 4), (12, 4), (512, 512), (7, 2)])
 def test_every_token_but_the_first_is_predicted_once(tokens: int, size: int) -> None:
-    chunks = chunks_of(as_ids(range(tokens)), size)
+    chunks = split_into_chunks(as_ids(range(tokens)), size)
     assert [i for chunk in chunks for i in chunk.response_ids.tolist()] == list(range(1, tokens))
     for chunk in chunks:
         assert len(chunk.prompt_ids) == 1
@@ -26,7 +26,7 @@ def test_every_token_but_the_first_is_predicted_once(tokens: int, size: int) -> 
 
 def test_a_text_without_anything_to_predict_is_refused() -> None:
     with pytest.raises(ValueError, match="1 tokens"):
-        chunks_of(as_ids([3]), 8)
+        split_into_chunks(as_ids([3]), 8)
 
 
 def test_nats_are_those_of_plain_transformers(tiny_model: Path) -> None:
@@ -38,7 +38,7 @@ def test_nats_are_those_of_plain_transformers(tiny_model: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     ids = as_ids(AutoTokenizer.from_pretrained(tiny_model)("The quick brown fox jumps over the lazy dog.")["input_ids"])
-    chunks = chunks_of(ids, 12)
+    chunks = split_into_chunks(ids, 12)
     policy = Policy(model, chunk_tokens=5)
     batch = PADDED.lay_out(chunks)
     logprobs = policy.response_logprobs(batch, 1.0).numpy()
@@ -90,4 +90,4 @@ def test_one_chunk_has_no_interval_and_other_texts_are_refused() -> None:
 
 def test_it_survives_its_way_through_json() -> None:
     found = of((1.0, 3), (2.0, 4))
-    assert Perplexity.of(json.loads(json.dumps(asdict(found)))) == found
+    assert Perplexity.from_dict(json.loads(json.dumps(asdict(found)))) == found
