@@ -1,6 +1,6 @@
-"""The client of a teacher server: `TeacherClient` talks to it, `TeacherScorerFactory` travels to rollout workers.
+"""The teacher client: `TeacherClient` sends requests, `TeacherScorerFactory` makes the scorer of a rollout worker.
 
-What is named here may be imported by a run (and nothing else of this service).
+May import common, teacher_server.backends.wire_size and teacher_server.http.headers. A run imports only these names.
 """
 
 from teacher_server.client.client import LOST_AFTER_S, TeacherClient

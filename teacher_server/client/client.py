@@ -1,4 +1,4 @@
-"""The client of a teacher server: contexts are put, items are scored, and what the server has lost is put again."""
+"""Client of a teacher server: puts contexts, scores items, and puts contexts again that the server evicted."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from common.protocol.schema import (
     TeacherInfo,
 )
 from common.protocol.scoring import TeacherError
-from teacher_server.client.request_batching import Bounds, requests
+from teacher_server.client.request_batching import RequestLimits, split_requests
 from teacher_server.client.transport import Transport
 
 T = TypeVar("T")
 
 LOST_AFTER_S = 120.0
-"""How long a teacher may be out of reach (restarting, loading its model) before the run stops."""
+"""Seconds that a teacher may be unreachable (restarting, loading its model) before the run stops."""
 
 REPUT_ATTEMPTS = 3
-"""How often contexts are put again for one call: a server that evicts them faster is too small for its clients."""
+"""Retries of one call after evicted contexts; a server that evicts faster is too small for its clients."""
 
-IN_FLIGHT = 4
-"""Requests of one call that travel at the same time."""
+MAX_CONCURRENT_REQUESTS = 4
+"""Concurrent requests of one call."""
 
 
 class TeacherClient:
-    """Talks to one teacher server. All methods raise TeacherError when the teacher is lost or refuses the run."""
+    """Client of one teacher server. Methods raise TeacherError if the teacher is lost or refuses a request."""
 
     def __init__(
         self,
@@ -51,9 +51,9 @@ class TeacherClient:
         lost_after_s: float = LOST_AFTER_S,
         ca_file: str | None = None,
     ) -> None:
-        """`timeout_s` is the deadline of each call, retries included; see `Transport` for the others.
+        """`timeout_s` is the deadline of each call, retries included; `Transport` documents the other arguments.
 
-        Raises TeacherError where `url` is none.
+        Raises TeacherError if `url` is not an HTTP address.
         """
         _check_url(url)
         self.run = run
@@ -62,11 +62,10 @@ class TeacherClient:
         )
         self.url = self._transport.url
         self._contexts: dict[str, Context] = {}
-        self.bounds = Bounds()
-        """Of one request to this server, as far as it is known."""
+        self._limits = RequestLimits()
 
     async def info(self) -> TeacherInfo:
-        """The handshake; from here on requests keep to this server's limits."""
+        """Information about the teacher. Later requests keep to the limits that it states."""
         reply = await self._transport.send("GET", "/v1/info")
         _raise_for(reply, self.url)
         try:
@@ -75,63 +74,65 @@ class TeacherClient:
             raise TeacherError(
                 f"{self.url} does not answer as a teacher of protocol {PROTOCOL_VERSION}: {_first_line(error)}"
             ) from error
-        self.bounds = Bounds.of(info)
+        self._limits = RequestLimits.of(info)
         return info
 
     async def put_context(self, context: Context) -> None:
-        """Hand a context over (its parent first, where it is one that this client was given before)."""
+        """Put a context, and before it a parent that this client put earlier and the server lacks."""
         self._contexts[context.hash] = context
         await self._put(context, route=context.hash)
 
     async def score(self, items: Sequence[ScoreItem], mode: ScoreMode, temperature: float, k: int) -> ScoreResponse:
-        """Score `items`; contexts that this client was given and the server has lost are put again."""
+        """Score `items`. Contexts of this client that the server evicted are put again."""
         response = await self._score(mode, temperature, k, items)
         for _ in range(REPUT_ATTEMPTS):
-            lost = self._lost(items, response)
-            if not lost:
+            missing = self._without_context(items, response)
+            if not missing:
                 break
-            for name in {items[i].context for i in lost}:
+            for name in {items[i].context for i in missing}:
                 assert name is not None
                 await self.put_context(self._contexts[name])
-            again = await self._score(mode, temperature, k, [items[i] for i in lost])
+            again = await self._score(mode, temperature, k, [items[i] for i in missing])
             if _identity(again) != _identity(response):
-                # The server was replaced in between: one response must have one identity.
+                # The server was replaced meanwhile, and a response must have one identity.
                 response = await self._score(mode, temperature, k, items)
                 continue
             results = list(response.results)
-            for i, result in zip(lost, again.results, strict=True):
+            for i, result in zip(missing, again.results, strict=True):
                 results[i] = result
             response = replace(response, results=tuple(results))
         return response
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._transport.close()
 
     async def _score(self, mode: ScoreMode, temperature: float, k: int, items: Sequence[ScoreItem]) -> ScoreResponse:
-        """All items by one teacher: in several requests where they are large or of several contexts."""
-        # A request of no items still says who answers.
-        parts = list(requests(range(len(items)), items.__getitem__, mode, k, self.bounds)) or [[]]
-        slots = asyncio.Semaphore(IN_FLIGHT)
+        """Score all items with one model version, in several requests if they are large or have several contexts."""
+        # A request without items still returns the model's identity.
+        parts = list(split_requests(range(len(items)), items.__getitem__, mode, k, self._limits)) or [[]]
+        slots = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
 
-        async def part(numbers: list[int]) -> ScoreResponse:
+        async def exchange(indices: list[int]) -> ScoreResponse:
             async with slots:
-                return await self._exchange(mode, temperature, k, [items[i] for i in numbers])
+                return await self._exchange(mode, temperature, k, [items[i] for i in indices])
 
         for _ in range(REPUT_ATTEMPTS):
-            responses = await _together([part(numbers) for numbers in parts])
+            responses = await _all_or_cancel([exchange(indices) for indices in parts])
             if len({_identity(response) for response in responses}) == 1:
                 break
         else:
-            raise TeacherError(f"the teacher at {self.url} is replaced by another one again and again")
+            raise TeacherError(
+                f"the teacher at {self.url} changed its model or weight version in each of {REPUT_ATTEMPTS} attempts"
+            )
         results: list[ItemScore | ItemError | None] = [None] * len(items)
-        for numbers, response in zip(parts, responses, strict=True):
-            for i, result in zip(numbers, response.results, strict=True):
+        for indices, response in zip(parts, responses, strict=True):
+            for i, result in zip(indices, response.results, strict=True):
                 results[i] = result
         return replace(responses[0], results=tuple(result for result in results if result is not None))
 
     async def _exchange(self, mode: ScoreMode, temperature: float, k: int, items: list[ScoreItem]) -> ScoreResponse:
-        """One request, whose items have one context."""
+        """Send one request; its items have one context."""
         request = ScoreRequest(uuid.uuid4().hex, self.run, mode, temperature, k, tuple(items))
         reply = await self._transport.send(
             "POST", "/v1/score", encode_request(request), route=items[0].context if items else None
@@ -140,13 +141,13 @@ class TeacherClient:
         try:
             response = decode_response(reply.content)
         except CodecError as error:
-            raise TeacherError(f"{self.url} answered what is not a score: {error}") from error
+            raise TeacherError(f"the reply of {self.url} is not a score: {error}") from error
         if response.request_id != request.request_id or len(response.results) != len(items):
-            raise TeacherError(f"{self.url} answered another request than the one that was sent")
+            raise TeacherError(f"the reply of {self.url} belongs to another request")
         return response
 
-    def _lost(self, items: Sequence[ScoreItem], response: ScoreResponse) -> list[int]:
-        """Numbers of the items whose context the server does not have and this client does."""
+    def _without_context(self, items: Sequence[ScoreItem], response: ScoreResponse) -> list[int]:
+        """Indices of the items whose context the server lacks and this client has."""
         return [
             i
             for i, (item, result) in enumerate(zip(items, response.results, strict=True))
@@ -154,7 +155,7 @@ class TeacherClient:
         ]
 
     async def _put(self, context: Context, *, route: str) -> None:
-        """Ancestors go where their descendant goes: a server of several replicas keeps a context on one of them."""
+        """Put ancestors with the descendant's route: a server of several replicas keeps a context on one replica."""
         path = f"/v1/contexts/{context.hash}"
         parent = self._contexts.get(context.parent) if context.parent else None
         if parent is None:
@@ -168,9 +169,9 @@ class TeacherClient:
         _raise_for(reply, self.url)
 
 
-async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results; the first failure cancels the others and is raised as it is."""
-    tasks = [asyncio.create_task(each) for each in work]
+async def _all_or_cancel(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; the first failure cancels the other coroutines and is raised."""
+    tasks = [asyncio.create_task(each) for each in coroutines]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
@@ -194,13 +195,13 @@ def _raise_for(reply: httpx.Response, url: str) -> None:
 
 
 def _check_url(url: str) -> None:
-    """Else a slip of the pen would look like a server that is down, and be waited for."""
+    """Raise TeacherError for a mistyped URL, which would otherwise look like a server that is down."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise TeacherError(f"teacher.url {url!r} is no address: {error}") from error
+        raise TeacherError(f"teacher.url {url!r} is not an address: {error}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise TeacherError(f"teacher.url {url!r} is no address: write it as http://HOST:PORT or https://HOST:PORT")
+        raise TeacherError(f"teacher.url {url!r} is not an address: write it as http://HOST:PORT or https://HOST:PORT")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a run checks before it begins: that the teacher fits it, and the key it was given."""
+"""Checks before a run begins: the teacher fits the run, and the key file holds a key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.protocol.scoring import TeacherError
 def handshake(
     info: TeacherInfo, *, tokenizer_fingerprint: str, k: int, mode: ScoreMode, temperature: float, longest_tokens: int
 ) -> None:
-    """Refuse a teacher that does not fit the run: TeacherError with the numbers and the remedy."""
+    """Raise TeacherError, with numbers and remedy, if the teacher does not fit the run."""
     if info.protocol != PROTOCOL_VERSION:
         raise TeacherError(
             f"the teacher speaks protocol {info.protocol}, this run {PROTOCOL_VERSION}: use the same opcd on both sides"
@@ -19,7 +19,7 @@ def handshake(
     if info.tokenizer_fingerprint != tokenizer_fingerprint:
         raise TeacherError(
             f"the teacher {info.model} has another tokenizer ({info.tokenizer_fingerprint[:12]}) than the student "
-            f"({tokenizer_fingerprint[:12]}): token ids would mean different things; use models of one family"
+            f"({tokenizer_fingerprint[:12]}): the same token ids mean different text; use models of one family"
         )
     if mode not in info.modes:
         raise TeacherError(
@@ -45,7 +45,7 @@ def handshake(
 
 
 def read_key(path: Path) -> str:
-    """The key in a file (``teacher.client_key_file``); raises TeacherError, which never shows what is in it."""
+    """Key from ``teacher.client_key_file``. Raises TeacherError, which never shows the file's content."""
     try:
         key = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

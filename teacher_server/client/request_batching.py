@@ -1,4 +1,4 @@
-"""Large batches as several requests: pure, by tokens and by the bytes that items take on the wire, there and back."""
+"""Splits batches into requests by items, tokens and bytes on the wire in both directions."""
 
 from __future__ import annotations
 
@@ -13,48 +13,52 @@ from teacher_server.backends.wire_size import own_tokens, reply_bytes, request_b
 T = TypeVar("T")
 
 REQUEST_BYTES = 8 * 1024 * 1024
-"""Largest request or reply (about 10,000 tokens at k = 256), unless of a single item: small enough that one is computed
-while the next travels, and that buffers are used again instead of being mapped anew."""
+"""Maximum bytes of a request or reply of several items, about 10,000 tokens at k = 256. At this size the server
+computes one request while the next travels, and reuses buffers instead of mapping new ones."""
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """Of one request; None: whatever the others allow."""
+class RequestLimits:
+    """Limits of one request; None is no limit."""
 
-    most_bytes: int = REQUEST_BYTES
-    """Of the request and of its reply, each."""
-    most_items: int | None = None
-    most_tokens: int | None = None
-    """Of prompts and responses."""
+    max_bytes: int = REQUEST_BYTES
+    """Bytes of the request, and of its reply."""
+    max_items: int | None = None
+    max_tokens: int | None = None
+    """Tokens of prompts and responses."""
 
     @classmethod
-    def of(cls, info: TeacherInfo) -> Bounds:
-        """What this server takes."""
+    def of(cls, info: TeacherInfo) -> RequestLimits:
+        """Limits of the server that sent `info`."""
         return cls(min(REQUEST_BYTES, info.max_body_bytes), info.max_items, info.max_request_tokens)
 
 
-def requests(
-    entries: Iterable[T], item: Callable[[T], ScoreItem], mode: ScoreMode, k: int, bounds: Bounds
+def split_requests(
+    entries: Iterable[T], item: Callable[[T], ScoreItem], mode: ScoreMode, k: int, limits: RequestLimits
 ) -> Iterator[list[T]]:
-    """`entries` cut into requests of one context each, in order, none above a bound unless it is a single entry.
+    """Split `entries` into requests of one context each, in order. Only a request of one entry may exceed a limit.
 
-    One context, because a server of several replicas keeps each on one of them.
+    One context, because a server of several replicas keeps each context on one replica.
     """
-    most_tokens = math.inf if bounds.most_tokens is None else bounds.most_tokens
+    max_tokens = math.inf if limits.max_tokens is None else limits.max_tokens
     by_context: dict[str | None, list[T]] = {}
     for entry in entries:
         by_context.setdefault(item(entry).context, []).append(entry)
-    for alike in by_context.values():
+    for same_context in by_context.values():
         request: list[T] = []
-        taken = tokens = 0
-        for entry in alike:
+        total_bytes = total_tokens = 0
+        for entry in same_context:
             size = max(request_bytes(item(entry)), reply_bytes(item(entry), mode, k))
-            own = own_tokens(item(entry))
-            full = taken + size > bounds.most_bytes or tokens + own > most_tokens or len(request) == bounds.most_items
+            tokens = own_tokens(item(entry))
+            full = (
+                total_bytes + size > limits.max_bytes
+                or total_tokens + tokens > max_tokens
+                or len(request) == limits.max_items
+            )
             if request and full:
                 yield request
-                request, taken, tokens = [], 0, 0
+                request, total_bytes, total_tokens = [], 0, 0
             request.append(entry)
-            taken += size
-            tokens += own
+            total_bytes += size
+            total_tokens += tokens
         yield request

@@ -1,4 +1,4 @@
-"""The scorer that rollout workers are given: single answers, gathered into requests."""
+"""The scorer of rollout workers: it batches single trajectories into requests."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from common.protocol.schema import (
 )
 from common.protocol.scoring import ScoringError, TeacherError
 from teacher_server.client.client import LOST_AFTER_S, TeacherClient
-from teacher_server.client.request_batching import Bounds, requests
-from teacher_server.client.validation import misfit
+from teacher_server.client.request_batching import RequestLimits, split_requests
+from teacher_server.client.validation import score_error
 
 COALESCE_S = 0.005
-"""How long a scorer waits for more finished answers before it sends a request."""
+"""Seconds that a scorer waits for more trajectories before it sends a request."""
 
 
 @dataclass(frozen=True)
 class TeacherScorerFactory:
-    """Travels to a rollout worker; called there, makes its scorer."""
+    """Serialisable factory; a rollout worker calls it to make its scorer."""
 
     url: str
     run: str
@@ -42,18 +42,18 @@ class TeacherScorerFactory:
     lost_after_s: float = LOST_AFTER_S
 
     def __call__(self) -> TeacherScorer:
-        """A scorer of this process."""
+        """Make the scorer of this process."""
         return TeacherScorer(self)
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting:
+class _PendingItem:
     item: ScoreItem
     future: asyncio.Future[tuple[ItemScore | ItemError, ScoreResponse]]
 
 
 class TeacherScorer:
-    """Scores single answers; those that end at about the same time travel in one request."""
+    """Scores single trajectories; those that finish within `COALESCE_S` share a request."""
 
     def __init__(self, factory: TeacherScorerFactory) -> None:
         self._factory = factory
@@ -65,13 +65,16 @@ class TeacherScorer:
             lost_after_s=factory.lost_after_s,
             ca_file=factory.ca_file,
         )
-        self._waiting: list[_Waiting] = []
+        self._pending: list[_PendingItem] = []
         self._flush: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[None]] = set()
         self._contexts_put: asyncio.Task[None] | None = None
 
     async def score(self, trajectory: Trajectory) -> ScoredTrajectory:
-        """The teacher's log-probabilities for all response tokens; ScoringError, TeacherError."""
+        """Log-probs of the teacher for all response tokens.
+
+        Raises ScoringError for this sample, TeacherError if the teacher is lost or changed.
+        """
         await self._put_contexts()
         wants_ids = self._factory.mode in ("at_ids", "union")
         item = ScoreItem(
@@ -80,21 +83,21 @@ class TeacherScorer:
             response_ids=trajectory.response_ids,
             topk_ids=trajectory.topk_ids if wants_ids else None,
         )
-        waiting = _Waiting(item, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+        pending = _PendingItem(item, asyncio.get_running_loop().create_future())
+        self._pending.append(pending)
         if self._flush is None or self._flush.done():
             self._flush = asyncio.create_task(self._send_soon())
-        result, response = await waiting.future
+        result, response = await pending.future
         self._check_identity(response)
         if isinstance(result, ItemError):
             raise ScoringError(f"sample {trajectory.sample_id}: {result.code}: {result.message}")
-        fault = misfit(result, item, self._factory.mode, self._factory.k)
-        if fault is not None:
-            raise ScoringError(f"sample {trajectory.sample_id}: {fault}")
+        error = score_error(result, item, self._factory.mode, self._factory.k)
+        if error is not None:
+            raise ScoringError(f"sample {trajectory.sample_id}: {error}")
         return ScoredTrajectory(trajectory, result, response.model_fingerprint, response.weight_version)
 
     async def close(self) -> None:
-        """Give up what is in flight and let go of the connections."""
+        """Cancel all requests and close the connections."""
         tasks = [task for task in (self._flush, self._contexts_put, *self._requests) if task is not None]
         for task in tasks:
             task.cancel()
@@ -112,20 +115,20 @@ class TeacherScorer:
 
     async def _send_soon(self) -> None:
         await asyncio.sleep(COALESCE_S)
-        waiting, self._waiting = self._waiting, []
-        factory, bounds = self._factory, Bounds.of(self._factory.expected_info)
-        for group in requests(waiting, lambda entry: entry.item, factory.mode, factory.k, bounds):
+        pending, self._pending = self._pending, []
+        factory, limits = self._factory, RequestLimits.of(self._factory.expected_info)
+        for group in split_requests(pending, lambda entry: entry.item, factory.mode, factory.k, limits):
             task = asyncio.create_task(self._send(group))
             self._requests.add(task)
             task.add_done_callback(self._requests.discard)
 
-    async def _send(self, group: list[_Waiting]) -> None:
+    async def _send(self, group: list[_PendingItem]) -> None:
         factory = self._factory
         try:
             response = await self._client.score(
                 [entry.item for entry in group], factory.mode, factory.temperature, factory.k
             )
-        except BaseException as error:  # the callers wait on futures: whatever happened must reach them
+        except BaseException as error:  # the callers wait on futures, so every error must reach them
             for entry in group:
                 if not entry.future.done():
                     entry.future.set_exception(
@@ -144,7 +147,7 @@ class TeacherScorer:
             raise TeacherError(
                 f"the teacher at {self._factory.url} is another model now (fingerprint "
                 f"{response.model_fingerprint[:12]}, the run began with {expected.model_fingerprint[:12]}): "
-                f"start {expected.model} there again, or begin a new run"
+                f"start {expected.model} at this address again, or begin a new run"
             )
         if expected.kind == "frozen" and response.weight_version != expected.weight_version:
             raise TeacherError(

@@ -1,4 +1,4 @@
-"""Whether a score is a score of its item: a learner must never train on half of one, or on what are no log-probs."""
+"""Validation of scores, so that the learner never trains on incomplete scores or on values that are not log-probs."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ import numpy as np
 
 from common.protocol.schema import LOGPROB_FLOOR, ItemScore, ScoreItem, ScoreMode
 
-HIGHEST = 0.01
-"""A log-prob is at most 0, but for rounding."""
+MAX_LOGPROB = 0.01
+"""Allowed rounding error above 0."""
 
 
-def misfit(score: ItemScore, item: ScoreItem, mode: ScoreMode, k: int) -> str | None:
-    """What is wrong with `score` as an answer to `item` in `mode` with the teacher's own `k`; None: nothing."""
+def score_error(score: ItemScore, item: ScoreItem, mode: ScoreMode, k: int) -> str | None:
+    """Validate a score's shapes, ids and values against its request; returns the first error, or None.
+
+    `k` is the number of ids that the teacher picks in modes ``teacher_topk`` and ``union``.
+    """
     tokens = int(item.response_ids.size)
-    asked = item.topk_ids if mode in ("at_ids", "union") else None
+    requested = item.topk_ids if mode in ("at_ids", "union") else None
     picks = mode in ("teacher_topk", "union")
-    width = (0 if asked is None else int(asked.shape[1])) + (k if picks else 0)
+    width = (0 if requested is None else int(requested.shape[1])) + (k if picks else 0)
     shapes = {
         "log-probs": (score.logprobs.shape, (tokens, width)),
         "sampled log-probs": (score.sampled_logprob.shape, (tokens,)),
         "tail": (score.tail_logprob.shape, (tokens,)),
         "ids": (None if score.topk_ids is None else score.topk_ids.shape, (tokens, width) if picks else None),
     }
-    for name, (came, meant) in shapes.items():
-        if came != meant:
-            return f"{name} of shape {came} came back for {tokens} response tokens, expected {meant}"
-    if asked is not None and score.topk_ids is not None and (score.topk_ids[:, : asked.shape[1]] != asked).any():
-        return "other ids came back than were asked for"
+    for name, (shape, expected) in shapes.items():
+        if shape != expected:
+            return f"{name} of shape {shape} for {tokens} response tokens, expected {expected}"
+    if (
+        requested is not None
+        and score.topk_ids is not None
+        and (score.topk_ids[:, : requested.shape[1]] != requested).any()
+    ):
+        return "the score has other ids than the request"
     values: dict[str, np.ndarray[Any, Any]] = {
         "log-probs": score.logprobs,
         "sampled log-probs": score.sampled_logprob,
@@ -36,10 +43,10 @@ def misfit(score: ItemScore, item: ScoreItem, mode: ScoreMode, k: int) -> str | 
     }
     for name, array in values.items():
         if array.size and not _are_logprobs(array):
-            return f"{name} from {array.min()} to {array.max()} came back, expected {LOGPROB_FLOOR:g} to 0"
+            return f"{name} from {array.min()} to {array.max()}, expected {LOGPROB_FLOOR:g} to 0"
     return None
 
 
 def _are_logprobs(values: np.ndarray[Any, Any]) -> bool:
-    # A NaN is both the least and the greatest value, and in no interval.
-    return bool(values.min() >= LOGPROB_FLOOR and values.max() <= HIGHEST)
+    # min and max of values with a NaN are NaN, which fails both comparisons.
+    return bool(values.min() >= LOGPROB_FLOOR and values.max() <= MAX_LOGPROB)

@@ -66,7 +66,7 @@ class VllmBackend:
 
     def __init__(self, engine: ScoringEngine, *, model_name: str, fingerprint: str) -> None:
         """`engine` is running; `close` ends it."""
-        self._engine = engine
+        self.engine = engine
         self.model_name = model_name
         self.model_fingerprint = fingerprint
         self.dtype = engine.dtype
@@ -89,11 +89,11 @@ class VllmBackend:
 
     def close(self) -> None:
         """End the engine's processes."""
-        self._engine.close()
+        self.engine.close()
 
     def prefix_bytes(self, tokens: int) -> int:
         """Bytes of keys and values of `tokens` tokens in the engine's memory."""
-        return tokens * self._engine.token_bytes
+        return tokens * self.engine.token_bytes
 
     def embeds(self, ids: Ids) -> bool:
         """Return True if the model has an input embedding for every id."""
@@ -103,7 +103,7 @@ class VllmBackend:
         """Have the engine compute ``parent + ids`` into its cache."""
         whole = ids if parent is None else np.concatenate([parent.ids, ids])
         salt = uuid.uuid4().hex if parent is None else parent.salt
-        self._engine.run([EngineRequest(whole.tolist(), salt)])
+        self.engine.run([EngineRequest(whole.tolist(), salt)])
         return VllmPrefix(whole, salt, self.prefix_bytes(int(ids.size)))
 
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
@@ -131,7 +131,7 @@ class VllmBackend:
     def _rows(self, works: Sequence[Work], *, cached: bool) -> Iterator[Rows | InvalidRows]:
         for start, stop in self._spans_that_fit(works, cached=cached):
             part = works[start:stop]
-            outputs = self._engine.run([self._request(work, cached=cached) for work in part])
+            outputs = self.engine.run([self._request(work, cached=cached) for work in part])
             for work, output in zip(part, outputs, strict=True):
                 try:
                     yield self._read(work, output)
@@ -144,7 +144,7 @@ class VllmBackend:
         ids = np.concatenate([context, item.prompt_ids, item.response_ids]).tolist()
         salt = work.prefix.salt if cached and work.prefix is not None else None
         first = _first_row(work)
-        if self._engine.fixed_ids:
+        if self.engine.fixed_ids:
             return EngineRequest(ids, salt, start=first, fixed_ids=fixed_ids(work, self.vocab_size))
         return EngineRequest(ids, salt, start=first, top_k_columns=1 + work.teacher_ids)
 
@@ -153,7 +153,7 @@ class VllmBackend:
         cached = getattr(output, "num_cached_tokens", None)
         if cached is None or cached > _first_row(work):
             raise InvalidRows(f"{cached} tokens came from the cache, the first scored row is {_first_row(work)}")
-        if self._engine.fixed_ids:
+        if self.engine.fixed_ids:
             return rows_of_fixed_ids(getattr(output, "prompt_token_id_logprobs", None), work, self.vocab_size)
         return rows_of_top_k(getattr(output, "prompt_logprobs", None), work, self.vocab_size)
 
@@ -163,13 +163,13 @@ class VllmBackend:
         A request that vLLM preempts for lack of memory would resume from cached positions, which have no rows.
         """
         start, used, seen = 0, 0, set[str]()
-        block = self._engine.block_tokens
+        block = self.engine.block_tokens
         for i, work in enumerate(works):
             own = work.own_tokens + 2 * block
             context = 0 if work.prefix is None else work.prefix.total_tokens
             salt = None if work.prefix is None or not cached else work.prefix.salt
             needed = own + (0 if salt in seen else context)
-            if i > start and used + needed > self._engine.cache_tokens:
+            if i > start and used + needed > self.engine.cache_tokens:
                 yield start, i
                 start, used, needed = i, 0, own + context
                 seen.clear()

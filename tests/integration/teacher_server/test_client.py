@@ -1,4 +1,4 @@
-"""The client and the scorer against a real server: scores, refusals, and what they do when it is lost or replaced."""
+"""Client and scorer against a real server: scores, refusals, and a server that is lost or replaced."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,8 +66,8 @@ async def test_scorer_gives_the_teachers_scores_in_few_requests(teacher: Running
     assert 'opcd_teacher_requests_total{run="red/run",status="200"} 2.0' in text  # 20 answers, 16 items a request
 
 
-async def test_a_large_request_shuts_nobody_out_and_the_projects_own_clients_send_none(tiny_model: Path) -> None:
-    """Items of 14 tokens and a queue of 400: seven travel together, where many are asked for or end at one time."""
+async def test_large_requests_are_refused_and_this_client_sends_none(tiny_model: Path) -> None:
+    """Items of 14 tokens, requests of at most 100: client and scorer send seven items in a request."""
     with running(tiny_model, max_queued_tokens=400, batch_window_ms=0) as small:
         assert small.info.max_request_tokens == 100
         async with small.http() as http:
@@ -89,7 +90,7 @@ async def test_a_large_request_shuts_nobody_out_and_the_projects_own_clients_sen
         assert f'requests_total{{run="red/{run}",status="413"}}' not in page
 
 
-async def test_a_bad_sample_is_a_scoring_error_of_its_own(teacher: Running) -> None:
+async def test_a_bad_sample_fails_alone(teacher: Running) -> None:
     scorer = factory_for(teacher)()
     good, bad = items(1, 2)
     bad = replace(bad, context="0" * 64)
@@ -103,18 +104,20 @@ async def test_a_bad_sample_is_a_scoring_error_of_its_own(teacher: Running) -> N
     assert "unknown_context" in str(results[1])
 
 
-async def test_half_a_score_is_a_scoring_error_of_its_sample(teacher: Running) -> None:
-    """As from a server of somebody else's, or of another version."""
-    scorer = factory_for(teacher)()
-    whole = scorer._client.score
+async def test_an_incomplete_score_is_a_scoring_error_of_its_sample(
+    teacher: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A foreign server, or one of another version, could send it."""
+    score = TeacherClient.score
 
-    async def loses_a_row(*asked: object) -> ScoreResponse:
-        response = await whole(*asked)
+    async def score_without_a_row(*arguments: Any) -> ScoreResponse:
+        response = await score(*arguments)
         first, second = response.results
         assert isinstance(first, ItemScore)
         return replace(response, results=(replace(first, tail_logprob=first.tail_logprob[1:]), second))
 
-    scorer._client.score = loses_a_row
+    monkeypatch.setattr(TeacherClient, "score", score_without_a_row)
+    scorer = factory_for(teacher)()
     one, other = items(1, 2)
     results = await asyncio.gather(
         scorer.score(trajectory(one, "row-7")), scorer.score(trajectory(other)), return_exceptions=True
@@ -125,8 +128,8 @@ async def test_half_a_score_is_a_scoring_error_of_its_sample(teacher: Running) -
     assert not isinstance(results[1], BaseException)
 
 
-async def test_lost_contexts_are_put_again(teacher: Running) -> None:
-    """The server forgot parent and child; the caller does not notice."""
+async def test_evicted_contexts_are_put_again(teacher: Running) -> None:
+    """The server evicted parent and child; the caller gets scores all the same."""
     root = teacher.context(tokens(2, 20))
     leaf = teacher.context(tokens(2, 50), root)
     client = TeacherClient(teacher.url, "run", 30, KEYS["red"])
@@ -170,8 +173,8 @@ async def test_a_wrong_key_stops_the_run_and_is_not_shown(teacher: Running) -> N
     assert "secret-of-mine" not in str(caught.value)
 
 
-async def test_back_pressure_is_waited_out(tiny_model: Path) -> None:
-    """A queue of a few items, a held backend, many requests: 429s on the way, an answer for everyone."""
+async def test_clients_wait_out_back_pressure(tiny_model: Path) -> None:
+    """A short queue, a held backend and many requests: some get 429, all get scores."""
     with running(tiny_model, max_queued_tokens=120, batch_tokens=16, batch_window_ms=0) as small:
         clients = [TeacherClient(small.url, f"run-{n % 2}", 60, KEYS["red"]) for n in range(8)]
         with small.gate.held():
@@ -188,13 +191,13 @@ async def test_back_pressure_is_waited_out(tiny_model: Path) -> None:
             await client.close()
 
 
-async def test_a_teacher_that_is_not_there_is_one_clear_line() -> None:
+async def test_an_unreachable_teacher_is_an_error_of_one_line() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
     client = TeacherClient(url, "run", 600, lost_after_s=0.3)
     began = time.monotonic()
-    with pytest.raises(TeacherError, match="out of reach") as caught:
+    with pytest.raises(TeacherError, match="unreachable for") as caught:
         await client.info()
     assert time.monotonic() - began < 10
     await client.close()
@@ -203,8 +206,8 @@ async def test_a_teacher_that_is_not_there_is_one_clear_line() -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "teacher", "", "http://", "ftp://host", "http://host:port"])
-def test_what_is_no_address_is_said_at_once(url: str) -> None:
-    with pytest.raises(TeacherError, match=f"teacher.url '{url}' is no address"):
+def test_an_invalid_url_is_refused_at_once(url: str) -> None:
+    with pytest.raises(TeacherError, match=f"teacher.url '{url}' is not an address"):
         TeacherClient(url, "run", 600)
 
 

@@ -1,4 +1,4 @@
-"""Teachers that follow their student (`live`, `ema`): weights from a real sender, scores against plain forwards."""
+"""Teachers that follow their student (`live`, `ema`): weights from a real sender, scores against forward passes."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def oracle_of(folder: Path, weights: dict[str, Tensor]) -> Oracle:
     return oracle
 
 
-def item_under_context(service: TeacherService) -> ScoreItem:
-    """One item under `CONTEXT`, which is stored."""
+def item_with_context(service: TeacherService) -> ScoreItem:
+    """Put `CONTEXT`, and return an item with it."""
     item = random_item(np.random.default_rng(1), prompt=6, response=9)
     name = context_hash(service.info().tokenizer_fingerprint, CONTEXT)
     service.put_context("run", name, CONTEXT, None)
@@ -105,9 +105,11 @@ def served(tiny_model: Path) -> Iterator[Any]:
         server.actor.stop()
 
 
-def test_a_self_teacher_scores_with_every_version_under_a_context_it_had_cached(served: Any, tiny_model: Path) -> None:
+def test_a_live_teacher_scores_with_every_version_and_recomputes_its_cached_context(
+    served: Any, tiny_model: Path
+) -> None:
     server = served("live")
-    item = item_under_context(server.service)
+    item = item_with_context(server.service)
     before, version = server.score(item)
     assert version == 0
     assert_score(before, Oracle.load(tiny_model).logprobs(CONTEXT, item.prompt_ids, item.response_ids), item)
@@ -130,7 +132,7 @@ def test_an_ema_teacher_holds_the_closed_form_and_takes_a_repeated_version_once(
     served: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
     server = served("ema")
-    item = item_under_context(server.service)
+    item = item_with_context(server.service)
     sender = server.join()
     versions = [weights_of(tiny_model, seed) for seed in (None, 1, 2, 3)]
     for version in (1, 2, 2, 3):
@@ -146,11 +148,11 @@ def test_an_ema_teacher_holds_the_closed_form_and_takes_a_repeated_version_once(
     assert stamp == 3
     assert_score(score, oracle_of(tiny_model, average).logprobs(CONTEXT, item.prompt_ids, item.response_ids), item)
     server.actor.save_state(str(tmp_path / "state"))
-    again = served("ema")  # a resumed run: the average comes from disk, the learner's version does not move it
+    again = served("ema")  # a resumed run: the average comes from disk, and the repeated version leaves it unchanged
     again.actor.load_state(str(tmp_path / "state"))
     other = again.join()
     again.publish(other, versions[3], 3)
-    item_under_context(again.service)
+    item_with_context(again.service)
     resumed, stamp = again.score(item)
     assert stamp == 3
     np.testing.assert_array_equal(resumed.logprobs, score.logprobs)
@@ -158,9 +160,9 @@ def test_an_ema_teacher_holds_the_closed_form_and_takes_a_repeated_version_once(
     other.close()
 
 
-def test_a_teacher_whose_weights_did_not_arrive_whole_scores_nothing_any_more(served: Any, tiny_model: Path) -> None:
+def test_a_teacher_with_incomplete_weights_refuses_all_requests(served: Any, tiny_model: Path) -> None:
     server = served("live")
-    item = item_under_context(server.service)
+    item = item_with_context(server.service)
     sender = server.join()
     weights = weights_of(tiny_model, seed=1)
     manifest = manifest_of(weights, bucket_bytes=40_000, version=1)
@@ -178,7 +180,7 @@ def test_a_teacher_whose_weights_did_not_arrive_whole_scores_nothing_any_more(se
     assert not server.service.ready
 
 
-def test_a_request_that_an_update_cuts_in_two_is_scored_with_one_version(tiny_model: Path) -> None:
+def test_a_request_during_an_update_is_scored_with_one_version(tiny_model: Path) -> None:
     """Two items in two batches; the weights change between them."""
     backend = TransformersBackend.load(str(tiny_model), kind="live")
     section = TeacherConfig(model=str(tiny_model), kind="live", batch_items=1, batch_window_ms=0)
@@ -194,7 +196,7 @@ def test_a_request_that_an_update_cuts_in_two_is_scored_with_one_version(tiny_mo
         if not updates:
             updates.append(threading.Thread(target=service.load_weights, args=(weights.items(), 1)))
             updates[0].start()
-            # It is queued for this very thread, ahead of the second item's batch.
+            # The update is queued for this thread, before the batch of the second item.
             while not service._scheduler._thread._work_queue.qsize():
                 pass
         return scored(batch)
@@ -216,10 +218,8 @@ def test_a_request_that_an_update_cuts_in_two_is_scored_with_one_version(tiny_mo
 
 
 @pytest.mark.parametrize("failure", [SyncError("the learner was killed here"), MemoryError("no room for a copy")])
-def test_what_waited_while_an_update_failed_is_not_scored_with_the_mixture(
-    tiny_model: Path, failure: Exception
-) -> None:
-    """One item is being computed, one waits, and the weights break off between the two."""
+def test_requests_behind_a_failed_update_are_not_scored(tiny_model: Path, failure: Exception) -> None:
+    """One item is computed, one waits, and an update fails between them."""
     backend = TransformersBackend.load(str(tiny_model), kind="live")
     section = TeacherConfig(model=str(tiny_model), kind="live", batch_items=1, batch_window_ms=0)
     service = TeacherService(backend, section, TokenizerIdentity("0" * 64, "0" * 64))
@@ -270,9 +270,9 @@ def test_weights_of_another_model_are_refused_by_name(tiny_model: Path, tiny_unt
     first = next(iter(weights))
     with pytest.raises(SyncError, match=r"no parameter lm_head.weight"):
         live.load(weights_of(tiny_untied_model).items())
-    with pytest.raises(SyncError, match=f"parameter {first} came twice"):
+    with pytest.raises(SyncError, match=f"parameter {first} arrived twice"):
         live.load([(first, weights[first]), (first, weights[first])])
-    with pytest.raises(SyncError, match="1 parameters did not come"):
+    with pytest.raises(SyncError, match="1 parameters did not arrive"):
         live.load((name, weight) for name, weight in weights.items() if name != first)
     with pytest.raises(SyncError, match=f"parameter {first} is"):
         live.load([(first, weights[first][:1])])
@@ -285,7 +285,7 @@ def test_an_average_of_low_precision_weights_is_kept_in_float32(tiny_model: Path
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     live = LiveWeights(model, 0.999)
     start = {name: p.float().clone() for name, p in model.named_parameters()}
-    for _ in range(20):  # one such step is less than a bfloat16 can hold beside the weight
+    for _ in range(20):  # one step is below the resolution of the bfloat16 weights
         live.load([(name, weight + 1e-2) for name, weight in start.items()])
     expected = 1 - 0.999**20
     for name, average in live.state().items():

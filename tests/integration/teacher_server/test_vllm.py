@@ -1,4 +1,4 @@
-"""The vLLM backend with a real engine on CPU, through the same service and HTTP server as the transformers one."""
+"""The vLLM backend with a real engine on CPU, through service and HTTP server, against the transformers backend."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from tests.support.teacher_running import Running, items, process, put, running,
 pytestmark = pytest.mark.timeout(240)
 
 AGREE_NATS = 1e-4
-"""vLLM's kernels against transformers', float32."""
+"""Allowed difference of vLLM from transformers, float32."""
 
 
 def bare(batch: list[ScoreItem]) -> list[ScoreItem]:
-    """The same items without ids of their own."""
+    """The items without a support."""
     return [ScoreItem(item.context, item.prompt_ids, item.response_ids) for item in batch]
 
 
 def engines_below(pid: int) -> set[int]:
-    """Processes under `pid`, without Python's own tracker, which stays for the next one."""
+    """Descendants of `pid` without Python's resource tracker, which outlives an engine."""
     return {child for child in descendants(pid) if "resource_tracker" not in command_of(child)}
 
 
 def gone(pids: set[int]) -> bool:
-    """Whether all of them end within ten seconds."""
+    """Return True if all processes end within ten seconds."""
     for _ in range(100):
         if not alive(pids):
             return True
@@ -45,7 +45,7 @@ def gone(pids: set[int]) -> bool:
 
 @pytest.fixture(scope="module")
 def teacher(tiny_model: Path) -> Iterator[Running]:
-    """Ends with the proof that stopping the server ends the engine."""
+    """A running teacher; its teardown proves that stopping the server ends the engine."""
     before = descendants(os.getpid())
     with running(tiny_model, backend="vllm", max_k=512, context_cache_bytes=64 << 20) as server:
         engines = engines_below(os.getpid()) - before
@@ -60,7 +60,7 @@ def transformers_teacher(tiny_model: Path) -> Iterator[Running]:
         yield server
 
 
-def test_what_a_cpu_runner_cannot_do_is_not_offered(teacher: Running) -> None:
+def test_modes_that_a_cpu_runner_lacks_are_not_offered(teacher: Running) -> None:
     assert teacher.info.modes == {"teacher_topk": (1.0,), "sampled": (1.0,)}
     assert (teacher.info.backend, teacher.info.vocab_size, teacher.info.max_sequence_tokens) == ("vllm", 512, 4095)
     wanted = {
@@ -78,7 +78,7 @@ def test_what_a_cpu_runner_cannot_do_is_not_offered(teacher: Running) -> None:
 async def test_both_backends_agree(
     teacher: Running, transformers_teacher: Running, tiny_model: Path, mode: ScoreMode, k: int
 ) -> None:
-    """With and without a context, whose length fills whole blocks of the engine's cache, and asked twice."""
+    """Items with and without a context that fills whole cache blocks, each scored twice by vLLM."""
     oracle = Oracle.load(tiny_model)
     context = teacher.context(tokens(11, 256))
     batch = bare([*items(21, 3, context=context.hash), *items(22, 2), *items(23, 1, prompt=0, context=context.hash)])
@@ -100,17 +100,17 @@ async def test_both_backends_agree(
 
 
 async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine reads it from its cache for every item, and for none of another tenant."""
+    """The engine reads the context from its cache for every item of the tenant, and for no other tenant."""
     backend = teacher.gate._backend
     assert isinstance(backend, VllmBackend)
-    run, cached = backend._engine.run, []
+    run, cached = backend.engine.run, []
 
-    def watched(asks):
-        outputs = run(asks)
+    def watched(requests):
+        outputs = run(requests)
         cached.append([output.num_cached_tokens for output in outputs])
         return outputs
 
-    monkeypatch.setattr(backend._engine, "run", watched)
+    monkeypatch.setattr(backend.engine, "run", watched)
     context = teacher.context(tokens(12, 300))
     batch = bare(items(31, 4, context=context.hash))
     for tenant in ("red", "blue"):
@@ -120,11 +120,11 @@ async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.
                 assert not isinstance(result, ItemError)
     prefill_red, red, prefill_blue, blue = cached
     assert prefill_red == prefill_blue == [0]
-    block = backend._engine.block_tokens
+    block = backend.engine.block_tokens
     assert red == blue == [300 // block * block] * 4
 
 
-def test_a_killed_server_takes_its_engine_along(tiny_model: Path) -> None:
+def test_killing_the_server_ends_its_engine(tiny_model: Path) -> None:
     with process(tiny_model, backend="vllm", max_k=8, context_cache_bytes=64 << 20) as (server, _):
         engines = engines_below(server.pid)
         assert engines

@@ -1,4 +1,4 @@
-"""Which items travel together: one context a request, bounded in bytes both ways and in number."""
+"""Items of one request: one context, bounded in bytes in both directions, tokens and number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from common.protocol.codec import encode_request, encode_response
 from common.protocol.schema import ItemScore, ScoreItem, ScoreMode, ScoreRequest, ScoreResponse, as_ids
 from teacher_server.backends.wire_size import own_tokens, reply_bytes, request_bytes
-from teacher_server.client.request_batching import Bounds, requests
+from teacher_server.client.request_batching import RequestLimits, split_requests
 from tests.support.teacher_oracle import random_item
 from tests.support.teacher_running import items
 
@@ -35,35 +35,37 @@ def both_ways(item: ScoreItem, mode: ScoreMode, k: int) -> int:
     return max(request_bytes(item), reply_bytes(item, mode, k))
 
 
-some_bounds = st.builds(Bounds, st.integers(1, 4000), st.none() | st.integers(1, 5), st.none() | st.integers(1, 100))
+some_limits = st.builds(
+    RequestLimits, st.integers(1, 4000), st.none() | st.integers(1, 5), st.none() | st.integers(1, 100)
+)
 
 
-@given(some_items, modes, st.integers(1, 300), some_bounds)
-def test_every_item_once_in_order_within_the_bounds(
-    entries: list[ScoreItem], mode: ScoreMode, k: int, bounds: Bounds
+@given(some_items, modes, st.integers(1, 300), some_limits)
+def test_every_item_once_in_order_within_the_limits(
+    entries: list[ScoreItem], mode: ScoreMode, k: int, limits: RequestLimits
 ) -> None:
-    groups = list(requests(entries, lambda item: item, mode, k, bounds))
+    groups = list(split_requests(entries, lambda item: item, mode, k, limits))
     for context in CONTEXTS:
         expected = [id(item) for item in entries if item.context == context]
         assert [id(item) for group in groups for item in group if item.context == context] == expected
     for group in groups:
         assert len({item.context for item in group}) == 1
-        assert len(group) == 1 or sum(both_ways(item, mode, k) for item in group) <= bounds.most_bytes
-        assert bounds.most_items is None or len(group) <= bounds.most_items
-        assert len(group) == 1 or bounds.most_tokens is None or sum(map(own_tokens, group)) <= bounds.most_tokens
+        assert len(group) == 1 or sum(both_ways(item, mode, k) for item in group) <= limits.max_bytes
+        assert limits.max_items is None or len(group) <= limits.max_items
+        assert len(group) == 1 or limits.max_tokens is None or sum(map(own_tokens, group)) <= limits.max_tokens
 
 
-def test_groups_are_as_few_as_the_bounds_allow() -> None:
+def test_groups_are_as_few_as_the_limits_allow() -> None:
     entries = items(1, 10, context="a" * 64)
     size = request_bytes(entries[0])
 
-    def sizes(mode: ScoreMode, k: int, **bounds: int) -> list[int]:
-        return [len(group) for group in requests(entries, lambda i: i, mode, k, Bounds(**bounds))]
+    def sizes(mode: ScoreMode, k: int, **limits: int) -> list[int]:
+        return [len(group) for group in split_requests(entries, lambda i: i, mode, k, RequestLimits(**limits))]
 
-    assert sizes("at_ids", 8, most_bytes=4 * size) == [4, 4, 2]
-    assert sizes("at_ids", 8, most_bytes=100 * size, most_items=9) == [9, 1]
-    assert sizes("at_ids", 8, most_tokens=3 * own_tokens(entries[0])) == [3, 3, 3, 1]
-    assert sizes("teacher_topk", 1000, most_bytes=100 * size) == [1] * 10  # replies of 40,000 bytes
+    assert sizes("at_ids", 8, max_bytes=4 * size) == [4, 4, 2]
+    assert sizes("at_ids", 8, max_bytes=100 * size, max_items=9) == [9, 1]
+    assert sizes("at_ids", 8, max_tokens=3 * own_tokens(entries[0])) == [3, 3, 3, 1]
+    assert sizes("teacher_topk", 1000, max_bytes=100 * size) == [1] * 10  # replies of 40,000 bytes
 
 
 @given(some_items, modes)

@@ -1,4 +1,4 @@
-"""How a client comes back to a server that was down, or that asked it to wait."""
+"""Retries against a server that is down or asks to wait."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from teacher_server.client.transport import Transport
 
 @dataclass
 class Answering:
-    """A server that takes `seconds` for an answer, and what it saw."""
+    """A server that takes `seconds` for an answer, and records when."""
 
     seconds: float
     answers: Callable[[int], bytes] = lambda _: b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
@@ -53,34 +53,34 @@ async def up(server: Answering) -> AsyncIterator[Answering]:
 @asynccontextmanager
 async def transport_to(url: str, *, timeout_s: float, breaker_open: bool = False) -> AsyncIterator[Transport]:
     transport = Transport(url, timeout_s=timeout_s, lost_after_s=60)
-    for _ in range(transport._breaker.threshold if breaker_open else 0):
-        transport._breaker.failed()
+    for _ in range(transport.breaker.threshold if breaker_open else 0):
+        transport.breaker.record_failure()
     try:
         yield transport
     finally:
         await transport.close()
 
 
-async def test_an_open_breaker_lets_one_through_and_the_others_together_after_it() -> None:
+async def test_an_open_breaker_lets_one_probe_through_and_then_all_others() -> None:
     async with (
         up(Answering(0.2)) as server,
         transport_to(server.url, timeout_s=30, breaker_open=True) as transport,
     ):
         replies = await asyncio.gather(*(transport.send("GET", "/") for _ in range(20)))
         assert {reply.status_code for reply in replies} == {200}
-        assert not transport._breaker.open
+        assert not transport.breaker.open
     others = server.began[1:]
-    assert min(others) >= server.ended[0]  # nobody beside the probe
+    assert min(others) >= server.ended[0]  # only the probe
     assert max(others) < min(server.ended[1:])  # all others at the same time
 
 
-async def test_who_waits_for_a_probe_keeps_to_its_deadline() -> None:
+async def test_a_call_that_waits_for_a_probe_keeps_its_deadline() -> None:
     async with up(Answering(30)) as server, transport_to(server.url, timeout_s=30, breaker_open=True) as transport:
         probing = asyncio.create_task(transport.send("GET", "/probe"))
         await asyncio.wait_for(server.asked.wait(), 10)
-        transport._timeout_s = 0.3
+        transport.timeout_s = 0.3
         began = time.monotonic()
-        with pytest.raises(TeacherError, match="no time left while another request tried"):
+        with pytest.raises(TeacherError, match="no time left while another request probed"):
             await transport.send("GET", "/waits")
         assert time.monotonic() - began < 5
         assert len(server.began) == 1
@@ -89,7 +89,7 @@ async def test_who_waits_for_a_probe_keeps_to_its_deadline() -> None:
 
 
 @pytest.mark.parametrize("draw", [0.0, 1.0])
-async def test_nobody_comes_back_before_it_was_asked_to(monkeypatch: pytest.MonkeyPatch, draw: float) -> None:
+async def test_no_retry_comes_before_retry_after(monkeypatch: pytest.MonkeyPatch, draw: float) -> None:
     monkeypatch.setattr("random.uniform", lambda low, high: low + draw * (high - low))
     busy = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 0.4\r\nContent-Length: 0\r\n\r\n"
     fine = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"

@@ -1,4 +1,4 @@
-"""A score that is not whole, or not of its item, is found before anybody trains on it."""
+"""Validation refuses incomplete scores and scores of another item."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.protocol.schema import LOGPROB_FLOOR, PAD_ID, ItemScore, ScoreItem, ScoreMode, as_ids
-from teacher_server.client.validation import misfit
+from teacher_server.client.validation import score_error
 from tests.support.teacher_oracle import random_item
 
 TOKENS, ASKED, OWN = 5, 8, 3
@@ -35,7 +35,7 @@ def pair(mode: ScoreMode, tokens: int = TOKENS) -> tuple[ScoreItem, ItemScore]:
 @pytest.mark.parametrize("tokens", [0, 1, TOKENS])
 def test_a_whole_score_fits(mode: ScoreMode, tokens: int) -> None:
     item, score = pair(mode, tokens)
-    assert misfit(score, item, mode, OWN) is None
+    assert score_error(score, item, mode, OWN) is None
 
 
 @pytest.mark.parametrize("mode", get_args(ScoreMode))
@@ -44,34 +44,34 @@ def test_a_row_too_few_is_named(mode: ScoreMode, field: str) -> None:
     item, score = pair(mode)
     whole = getattr(score, field)
     if whole is None:
-        assert "ids of shape" in str(misfit(replace(score, topk_ids=as_ids([[1]])), item, mode, OWN))
+        assert "ids of shape" in str(score_error(replace(score, topk_ids=as_ids([[1]])), item, mode, OWN))
         return
-    fault = misfit(replace(score, **{field: whole[:-1]}), item, mode, OWN)
-    assert fault is not None
-    assert "(4" in fault
-    assert "(5" in fault
+    error = score_error(replace(score, **{field: whole[:-1]}), item, mode, OWN)
+    assert error is not None
+    assert "(4" in error
+    assert "(5" in error
 
 
 def test_a_column_too_few_is_named() -> None:
     item, score = pair("at_ids")
-    assert "(5, 7)" in str(misfit(replace(score, logprobs=score.logprobs[:, :-1]), item, "at_ids", OWN))
+    assert "(5, 7)" in str(score_error(replace(score, logprobs=score.logprobs[:, :-1]), item, "at_ids", OWN))
     item, score = pair("teacher_topk")
-    assert "None" in str(misfit(replace(score, topk_ids=None), item, "teacher_topk", OWN))
-    assert "(5, 3)" in str(misfit(score, item, "teacher_topk", OWN + 1))
+    assert "None" in str(score_error(replace(score, topk_ids=None), item, "teacher_topk", OWN))
+    assert "(5, 3)" in str(score_error(score, item, "teacher_topk", OWN + 1))
 
 
-def test_other_ids_than_were_asked_for() -> None:
+def test_other_ids_than_requested() -> None:
     item, score = pair("union")
     assert score.topk_ids is not None
     swapped = score.topk_ids.copy()
     swapped[2, [0, 1]] = swapped[2, [1, 0]]
-    assert "other ids" in str(misfit(replace(score, topk_ids=swapped), item, "union", OWN))
+    assert "other ids" in str(score_error(replace(score, topk_ids=swapped), item, "union", OWN))
 
 
 @pytest.mark.parametrize("field", ["logprobs", "sampled_logprob", "tail_logprob"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf"), 0.5, -10_100.0])
-def test_what_is_no_logprob(field: str, value: float) -> None:
+def test_values_that_are_not_logprobs(field: str, value: float) -> None:
     item, score = pair("at_ids")
     damaged: Any = getattr(score, field).copy()
     damaged[3] = value
-    assert "expected -10000 to 0" in str(misfit(replace(score, **{field: damaged}), item, "at_ids", OWN))
+    assert "expected -10000 to 0" in str(score_error(replace(score, **{field: damaged}), item, "at_ids", OWN))
