@@ -58,7 +58,7 @@ class TeacherArgs(BaseModel):
     """Of a replica; its GPUs are ``teacher.gpus``."""
 
 
-class Teacher:
+class TeacherReplica:
     """One replica. The model is loaded where the replica runs."""
 
     def __init__(self, config: TeacherServerConfig) -> None:
@@ -83,7 +83,7 @@ def teacher(args: TeacherArgs) -> serve.Application:
     """The application that ``import_path: deploy.serve.ray_serve:teacher`` names; raises ConfigError."""
     config = load_teacher_config(args.config, args.overrides)
     deployment = serve.deployment(
-        serve.ingress()(Teacher),
+        serve.ingress()(TeacherReplica),
         name="Teacher",
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": config.teacher.gpus},
         autoscaling_config=AutoscalingConfig(

@@ -22,7 +22,7 @@ from common.config.model import TeacherConfig, TeacherServerConfig
 from common.protocol.codec import encode_context
 from common.protocol.schema import Context, ItemScore, TeacherInfo, as_ids, context_hash
 from common.protocol.scoring import TeacherError
-from deploy.serve.ray_serve import REPLICA_HEADER, Teacher, TeacherArgs, teacher
+from deploy.serve.ray_serve import REPLICA_HEADER, TeacherArgs, TeacherReplica, teacher
 from teacher_server.client import TeacherClient
 from teacher_server.http.auth import KEYS_VARIABLE, key_digest
 from teacher_server.http.headers import ROUTE_HEADER
@@ -209,7 +209,7 @@ async def test_a_replica_that_computes_nothing_any_more_fails_its_health_check(
     """Serve replaces it then; it would answer 503 for ever."""
     name = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: name)
-    replica = Teacher(load_teacher_config(config, ()))
+    replica = TeacherReplica(load_teacher_config(config, ()))
     replica.check_health()
     replica.__serve_build_asgi_app__()
     service = replica._service
