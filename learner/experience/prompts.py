@@ -11,7 +11,7 @@ from pathlib import Path
 from common.config.model import ConfigError
 from common.data.rows import Row
 from common.data.templates import fill, placeholders
-from common.evaluation.graders import strip_thinking
+from common.evaluation.answers import strip_thinking
 from rollout_workers.environments.episodes import Exchange
 
 FOLDER = Path(__file__).parent / "templates"

@@ -133,34 +133,26 @@ class LearnerEngine:
         Raises ValueError, naming the sample, for arrays that do not fit its response; nothing is added then.
         """
         started = time.time()
-        responses = [len(item.trajectory.response_ids) for item in batch]
         counted = [count_loss_tokens(item.trajectory, self._config.loss) for item in batch]
         longest = max((longest_turn(item.trajectory) for item in batch), default=0)
         micro_batches: list[MicroBatch] = []
-        sums: dict[str, float] = {}
-        nonfinite: tuple[str, ...] = ()
         if self._config.learner.deterministic:
             self._held.extend(batch)
         else:
             micro_batches = self._micro_batches(batch)
-            sums, nonfinite = self._backward_all(micro_batches, batch)
+            self._backward_all(micro_batches, batch)
         self._longest_turn = max(self._longest_turn, longest)
         self._counts.update(
             sequences=len(batch),
-            response_tokens=sum(responses),
+            response_tokens=sum(len(item.trajectory.response_ids) for item in batch),
             loss_tokens=sum(counted),
             loss_sequences=sum(1 for tokens in counted if tokens),
         )
         return AccumulateReport(
             sequences=len(batch),
-            response_tokens=sum(responses),
-            loss_tokens=sum(counted),
             padded_tokens=sum(one.sequences.computed_tokens for one in micro_batches),
-            micro_batches=len(micro_batches),
             started=started,
             ended=time.time(),
-            sums=sums,
-            nonfinite=nonfinite,
             samples=tuple(dict.fromkeys(item.trajectory.sample_id for item in batch)),
         )
 
@@ -169,10 +161,8 @@ class LearnerEngine:
         plan = self._layout.plan(lengths, self._config.learner.micro_batch_tokens)
         return [build_micro_batch([batch[i] for i in indices], self._config.loss, self._layout) for indices in plan]
 
-    def _backward_all(
-        self, micro_batches: Sequence[MicroBatch], scored: Sequence[ScoredTrajectory]
-    ) -> tuple[dict[str, float], tuple[str, ...]]:
-        """Add the gradients of all `micro_batches` of `scored`; return metric sums and samples with a non-finite loss.
+    def _backward_all(self, micro_batches: Sequence[MicroBatch], scored: Sequence[ScoredTrajectory]) -> None:
+        """Add the gradients, metric sums and records of all `micro_batches` of `scored`.
 
         Empty passes follow until this rank has made as many passes as the others.
         """
@@ -193,7 +183,6 @@ class LearnerEngine:
         self._nonfinite_scored += [item for item in scored if item.trajectory.sample_id in nonfinite]
         del self._nonfinite_scored[MAX_RECORDS:]
         self._token_recorder.add_trajectories(scored)
-        return dict(sums), tuple(nonfinite)
 
     def _backward(self, batch: MicroBatch, watch: TokenWatch | None = None) -> Objective:
         batch = batch.to(self._device)

@@ -45,8 +45,8 @@ class PolicyInference:
     def score_with_base(self, items: Sequence[tuple[Trajectory, Ids]]) -> list[ItemScore]:
         """Score each (trajectory, teacher prompt) with the base model, adapters off, as a teacher server would.
 
-        The teacher prompt includes the context; scores are at the trajectory's own top-k ids. Raises ValueError without
-        LoRA: then there is no base model.
+        The teacher prompt includes the context; scores are at the top-k ids of the trajectory. Raises ValueError
+        without LoRA: then there is no base model.
         """
         if not self._has_base:
             raise ValueError(

@@ -26,7 +26,7 @@ from learner.trainer.token_watch import TokenWatch
 class Objective:
     """Maps each chunk to the weighted sum to minimise, and collects the sums of `METRICS`.
 
-    `scale` multiplies the gradient, not the metrics: the world size, where gradients are averaged over ranks.
+    `scale` multiplies the gradient, not the metrics: the world size, since DeepSpeed averages gradients over ranks.
     """
 
     batch: MicroBatch

@@ -1,6 +1,6 @@
 """Attention over packed rows: sequences lie end to end, and each attends only to itself.
 
-transformers' own way is an [N, N] mask over the row, whose cost grows with the square of the micro-batch. The function
+transformers uses an [N, N] mask over the row, whose cost grows with the square of the micro-batch. The function
 here computes attention within each sequence only, so it needs no mask.
 
 `pack` packs a model only if its configuration asks for nothing but causal attention over whole sequences, and a

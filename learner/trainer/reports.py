@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from common.weight_sync.manifest import TensorSpec
@@ -29,20 +29,13 @@ class LearnerInfo:
 class AccumulateReport:
     """One `accumulate` call on one rank; times are seconds since the epoch.
 
-    ``padded_tokens`` counts the tokens of the forward passes, padding included. ``sums`` are metric sums over
-    ``loss_tokens``, the response tokens that the loss counts. ``nonfinite`` names samples with a NaN or infinite loss.
-    ``samples`` are the ids of the batch.
+    ``padded_tokens`` counts the tokens of the forward passes, padding included. ``samples`` are the ids of the batch.
     """
 
     sequences: int
-    response_tokens: int
-    loss_tokens: int
     padded_tokens: int
-    micro_batches: int
     started: float
     ended: float
-    sums: dict[str, float] = field(default_factory=dict)
-    nonfinite: tuple[str, ...] = ()
     samples: tuple[str, ...] = ()
 
 
@@ -71,7 +64,7 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
-class PassReport:
+class PrepareReport:
     """One rank's pass over trajectories without a score (`LearnerRank.prepare`); times are seconds since the epoch.
 
     ``agreements`` holds, per trajectory, the share of the learner's top-k ids that the engine had picked too; None if

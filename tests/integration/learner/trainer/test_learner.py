@@ -46,11 +46,10 @@ def test_the_step_does_not_depend_on_the_cut(one: Ranks, two: Ranks, tiny_model:
     for packing in ("auto", "off"):
         small = smooth_config(tiny_model, stage, learner={"micro_batch_tokens": 32, "packing": packing})
         ((change, _, reports),) = one.call(step, small, [[scored]])
-        assert reports[0].micro_batches > 4
         assert relative_difference(change, expected) < 1e-5, packing
         computed[packing] = reports[0].padded_tokens
     real = sum(len(item.trajectory.prompt.student_ids) + len(item.trajectory.response_ids) for item in scored)
-    assert computed["auto"] == real < computed["off"]
+    assert 4 * 32 < computed["auto"] == real < computed["off"]  # five micro-batches or more
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
