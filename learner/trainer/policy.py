@@ -121,7 +121,7 @@ def load_policy(
     """Load the student's initial weights onto `device`; call `Policy.check` once the model can run.
 
     `partition` is the DeepSpeed configuration of a ZeRO-3 run. Each parameter is then partitioned over the ranks as it
-    is created, so a model may be larger than any one device; it can run after `deepspeed.initialize`.
+    is created, so a model may be larger than any one device; the model can run after `deepspeed.initialize`.
     Dropout is set to 0: the policy that is trained must be the one that was sampled from.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
