@@ -16,8 +16,9 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     dir: Path = Path("runs")
+    """Parent folder of the run's folder."""
     seed: NonNegative = 0
-    """Seed of all sampling: row order, responses, contexts, bootstraps."""
+    """Seed of the row order and of all sampling."""
     placement_timeout_s: Annotated[float, Field(ge=0)] = 0
     """Seconds to wait until the cluster has room for the run, for example while an autoscaler adds nodes. 0 refuses the
     run at once if there is no room. A run that resumes from a checkpoint waits at least 10 minutes."""

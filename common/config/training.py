@@ -109,9 +109,9 @@ class LossConfig(Section):
     """Upper bound for the importance ratio of `policy_gradient`. Default: none."""
     importance_clip: PositiveFloat | None = None
     """Turns on truncated importance sampling, for `rollout.max_staleness` above 0 and for engines of another precision.
-    Each token's divergence is multiplied by the ratio of the response's probability up to this token, current weights
-    over sampling weights, capped at this value. The ratio is a product over tokens, so watch `importance/ess_ratio`.
-    Default: no weights."""
+    Each token's divergence is multiplied by the probability of the tokens before it under the current weights, divided
+    by that under the sampling weights, capped at this value. The ratio is a product over tokens, so watch
+    `importance/ess_ratio`. Default: off."""
 
 
 class LoraConfig(Section):
@@ -138,6 +138,7 @@ class LearnerConfig(Section):
     threads: Positive | None = None
     """CPU threads per rank. Default: torch's choice."""
     lr: PositiveFloat = 1e-6
+    """Learning rate of AdamW, constant after the warm-up."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

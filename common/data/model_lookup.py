@@ -7,40 +7,31 @@ from pathlib import Path
 from common.config.base import ConfigError
 
 HUB_TIMEOUT_S = 5
-"""Limit for the hub's one answer. Its client retries a download for 23 s a file before it gives up."""
+"""Limit for the hub's answer to one request. Its client's own download retries for 23 s per file without a network."""
 
 
 def require_model(model: str) -> None:
-    """Raise ConfigError, in one line and within seconds, unless `model` is a folder or a model of the hub.
+    """Raise ConfigError, one line and within seconds, unless `model` is a folder or a model of the hub.
 
-    A hub model counts if it is in the local cache or if the hub says that this user may read it.
+    A hub model must be in the local cache, or be one that the hub lets this user read. `OWNER/NAME` counts as a path if
+    there is a local folder `OWNER`.
     """
     if Path(model).is_dir():
         return
-    if _is_path(model):
-        raise ConfigError(f"no model at {model}: no such folder (seen from {Path.cwd()})")
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(model, "config.json"), str):
-        return
-    try:
-        HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
-    except Exception as error:  # the client passes on the exceptions of its HTTP library
-        raise ConfigError(
-            f"no model at {model}: no such folder (seen from {Path.cwd()}), not in the local Hugging Face cache, and "
-            f"the hub does not give it: {' '.join(str(error).split())[:200]}"
-        ) from error
-
-
-def _is_path(model: str) -> bool:
-    """Tell a path from a hub name: `NAME` or `OWNER/NAME`, with no local folder called `OWNER`."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
+    fault = f"no model at {model}: no such folder (seen from {Path.cwd()})"
     if model.startswith(("/", "~")) or model.count("/") > 1 or ("/" in model and Path(model).parent.is_dir()):
-        return True
+        raise ConfigError(fault)
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return True
-    return False
+        if isinstance(try_to_load_from_cache(model, "config.json"), str):
+            return
+        HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
+    except HFValidationError:  # no possible name on the hub
+        raise ConfigError(fault) from None
+    except Exception as error:  # the client passes on the exceptions of its HTTP library
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{fault}, not in the local Hugging Face cache, and the hub does not provide it: {reason}"
+        ) from error

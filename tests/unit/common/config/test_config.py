@@ -11,8 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from common.config.loader import RENAMED_KEYS, dump_config, load_config, load_teacher_config
-from common.config.model import Config, ConfigError, LossConfig
-from learner.loop.run import check_exact
+from common.config.model import Config, ConfigError
 from tests.support.paths import ROOT
 
 MINIMAL = """
@@ -135,13 +134,6 @@ def test_keys_that_do_not_go_together(path: Path, override: str, part: str) -> N
 
 def test_exact_is_over_the_whole_vocabulary(path: Path) -> None:
     assert "set loss.support to `student`, not `union`" in mistake(path, "loss.form=exact", "loss.support=union")
-    exact, tail = LossConfig(form="exact", top_k=512), LossConfig(top_k=512)
-    check_exact(exact, 512, {"default": 512})
-    check_exact(tail, 640, {"default": 1024})
-    with pytest.raises(ConfigError, match=r"vocabulary of 640, loss.top_k is 512; set loss.top_k=640"):
-        check_exact(exact, 640, {})
-    with pytest.raises(ConfigError, match=r"the student has 512 outputs, teacher 'big' 1024"):
-        check_exact(exact, 512, {"default": 512, "big": 1024})
 
 
 def test_every_mistake_has_a_line_of_its_own(path: Path) -> None:

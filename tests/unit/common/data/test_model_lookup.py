@@ -46,7 +46,7 @@ def test_a_path_without_a_folder_is_refused_without_asking_the_hub(
 
 @pytest.mark.parametrize("model", ["Qwen/none", "gpt-none"])
 def test_a_hub_name_without_a_network_is_refused_in_seconds(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as closed:  # a port on which no one listens
+    with socket.socket() as closed:  # a port without a listener
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
         line = refusal(model)
@@ -54,11 +54,11 @@ def test_a_hub_name_without_a_network_is_refused_in_seconds(model: str, monkeypa
     assert "not in the local Hugging Face cache" in line
 
 
-def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_hub_is_refused_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_lookup, "HUB_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        assert "the hub does not give it" in refusal("Qwen/none")
+        assert "the hub does not provide it" in refusal("Qwen/none")
 
 
 def test_folders_and_cached_models_pass_without_asking_the_hub(

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from common.data.rows import DataError, batch_rows, read_rows
-from learner.data.games import environment_error
 
 
 def write(folder: Path, *lines: Any) -> Path:
@@ -63,6 +62,13 @@ def test_answers_are_asked_for_where_they_are_needed(tmp_path: Path) -> None:
         read_rows(path, need_answers=True)
 
 
+def test_a_callers_check_adds_faults(tmp_path: Path) -> None:
+    path = write(tmp_path, {"id": "a", "prompt": "p"}, {"id": "b", "prompt": "p"})
+    with pytest.raises(DataError) as error:
+        read_rows(path, check=lambda row: "no b" if row.id == "b" else None)
+    assert str(error.value) == f"{path}:2: no b"
+
+
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read"):
         read_rows(tmp_path / "none.jsonl")
@@ -86,18 +92,3 @@ def test_a_game_has_options_and_a_seed_which_mean_something_else_elsewhere(tmp_p
     assert second.options == {}
     with pytest.raises(DataError, match="exactly one of"):
         read_rows(write(tmp_path, {**game, "prompt": "p"}))
-
-
-def test_environments_are_tried_when_rows_are_read(tmp_path: Path) -> None:
-    path = write(
-        tmp_path,
-        {"id": "a", "environment": "FrozenLake"},
-        {"id": "b", "environment": "FrozenLaek"},
-        {"id": "c", "environment": "FrozenLake", "options": {"sizes": 3}},
-    )
-    with pytest.raises(DataError) as error:
-        read_rows(path, check=environment_error)
-    unknown, options = str(error.value).splitlines()
-    assert unknown.startswith(f"{path}:2: unknown environment")
-    assert options.startswith(f"{path}:3: ")
-    assert "sizes" in options
