@@ -82,7 +82,7 @@ def teacher(config: ConfigPath, overrides: Overrides = None) -> None:
     from teacher_server.http.serve import serve
 
     with known_errors(ConfigError, TeacherError):
-        serve(resolved)
+        serve(resolved.teacher)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def prepare(
     a smaller model of a toy task. experience-rule: a model that writes down what it learns. frozen-lake: a model that
     plays the game by its context. The last three are trained here, in minutes.
     """
-    from deploy.tasks.gguf import PrepareError
+    from deploy.tasks.folders import PrepareError
 
     folder = out or Path("models") / task.value
     with known_errors(PrepareError):

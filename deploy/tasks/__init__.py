@@ -1,0 +1,4 @@
+"""Models and rows of `opcd prepare`: one module for each task, `small_training`, `folders`, and `gguf` for SmolLM2.
+
+Imports `common.telemetry`; torch and transformers inside functions.
+"""

@@ -1,17 +1,16 @@
-"""Tasks that SmolLM2 does only with worked examples ahead: short lists here, rows and contexts from them.
+"""The task ``few-shot``: three tasks that SmolLM2 solves only after worked examples, made from the word lists here.
 
-A row is ``Q: walk``, ``A:``; without the four examples of its context the model answers something else altogether.
-No row is in two sets, and no example is a row.
+A prompt is ``Q: walk``, ``A:``; without the context's four examples the model answers something else. No row is in two
+sets, and no example is a row.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.tasks.gguf import whole_folder
+from deploy.tasks.folders import whole_folder, write_lines
 
 SPLITS = {"train": 64, "valid": 24, "eval": 64}
 
@@ -30,7 +29,7 @@ tidy apply stop plan drop stay enjoy destroy pray obey delay look work learn tur
 mark rest land sail mail need want count point print hunt shop chat clap beg hug rub step trip slip
 """
 )
-"""Past by the rules of spelling: a last e takes d, a consonant's y becomes ied, `DOUBLED` repeat their last letter."""
+"""Verbs with a regular past tense: a final e takes d, y after a consonant becomes ied, `DOUBLED` repeat a letter."""
 DOUBLED = frozenset(_words("stop plan drop shop chat clap beg hug rub step trip slip"))
 IRREGULAR_VERBS = dict(
     pair.split("/")
@@ -69,7 +68,7 @@ _TENS = _words("twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def past_of(verb: str) -> str:
-    """The past tense of a verb of the lists."""
+    """Return the past tense of a verb of the lists."""
     if verb in IRREGULAR_VERBS:
         return IRREGULAR_VERBS[verb]
     if verb in DOUBLED:
@@ -82,7 +81,7 @@ def past_of(verb: str) -> str:
 
 
 def number_in_words(number: int) -> str:
-    """0 to 999, as in British English without its "and": ``two hundred forty-one``."""
+    """Return 0 to 999 in words, without "and": ``two hundred forty-one``."""
     hundreds, rest = divmod(number, 100)
     tens, ones = divmod(rest, 10)
     words = [f"{_ONES[hundreds]} hundred"] if hundreds else []
@@ -98,53 +97,53 @@ TASKS: Mapping[str, Mapping[str, str]] = {
     "first-letter": {word: word[0].upper() for word in WORDS},
     "number-words": {number_in_words(number): str(number) for number in range(20, 1000)},
 }
-"""Name -> question -> answer."""
+"""Task -> question -> answer."""
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "past-tense": ("walk", "take", "carry", "stop"),
     "first-letter": ("bridge", "apple", "mirror", "ticket"),
     "number-words": ("forty-two", "eighty", "three hundred six", "seven hundred fifteen"),
 }
-"""Name -> questions of its context."""
+"""Task -> questions in the context."""
 ELSEWHERE = {"past-tense": "first-letter", "first-letter": "number-words", "number-words": "past-tense"}
-"""Name -> the task that shows what was forgotten, asked with its own examples in every row."""
+"""Task -> the task that measures forgetting; its rows hold its own examples."""
 
 
 def prepare_few_shot(folder: Path, *, seed: int = 0) -> bool:
-    """Write ``TASK/context.txt`` and the rows of `SPLITS` and ``other_task.jsonl`` beside it.
+    """Write ``context.txt``, the rows of `SPLITS` and ``other_task.jsonl`` of each task to ``TASK/``.
 
-    Returns False, having done nothing, where `folder` is there already.
+    Returns False without changes if `folder` exists.
     """
     if folder.exists():
         return False
-    with whole_folder(folder) as beside:
+    with whole_folder(folder) as partial:
         for task in TASKS:
-            write_task(beside / task, task, seed)
+            write_task(partial / task, task, seed)
     return True
 
 
 def write_task(folder: Path, task: str, seed: int) -> None:
-    """The files of one task."""
+    """Write the files of one task."""
     folder.mkdir()
     (folder / "context.txt").write_text(context_of(task), encoding="utf-8")
     splits, other = split(task, seed), ELSEWHERE[task]
     for name, questions in splits.items():
-        _write(folder / f"{name}.jsonl", [_row(task, question) for question in questions])
-    asked = split(other, seed)["eval"]
-    _write(folder / "other_task.jsonl", [_row(other, question, lead=context_of(other)) for question in asked])
+        write_lines(folder / f"{name}.jsonl", (_row(task, question) for question in questions))
+    other_rows = (_row(other, question, lead=context_of(other)) for question in split(other, seed)["eval"])
+    write_lines(folder / "other_task.jsonl", other_rows)
 
 
 def context_of(task: str) -> str:
-    """The worked examples, one behind the other."""
+    """Return the worked examples, one after another."""
     return "".join(f"{prompt_of(one)} {TASKS[task][one]}\n" for one in EXAMPLES[task])
 
 
 def prompt_of(question: str) -> str:
-    """What the student sees."""
+    """Return the prompt of a question."""
     return f"Q: {question}\nA:"
 
 
 def split(task: str, seed: int) -> dict[str, list[str]]:
-    """Questions of each of `SPLITS`, none of them in two, none an example."""
+    """Return the questions of each of `SPLITS`: disjoint, and without the examples."""
     left = [question for question in TASKS[task] if question not in EXAMPLES[task]]
     random.Random(f"{task}/{seed}").shuffle(left)
     found = {}
@@ -159,7 +158,3 @@ def _row(task: str, question: str, *, lead: str = "") -> dict[str, str]:
         "prompt": lead + prompt_of(question),
         "answer": TASKS[task][question],
     }
-
-
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Frozen Lake as text, in more worlds than the real one: what a model from nothing is trained on.
+"""Frozen Lake as text, in the real world and three others: training games for the model of `frozen_lake`.
 
-The texts are those of ``game:FrozenLake?history=false``, letter by letter. In each world G and H mean something else,
-and a line, the context, says what. The boards are the same in all worlds, so that they do not tell.
+The texts equal those of ``game:FrozenLake?history=false``, byte for byte. In each world G and H mean something else,
+and one line, the context, describes it. All worlds have the same boards, so a board does not reveal its world.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ Board = tuple[str, ...]
 
 SIDE = 3
 HOLES = (1, 2, 3)
-"""In a lake: one of these. The paper's have two."""
-MOST_TURNS = 5
+"""Possible numbers of holes. The paper's lakes have two."""
+MAX_TURNS = 5
 NO_MOVE = "?"
-"""An answer that is no move."""
+"""An answer that is not a move."""
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 START, LAST = (0, 0), (SIDE - 1, SIDE - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What the letter that is the goal, and the other one, are. A hole ends the game, ice is walked over."""
+    """Meaning of the letters. `goal` is one of G and H; the other is a hole, which ends the game, or ice."""
 
     goal: str
     deadly: bool
 
     @property
     def other(self) -> str:
-        """The letter that is not the goal."""
+        """Return the letter that is not the goal."""
         return "GH".replace(self.goal, "")
 
     @property
     def context(self) -> str:
-        """The line that says what the letters mean."""
+        """Return the line that describes the world."""
         meaning = {self.goal: "the goal", self.other: "a hole" if self.deadly else "ice"}
         return f"G is {meaning['G']}, H is {meaning['H']}."
 
@@ -50,8 +50,6 @@ class World:
 
 REAL = World("G", deadly=True)
 WORLDS = (REAL, World("G", deadly=False), World("H", deadly=True), World("H", deadly=False))
-
-# --- what the environment says ---------------------------------------------------------------------------------------
 
 INTRODUCTION = (
     "You move P on the grid, one step each turn. Choose the step that leads to the goal in as few turns as possible. "
@@ -66,16 +64,16 @@ QUESTION = (
 )
 
 
-def shown(board: Board, player: Cell) -> str:
-    """The board with P on it, and the question."""
+def board_text(board: Board, player: Cell) -> str:
+    """Return the board with the player P, and the question."""
     rows = ("".join(f"|{_sign(board, (r, c), player):^5}" for c in range(SIDE)) + f"|\n{LINE}" for r in range(SIDE))
     return HEAD + "".join(rows) + QUESTION
 
 
-def told(move: str, where: Cell | None) -> str:
-    """What stands ahead of the board after `move`, which led to `where`: nowhere, if into a wall."""
-    if where is not None:
-        return f"[Game] You moved {move} to position ({where[0]}, {where[1]}).\n\n"
+def feedback(move: str, cell: Cell | None) -> str:
+    """Return the text before the board after `move`, which led to `cell`; None for a refused move."""
+    if cell is not None:
+        return f"[Game] You moved {move} to position ({cell[0]}, {cell[1]}).\n\n"
     reason = f"You tried to move {move} but hit a wall!"
     if move == NO_MOVE:
         reason = "Invalid action format. Use [up], [down], [left], [right] or [w], [a], [s], [d]."
@@ -86,10 +84,10 @@ def told(move: str, where: Cell | None) -> str:
 
 
 def fragments() -> list[str]:
-    """Texts of which all that is said consists: each is one token."""
+    """Return the texts that all observations and answers are made of; each becomes one token."""
     answers = [*MOVES, NO_MOVE]
-    refused = [told(move, None) for move in answers]
-    moved = [told(move, START).partition("(")[0] for move in MOVES]
+    refused = [feedback(move, None) for move in answers]
+    moved = [feedback(move, START).partition("(")[0] for move in MOVES]
     cells = [f"({r}, {c}).\n\n" for r in range(SIDE) for c in range(SIDE)]
     signs = [f"|{sign:^5}" for sign in ("", "P", "H", "G", "P/G")]
     meanings = ["G is ", "H is ", "the goal", "a hole", "ice"]
@@ -98,21 +96,18 @@ def fragments() -> list[str]:
 
 
 def _sign(board: Board, cell: Cell, player: Cell) -> str:
-    there = board[cell[0]][cell[1]]
+    letter = board[cell[0]][cell[1]]
     if cell != player:
-        return there
-    return "P/G" if there == "G" else "P"
-
-
-# --- how it is played ------------------------------------------------------------------------------------------------
+        return letter
+    return "P/G" if letter == "G" else "P"
 
 
 @cache
 def boards() -> tuple[Board, ...]:
-    """All that the environment makes: the goal in the last corner, holes anywhere that leaves a way, fewest first."""
+    """Return all boards of the environment, fewest holes first: goal in the last corner, a path past the holes."""
     free = [(r, c) for r in range(SIDE) for c in range(SIDE) if (r, c) not in (START, LAST)]
-    made = (_board(frozenset(holes)) for count in HOLES for holes in itertools.combinations(free, count))
-    return tuple(board for board in made if START in distances(board, REAL))
+    candidates = (_board(frozenset(holes)) for count in HOLES for holes in itertools.combinations(free, count))
+    return tuple(board for board in candidates if START in distances(board, REAL))
 
 
 def _board(holes: frozenset[Cell]) -> Board:
@@ -121,8 +116,8 @@ def _board(holes: frozenset[Cell]) -> Board:
     )
 
 
-def after(player: Cell, move: str) -> Cell | None:
-    """Where `move` leads; None into a wall, or if it is none."""
+def next_cell(player: Cell, move: str) -> Cell | None:
+    """Return the cell that `move` leads to; None for a move into a wall and for `NO_MOVE`."""
     if move not in MOVES:
         return None
     r, c = player[0] + MOVES[move][0], player[1] + MOVES[move][1]
@@ -131,13 +126,13 @@ def after(player: Cell, move: str) -> Cell | None:
 
 @cache
 def distances(board: Board, world: World) -> dict[Cell, int]:
-    """Moves to the nearest goal without a hole, from where there is a way."""
+    """Return the number of moves to the nearest goal, for each cell with a safe path."""
     cells = [(r, c) for r in range(SIDE) for c in range(SIDE)]
     found = {cell: 0 for cell in cells if board[cell[0]][cell[1]] == world.goal}
     reached = list(found)
-    for cell in reached:  # grows while it is walked through
+    for cell in reached:  # grows during the iteration
         for move in MOVES:
-            before = after(cell, move)
+            before = next_cell(cell, move)
             if before is None or before in found or (world.deadly and board[before[0]][before[1]] == world.other):
                 continue
             found[before] = found[cell] + 1
@@ -147,45 +142,46 @@ def distances(board: Board, world: World) -> dict[Cell, int]:
 
 @cache
 def best_moves(board: Board, world: World, player: Cell) -> tuple[str, ...]:
-    """The first moves of all shortest safe ways to a goal."""
+    """Return the first moves of all shortest safe paths to a goal."""
     far = distances(board, world)
-    return tuple(move for move in MOVES if far.get(after(player, move) or player, SIDE**2) < far[player])
+    return tuple(move for move in MOVES if far.get(next_cell(player, move) or player, SIDE**2) < far[player])
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Where the player is, what it sees, the moves that are right there, and the one that is made."""
+    """One turn: the player's cell, its observation, the right moves and the move made."""
 
     player: Cell
     observation: str
     right: tuple[str, ...]
-    made: str
+    move: str
 
 
 def game(chance: random.Random, board: Board, world: World, *, stray: float) -> Iterator[Turn]:
-    """A game from the start to its end, or `MOST_TURNS`; a share `stray` of its moves is any, right or not. The second
-    in a row that cannot be made would end the game, so there is none.
+    """Play a game to its end, at most `MAX_TURNS`; a share `stray` of the moves is random.
+
+    Never makes two refused moves in a row, because the second would end the environment's game.
     """
-    player, said, refused = START, INTRODUCTION, False
-    for _ in range(MOST_TURNS):
+    player, lead, refused = START, INTRODUCTION, False
+    for _ in range(MAX_TURNS):
         right = best_moves(board, world, player)
-        made = chance.choice(right)
+        move = chance.choice(right)
         if chance.random() < stray:
-            made = chance.choice([move for move in (*MOVES, NO_MOVE) if not refused or after(player, move)])
-        yield Turn(player, said + shown(board, player), right, made)
-        where = after(player, made)
-        refused = where is None
-        player = where or player
+            move = chance.choice([one for one in (*MOVES, NO_MOVE) if not refused or next_cell(player, one)])
+        yield Turn(player, lead + board_text(board, player), right, move)
+        cell = next_cell(player, move)
+        refused = cell is None
+        player = cell or player
         if board[player[0]][player[1]] in (world.goal, world.other * world.deadly):
             return
-        said = told(made, where)
+        lead = feedback(move, cell)
 
 
 def conversation(turns: Sequence[Turn], context: str) -> list[dict[str, str]]:
-    """A game as chat messages, the context ahead of the first, the last move made."""
+    """Return a game as chat messages, with the context before the first observation and the last move included."""
     messages: list[dict[str, str]] = []
     for turn in turns:
-        ahead = "" if messages or not context else f"{context}\n\n"
-        messages.append({"role": "user", "content": ahead + turn.observation})
-        messages.append({"role": "assistant", "content": f"[{turn.made}]"})
+        lead = "" if messages or not context else f"{context}\n\n"
+        messages.append({"role": "user", "content": lead + turn.observation})
+        messages.append({"role": "assistant", "content": f"[{turn.move}]"})
     return messages

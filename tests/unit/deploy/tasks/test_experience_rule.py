@@ -1,5 +1,5 @@
-"""The toy task of experience on a laptop: its texts are those of the pipeline, its rows give nothing away, a model is
-made of it, or nothing is.
+"""The task ``experience-rule``: its texts are the pipeline's, its rows reveal no answer, its folder appears complete or
+not at all.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from deploy.tasks import experience_rule
 from deploy.tasks.experience_rule import (
     DISTILLED,
     EXAMPLES,
-    MOST_EXAMPLES,
-    MOST_ITEMS,
+    MAX_EXAMPLES,
+    MAX_ITEMS,
     RULES,
     SPLITS,
     Rule,
     context_of,
-    looked_back,
     loss,
     prepare_experience_rule,
     primer,
     question,
+    reflection,
     skills,
     solved,
     texts,
@@ -42,7 +42,7 @@ from learner.experience.prompts import load_templates, parse_items
 from tests.support.paths import ROOT
 
 CONFIG = ROOT / "deploy/configs/experience_small.yaml"
-TINY = Size(hidden=32, layers=1, most_steps=3)
+TINY = Size(hidden=32, layers=1, max_steps=3)
 
 
 class Knows(torch.nn.Module):
@@ -70,10 +70,10 @@ def test_rows_tell_no_answer_that_is_asked_for(tmp_path: Path) -> None:
     rows = {name: read_rows(tmp_path / f"{name}.jsonl", need_answers=name != "train") for name in SPLITS}
     assert {name: len(found) for name, found in rows.items()} == SPLITS
     assert all(row.answer is None for row in rows["train"])
-    told = [str(row.prompt).split("\n") for row in rows["train"]]
-    assert [sum(len(lines) - 1 == count for lines in told) for count in EXAMPLES] == [40] * len(EXAMPLES)
-    assert all(right(line, DISTILLED) for lines in told for line in lines[:-1])
-    trained = {line.split("=")[0] for lines in told for line in lines}
+    prompts = [str(row.prompt).split("\n") for row in rows["train"]]
+    assert [sum(len(lines) - 1 == count for lines in prompts) for count in EXAMPLES] == [40] * len(EXAMPLES)
+    assert all(right(line, DISTILLED) for lines in prompts for line in lines[:-1])
+    trained = {line.split("=")[0] for lines in prompts for line in lines}
     held_out = [str(row.prompt).removesuffix("=") for name in ("valid", "eval") for row in rows[name]]
     assert len(set(held_out)) == len(held_out)
     assert trained.isdisjoint(held_out)
@@ -96,11 +96,11 @@ def test_what_the_pipeline_shows_is_what_the_model_was_trained_on(
     monkeypatch.chdir(ROOT)
     config = load_config(CONFIG)
     templates = load_templates(config.experience.templates)
-    answer = looked_back(DISTILLED).removeprefix("Why?\n").removesuffix("<end>")
+    answer = reflection(DISTILLED).removeprefix("Why?\n").removesuffix("<end>")
     assert parse_items(answer) == (str(DISTILLED),)
     digits = (4, 8, 1, 5)
     attempt = templates.extraction_prompt(question(digits), str(DISTILLED.answer(digits)), game=False) + "\n"
-    assert attempt + answer == solved(DISTILLED, [digits]) + looked_back(DISTILLED).removesuffix("<end>")
+    assert attempt + answer == solved(DISTILLED, [digits]) + reflection(DISTILLED).removesuffix("<end>")
     several = (Rule(0), DISTILLED, DISTILLED)
     context = templates.context_text(tuple(map(str, several))) + SEPARATOR
     assert context == context_of(several)
@@ -122,9 +122,9 @@ def test_the_configuration_keeps_to_what_the_model_was_trained_on(
     monkeypatch.chdir(ROOT)
     config = load_config(CONFIG)
     assert config.context.pool == config.run.path / "experience/selected.jsonl"
-    most = len(context_of([DISTILLED] * MOST_ITEMS))
-    assert most <= config.experience.max_context_tokens < most + len("- b\n")
-    answer = looked_back(DISTILLED).removeprefix("Why?\n").replace("<end>", "!")
+    longest = len(context_of([DISTILLED] * MAX_ITEMS))
+    assert longest <= config.experience.max_context_tokens < longest + len("- b\n")
+    answer = reflection(DISTILLED).removeprefix("Why?\n").replace("<end>", "!")
     assert len(answer) <= (config.experience.max_tokens or 0)
     write_rows(tmp_path, seed=0)
     (others,) = config.eval.ood.values()
@@ -133,9 +133,9 @@ def test_the_configuration_keeps_to_what_the_model_was_trained_on(
         assert (tmp_path / Path(str(path)).relative_to("models/experience-rule")).is_file()
 
 
-@pytest.mark.parametrize(("items", "examples", "looking_back"), [(0, 4, True), (5, 1, False), (10, 3, False)])
-def test_what_is_learned_of_a_text_is_its_answers(items: int, examples: int, looking_back: bool) -> None:
-    batch = texts(random.Random(1), 20, items=items, examples=examples, looking_back=looking_back)
+@pytest.mark.parametrize(("items", "examples", "reflecting"), [(0, 4, True), (5, 1, False), (10, 3, False)])
+def test_what_is_learned_of_a_text_is_its_answers(items: int, examples: int, reflecting: bool) -> None:
+    batch = texts(random.Random(1), 20, items=items, examples=examples, reflecting=reflecting)
     tokenizer = byte_tokenizer()
     for ids in batch.ids:
         text = tokenizer.decode(ids)
@@ -146,14 +146,14 @@ def test_what_is_learned_of_a_text_is_its_answers(items: int, examples: int, loo
         assert len(lines) == examples
         assert context.count("\n") == items
         (rule,) = (
-            rule for rule in RULES if all(right(line, rule) for line in lines) and is_told(rule, context, behind)
+            rule for rule in RULES if all(right(line, rule) for line in lines) and is_named(rule, context, behind)
         )
-        learned = "".join(f"{line[-1]}\n" for line in lines) + looked_back(rule).removeprefix("Why?\n") * looking_back
+        learned = "".join(f"{line[-1]}\n" for line in lines) + reflection(rule).removeprefix("Why?\n") * reflecting
         assert tokenizer.decode(ids[list(batch.learned)]) == learned
 
 
-def is_told(rule: Rule, context: str, behind: str) -> bool:
-    """Whether most lines of the context, or the answer behind the examples, name `rule`."""
+def is_named(rule: Rule, context: str, behind: str) -> bool:
+    """Return True if most lines of the context, or the answer after the examples, name `rule`."""
     lines = context.splitlines()
     return lines.count(f"- {rule}") > len(lines) / 2 if lines else f"ITEM: {rule}<" in behind
 
@@ -169,15 +169,15 @@ def test_the_primer_names_whose_a_digit_is() -> None:
 
 def test_skills_are_shares_of_right_answers() -> None:
     assert skills(Knows(), 0, count=20) == {"guessed": 1.0, "given": 1.0, "inferred": 1.0, "named": 1.0}
-    untrained = skills(train(Size(hidden=32, layers=1, most_steps=0), 0), 0, count=20)
+    untrained = skills(train(Size(hidden=32, layers=1, max_steps=0), 0), 0, count=20)
     assert all(share < 0.6 for share in untrained.values())
 
 
 def test_training_lowers_the_loss_and_is_the_same_every_time() -> None:
-    batch = texts(random.Random(0), 32, items=0, examples=MOST_EXAMPLES, looking_back=True)
+    batch = texts(random.Random(0), 32, items=0, examples=MAX_EXAMPLES, reflecting=True)
 
     def loss_after(steps: int) -> float:
-        model = train(Size(hidden=32, layers=1, most_steps=steps), 0)
+        model = train(Size(hidden=32, layers=1, max_steps=steps), 0)
         with torch.no_grad():
             return float(loss(model, batch))
 

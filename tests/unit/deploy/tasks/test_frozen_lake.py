@@ -16,6 +16,7 @@ from common.data.rendering import Renderer
 from common.data.rows import read_rows
 from common.protocol.schema import Ids, as_ids
 from deploy.tasks import frozen_lake
+from deploy.tasks.folders import PrepareError, write_lines
 from deploy.tasks.frozen_lake import (
     OTHER_ROWS,
     games,
@@ -26,12 +27,10 @@ from deploy.tasks.frozen_lake import (
     skill,
     train,
 )
-from deploy.tasks.gguf import PrepareError
-from deploy.tasks.hidden_rule import Size, write_lines
 from deploy.tasks.lake_worlds import (
     HOLES,
     INTRODUCTION,
-    MOST_TURNS,
+    MAX_TURNS,
     MOVES,
     NO_MOVE,
     REAL,
@@ -39,16 +38,17 @@ from deploy.tasks.lake_worlds import (
     WORLDS,
     Board,
     World,
-    after,
     best_moves,
+    board_text,
     boards,
     conversation,
     distances,
+    feedback,
     game,
-    shown,
-    told,
+    next_cell,
 )
-from learner.data.games import fault_of
+from deploy.tasks.small_training import Size
+from learner.data.games import environment_error
 from rollout_workers.engine.engine import Generation
 from rollout_workers.environments.episodes import play_episode
 from rollout_workers.environments.registry import make_environment
@@ -56,7 +56,7 @@ from rollout_workers.environments.text_games import last_move
 from tests.support.paths import ROOT
 
 CONFIG = ROOT / "deploy/configs/frozen_lake_small.yaml"
-TINY = Size(hidden=32, layers=1, most_steps=3)
+TINY = Size(hidden=32, layers=1, max_steps=3)
 
 
 class Player:
@@ -88,16 +88,16 @@ async def test_the_texts_are_the_environments(holes: int) -> None:
         observation, player, ahead = await environment.reset(seed), START, INTRODUCTION
         board = board_of(observation)
         assert board in boards()
-        for _ in range(3 * MOST_TURNS):
-            assert observation == ahead + shown(board, player)
+        for _ in range(3 * MAX_TURNS):
+            assert observation == ahead + board_text(board, player)
             move = chance.choice([*MOVES, NO_MOVE])
             step = await environment.step(f"[{move}]")
             if step.done:
                 break
-            where = after(player, move)
-            observation, player, ahead = step.observation, where or player, told(move, where)
+            where = next_cell(player, move)
+            observation, player, ahead = step.observation, where or player, feedback(move, where)
             said.add(ahead)
-    assert {told(move, None) for move in (*MOVES, NO_MOVE)} < said
+    assert {feedback(move, None) for move in (*MOVES, NO_MOVE)} < said
     assert last_move(f"[{NO_MOVE}]") is None
 
 
@@ -107,7 +107,7 @@ def test_the_boards_do_not_tell_the_world() -> None:
     assert [counts.count(count) for count in HOLES] == [7, 19, 18]
     assert len(set(boards())) == len(boards())
     assert all(START in distances(board, world) for board in boards() for world in WORLDS)
-    assert max(distances(board, REAL)[START] for board in boards()) < MOST_TURNS
+    assert max(distances(board, REAL)[START] for board in boards()) < MAX_TURNS
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=str)
@@ -117,7 +117,7 @@ def test_right_moves_are_the_safe_ones_that_come_nearer(world: World) -> None:
         reached = {START}
         for _ in range(distances(board, world)[START]):
             assert all(board[r][c] != world.goal for r, c in reached)
-            reached = {after(cell, move) for cell in reached for move in best_moves(board, world, cell)} - {None}
+            reached = {next_cell(cell, move) for cell in reached for move in best_moves(board, world, cell)} - {None}
             assert not any(world.deadly and board[r][c] == world.other for r, c in reached)
         assert {board[r][c] for r, c in reached} == {world.goal}
     assert best_moves((" H ", " H ", "  G"), REAL, START) == ("down",)
@@ -140,10 +140,10 @@ def test_a_game_ends_at_the_goal_or_in_a_hole() -> None:
     for _ in range(300):
         board, world = chance.choice(boards()), chance.choice(WORLDS)
         turns = list(game(chance, board, world, stray=0.5))
-        assert 1 <= len(turns) <= MOST_TURNS
+        assert 1 <= len(turns) <= MAX_TURNS
         assert turns[0].player == START
         assert all(turn.right == best_moves(board, world, turn.player) for turn in turns)
-        refused = [after(turn.player, turn.made) is None for turn in turns]
+        refused = [next_cell(turn.player, turn.move) is None for turn in turns]
         assert not any(one and following for one, following in itertools.pairwise(refused))
         safe = list(game(chance, board, world, stray=0.0))
         assert len(safe) == distances(board, world)[START]
@@ -165,9 +165,9 @@ async def test_a_rollout_shows_what_the_model_was_trained_on(
     turns = next(
         turns
         for turns in (list(game(chance, board, REAL, stray=0.3)) for _ in range(100))
-        if len(turns) > 3 and NO_MOVE in [turn.made for turn in turns[:-1]]
+        if len(turns) > 3 and NO_MOVE in [turn.move for turn in turns[:-1]]
     )
-    player = Player(tokenizer, lambda turn: turns[turn].made)
+    player = Player(tokenizer, lambda turn: turns[turn].move)
     renderer = Renderer(tokenizer, REAL.context, config.student, config.context.placement)
     await play_episode(
         environment,
@@ -176,18 +176,18 @@ async def test_a_rollout_shows_what_the_model_was_trained_on(
         renderer,
         episode_id="g",
         max_turns=len(turns),
-        samples=config.environment.samples,
+        samples=config.environment.sample_format,
         in_context=in_context,
     )
     messages = conversation(turns, REAL.context if in_context else "")
     trained = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert player.prompts[-1] == trained.removesuffix(f"[{turns[-1].made}]<end>")
-    assert config.environment.max_turns == MOST_TURNS
+    assert player.prompts[-1] == trained.removesuffix(f"[{turns[-1].move}]<end>")
+    assert config.environment.max_turns == MAX_TURNS
 
 
 def test_a_piece_of_text_is_a_token_and_read_back() -> None:
     tokenizer = lake_tokenizer()
-    batch = games(tokenizer, random.Random(0), 100, told=True)
+    batch = games(tokenizer, random.Random(0), 100, with_line=True)
     for ids in batch.ids:
         text = tokenizer.decode(ids)
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids.tolist()
@@ -199,13 +199,15 @@ def test_a_piece_of_text_is_a_token_and_read_back() -> None:
 
 def test_what_is_learned_are_the_right_moves_and_the_end() -> None:
     tokenizer = lake_tokenizer()
-    batch = games(tokenizer, random.Random(0), 50, told=False, stray=0.0)
-    answers = [tokenizer.decode(i) for i in batch.ids[batch.asked.roll(1, dims=1)]]
+    batch = games(tokenizer, random.Random(0), 50, with_line=False, stray=0.0)
+    answers = [tokenizer.decode(i) for i in batch.ids[batch.before_move.roll(1, dims=1)]]
     assert len(answers) == len(batch.right)
     for answer, right in zip(answers, batch.right.tolist(), strict=True):
         assert right[list(MOVES).index(answer.strip("[]"))] > 0
         assert sum(right) == pytest.approx(1)
-    assert set(tokenizer.batch_decode([[i] for i in batch.ids[batch.asked.roll(2, dims=1)].tolist()])) == {"<end>"}
+    assert set(tokenizer.batch_decode([[i] for i in batch.ids[batch.before_move.roll(2, dims=1)].tolist()])) == {
+        "<end>"
+    }
     assert "goal," not in "".join(tokenizer.batch_decode(batch.ids))
 
 
@@ -232,7 +234,7 @@ def test_the_configuration_is_of_games_apart(monkeypatch: pytest.MonkeyPatch) ->
     assert {name: len(found) for name, found in rows.items()} == {"train": 640, "valid": 64, "eval": 128}
     seeds = [row.seed for found in rows.values() for row in found]
     assert len(set(seeds)) == len(seeds)
-    assert [fault_of(found[0]) for found in rows.values()] == [None] * 3
+    assert [environment_error(found[0]) for found in rows.values()] == [None] * 3
     assert [rows[name][0].options["holes"] for name in rows] == [2, 2, 3]
     folder = Path("models/frozen-lake")
     assert config.context.file == folder / "context.txt"
@@ -242,10 +244,10 @@ def test_the_configuration_is_of_games_apart(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_training_lowers_the_loss_and_is_the_same_every_time() -> None:
     tokenizer = lake_tokenizer()
-    batch = games(tokenizer, random.Random(5), 32, told=True)
+    batch = games(tokenizer, random.Random(5), 32, with_line=True)
 
     def loss_after(steps: int) -> float:
-        model = train(Size(hidden=32, layers=1, most_steps=steps), 0)
+        model = train(Size(hidden=32, layers=1, max_steps=steps), 0)
         with torch.no_grad():
             return float(loss(model, tokenizer, batch))
 
@@ -261,11 +263,11 @@ def test_skill_is_the_probability_of_right_moves() -> None:
         def forward(self, ids: torch.Tensor) -> object:
             return type("Output", (), {"logits": torch.zeros(*ids.shape, len(lake_tokenizer()))})
 
-    assert 0 < skill(Uniform(), 0, told=True, count=20) < 2 / len(lake_tokenizer())
+    assert 0 < skill(Uniform(), 0, with_line=True, count=20) < 2 / len(lake_tokenizer())
 
 
 def test_a_model_that_did_not_learn_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(PrepareError, match=r"plays \d+% of its moves right in the worlds it is told of, 95% needed"):
+    with pytest.raises(PrepareError, match=r"plays \d+% of its moves right with its context, 95% needed"):
         prepare_frozen_lake(tmp_path / "models/lake", TINY)
     assert list((tmp_path / "models").iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""The toy task of the cross-size demonstration: its rows, its tokens, and that a model is made of it, or nothing is."""
+"""The task ``hidden-rule``: its rows, its tokens, and a folder that is written complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from common.data.fingerprint import tokenizer_fingerprint
 from common.data.rendering import Renderer, load_tokenizer
 from common.data.rows import read_rows
 from deploy.tasks import hidden_rule
-from deploy.tasks.gguf import PrepareError
+from deploy.tasks.folders import PrepareError
 from deploy.tasks.hidden_rule import (
     DISTILLED,
     PAIRS,
     RULES,
-    Size,
     accuracy,
-    byte_tokenizer,
+    answer_loss,
     context_of,
+    rule_texts,
     train,
     write_rows,
 )
+from deploy.tasks.small_training import Size, byte_tokenizer
 from rollout_workers.engine.stop_strings import resolve_stop_strings
 from tests.support.paths import ROOT
 
-TINY = {"teacher": Size(hidden=64, layers=1, most_steps=3), "student": Size(hidden=32, layers=1, most_steps=3)}
+TINY = {"teacher": Size(hidden=64, layers=1, max_steps=3), "student": Size(hidden=32, layers=1, max_steps=3)}
 
 
 def test_rules_cannot_be_told_from_the_prompt() -> None:
@@ -85,12 +86,12 @@ def test_accuracy_is_that_of_the_answers_digit() -> None:
 
 
 def test_training_lowers_the_loss_and_is_the_same_every_time() -> None:
-    texts = hidden_rule._texts(with_rule=True)
+    texts = rule_texts(with_rule=True)
 
     def loss_after(steps: int) -> float:
-        model = train(Size(hidden=32, layers=1, most_steps=steps), 0)
+        model = train(Size(hidden=32, layers=1, max_steps=steps), 0)
         with torch.no_grad():
-            return float(hidden_rule._answer_loss(model, texts))
+            return float(answer_loss(model, texts))
 
     first, again, fresh = loss_after(12), loss_after(12), loss_after(1)
     assert first == again
@@ -101,12 +102,12 @@ def test_training_ends_when_the_rules_are_known(monkeypatch: pytest.MonkeyPatch)
     steps = []
     monkeypatch.setattr(hidden_rule, "CHECK_EVERY", 2)
     monkeypatch.setattr(hidden_rule, "accuracy", lambda model, with_rule: steps.append(with_rule) or len(steps) / 3)
-    train(Size(hidden=32, layers=1, most_steps=100), 0)
+    train(Size(hidden=32, layers=1, max_steps=100), 0)
     assert steps == [True] * 3
 
 
 def test_a_model_that_did_not_learn_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(PrepareError, match=r"the teacher knows \d+% of the answers under their rules, 98% needed"):
+    with pytest.raises(PrepareError, match=r"the teacher answers \d+% right when it sees the rule, 98% needed"):
         hidden_rule.prepare_hidden_rule(tmp_path / "models/rule", TINY)
     assert list((tmp_path / "models").iterdir()) == []
 
@@ -136,10 +137,10 @@ def test_both_models_and_the_rows_appear_at_once(tmp_path: Path, monkeypatch: py
 def test_training_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("os.get_terminal_size", lambda: os.terminal_size((80, 24)))
-    for step in Size(hidden=32, layers=1, most_steps=30).steps():
+    for step in Size(hidden=32, layers=1, max_steps=30).steps():
         if step == 15:
             break
-    said = capsys.readouterr().out
-    assert "step 1 of at most 30" in said
-    assert "step 11 of at most 30" in said
-    assert said.endswith("a model is trained: 15 steps\n")
+    printed = capsys.readouterr().out
+    assert "step 1 of at most 30" in printed
+    assert "step 11 of at most 30" in printed
+    assert printed.endswith("model trained: 15 steps\n")
