@@ -1,4 +1,4 @@
-"""YAML and overrides into a run's configuration; what a mistake looks like."""
+"""Loading of a run's configuration from YAML and overrides, and the error lines."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ data: {train: train.jsonl}
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file with nothing but the keys that have no default."""
+    """A file with only the required keys."""
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL)
     return file
 
 
 def mistake(path: Path, *overrides: str) -> str:
-    """The one line that a bad configuration ends in."""
+    """The single error line of a bad configuration."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     lines = str(caught.value).splitlines()
@@ -39,7 +39,7 @@ def mistake(path: Path, *overrides: str) -> str:
     return lines[0]
 
 
-def test_defaults_fill_what_is_not_said(path: Path) -> None:
+def test_missing_keys_get_their_defaults(path: Path) -> None:
     config = load_config(path)
     assert config.run.path == Path("runs/small")
     assert (config.loss.form, config.loss.direction, config.loss.top_k) == ("tail", "reverse", 256)
@@ -55,7 +55,7 @@ def test_defaults_fill_what_is_not_said(path: Path) -> None:
         ("leaner.lr=1e-5", "leaner", "learner"),  # misspelt section
     ],
 )
-def test_an_unknown_key_names_the_nearest(path: Path, override: str, named: str, nearest: str) -> None:
+def test_an_unknown_key_names_the_nearest_one(path: Path, override: str, named: str, nearest: str) -> None:
     line = mistake(path, override)
     assert line.startswith(f"unknown key {named}")
     assert line.endswith(f"did you mean {nearest}?")
@@ -86,7 +86,7 @@ def test_an_old_name_is_refused_with_the_new_one(path: Path, override: str, line
             load_teacher_config(path, [f"{key}={value}"])
 
 
-def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
+def test_every_renamed_key_points_to_an_existing_key() -> None:
     for old, new in RENAMED_KEYS.items():
         section, _, name = old.partition(".")
         fields = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
@@ -94,7 +94,7 @@ def test_every_renamed_key_leads_to_a_key_that_exists() -> None:
         assert name not in fields
 
 
-def test_an_unknown_key_with_nothing_near_lists_the_section(path: Path) -> None:
+def test_an_unknown_key_without_a_near_one_lists_the_section(path: Path) -> None:
     line = mistake(path, "eval.qqqq=1")
     assert "unknown key eval.qqqq=1" in line
     assert "every, grader, max_tokens" in line
@@ -123,12 +123,14 @@ def test_a_bad_value_names_key_value_and_what_is_valid(path: Path, override: str
     ("override", "part"),
     [
         ("context.file=c.txt", "exactly one of context.text, context.file and context.pool"),
+        ("context.pool=c.jsonl", "exactly one of context.text, context.file and context.pool"),
+        ("context.text=null", "exactly one of context.text, context.file and context.pool"),
         ("loss.top_k=2048", "loss.top_k 2048 is larger than teacher.max_k 1024"),
         ("student.system=text", "student.system_text must be set if and only if"),
         ("learner.cpu_offload=true", "needs learner.zero_stage 1, 2 or 3"),
     ],
 )
-def test_keys_that_do_not_go_together(path: Path, override: str, part: str) -> None:
+def test_contradicting_keys_are_refused(path: Path, override: str, part: str) -> None:
     assert part in mistake(path, override)
 
 
@@ -153,7 +155,7 @@ def test_a_missing_section_is_named(path: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-5", 1e-5), ("2.0e-5", 2e-5), ("1E-3", 1e-3), ("3", 3.0), (".5e-4", 5e-5)]
 )
-def test_numbers_are_read_as_people_write_them(path: Path, text: str, value: float) -> None:
+def test_numbers_may_have_any_notation(path: Path, text: str, value: float) -> None:
     assert load_config(path, [f"learner.lr={text}"]).learner.lr == value
 
 
@@ -179,21 +181,21 @@ def test_later_overrides_win(path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["learner.lr", "lr=1e-5", "=3", "learner.=3"])
-def test_an_override_that_is_none_says_how_one_looks(path: Path, override: str) -> None:
+def test_a_bad_override_shows_the_expected_form(path: Path, override: str) -> None:
     assert "expected section.key=value" in mistake(path, override)
 
 
-def test_a_value_is_no_section(path: Path) -> None:
+def test_a_value_is_not_a_section(path: Path) -> None:
     assert "run.name.first=1" in mistake(path, "run.name.first=1")
 
 
 @pytest.mark.parametrize(("text", "part"), [("[1, 2]", "got list"), ("run: {name: a", "is not YAML"), ("", "NoneType")])
-def test_a_file_that_is_no_configuration(path: Path, text: str, part: str) -> None:
+def test_a_file_without_a_configuration_is_refused(path: Path, text: str, part: str) -> None:
     path.write_text(text)
     assert part in mistake(path)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert mistake(tmp_path / "none.yaml").startswith("cannot read ")
 
 
@@ -235,7 +237,7 @@ def test_weights_go_into_the_runs_folder_unless_another_is_named(path: Path) -> 
 
 
 @pytest.mark.parametrize("backend", ["nccl", "ipc", "file"])
-def test_deltas_go_over_gloo_only(path: Path, backend: str) -> None:
+def test_delta_needs_gloo(path: Path, backend: str) -> None:
     assert load_config(path, ["sync.delta=true"]).sync.delta
     assert f"not `{backend}`" in mistake(path, "sync.delta=true", f"sync.backend={backend}")
 
@@ -273,7 +275,7 @@ def test_more_teachers_are_checked_like_the_first(path: Path) -> None:
     assert "teachers.big.max_k 8" in mistake(path, "teachers.big.max_k=8")
 
 
-def test_a_teacher_that_follows_a_student_is_no_server(path: Path) -> None:
+def test_a_teacher_with_changing_weights_cannot_be_served(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.kind `ema` follows one run's student"):
         load_teacher_config(path, ["teacher.kind=ema"])
     assert "receives new weights" in mistake(path, "teacher.kind=live", "teacher.backend=vllm")
@@ -296,7 +298,7 @@ def test_a_teacher_that_follows_a_student_is_no_server(path: Path) -> None:
         (["eval.every=2", "data.valid=null"], "data.valid is not set"),
     ],
 )
-def test_what_sections_must_be_to_each_other(path: Path, overrides: list[str], why: str) -> None:
+def test_rules_between_sections(path: Path, overrides: list[str], why: str) -> None:
     assert why in mistake(path, *overrides)
 
 

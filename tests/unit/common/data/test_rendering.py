@@ -38,12 +38,12 @@ def sides(render: Renderer, row: Row) -> tuple[str, str, str]:
     return decode(prompt.student_ids.tolist()), decode(context), decode(prompt.teacher_ids.tolist())
 
 
-def test_raw_context_and_prompt_are_concatenated_with_nothing_between() -> None:
+def test_raw_context_and_prompt_are_concatenated_without_a_separator() -> None:
     student, context, rest = sides(renderer(context="Q: a\nA: b\n"), Row(id="r", prompt="Q: cat\nA:"))
     assert (student, context, rest) == ("Q: cat\nA:", "Q: a\nA: b\n", "Q: cat\nA:")
 
 
-def test_raw_has_exactly_one_bos_and_the_teacher_has_it_ahead_of_the_context() -> None:
+def test_raw_has_exactly_one_bos_which_the_teacher_has_before_the_context() -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
@@ -85,7 +85,7 @@ def test_user_prefix_goes_before_the_first_user_content_of_a_conversation() -> N
 
 
 @pytest.mark.parametrize("placement", ["system", "user_prefix"])
-def test_both_sides_are_the_same_tokens_from_the_last_user_content_on(placement: str) -> None:
+def test_both_sides_have_equal_tokens_from_the_last_user_content_on(placement: str) -> None:
     render = renderer(placement=placement)
     prompt = render.render(chat_row("One", "Two", "Three"))
     tail = render.tokenizer("Three<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
@@ -93,7 +93,7 @@ def test_both_sides_are_the_same_tokens_from_the_last_user_content_on(placement:
     assert prompt.teacher_ids.tolist()[-len(tail) :] == tail
 
 
-def test_templates_own_default_system_is_the_students_unless_told_otherwise() -> None:
+def test_a_templates_default_system_turn_is_the_students_unless_configured() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = DEFAULT_SYSTEM
     student, context, _ = sides(renderer(tokenizer), chat_row("Hi"))
@@ -105,7 +105,7 @@ def test_templates_own_default_system_is_the_students_unless_told_otherwise() ->
     assert student.startswith("<|im_start|>system\n<|im_end|>")
 
 
-def test_system_none_is_accepted_where_the_template_adds_nothing() -> None:
+def test_system_none_is_accepted_if_the_template_adds_no_system_turn() -> None:
     student, _, _ = sides(renderer(system="none"), chat_row("Hi"))
     assert student.startswith("<|im_start|>user")
     with pytest.raises(DataError, match="row 'r' has a system message"):
@@ -114,7 +114,7 @@ def test_system_none_is_accepted_where_the_template_adds_nothing() -> None:
         renderer(system="text", system_text="Mine.").render(chat_row("Hi", system="Own."))
 
 
-def test_a_template_that_folds_the_system_into_the_user_turn_is_no_default_system() -> None:
+def test_a_template_that_folds_the_system_into_the_user_turn_has_no_default_system() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% set lead = messages[0].content ~ '\n\n' if messages[0].role == 'system' else '' %}"
@@ -124,7 +124,7 @@ def test_a_template_that_folds_the_system_into_the_user_turn_is_no_default_syste
     assert (student, context, rest) == ("[INST] Hi[/INST]", "[INST] Rules.\n\n", "Hi[/INST]")
 
 
-def test_a_user_content_that_merges_with_the_seam_is_sent_without_shared_context_but_whole() -> None:
+def test_a_user_content_that_merges_with_the_context_is_sent_whole_without_a_shared_context() -> None:
     merged = merging([("Ċ", "Ċ")])
     render = renderer(merged)
     prompt = render.render(chat_row("\nHi"))
@@ -173,7 +173,7 @@ def test_double_bos_is_refused() -> None:
 
 
 def test_each_context_has_the_prefix_of_its_own_text() -> None:
-    """One renderer under several contexts, as for a pool, and for rows with system messages of their own."""
+    """One renderer with several contexts, as for a pool, and with rows that have system messages."""
     render = renderer()
     other = render.with_context("Other rules.")
     for one, text in ((render, "Rules."), (other, "Other rules."), (render, "Rules.")):
@@ -188,16 +188,16 @@ def test_each_context_has_the_prefix_of_its_own_text() -> None:
     assert other.contexts is render.contexts
 
 
-def test_a_tail_that_is_other_tokens_under_the_context_is_refused() -> None:
-    """The text is the same; the context's end, a content of one character and what follows merge into one token."""
+def test_a_tail_with_other_tokens_after_the_context_is_refused() -> None:
+    """The text is equal, but context end, a content of one character and the next text merge into one token."""
     tokenizer = merging([("Ċ", "7"), ("Ċ7", "]")])
     tokenizer.chat_template = "{% for m in messages %}{{ '[' ~ m.content ~ ']' }}{% endfor %}"
     with pytest.raises(DataError, match="the last 1 prompt tokens differ between student and teacher"):
         renderer(tokenizer, placement="user_prefix").render(chat_row("7"))
 
 
-def test_a_content_that_is_other_tokens_under_the_context_is_fine() -> None:
-    """What must be equal are the tokens behind it: the answer's own beginnings."""
+def test_a_content_with_other_tokens_after_the_context_is_accepted() -> None:
+    """Only the tokens after the content must be equal: the answer follows them."""
     tokenizer = merging([("Ċ", "7")])
     tokenizer.chat_template = "{% for m in messages %}{{ '[' ~ m.content ~ ']' }}{% endfor %}"
     prompt = renderer(tokenizer, placement="user_prefix").render(chat_row("7"))
@@ -205,7 +205,7 @@ def test_a_content_that_is_other_tokens_under_the_context_is_fine() -> None:
     assert prompt.student_ids[-1] == prompt.teacher_ids[-1]
 
 
-def test_a_content_that_the_students_system_turn_holds_too_is_found_where_it_is_last() -> None:
+def test_the_last_occurrence_of_a_content_counts() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = DEFAULT_SYSTEM
     student, _, rest = sides(renderer(tokenizer), chat_row("kind"))
@@ -224,7 +224,7 @@ def test_an_answer_that_the_template_drops_has_no_follow_up() -> None:
 
 
 def merging(merges: list[tuple[str, str]]) -> Any:
-    """The tokenizer of bytes, with these pairs merged wherever they meet."""
+    """The byte tokenizer with these pairs merged."""
     from tokenizers import Tokenizer, models
 
     tokenizer = make_tokenizer()
@@ -244,7 +244,7 @@ def test_context_name_depends_on_tokens_and_tokenizer_only() -> None:
     assert context_hash("00" * 32, ids) != context_hash("11" * 32, ids)
 
 
-def test_over_long_rows_are_all_named_with_the_numbers() -> None:
+def test_every_too_long_row_is_named_with_its_numbers() -> None:
     with pytest.raises(DataError) as error:
         check_lengths("teacher", {"a": 90, "b": 91, "c": 92}, max_tokens=10, limit=100)
     lines = str(error.value).splitlines()
@@ -265,7 +265,7 @@ def test_common_prefix() -> None:
 
 
 @pytest.mark.parametrize("content", [{"prompt": "Hi"}, {"messages": [{"role": "user", "content": "Hi"}]}])
-def test_answer_and_teacher_of_a_row_go_along(content: dict[str, Any]) -> None:
+def test_a_prompt_keeps_answer_and_teacher_of_its_row(content: dict[str, Any]) -> None:
     prompt = renderer().render(Row.model_validate({"id": "r", "answer": "Yes", "teacher": "large", **content}))
     assert (prompt.row_id, prompt.answer, prompt.teacher) == ("r", "Yes", "large")
 

@@ -1,4 +1,4 @@
-"""Rows: what is accepted, what is refused with file and line, and the order they are trained in."""
+"""Rows: validation with file and line, and the order of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(folder: Path, *lines: Any) -> Path:
     return path
 
 
-def test_raw_and_chat_rows_are_read_and_extra_columns_left_alone(tmp_path: Path) -> None:
+def test_raw_and_chat_rows_are_read_and_extra_columns_ignored(tmp_path: Path) -> None:
     rows = read_rows(
         write(
             tmp_path,
@@ -55,7 +55,7 @@ def test_a_long_list_of_faults_is_cut_and_counted(tmp_path: Path) -> None:
         read_rows(write(tmp_path, *["x"] * 25))
 
 
-def test_answers_are_asked_for_where_they_are_needed(tmp_path: Path) -> None:
+def test_answers_are_required_on_demand(tmp_path: Path) -> None:
     path = write(tmp_path, {"id": "a", "prompt": "p"})
     assert read_rows(path)
     with pytest.raises(DataError, match=r"rows\.jsonl:1: row 'a' has no `answer`"):
@@ -76,7 +76,7 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
         read_rows(write(tmp_path, ""))
 
 
-def test_every_epoch_uses_every_row_once_in_an_order_of_its_own() -> None:
+def test_every_epoch_uses_every_row_once_in_a_new_order() -> None:
     taken = [row for step in range(14) for row in batch_rows(step, batch_size=5, rows=7, seed=3)]
     epochs = [taken[i : i + 7] for i in range(0, 70, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
@@ -84,7 +84,7 @@ def test_every_epoch_uses_every_row_once_in_an_order_of_its_own() -> None:
     assert batch_rows(3, batch_size=5, rows=7, seed=4) != batch_rows(3, batch_size=5, rows=7, seed=3)
 
 
-def test_a_game_has_options_and_a_seed_which_mean_something_else_elsewhere(tmp_path: Path) -> None:
+def test_options_and_seed_count_for_games_only(tmp_path: Path) -> None:
     game = {"id": "g", "environment": "FrozenLake", "options": {"size": 4}, "seed": 7}
     quiz = {"id": "q", "prompt": "p", "options": ["a", "b"], "seed": "x", "answer": "a"}
     first, second = read_rows(write(tmp_path, game, quiz), need_answers=True)

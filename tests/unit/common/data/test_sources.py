@@ -1,4 +1,4 @@
-"""Rows from Parquet, data sets and generators; foreign columns as ours."""
+"""Rows from Parquet, data sets and generators, with mapped columns."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_parquet_rows_get_a_turn_labels_and_the_rows_number(parquet: Path) -> No
     assert rows[1].messages[0].content.startswith("3 {x}?")  # braces of the data are no places
 
 
-def test_dots_lead_into_a_column(parquet: Path) -> None:
+def test_dots_reach_into_a_column(parquet: Path) -> None:
     rows = read_rows(parquet, data(columns={"answer": "truth.value", "prompt": "question"}))
     assert [(row.prompt, row.answer) for row in rows] == [("2 + 2?", "4"), ("3 {x}?", "5")]
 
@@ -65,21 +65,21 @@ def test_dots_lead_into_a_column(parquet: Path) -> None:
         ({"columns": {"answer": "cop"}, "user_template": "x", "labels": ["A"]}, "answer 1 has no label"),
     ],
 )
-def test_what_the_data_lacks_is_named_with_key_and_row(parquet: Path, keys: dict[str, Any], part: str) -> None:
+def test_a_missing_column_is_named_with_key_and_row(parquet: Path, keys: dict[str, Any], part: str) -> None:
     with pytest.raises(DataError) as error:
         read_rows(parquet, data(**keys))
     assert part in str(error.value)
     assert "rows.parquet row 0: " in str(error.value)
 
 
-def test_columns_of_json_lines_are_mapped_too(tmp_path: Path) -> None:
+def test_columns_of_json_lines_are_mapped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"key": "a", "question": "q", "target": 3}\n')
     (row,) = read_rows(path, data(columns={"id": "key", "prompt": "question", "answer": "target"}))
     assert (row.id, row.prompt, row.answer) == ("a", "q", "3")
 
 
-def test_a_renamed_column_is_no_longer_what_it_was_called(tmp_path: Path) -> None:
+def test_a_renamed_column_loses_its_old_name(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"id": "a", "prompt": [{"role": "user", "content": "q"}], "answer": "x"}) + "\n")
     (row,) = read_rows(path, data(columns={"messages": "prompt"}))
@@ -102,7 +102,7 @@ def test_a_dataset_of_a_folder_with_a_slice_of_a_split(tmp_path: Path, monkeypat
         read_rows(Path(f"hf:{folder}/test"))
 
 
-def test_a_dataset_that_is_not_here_is_named_with_where_it_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_dataset_is_named_with_the_places_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def offline(name: str, config: str | None, split: str) -> None:
@@ -122,7 +122,7 @@ def test_a_dataset_needs_name_and_split(source: str) -> None:
         read_rows(Path(source))
 
 
-def test_games_are_rows_with_seeds_of_their_own() -> None:
+def test_games_are_rows_with_consecutive_seeds() -> None:
     rows = read_rows(Path("game:FrozenLake?rows=3&seed=7&size=4"), need_answers=True, check=environment_error)
     assert [(row.id, row.environment, row.seed) for row in rows] == [
         (f"FrozenLake-{s}", "FrozenLake", s) for s in (7, 8, 9)
@@ -134,7 +134,7 @@ def test_games_are_rows_with_seeds_of_their_own() -> None:
         read_rows(Path("game:FrozenLake?size"))
 
 
-def test_procedural_tasks_are_rows_and_another_seed_makes_others() -> None:
+def test_procedural_tasks_are_rows_that_depend_on_the_seed() -> None:
     first, again, other = (
         read_rows(Path(f"reasoning_gym:chain_sum?size=3&seed={seed}"), need_answers=True) for seed in (1, 1, 2)
     )
@@ -145,7 +145,7 @@ def test_procedural_tasks_are_rows_and_another_seed_makes_others() -> None:
         read_rows(Path("reasoning_gym:chain_sun?size=3"))
 
 
-def test_a_digest_is_of_the_file_or_of_the_rows(tmp_path: Path) -> None:
+def test_a_digest_covers_the_file_or_the_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": "a", "prompt": "p"}\n')
     rows = [Row(id="a", prompt="p")]
@@ -155,7 +155,7 @@ def test_a_digest_is_of_the_file_or_of_the_rows(tmp_path: Path) -> None:
     assert mapped != digest(DataConfig(train=Path("game:FrozenLake")), [Row(id="a", prompt="P")])
 
 
-def test_what_is_a_path() -> None:
+def test_paths_and_generators_are_told_apart() -> None:
     assert is_file(Path("data/rows.jsonl"))
     assert is_file(Path("odd:name.jsonl"))
     assert not is_file(Path("hf:a/train"))

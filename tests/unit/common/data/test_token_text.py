@@ -16,18 +16,18 @@ def ids_of(text: str) -> list[int]:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=30))
-def test_pieces_are_one_a_token_and_together_the_text(text: str) -> None:
+def test_there_is_one_text_per_token_and_they_join_to_the_whole(text: str) -> None:
     ids = ids_of(text)
     found = token_texts(TOKENIZER, ids)
     assert len(found) == len(ids)
     assert "".join(found) == decode_ids(TOKENIZER, ids) == text
 
 
-def test_a_character_stands_at_the_token_that_completes_it() -> None:
+def test_a_character_belongs_to_the_token_that_completes_it() -> None:
     assert token_texts(TOKENIZER, ids_of("aé€b")) == ["a", "", "é", "", "", "€", "b"]
 
 
-def test_half_a_character_at_the_end_is_shown_as_such() -> None:
+def test_an_incomplete_character_at_the_end_is_shown() -> None:
     assert token_texts(TOKENIZER, ids_of("aé")[:2]) == ["a", "\ufffd"]
 
 

@@ -1,4 +1,4 @@
-"""Several answers to a row, changes paired by row, the gap closed: figures and their intervals."""
+"""Accuracy with several answers per row, paired changes and the gap closed, with their intervals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sampled(rng: np.random.Generator, chances: np.ndarray, samples: int) -> Accu
 
 
 def binary(values: str) -> Accuracy:
-    """``"1101"``: which rows were right."""
+    """Accuracy of rows marked right (``1``) or wrong (``0``)."""
     return accuracy_of([value == "1" for value in values])
 
 
@@ -48,7 +48,7 @@ def test_pass_at_1_is_the_mean_of_the_rows_shares() -> None:
     assert dict(found.rows) == {"a": 1.0, "b": 0.5, "c": 0.0}
 
 
-def test_answers_that_repeat_each_other_are_worth_one() -> None:
+def test_equal_answers_to_a_row_count_as_one() -> None:
     verdicts = [True] * 30 + [False] * 10
     once = accuracy_of(verdicts)
     repeated = pass_at_1({str(i): [right] * 8 for i, right in enumerate(verdicts)})
@@ -56,17 +56,17 @@ def test_answers_that_repeat_each_other_are_worth_one() -> None:
     assert once.ci95 == pytest.approx(wilson(0.75, 40))
 
 
-def test_answers_that_are_independent_are_all_worth_one() -> None:
-    """Every row with the same share: nothing but the answers' own chance is left."""
+def test_independent_answers_all_count() -> None:
+    """With the same share in every row only the sampling noise of the answers is left."""
     found = pass_at_1({str(i): [True, False] for i in range(50)})
     assert found.ci95 == pytest.approx(wilson(0.5, 100))
 
 
-def test_where_all_are_right_the_rows_are_what_counts() -> None:
+def test_if_all_answers_are_right_the_rows_count() -> None:
     assert pass_at_1({str(i): [True] * 16 for i in range(20)}).ci95 == pytest.approx(wilson(1.0, 20))
 
 
-def test_the_interval_covers_the_truth_and_is_that_of_a_bootstrap_over_rows() -> None:
+def test_the_interval_covers_the_truth_and_equals_a_bootstrap_over_rows() -> None:
     rng = np.random.default_rng(0)
     covered, widths, bootstrapped = 0, [], []
     for repeat in range(400):
@@ -88,7 +88,7 @@ def test_rows_with_other_numbers_of_answers_are_refused(verdicts: dict[str, list
         pass_at_1(verdicts)
 
 
-def test_a_change_is_paired_so_rows_that_stayed_do_not_blur_it() -> None:
+def test_unchanged_rows_do_not_widen_the_interval_of_a_change() -> None:
     before, after = binary("1" * 50 + "0" * 50), binary("1" * 50 + "0" * 40 + "1" * 10)
     found = change(before, after)
     assert found.change == pytest.approx(0.1)
@@ -99,7 +99,7 @@ def test_a_change_is_paired_so_rows_that_stayed_do_not_blur_it() -> None:
     assert found.ci95 == pytest.approx((mean - half, mean + half))
 
 
-def test_a_change_of_nothing_may_still_have_been_one() -> None:
+def test_an_observed_change_of_zero_has_an_interval() -> None:
     found = change(binary("1100"), binary("1100"))
     assert found.change == 0.0
     assert found.ci95[0] < -0.2 < 0.2 < found.ci95[1]
@@ -121,7 +121,7 @@ def test_results_of_other_rows_are_not_compared() -> None:
         change(binary("110"), binary("11"))
 
 
-def test_the_gap_closed_has_an_interval_where_there_is_a_gap() -> None:
+def test_the_gap_closed_has_an_interval_if_there_is_a_gap() -> None:
     base, teacher, final = binary("0" * 90 + "1" * 10), binary("0" * 10 + "1" * 90), binary("0" * 40 + "1" * 60)
     value, found = gap_closed(base, teacher, final), gap_closed_ci95(base, teacher, final)
     assert value == pytest.approx(50 / 80)
@@ -132,7 +132,7 @@ def test_the_gap_closed_has_an_interval_where_there_is_a_gap() -> None:
 
 
 def test_the_gap_closeds_interval_is_the_delta_methods() -> None:
-    """Of 400 rows a ratio of means is nearly normal: both ends against the linearised variance."""
+    """With 400 rows a ratio of means is nearly normal: compare both ends with the linearised variance."""
     rng = np.random.default_rng(2)
     base, teacher = rng.random(400) < 0.2, rng.random(400) < 0.8
     final = np.where(rng.random(400) < 0.6, teacher, base)
@@ -145,19 +145,19 @@ def test_the_gap_closeds_interval_is_the_delta_methods() -> None:
     assert found == pytest.approx((value - half, value + half), abs=0.15 * half)
 
 
-def test_where_the_gap_may_be_zero_the_share_of_it_has_no_interval() -> None:
+def test_if_the_gap_may_be_zero_the_gap_closed_has_no_interval() -> None:
     base, teacher = binary("0101010101"), binary("0101010111")
     assert gap_closed(base, teacher, teacher) == pytest.approx(1.0)
     assert gap_closed_ci95(base, teacher, teacher) is None
 
 
-def test_a_context_that_harms_has_a_gap_too() -> None:
+def test_a_harmful_context_has_a_gap() -> None:
     base, teacher = binary("1" * 90 + "0" * 10), binary("1" * 10 + "0" * 90)
     found = gap_closed_ci95(base, teacher, teacher)
     assert found == pytest.approx((1.0, 1.0))
 
 
-def test_a_result_survives_its_way_through_json() -> None:
+def test_an_accuracy_survives_json() -> None:
     found = pass_at_1({"a": [True, True], "b": [True, False]})
     assert Accuracy.from_dict(json.loads(json.dumps(asdict(found)))) == found
     assert "rows" not in found.summary()

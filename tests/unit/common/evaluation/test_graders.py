@@ -87,7 +87,7 @@ def test_answer_tag(answer: str, right: bool) -> None:
         ("Answer:", None),
     ],
 )
-def test_where_a_final_answer_is_found(text: str, found: str | None) -> None:
+def test_the_final_answer_of_a_text(text: str, found: str | None) -> None:
     assert final_answer(text) == found
 
 
@@ -104,7 +104,7 @@ def test_where_a_final_answer_is_found(text: str, found: str | None) -> None:
         (r"\boxed{(}", "34", False),
     ],
 )
-def test_mathematics_is_compared_as_such(answer: str, expected: str, right: bool) -> None:
+def test_mathematics_is_compared_as_expressions(answer: str, expected: str, right: bool) -> None:
     grade = make_grader("math")
     assert grade(answer, expected) is right
     with ThreadPoolExecutor(1) as pool:  # where signals, and with them time limits, are not to be had
@@ -121,11 +121,11 @@ def test_a_procedural_task_is_scored_by_its_own_scorer() -> None:
 
 
 def shorter(answer: str, expected: str) -> int:
-    """A grader of a user's own, returning something that only counts as a truth value."""
+    """A user's grader whose result is only truthy or falsy."""
     return len(answer) < len(expected)
 
 
-def test_a_grader_of_ones_own_is_named_by_its_path() -> None:
+def test_a_user_defined_grader_is_named_by_its_path() -> None:
     grade = make_grader(f"{__name__}:shorter")
     assert grade("a", "bb") is True
     assert grade("bb", "a") is False
@@ -141,7 +141,7 @@ def test_a_grader_of_ones_own_is_named_by_its_path() -> None:
         ("json:JSONDecodeError", "missing a required argument"),
     ],
 )
-def test_a_grader_that_cannot_be_had_is_named_with_what_is_valid(spec: str, part: str) -> None:
+def test_an_unusable_grader_lists_the_valid_ones(spec: str, part: str) -> None:
     with pytest.raises(ConfigError, match=r"eval\.grader") as caught:
         make_grader(spec)
     assert part in str(caught.value)

@@ -1,4 +1,4 @@
-"""Several runs on the same rows: means, and whether the intervals keep what they promise."""
+"""Figures over several runs on the same rows, and the coverage of their intervals."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def binary(text: str) -> Rows:
 
 
 def crossed(rng: np.random.Generator, seeds: int, rows: int, *, level: float, between: float) -> list[Rows]:
-    """Runs that differ (sd `between`) on rows that differ, each answer drawn."""
+    """Random answers of different runs (standard deviation `between`) to different rows."""
     difficulty, shift = rng.normal(0, 0.2, rows), rng.normal(0, between, seeds)
     return [rows_of((rng.random(rows) < np.clip(level + difficulty + s, 0, 1)).astype(float)) for s in shift]
 
 
-def test_of_one_run_they_are_that_runs_own() -> None:
+def test_one_run_gives_its_own_figures() -> None:
     values = binary("1" * 13 + "0" * 7)
     found, own = accuracy_over_seeds([values]), accuracy_of([v == 1 for v in values.values()])
     assert (found.accuracy, found.n, found.ci95) == (own.accuracy, own.n, pytest.approx(own.ci95))
@@ -32,13 +32,13 @@ def test_of_one_run_they_are_that_runs_own() -> None:
     assert change_over_seeds([values], [after]) == change(own, accuracy_of([v == 1 for v in after.values()]))
 
 
-def test_runs_that_agree_are_worth_no_more_rows() -> None:
+def test_equal_runs_do_not_count_as_more_rows() -> None:
     values = binary("1" * 13 + "0" * 7)
     assert accuracy_over_seeds([values] * 5).ci95 == pytest.approx(accuracy_over_seeds([values]).ci95)
 
 
-def test_runs_that_differ_widen_the_interval() -> None:
-    """The same share of right answers in all, once in every run alike, once in some runs and not in others."""
+def test_different_runs_widen_the_interval() -> None:
+    """The same total share of right answers, once equal in every run, once in half of the runs."""
     alike = [binary("10" * 20), binary("01" * 20), binary("10" * 20), binary("01" * 20)]
     apart = [binary("1" * 40), binary("0" * 40), binary("1" * 40), binary("0" * 40)]
     narrow, wide = accuracy_over_seeds(alike), accuracy_over_seeds(apart)
@@ -61,7 +61,7 @@ def test_the_intervals_cover_the_truth(between: float) -> None:
     assert (covered / 400 >= 0.92).all()
 
 
-def test_a_seed_that_fails_altogether_shows_in_the_interval_of_the_gap_closed() -> None:
+def test_a_failed_seed_widens_the_interval_of_the_gap_closed() -> None:
     base, teacher = [binary("0" * 30)] * 4, [binary("1" * 27 + "0" * 3)] * 4
     good, bad = binary("1" * 24 + "0" * 6), binary("0" * 30)
     steady, one_failed = (
@@ -77,7 +77,7 @@ def test_a_seed_that_fails_altogether_shows_in_the_interval_of_the_gap_closed() 
     assert one_failed == gap_closed_over_seeds(base, teacher, [good, good, good, bad])
 
 
-def test_of_one_run_the_gap_closed_is_that_runs_own() -> None:
+def test_one_run_gives_its_own_gap_closed() -> None:
     sets = [binary("0" * 20 + "1" * 10), binary("1" * 25 + "0" * 5), binary("1" * 15 + "0" * 5 + "1" * 10)]
     single = [accuracy_of([v == 1 for v in rows.values()]) for rows in sets]
     value, interval = gap_closed_over_seeds(*([rows] for rows in sets))
@@ -85,7 +85,7 @@ def test_of_one_run_the_gap_closed_is_that_runs_own() -> None:
     assert interval == pytest.approx(gap_closed_ci95(*single), abs=0.08)
 
 
-def test_without_a_gap_there_is_no_share_of_it() -> None:
+def test_without_a_gap_there_is_no_gap_closed() -> None:
     rows = [binary("0101")]
     assert gap_closed_over_seeds(rows, rows, rows) == (None, None)
     assert gap_closed_over_seeds(rows, [binary("0111")], [binary("0111")])[1] is None

@@ -1,4 +1,4 @@
-"""Texts in chunks, their nats per token, and what became of them."""
+"""Nats per token of a text in chunks, and their change."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def test_every_token_but_the_first_is_predicted_once(tokens: int, size: int) -> 
         assert 2 <= 1 + len(chunk.response_ids) <= size
 
 
-def test_a_text_without_anything_to_predict_is_refused() -> None:
+def test_a_text_without_a_token_to_predict_is_refused() -> None:
     with pytest.raises(ValueError, match="1 tokens"):
         split_into_chunks(as_ids([3]), 8)
 
 
 def test_nats_are_those_of_plain_transformers(tiny_model: Path) -> None:
-    """The learner's own output layer and layouts over chunks, against ``model(labels=...)`` chunk by chunk."""
+    """The learner's output layer over all chunks equals ``model(labels=...)`` chunk by chunk."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from learner.trainer.batch_layout import PADDED
@@ -88,6 +88,6 @@ def test_one_chunk_has_no_interval_and_other_texts_are_refused() -> None:
         of((float("nan"), 3))
 
 
-def test_it_survives_its_way_through_json() -> None:
+def test_a_perplexity_survives_json() -> None:
     found = of((1.0, 3), (2.0, 4))
     assert Perplexity.from_dict(json.loads(json.dumps(asdict(found)))) == found

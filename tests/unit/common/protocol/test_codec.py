@@ -81,7 +81,7 @@ responses = st.builds(
 
 
 def assert_same(left: Any, right: Any) -> None:
-    """Equal field by field, arrays bit by bit (NaNs too), types included."""
+    """Equal fields and types, arrays bit by bit, NaNs included."""
     assert type(left) is type(right)
     if isinstance(left, np.ndarray):
         assert (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes())
@@ -205,7 +205,7 @@ def with_error_swallowed(decode: Any, body: bytes) -> None:
     ],
 )
 def test_bodies_that_ask_for_memory(decode: Any, body: bytes) -> None:
-    """Reading costs at most a small multiple of what was sent."""
+    """Decoding needs at most a small multiple of the bytes sent."""
     tracemalloc.start()
     try:
         with pytest.raises(CodecError):
@@ -228,7 +228,7 @@ def test_bodies_that_ask_for_memory(decode: Any, body: bytes) -> None:
         ({"items": [{"context": "AB" * 32}]}, "hex"),
     ],
 )
-def test_errors_name_the_place(change: dict[str, Any], says: str) -> None:
+def test_errors_name_the_field(change: dict[str, Any], says: str) -> None:
     message = msgpack.unpackb(encode_request(ScoreRequest("1", "r", "sampled", 1.0, 0, ())))
     with pytest.raises(CodecError, match=says):
         decode_request(msgpack.packb({**message, **change}))
@@ -236,7 +236,7 @@ def test_errors_name_the_place(change: dict[str, Any], says: str) -> None:
 
 @pytest.mark.parametrize(("vocabulary", "request_bytes"), [(49_152, 530), (151_936, 800)])
 def test_bytes_per_token_at_k_256(vocabulary: int, request_bytes: int) -> None:
-    """The budgets of the wire: a reply of at most 530 and a request of at most 800 bytes a token."""
+    """Size budget: at most 530 bytes per token in a reply and 800 in a request."""
     rng = np.random.default_rng(0)
     tokens, k, count = 64, 256, 16
     request_ = ScoreRequest(
