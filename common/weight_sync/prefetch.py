@@ -21,4 +21,4 @@ def prefetch(source: Iterator[T]) -> Generator[T]:
         while (item := pending.result()) is not _END:
             pending = pool.submit(next, source, _END)
             yield cast(T, item)
-            del item  # its memory may hold a later item
+            del item  # free its memory before the next one is waited for

@@ -21,7 +21,6 @@ from common.weight_sync.handshake import (
     bucket_label,
     refusal,
 )
-from common.weight_sync.host_buffers import BufferPool
 from common.weight_sync.manifest import ITEM_BYTES, SyncManifest, TensorSpec, bucket_nbytes, split_bucket
 from common.weight_sync.prefetch import prefetch
 from common.weight_sync.transports import WeightGroup, open_group
@@ -37,7 +36,7 @@ class Receiver(Protocol):
     def receive(self, manifest: SyncManifest) -> Iterator[tuple[str, Tensor]]:
         """Yield (checkpoint name, tensor) of every weight in the manifest's order, on the receiver's device.
 
-        Consume all of them: the sender waits. A tensor is valid until the next `receive`; copy it to keep it longer.
+        Consume all of them: the sender waits. The next `receive` may overwrite the tensors; copy them to keep them.
         Raises SyncError if the sender's plan differs, if bytes changed in transit, if a peer is lost, or after a
         timeout; then discard what was received and form a new group.
         """
@@ -70,7 +69,6 @@ class GroupReceiver:
         self._group = group
         self._device = device
         self._keep_weights = keep_weights
-        self._buffers = BufferPool(group.transport.device)
         self._base: list[Tensor] = []
         self._base_serial = 0
         """Serial of the sync that `_base` holds; 0: none, or an interrupted one."""
@@ -89,7 +87,7 @@ class GroupReceiver:
 
     def close(self) -> None:
         """See `Receiver`."""
-        self._base, self._base_serial, self._buffers = [], 0, BufferPool(self._group.transport.device)
+        self._base, self._base_serial = [], 0
         self._group.close()
 
     def _buckets(self, manifest: SyncManifest) -> Iterator[tuple[tuple[TensorSpec, ...], Tensor]]:
@@ -102,7 +100,7 @@ class GroupReceiver:
                 if not self._receive_delta(data, bucket, label):
                     self._receive_whole(data, label)
             else:
-                data = self._buffers.take(bucket_nbytes(bucket))
+                data = self._buffer(bucket_nbytes(bucket))
                 self._receive_whole(data, label)
                 if self._keep_weights:
                     base[index:] = [data]
@@ -122,6 +120,11 @@ class GroupReceiver:
             raise SyncError("weight sync broke at the manifest: another receiver refused it")
         return handshake.serial, agreed == DELTA
 
+    def _buffer(self, nbytes: int) -> Tensor:
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._group.transport.device)
+
     def _receive_whole(self, data: Tensor, label: str) -> None:
         self._group.transport.broadcast(data, label)
         if not self._verified(data, label):
@@ -133,7 +136,7 @@ class GroupReceiver:
         length = int.from_bytes(message, "little")
         if not length:
             return False  # the sender found no shorter delta
-        patch = self._buffers.take(length)
+        patch = self._buffer(length)
         self._group.transport.broadcast(patch, f"the delta of {label}")
         with suppress(delta.DeltaError):  # leaves `data` partly changed: its checksum then differs
             delta.apply(data.numpy(), patch.numpy(), ITEM_BYTES[bucket[0].dtype])

@@ -111,8 +111,8 @@ class NcclTransport:
     def __init__(self, control: Control, world_size: int, device: torch.device, timeout_s: float) -> None:
         import torch.distributed as dist
 
-        if not dist.is_nccl_available():
-            raise SyncError("sync.backend: this build of torch has no nccl; use `gloo`")
+        if not control.allreduce_min(int(dist.is_nccl_available()), "the nccl transport"):
+            raise SyncError("sync.backend: this build of torch has no nccl, here or at another member; use `gloo`")
         untyped: Any = dist
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=2 * timeout_s + 60)

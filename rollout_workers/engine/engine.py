@@ -307,8 +307,5 @@ def _set_environment(config: Config) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     share_cores(os.environ)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    # Loading weights takes new memory for every layer: small pages would cost more than the copies.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     if config.rollout.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(config.rollout.threads)
