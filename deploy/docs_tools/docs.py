@@ -28,12 +28,12 @@ HEAD = """\
 
 <!-- Written by `python -m deploy.docs_tools.docs` from the classes in common/config/*.py: edit their docstrings. -->
 
-One YAML file describes a run, section by section; `opcd train CONFIG key=value …` overrides single keys, `null` unsets
-one. Unknown keys and bad values are refused with the nearest valid one before anything starts, and
-`opcd train CONFIG --dry-run` prints the whole as it was understood. `opcd teacher CONFIG` reads the same file and looks
-at its `teacher` section alone (`teacher.model` falls back to `student.model`).
+One YAML file describes a run, section by section. `opcd train CONFIG key=value …` overrides single keys; `null` unsets
+one. An unknown key or a bad value is refused before anything starts, with the nearest valid one.
+`opcd train CONFIG --dry-run` prints the complete configuration. `opcd teacher CONFIG` reads the `teacher` section of
+the same file (`teacher.model` defaults to `student.model`).
 
-Keys without a default must be given: `run.name`, `student.model`, `data.train`, and one of `context.text`,
+Required keys: `run.name`, `student.model`, `data.train`, and one of `context.text`,
 `context.file` and `context.pool`.
 """
 
@@ -42,19 +42,19 @@ BOUNDS = ((Gt, "gt", ">"), (Ge, "ge", "≥"), (Lt, "lt", "<"), (Le, "le", "≤")
 
 
 def page() -> str:
-    """The whole page."""
-    own = [section(name, model) for name, model in sections(Config)]
+    """Return the page."""
+    tables = [section(name, model) for name, model in sections(Config)]
     meanings = attribute_docstrings(Config)
     mappings = [
         f"## {name}\n\n{meanings[name]}\n"
         for name, field in Config.model_fields.items()
         if typing.get_origin(field.annotation) is dict
     ]
-    return "\n".join([HEAD, *own, *mappings])
+    return "\n".join([HEAD, *tables, *mappings])
 
 
 def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """(dotted name, model) of every section under `model`, a section before the ones inside it."""
+    """Yield (dotted name, model) of every section in `model`, each before its inner sections."""
     for name, field in model.model_fields.items():
         if typing.get_origin(field.annotation) is dict:
             continue
@@ -65,7 +65,7 @@ def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, ty
 
 
 def section(name: str, model: type[BaseModel]) -> str:
-    """Heading, docstring and table of one section."""
+    """Return a section's heading, docstring and table."""
     meanings = attribute_docstrings(model)
     rows = [
         f"| `{name}.{key}` | {describe(field.annotation, field.metadata)} | {default_of(field)} | {meanings[key]} |"
@@ -76,7 +76,7 @@ def section(name: str, model: type[BaseModel]) -> str:
 
 
 def attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """The text under each field of a model's source, empty where there is none."""
+    """Return the docstring after each field in a model's source, empty for a field without one."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(model))).body[0]
     assert isinstance(tree, ast.ClassDef)
     found = dict.fromkeys(model.model_fields, "")
@@ -89,12 +89,12 @@ def attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
 
 
 def prose(text: str) -> str:
-    """A docstring as one line of Markdown, safe in a table."""
+    """Return a docstring as one line of Markdown, safe in a table."""
     return re.sub(r"\s+", " ", text).strip().replace("``", "`").replace("|", "\\|")
 
 
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type in words: ``integer > 0``, the values of a literal, ``list of text``."""
+    """Return a type in words: ``integer > 0``, the values of a literal, ``list of text``."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return describe(arguments[0], tuple(_constraints(arguments[1:])))
@@ -124,7 +124,7 @@ def _constraints(metadata: Sequence[Any]) -> Iterator[Any]:
 
 
 def default_of(field: FieldInfo) -> str:
-    """A default as it would stand in YAML; nothing where the key must be given."""
+    """Return a field's default in YAML's notation, ``*required*`` for a field without one."""
     if field.is_required():
         return "*required*"
     value = field.get_default(call_default_factory=True)
@@ -132,10 +132,8 @@ def default_of(field: FieldInfo) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the page, or with ``--check`` say whether it is current."""
-    return write_or_check(
-        PAGE, page(), list(arguments), is_not_what="common/config/*.py say", command="python -m deploy.docs_tools.docs"
-    )
+    """Write the page, or with ``--check`` return 1 if it is not current."""
+    return write_or_check(PAGE, page(), list(arguments), command="python -m deploy.docs_tools.docs")
 
 
 if __name__ == "__main__":

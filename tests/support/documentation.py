@@ -1,4 +1,4 @@
-"""Commands and quoted messages of the documentation, and what the code says."""
+"""Reads commands and quoted messages from the documentation, and strings from the code."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.imports import PACKAGES
 from tests.support.paths import ROOT
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-PACKAGES = ("common", "rollout_workers", "teacher_server", "learner", "deploy")
 SHELLS = ("console", "bash", "sh")
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<attributes>[^\n]*)\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE)
 NEEDS = re.compile(r'title="needs [^"]+"')
-"""The marker of a block that not every machine can run: ```` ```console title="needs a Ray cluster" ````."""
+"""Marks a block that needs more than the environment: ```` ```console title="needs a Ray cluster" ````."""
 ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=.*")
 ENDS = ("<", ">", ">>", "|", "&&", ";")
 
 
 @dataclass(frozen=True)
 class Command:
-    """One simple command of a page: its words, environment assignments in front left out."""
+    """One simple command of a page: its words, without leading environment assignments."""
 
     page: str
     words: tuple[str, ...]
@@ -34,7 +34,7 @@ class Command:
 
 
 def commands(page: Path) -> Iterator[Command]:
-    """Every command of a page's shell blocks, in order."""
+    """Yield every command of a page's shell blocks, in order."""
     for block in FENCE.finditer(page.read_text(encoding="utf-8")):
         if block["language"] in SHELLS:
             marked = bool(NEEDS.search(block["attributes"]))
@@ -44,7 +44,7 @@ def commands(page: Path) -> Iterator[Command]:
 
 
 def lines_of(body: str, *, prompt: bool) -> list[str]:
-    """Command lines of a block, continuations joined; with `prompt` those behind a ``$``, the others are output."""
+    """Return the command lines of a block, continuations joined; with `prompt` only the lines after a ``$``."""
     joined = body.replace("\\\n", " ").splitlines()
     if prompt:
         return [line[2:] for line in joined if line.startswith("$ ")]
@@ -52,7 +52,7 @@ def lines_of(body: str, *, prompt: bool) -> list[str]:
 
 
 def simple_commands(line: str) -> Iterator[tuple[str, ...]]:
-    """The commands of one line; files they are redirected to are no words of theirs."""
+    """Yield the commands of one line, without redirections."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     lexer.commenters = "#"
@@ -72,7 +72,7 @@ def simple_commands(line: str) -> Iterator[tuple[str, ...]]:
 
 
 def inline_commands(page: Path) -> Iterator[Command]:
-    """Every `opcd …` of the running text; what stands in brackets there is optional, ``…`` is left out."""
+    """Yield every `opcd …` of the running text, without brackets and ``…``."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for span in re.findall(r"`(opcd [a-z-][^`]*)`", text):
         for words in simple_commands(re.sub(r"[\[\]…]", "", span)):
@@ -80,7 +80,7 @@ def inline_commands(page: Path) -> Iterator[Command]:
 
 
 def texts_of_the_code() -> list[str]:
-    """Every string of the packages, pieces that are written one after another joined, ``…`` for what is filled in."""
+    """Return every string of the packages; adjacent literals are joined, and ``…`` replaces interpolated values."""
     found: list[str] = []
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
@@ -95,12 +95,12 @@ def texts_of_the_code() -> list[str]:
 
 
 def quoted_messages(page: Path, *, until: str) -> list[str]:
-    """Code spans in the first column of the tables that stand before the heading `until`."""
+    """Return the code spans in the first column of the tables before the heading `until`."""
     text = page.read_text(encoding="utf-8").partition(f"\n## {until}")[0]
     cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     return [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
 
 
 def as_pattern(message: str) -> re.Pattern[str]:
-    """The message with anything where it says ``…``."""
+    """Return a pattern of the message, in which ``…`` matches anything."""
     return re.compile(".*".join(re.escape(part.strip()) for part in message.split("…")), re.DOTALL)

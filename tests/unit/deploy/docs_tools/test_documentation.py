@@ -1,4 +1,4 @@
-"""What the documentation tells people to type exists, and what it quotes is said."""
+"""Commands, keys, metrics and messages in the documentation exist in the code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.imports import loaded_by
 
 DOCS = ROOT / "docs"
 HERE = {"opcd", "make", "python", "pip", "source", "export", "mkdir", "chmod", "tensorboard", "git", "cd"}
-"""Commands that any machine with the environment has."""
+"""Programs that any machine with the environment has."""
 TAKES_CONFIG = {"train", "teacher", "evaluate", "submit", "simulate"}
 CLI = typer.main.get_command(app)
 ALL = [command for page in PAGES for command in commands(page)]
@@ -49,14 +49,14 @@ def of(program: str) -> list[Command]:
 
 @pytest.mark.parametrize("command", of("opcd"), ids=str)
 def test_an_opcd_command_parses(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its options exist, nothing required is missing, its file is there, its overrides are keys."""
+    """Its options exist, nothing required is missing, its file exists, its overrides are keys."""
     monkeypatch.chdir(ROOT)
     words = [word.strip("[]") for word in command.words[1:] if word not in ("...]", "…")]
     assert fault(words) is None
 
 
 def fault(words: list[str]) -> str | None:
-    """Why ``opcd`` would not take `words`; None where it would. Nothing runs."""
+    """Return the reason why ``opcd`` refuses `words`, or None. Runs nothing."""
     found, name = CLI, "opcd"
     while isinstance(found, TyperGroup):
         if not words or words[0] not in found.commands:
@@ -64,15 +64,15 @@ def fault(words: list[str]) -> str | None:
         name = words.pop(0)
         found = found.commands[name]
     try:
-        asked = found.make_context(name, list(words)).params
+        params = found.make_context(name, list(words)).params
     except TyperException as error:
         return str(error)
-    config = asked.get("config")
+    config = params.get("config")
     if name in TAKES_CONFIG and config and "/" in config and not (ROOT / config).is_file():
-        return f"{config} is not there"
-    if name == "simulate" or "overrides" not in asked:
-        return None  # what simulations are told is run below
-    overrides = [one for one in asked["overrides"] or () if one.lower() != "key=value"]
+        return f"{config} does not exist"
+    if name == "simulate" or "overrides" not in params:
+        return None  # a test below runs the simulations
+    overrides = [one for one in params["overrides"] or () if one.lower() != "key=value"]
     file = config if config and config.startswith(("deploy/", "docs/")) else "deploy/configs/demo.yaml"
     try:
         load_teacher_config(file, overrides) if name == "teacher" else load_config(file, overrides)
@@ -108,7 +108,7 @@ def test_a_make_target_exists(command: Command) -> None:
 
 @pytest.mark.parametrize("command", INLINE, ids=str)
 def test_a_command_of_the_running_text_parses(command: Command) -> None:
-    """A bare name, `opcd submit`, says which command is meant; whatever has arguments must be whole."""
+    """A command without arguments, `opcd submit`, only names itself; a command with arguments must be complete."""
     words = list(command.words[1:])
     if len(words) > 1:
         assert fault(words) is None
@@ -122,7 +122,7 @@ def test_there_are_commands_in_the_running_text() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_not_every_machine_can_run_is_marked(page: Path) -> None:
+def test_commands_with_special_needs_are_marked(page: Path) -> None:
     unmarked = [str(command) for command in commands(page) if not command.marked and name_of(command) not in HERE]
     assert unmarked == []
 
@@ -153,7 +153,7 @@ def test_every_quoted_message_is_in_the_code() -> None:
     assert [message for message in messages if not any(as_pattern(message).search(text) for text in texts)] == []
 
 
-def test_a_message_that_nobody_says_is_seen() -> None:
+def test_a_message_that_is_not_in_the_code_is_found() -> None:
     texts = texts_of_the_code()
     assert any(as_pattern("tokens on the … side").search(text) for text in texts)
     assert not any(as_pattern("tokens on the … sidewalk").search(text) for text in texts)
@@ -161,19 +161,10 @@ def test_a_message_that_nobody_says_is_seen() -> None:
 
 def test_every_metric_of_the_tuning_page_is_written_somewhere() -> None:
     code = "\n".join(texts_of_the_code())
-    names = set(
-        re.findall(
-            r"`((?:kl|mass|loop|staleness|importance|parity|drift|rollout|accuracy)/[\w/]+)`",
-            (DOCS / "tuning.md").read_text(),
-        )
-    )
+    names = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)+)`", (DOCS / "tuning.md").read_text()))
     assert len(names) > 12
-    missing = [
-        name
-        for name in names
-        if name not in code and not re.search(r"^time/wait_ratio/(rollout|score|sync|parity)$", name)
-    ]
-    assert missing == []
+    waits = {f"time/wait_ratio/{queue}" for queue in ("rollout", "score", "sync", "parity")}
+    assert [name for name in names - waits if name not in code] == []
 
 
 def test_every_key_of_the_guides_exists() -> None:
