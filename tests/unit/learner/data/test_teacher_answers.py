@@ -20,7 +20,7 @@ from learner.cluster.services import Services
 from learner.data.samples import SampleSource
 from learner.data.teacher_answers import AnswerFile, TeacherAnswers, answers_origin
 from learner.errors import RunError
-from learner.loop.rollout_pipeline import RolloutPipeline, ScoredRollout
+from learner.loop.training_loop import RolloutPipeline, ScoredRollout
 from tests.support.stub_loop import ROWS, StubServices
 
 STEPS = 3
@@ -258,9 +258,9 @@ async def test_the_learner_can_pick_its_own_ids_on_the_teachers_answers(tmp_path
         ({"loss": {"importance_clip": 2.0}}, r"loss\.importance_clip"),
         ({"rollout": {"max_staleness": 1}}, r"rollout\.max_staleness"),
         ({"rollout": {"oversample_fraction": 0.5}}, "oversample_fraction"),
-        ({"teacher": {"kind": "ema"}}, "one teacher"),
-        ({"teachers": {"other": {}}}, "one teacher"),
-        ({"teacher": {"url": "http://127.0.0.1:1"}}, r"teacher\.model must say who answers"),
+        ({"teacher": {"kind": "ema"}}, "a single teacher"),
+        ({"teachers": {"other": {}}}, "a single teacher"),
+        ({"teacher": {"url": "http://127.0.0.1:1"}}, r"set teacher\.model to the model that answers"),
         ({"rollout": {"source": "student"}, "loss": {"form": "nll"}}, "`nll` of the student's own answers"),
         ({"rollout": {"source": "student", "answers_file": "x"}}, r"rollout\.answers_file"),
     ],
