@@ -1,13 +1,11 @@
-"""Errors of a run as a whole."""
+"""Errors that end a run."""
 
 from __future__ import annotations
 
 
 class RunError(RuntimeError):
-    """The run cannot go on; the text says why and what would help."""
+    """The run cannot go on; the text says why, and the remedy."""
 
 
 class ServiceLost(RunError):
-    """An actor died, or holds half of an update, and cannot be replaced in place: the run can only go on from its last
-    checkpoint.
-    """
+    """An actor died or holds half of an update, and cannot be replaced: the run must go back to its last checkpoint."""

@@ -1,7 +1,6 @@
-"""Entry of a run: ``python -m learner.train CONFIG [key=value ...] [--resume]``, under ``ray job submit`` or alone.
+"""Entry point of a run: ``python -m learner.train CONFIG [key=value ...]``, alone or under ``ray job submit``.
 
-Everything cheap is checked before anything heavy starts. Whatever happens afterwards, what was done is kept and no
-process is left behind.
+All cheap checks come before anything heavy starts. A run that ends early keeps its results and leaves no process.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ INTERRUPTED = 130
 
 
 def run(config: Config, *, resume: bool = False, accept_changes: bool = False, quiet: bool = False) -> int:
-    """One whole run; returns the exit status. Raises one of `KNOWN_ERRORS` with what a user needs to know.
+    """Run from start to end; returns the exit status. Raises one of `KNOWN_ERRORS`, whose text is all a user needs.
 
-    With `resume` it goes on from the newest checkpoint of ``run.dir/run.name``; `accept_changes` does so even where
-    the run's parts are no longer those that wrote it.
+    `resume` starts from the newest checkpoint of ``run.dir/run.name``; `accept_changes` does so even if the model, the
+    data or another part of the run has changed since.
     """
     progress = Progress(quiet=quiet)
     resumed = _find_checkpoint(config, resume=resume, accept_changes=accept_changes)
@@ -66,7 +65,7 @@ def run(config: Config, *, resume: bool = False, accept_changes: bool = False, q
                 if newest is None or restart > config.checkpoint.max_restarts:
                     raise
                 resumed = Resumed(*newest, accept_changes)
-                progress.line(f"{error}\ngoing on from step {newest[1].step}, restart {restart}")
+                progress.line(f"{error}\nresuming from step {newest[1].step}, restart {restart}")
             else:
                 break
     progress.line(final_table(summary))
@@ -76,21 +75,21 @@ def run(config: Config, *, resume: bool = False, accept_changes: bool = False, q
 
 
 def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resumed | None) -> RunSummary:
-    """From the start, or from `resumed`, to the end."""
+    """Run once, from the start or from `resumed`; ServiceLost ends it early."""
     after = None if resumed is None else resumed.manifest.step
     with (
         RunFiles(config.run.path, after, open_sinks(config, resume=after is not None)) as files,
         TraceFile(config.run.path / "trace.json", resume=after is not None) as trace,
     ):
-        one = Run(config, inputs, files, trace, progress, resumed)
+        a_run = Run(config, inputs, files, trace, progress, resumed)
         (config.run.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         write_json(config.run.path / "environment.json", environment())
-        asyncio.run(one.run())
-        return one.summary
+        asyncio.run(a_run.run())
+        return a_run.summary
 
 
 def _find_checkpoint(config: Config, *, resume: bool, accept_changes: bool) -> Resumed | None:
-    """The checkpoint to go on from. Raises CheckpointError where there is none to resume, or one to be overwritten."""
+    """The checkpoint to resume. Raises CheckpointError if there is none, or if a new run would overwrite one."""
     newest = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep).newest()
     if resume and newest is None:
         raise CheckpointError(
@@ -100,13 +99,13 @@ def _find_checkpoint(config: Config, *, resume: bool, accept_changes: bool) -> R
     if not resume and newest is not None:
         raise CheckpointError(
             f"{config.run.path} holds a checkpoint of step {newest[1].step}: --resume goes on from it; to start "
-            "afresh choose another run.name or remove the folder"
+            "anew, choose another run.name or remove the folder"
         )
     return None if newest is None else Resumed(*newest, accept_changes)
 
 
 def evaluate(config: Config, checkpoint: Path | None = None) -> int:
-    """Held-out accuracy of `checkpoint` (default: the student's initial model), without context and with it."""
+    """Measure held-out accuracy of `checkpoint` (default: the initial student) without and with the context."""
     if config.data.eval is None:
         raise ConfigError("data.eval is not set: there is nothing to evaluate on")
     progress = Progress()
@@ -138,18 +137,19 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
 
 @contextmanager
 def cluster() -> Iterator[str | None]:
-    """Ray: the cluster this process belongs to (``RAY_ADDRESS``, a submitted job), else one of its own. Yields the
-    address of Ray's dashboard, where it has one.
+    """Connect to Ray: to the cluster of ``RAY_ADDRESS`` (as in a submitted job), else start a local one.
+
+    Yields the address of Ray's dashboard, or None.
     """
     if ray.is_initialized():
         yield _dashboard()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    own = "RAY_ADDRESS" not in os.environ
-    if own:
+    local = "RAY_ADDRESS" not in os.environ
+    if local:
         share_cores(os.environ)  # actors inherit it
-    # Without an address Ray would join whatever cluster was started on this machine, whoever's it is.
-    address, dashboard = ("local", False) if own else (None, None)
+    # Without an address Ray would join any cluster that runs on this machine, even another user's.
+    address, dashboard = ("local", False) if local else (None, None)
     ray.init(address, log_to_driver=False, logging_level="WARNING", include_dashboard=dashboard)
     try:
         yield _dashboard()
@@ -164,7 +164,7 @@ def _dashboard() -> str | None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM (``ray job stop``, a scheduler) ends a run like Ctrl-C: in order."""
+    """Handle SIGTERM (``ray job stop``, a scheduler) like Ctrl-C: the run shuts down in order."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -178,7 +178,9 @@ def interruptible() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m learner.train CONFIG [key=value ...] [--resume] [--accept-changes]``."""
-    parser = argparse.ArgumentParser(prog="python -m learner.train", description="One whole run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m learner.train", description="Run a distillation from start to end."
+    )
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides such as learner.lr=1e-5")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")

@@ -1,6 +1,6 @@
-"""Where a run's actors go: one placement group for all of them, so that a run starts whole or says what is missing.
+"""Reserves the GPUs of a run's actors in one placement group: the run starts whole, or reports what is missing.
 
-Actors of the CPU need no place; without GPUs there is no group.
+Actors without a GPU are placed anywhere; a run without GPUs has no group.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ START_TIMEOUT_S = 900.0
 
 
 class PlacementError(RuntimeError):
-    """The cluster cannot hold the run; the text says what is asked for, what is there, and what would fit."""
+    """The cluster cannot hold the run; the text says what the run needs, what is free, and what to lower."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """GPUs that must lie on one node, for one actor or for two that share them; each by name (``worker 0``, ``rank 1``,
-    ``teacher default``) with its part.
+    """GPUs on one node, for one actor or for two that share them. `parts` are (actor's name, GPUs), with names as
+    ``worker 0``, ``rank 1``, ``teacher default``.
     """
 
     parts: tuple[tuple[str, float], ...]
 
     @property
     def gpus(self) -> float:
-        """All parts together."""
+        """Sum over the parts."""
         return sum(gpus for _, gpus in self.parts)
 
     @property
     def name(self) -> str:
-        """The actors that sit here."""
+        """Names of the actors."""
         return " and ".join(name for name, _ in self.parts)
 
 
 def bundles_of(config: Config, *, workers_only: bool = False) -> list[Bundle]:
-    """What the run asks for, or its rollout workers alone, the largest first; actors without a GPU are left out."""
+    """Bundles of the run, or of its rollout workers alone, the largest first; actors without a GPU are left out."""
     rollout, learner = config.rollout, config.learner
     teachers = [(f"teacher {n}", one.gpus) for n, one in config.named_teachers().items() if one.url is None]
     ranks = [(f"rank {rank}", learner.gpus_per_rank) for rank in range(learner.ranks)]
     per_worker = rollout.gpus_per_worker * rollout.tensor_parallel_size
-    workers = [(f"worker {seat}", per_worker) for seat in range(rollout.workers)]
+    workers = [(f"worker {slot}", per_worker) for slot in range(rollout.workers)]
     if workers_only:
         teachers, shared = [], [Bundle((part,)) for part in workers]
     elif rollout.colocated:
         shared = [Bundle(pair) for pair in zip(workers, ranks, strict=True)]
     else:
         shared = [Bundle((part,)) for part in (*ranks, *workers)]
-    asked = [*(Bundle((part,)) for part in teachers), *shared]
-    return sorted((bundle for bundle in asked if bundle.gpus), key=lambda bundle: -bundle.gpus)
+    bundles = [*(Bundle((part,)) for part in teachers), *shared]
+    return sorted((bundle for bundle in bundles if bundle.gpus), key=lambda bundle: -bundle.gpus)
 
 
 def shortfall(bundles: Sequence[Bundle], free: Mapping[str, float]) -> str | None:
-    """Why `bundles` do not fit on nodes with `free` GPUs each (by node name); None where they do.
+    """Explain why `bundles` do not fit on nodes with `free` GPUs (node name -> GPUs); None if they fit.
 
-    First fit, largest first. A part of a GPU lies on one GPU, as Ray places it, and more than one are whole ones. What
-    is free of a node's GPUs is taken to be whole GPUs and one rest: Ray does not say which GPU has how much left.
+    First fit, largest first. As in Ray, a fraction lies on one GPU, and more than one GPU means whole GPUs. Ray does
+    not report how much each GPU of a node has left, so free GPUs count as whole ones plus one remainder.
     """
     if (why := impossible(bundles)) is not None:
         return why
@@ -70,11 +70,11 @@ def shortfall(bundles: Sequence[Bundle], free: Mapping[str, float]) -> str | Non
     for bundle in bundles:
         node = next((name for name, gpus in left.items() if _taken(gpus, bundle.gpus) is not None), None)
         if node is None:
-            asked = sum(one.gpus for one in bundles)
-            there = ", ".join(f"{name}: {gpus:g}" for name, gpus in free.items()) or "none"
+            needed = sum(one.gpus for one in bundles)
+            nodes = ", ".join(f"{name}: {gpus:g}" for name, gpus in free.items()) or "none"
             return (
-                f"the run asks for {asked:g} GPUs, {bundle.gpus:g} of them on one node for {bundle.name}; free are "
-                f"{sum(free.values()):g} ({there}). Lower rollout.workers, rollout.tensor_parallel_size, learner.ranks "
+                f"the run asks for {needed:g} GPUs, {bundle.gpus:g} of them on one node for {bundle.name}; free are "
+                f"{sum(free.values()):g} ({nodes}). Lower rollout.workers, rollout.tensor_parallel_size, learner.ranks "
                 "or their gpus, or name a running teacher with teacher.url"
             )
         left[node] = _taken(left[node], bundle.gpus) or []
@@ -82,7 +82,7 @@ def shortfall(bundles: Sequence[Bundle], free: Mapping[str, float]) -> str | Non
 
 
 def impossible(bundles: Sequence[Bundle]) -> str | None:
-    """Why no cluster can ever hold `bundles`; None where one can."""
+    """Explain why no cluster can ever hold `bundles`; None if one can."""
     odd = next((bundle for bundle in bundles if bundle.gpus > 1 and bundle.gpus % 1), None)
     if odd is None:
         return None
@@ -93,7 +93,7 @@ def impossible(bundles: Sequence[Bundle]) -> str | None:
 
 
 def _taken(gpus: Sequence[float], asked: float) -> list[float] | None:
-    """What is left of a node's GPUs (of each, how much) after `asked`; None where it does not fit."""
+    """The rest of a node's GPUs (free share of each) after `asked` GPUs are taken; None if they do not fit."""
     whole = [gpu for gpu in gpus if gpu == 1]
     if asked >= 1:
         rest = [gpu for gpu in gpus if gpu < 1]
@@ -107,10 +107,10 @@ def _taken(gpus: Sequence[float], asked: float) -> list[float] | None:
 
 
 class Placement:
-    """The placement group of one run; `options` of an actor by its name."""
+    """The placement group of one run; `options` gives the Ray options of an actor by its name."""
 
     def __init__(self, bundles: Sequence[Bundle]) -> None:
-        self._places = {
+        self._slots = {
             name: (index, gpus) for index, bundle in enumerate(bundles) for name, gpus in bundle.parts if gpus
         }
         self._group: PlacementGroup | None = None
@@ -119,11 +119,10 @@ class Placement:
 
     @classmethod
     def reserve(cls, config: Config, *, workers_only: bool = False, placement_timeout_s: float = 0.0) -> Placement:
-        """Reserve what the run, or its workers alone, ask for and wait until it is there.
+        """Reserve the GPUs of the run, or of its workers alone, and wait until they are free.
 
-        Raises PlacementError where it cannot be: at once, or after `placement_timeout_s`, where nodes may come (an autoscaler's,
-        one that is being replaced) or GPUs be given back. The placement group is there meanwhile: it is what an
-        autoscaler sees.
+        Raises PlacementError: at once without a `placement_timeout_s`, else after it. Meanwhile nodes may join or GPUs
+        become free; an autoscaler sees the pending placement group as demand.
         """
         bundles = bundles_of(config, workers_only=workers_only)
         why = impossible(bundles) if placement_timeout_s else shortfall(bundles, free_gpus())
@@ -132,23 +131,23 @@ class Placement:
         placement = cls(bundles)
         limit_s = placement_timeout_s or START_TIMEOUT_S
         if placement._group is not None and not placement._group.wait(limit_s):
-            why = shortfall(bundles, free_gpus())  # a group that waits holds nothing
+            why = shortfall(bundles, free_gpus())  # a pending group holds no GPU
             placement.release()
-            asked = sum(bundle.gpus for bundle in bundles)
-            what = f"{asked:g} GPUs were not free together within {limit_s:.0f} s (run.placement_timeout_s)"
+            needed = sum(bundle.gpus for bundle in bundles)
+            what = f"{needed:g} GPUs were not free together within {limit_s:.0f} s (run.placement_timeout_s)"
             raise PlacementError(what if why is None else f"{what}: {why}")
         return placement
 
     def options(self, name: str) -> dict[str, Any]:
-        """Options for the actor `name`; a replacement takes the place of the one it replaces."""
-        if self._group is None or name not in self._places:
+        """Ray options for the actor `name`; a replacement gets those of the actor it replaces."""
+        if self._group is None or name not in self._slots:
             return {"num_cpus": 0, "num_gpus": 0}
-        index, gpus = self._places[name]
+        index, gpus = self._slots[name]
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
         return {"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": strategy}
 
     def release(self) -> None:
-        """Give the places back; actors in them end."""
+        """Free the GPUs; actors that use them end."""
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
@@ -165,12 +164,12 @@ def free_gpus() -> dict[str, float]:
     }
 
 
-def elsewhere(rollout: RolloutConfig) -> dict[str, Any]:
-    """Options for a rollout worker outside of the group: wherever the cluster has room, now or later."""
+def outside_options(rollout: RolloutConfig) -> dict[str, Any]:
+    """Ray options for a rollout worker outside the group, on any node that has room, now or later."""
     gpus = rollout.gpus_per_worker * rollout.tensor_parallel_size
     return {"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
 
 
 def draining_nodes() -> set[str]:
-    """Ray's names of the nodes that are going to be taken away: idle ones of an autoscaler, preempted ones."""
+    """Ray's ids of nodes about to be removed: idle ones of an autoscaler, preempted ones."""
     return set(ray._private.state.state.get_draining_nodes())

@@ -1,4 +1,4 @@
-"""One rank of the learner as a Ray actor: starts the engine where it was placed and passes calls on."""
+"""One rank of the learner as a Ray actor: starts the trainer's engine on its node and passes calls on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common.data.rendering import teacher_sequence
 from common.protocol.schema import Context, Ids, ScoredTrajectory, TokenSequence, Trajectory, as_ids
 from common.weight_sync.manifest import SyncManifest
 from learner.trainer.distributed import free_port, join_ranks, leave_ranks
-from learner.trainer.reports import AccumulateReport, LearnerInfo, PassReport, StepReport
+from learner.trainer.reports import AccumulateReport, LearnerInfo, PrepareReport, StepReport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 
 
 def topk_agreement(first: Ids, second: Ids) -> float:
-    """Mean share of common ids of two top-k supports, ``[T, k]`` each; 1 where they are the same sets."""
+    """Mean share of common ids of two top-k supports, ``[T, k]`` each; 1 for equal sets."""
     common = [len(np.intersect1d(a, b)) for a, b in zip(first, second, strict=True)]
     return float(np.mean(common)) / first.shape[1]
 
 
 class LearnerRank:
-    """Make one per rank with ``ray.remote(LearnerRank)``; ask rank 0 for its `address`, then `setup` all of them."""
+    """Make one per rank with ``ray.remote(LearnerRank)``; get rank 0's `address`, then call `setup` on all."""
 
     def __init__(self, rank: int, world_size: int, config: Config) -> None:
         self._rank = rank
@@ -47,68 +47,69 @@ class LearnerRank:
         self._sender: Sender | None = None
 
     def address(self) -> tuple[str, int]:
-        """This node's address and a free port: where the ranks, or the weight group, can meet."""
+        """This node's address and a free port, for the rendezvous of the ranks or of the weight group."""
         import ray.util
 
         return ray.util.get_node_ip_address(), free_port()
 
     def setup(self, host: str, port: int) -> LearnerInfo:
-        """Meet the other ranks at rank 0's address and bring up DeepSpeed; blocks until all are there."""
+        """Join the other ranks at rank 0's address and start DeepSpeed; blocks until all ranks have joined."""
         from learner.trainer.engine import LearnerEngine
         from learner.trainer.policy import device_of
 
         timeout_s = self._config.learner.collective_timeout_s
-        join_ranks(self._rank, self._world_size, host, port, device_of(self._config), timeout_s)
+        join_ranks(self._rank, self._world_size, host, port, device_of(self._config.learner), timeout_s)
         self._engine = LearnerEngine(self._config)
         return self._engine.info()
 
     def accumulate(self, *scored: ScoredTrajectory | Sequence[ScoredTrajectory]) -> AccumulateReport:
-        """Add the gradients of a micro-batch (given as object references; may be none). An episode is a list."""
+        """Add the gradients of a micro-batch, given as object references, possibly none. An episode is a list."""
         return self._running.accumulate(
             [one for item in scored for one in ((item,) if isinstance(item, ScoredTrajectory) else item)]
         )
 
     def finish_step(self, tokens: int, sequences: int) -> StepReport:
-        """Close the step with its global counts."""
+        """Run the optimiser step; gradients are divided by the global counts."""
         return self._running.finish_step(tokens, sequences)
 
     def logprobs(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[NDArray[np.float32]]:
         """log-probs of fixed responses, one ``[T]`` array each: the learner's side of the parity probe."""
-        return self._running.reader.logprobs(sequences, temperature)
+        return self._running.inference.logprobs(sequences, temperature)
 
     def topk(self, sequences: Sequence[TokenSequence], k: int) -> list[Ids]:
         """The k most likely ids at every response position, one ``[T, k]`` array each."""
-        return self._running.reader.topk(sequences, k)
+        return self._running.inference.topk(sequences, k)
 
     def take_contexts(self, contexts: Mapping[str, Context]) -> None:
-        """What `prepare` needs to score as the teacher (``teacher.kind: base``)."""
+        """Keep the contexts with which `prepare` scores as the teacher (``teacher.kind: base``)."""
         self._contexts = dict(contexts)
 
-    def prepare(self, *answers: Trajectory) -> list[Any]:
-        """What the configuration wants of the learner before an answer can be trained on: its top-k ids, the base
-        model's score. [PassReport, the answers with it, one each]: call it with ``num_returns`` of one more.
+    def prepare(self, *trajectories: Trajectory) -> list[Any]:
+        """Add what the learner must compute before training: its top-k ids, or the base model's scores.
+
+        Returns [PrepareReport, the completed trajectories]; call it with ``num_returns`` of one more than `trajectories`.
         """
-        started, agreements = time.time(), tuple[float | None, ...]([None] * len(answers))
-        prepared: Sequence[Any] = answers
+        started, agreements = time.time(), tuple[float | None, ...]([None] * len(trajectories))
+        prepared: Sequence[Any] = trajectories
         if self._config.rollout.topk_from == "learner":
             k = self._config.loss.top_k
-            sequences = [TokenSequence(t.prompt.student_ids, t.response_ids) for t in answers]
-            picked = self._running.reader.topk(sequences, k)
+            sequences = [TokenSequence(t.prompt.student_ids, t.response_ids) for t in trajectories]
+            picked = self._running.inference.topk(sequences, k)
             agreements = tuple(
-                topk_agreement(answer.topk_ids, ids) if answer.topk_ids.shape[1] else None
-                for answer, ids in zip(answers, picked, strict=True)
+                topk_agreement(one.topk_ids, ids) if one.topk_ids.shape[1] else None
+                for one, ids in zip(trajectories, picked, strict=True)
             )
-            prepared = [replace(answer, topk_ids=ids) for answer, ids in zip(answers, picked, strict=True)]
+            prepared = [replace(one, topk_ids=ids) for one, ids in zip(trajectories, picked, strict=True)]
         if self._config.teacher.kind == "base":
             pairs = [(one, as_ids(teacher_sequence(one.prompt, self._contexts))) for one in prepared]
-            scores = self._running.reader.score_with_base(pairs)
+            scores = self._running.inference.score_with_base(pairs)
             prepared = [ScoredTrajectory(one, score, "base", 0) for one, score in zip(prepared, scores, strict=True)]
-        return [PassReport(agreements, started, time.time()), *prepared]
+        return [PrepareReport(agreements, started, time.time()), *prepared]
 
     def open_sync(self, host: str, port: int, world_size: int) -> None:
-        """Open the weight group, leaving the one before; rank 0 is its sender, the other ranks take no part.
+        """Open the weight group, leaving the one before; rank 0 is the sender, the other ranks take no part.
 
-        Called again, with a new address, whenever the engines change: the next `publish` goes to the new ones whole.
+        Called again, with a new address, whenever the engines change; the next `publish` then sends all weights.
         """
         if self._rank == 0:
             from learner.publishing.sender import open_sender
@@ -120,15 +121,15 @@ class LearnerRank:
             self._sender = open_sender(self._config.sync_in_run, host, port, world_size, device)
 
     def publish(self) -> SendReport | None:
-        """Send the weights as they are to every engine; None on the ranks that only help to gather them.
+        """Send the current weights to every engine; None on ranks that only help to gather them.
 
-        Raises SyncError on rank 0 where the sync broke; the ranks can go on after it.
+        Raises SyncError on rank 0 if the sync failed; the ranks can go on after it.
         """
         weights = self._running.named_weights()
         try:
             return self._send(weights) if self._rank == 0 else None
         finally:
-            # Gathering is a collective: a rank that stopped half-way would leave the others in it.
+            # Gathering is a collective: a rank that stopped half-way would leave the others waiting.
             for _ in weights:
                 pass
 
@@ -144,11 +145,11 @@ class LearnerRank:
         self._running.save(Path(folder))
 
     def save_state(self, folder: str) -> None:
-        """This rank's part of a resumable state; every rank is called, with the same folder."""
+        """Write this rank's part of the resumable state; every rank is called, with the same folder."""
         self._running.save_state(Path(folder))
 
     def load_state(self, folder: str) -> LearnerInfo:
-        """Continue from `save_state`; every rank is called, after `setup`."""
+        """Load what `save_state` wrote; every rank is called, after `setup`."""
         self._running.load_state(Path(folder))
         return self._running.info()
 

@@ -1,7 +1,6 @@
-"""The actors of one run: started together, called by the controller, stopped whatever happens.
+"""The actors of one run: starts them together, passes the loop's calls on, stops them on every way out.
 
-Only this file and `learner.cluster.teachers` know the other services. They hold actor handles and object references,
-never tensors.
+This folder knows the other services. It holds actor handles and object references, never tensors.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from common.protocol.scoring import ScorerFactory
 from common.telemetry.trace import TraceSpan
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest
-from learner.cluster.placement import Placement, draining_nodes, elsewhere
+from learner.cluster.placement import Placement, draining_nodes, outside_options
 from learner.cluster.rank import LearnerRank
 from learner.cluster.teachers import START_TIMEOUT_S, Teachers
 from learner.errors import ServiceLost
-from learner.trainer.reports import LearnerInfo, PassReport, StepReport
+from learner.trainer.reports import LearnerInfo, PrepareReport, StepReport
 from rollout_workers.actor import (
     GROUPS,
     Output,
@@ -48,15 +47,15 @@ log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 30.0
 RANK_ANSWERS_S = 30.0
-"""A rank that is dead is known to be within this; one that says nothing for so long is busy."""
+"""Ray reports a dead rank within this time; a rank that is silent for longer is busy."""
 SYNC_GRACE_S = 30.0
-"""Beyond the weight group's own limit, so that its error, which says more, comes first."""
+"""Added to the weight group's time limit, so that its error, which says more, comes first."""
 Arrays = list[NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An answer that the learner has seen: reference to it, agreement of the top-k ids, when the rank did it."""
+    """A rollout after a pass of the learner: its reference, the agreement of the top-k ids, the span of the pass."""
 
     item: Any
     agreement: float | None
@@ -65,12 +64,12 @@ class Prepared:
 
 @dataclass
 class Services:
-    """Handles of a run's actors. Make it with an empty set, start what is needed, always `close` it."""
+    """Handles of a run's actors. It begins without any; start those that are needed, and always `close` it."""
 
     config: Config
     pool: WorkerPool = field(init=False)
     group: list[Worker] = field(default_factory=list)
-    """Workers in the weight group, in the order of their ranks in it."""
+    """Workers in the weight group, in rank order."""
     ranks: list[Any] = field(default_factory=list)
     placement: Placement = field(init=False)
     teachers: Teachers = field(init=False)
@@ -89,8 +88,8 @@ class Services:
     # --- start and stop ---------------------------------------------------------------------------------------------
 
     def reserve(self, *, workers_only: bool = False, placement_timeout_s: float = 0.0) -> None:
-        """Reserve the places of all actors, or of the workers, before any is started. Raises PlacementError, where they
-        are not free at once, or within `placement_timeout_s` or ``run.placement_timeout_s``, whichever is longer.
+        """Reserve GPUs for all actors, or for the workers, before any of them starts. Raises PlacementError if the GPUs
+        are not free within the longer of `placement_timeout_s` and ``run.placement_timeout_s``.
         """
         placement_timeout_s = max(placement_timeout_s, self.config.run.placement_timeout_s)
         self.placement = Placement.reserve(
@@ -103,30 +102,30 @@ class Services:
         config = self.config.model_copy(update={"context": self.config.context.inline()})
         actor = ray.remote(concurrency_groups=GROUPS)(RolloutWorker)
 
-        def make(number: int, seat: int) -> Any:
+        def make(number: int, slot: int) -> Any:
             return actor.options(
-                **(self.placement.options(f"worker {seat}") if seat < rollout.workers else elsewhere(rollout)),
-                max_concurrency=rollout.concurrency + 1,  # one for what is being cancelled
+                **(self.placement.options(f"worker {slot}") if slot < rollout.workers else outside_options(rollout)),
+                max_concurrency=rollout.concurrency + 1,  # one more for a rollout that is being cancelled
             ).remote(model, config, scorer, number=number, max_logprobs=self.config.loss.top_k)
 
         self.worker_info = await within(START_TIMEOUT_S, self.pool.start(make, count))
 
     def invite_workers(self) -> None:
-        """Ask for workers beyond ``rollout.workers``, up to ``rollout.max_workers``: they come when there is room."""
+        """Ask for workers beyond ``rollout.workers``, up to ``rollout.max_workers``; they join when there is room."""
         rollout = self.config.rollout
         self.pool.invite(range(rollout.workers, rollout.max_workers or rollout.workers))
 
-    def leave_nodes_that_go(self) -> None:
-        """Give up the extra workers on nodes that Ray is going to take away; call it between steps."""
+    def leave_draining_nodes(self) -> None:
+        """Stop the extra workers on nodes that Ray is about to remove; call it between steps."""
         if not self.pool.nodes:
             return
-        going = draining_nodes()
+        draining = draining_nodes()
         for worker in (*self.pool.members, *self.pool.ready):
-            if worker.extra and self.pool.nodes[worker.number] in going:
+            if worker.extra and self.pool.nodes[worker.number] in draining:
                 self.pool.lose(worker, "its node is being drained")
 
     def begin_ranks(self) -> list[Any]:
-        """Place the learner's ranks; `wait_ranks` waits for them."""
+        """Place the learner's ranks; returns what `wait_ranks` waits for."""
         learner = self.config.learner
         actor = ray.remote(LearnerRank)
         self.ranks = [
@@ -137,16 +136,16 @@ class Services:
         return [rank.setup.remote(host, port) for rank in self.ranks]
 
     async def wait_ranks(self, started: Sequence[Any]) -> None:
-        """Wait until DeepSpeed is up on all ranks and the learner holds its weights."""
+        """Wait until DeepSpeed runs on all ranks and the learner holds its weights."""
         self.learner_info = (await within(START_TIMEOUT_S, all_of(started)))[0]
         self.manifest = SyncManifest(tensors=self.learner_info.tensors, bucket_bytes=self.config.sync.bucket_bytes)
 
     async def check_ranks(self) -> None:
-        """Raises ServiceLost where a rank of the learner is dead, as soon as one is known to be. Ask after a failure:
-        ranks compute together, and the first to notice that one died is another, whose error says nothing of it.
+        """Raise ServiceLost if a rank of the learner is dead. Call it after a failure: ranks compute together, and when
+        one dies, the error comes from another rank and does not name it.
         """
 
-        async def look(index: int, rank: Any) -> None:
+        async def check(index: int, rank: Any) -> None:
             try:
                 await within(RANK_ANSWERS_S, rank.address.remote())
             except ACTOR_LOST as error:
@@ -154,14 +153,14 @@ class Services:
             except (TimeoutError, ray.exceptions.RayError) as error:
                 log.debug("rank %d lives, it is busy or failed by itself: %s", index, error)
 
-        await asyncio.gather(*(look(index, rank) for index, rank in enumerate(self.ranks)))
+        await asyncio.gather(*(check(index, rank) for index, rank in enumerate(self.ranks)))
 
     async def give_contexts(self, contexts: Mapping[str, Context]) -> None:
-        """Hand the contexts to the learner, where it scores itself (``teacher.kind: base``)."""
+        """Hand the contexts to the learner, which scores by itself with ``teacher.kind: base``."""
         await all_of([rank.take_contexts.remote(dict(contexts)) for rank in self.ranks])
 
     async def open_sync(self, workers: Sequence[Worker]) -> None:
-        """Form the weight group anew: rank 0 sends; each of `workers` receives at an offset of its own."""
+        """Form the weight group anew: rank 0 sends, each of `workers` and live teachers receives at its rank offset."""
         size = self.config.rollout.tensor_parallel_size
         self.group = list(workers)
         receivers = self.teachers.receivers
@@ -181,21 +180,24 @@ class Services:
             ) from error
 
     async def admit_replacements(self) -> None:
-        """For workers that no learner publishes to: what a replacement starts with is what it shall have."""
+        """Admit replacements with the weights they started with, for workers that no learner publishes to.
+
+        Runs until cancelled.
+        """
         while True:
             await self.pool.only_replacements()
             for worker in self.pool.ready:
                 self.pool.admit(worker)
 
     def close_workers(self) -> None:
-        """Stop the engines and give their devices back."""
+        """Stop the engines and free their devices."""
         handles = self.pool.handles()
         self.pool.close()
         self._stop(handles, "close")
         self.group = []
 
     def close(self) -> None:
-        """Stop everything, politely first; never raises."""
+        """Stop everything: ask first, then kill; never raises."""
         self.close_workers()
         self._stop(self.ranks, "close")
         self.ranks = []
@@ -205,14 +207,14 @@ class Services:
 
     @staticmethod
     def _stop(actors: Sequence[Any], method: str) -> None:
-        asked = []
+        stopping = []
         for actor in actors:
             try:
-                asked.append(getattr(actor, method).remote())
+                stopping.append(getattr(actor, method).remote())
             except ray.exceptions.RayError as error:
                 log.debug("actor is gone already: %s", error)
-        if asked:
-            ray.wait(asked, num_returns=len(asked), timeout=STOP_TIMEOUT_S)
+        if stopping:
+            ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
         for actor in actors:
             ray.kill(actor)
 
@@ -256,21 +258,22 @@ class Services:
     # --- passes of the learner over unscored answers ----------------------------------------------------------------
 
     def prepare(self, group: Sequence[Sequence[Any]]) -> Coroutine[Any, Any, list[Prepared]]:
-        """What only the learner can do for unscored answers (`LearnerRank.prepare`), a share of them by each rank; in
-        the order of `group`. All ranks are asked before it returns.
+        """Run the learner's pass over unscored rollouts (`LearnerRank.prepare`), a share of `group` by each rank.
+
+        All ranks are called before this returns; the coroutine gives the results in the order of `group`.
         """
         assert self.learner_info is not None
         shares = [list(share) for share in group]
-        if self.learner_info.zero_stage == 3:  # a forward pass is a collective there: all ranks do all of it
+        if self.learner_info.zero_stage == 3:  # a forward pass is then a collective: all ranks do all of it
             everything = [item for share in shares for item in share]
-            asked = [(0, *_prepare(rank, everything)) for rank in self.ranks][:1]
+            passes = [(0, *_prepare(rank, everything)) for rank in self.ranks][:1]
         else:
-            asked = [(index, *_prepare(self.ranks[index], share)) for index, share in enumerate(shares) if share]
+            passes = [(index, *_prepare(self.ranks[index], share)) for index, share in enumerate(shares) if share]
 
         async def prepared() -> list[Prepared]:
             results: list[Prepared] = []
-            for rank, pending, items in asked:
-                report: PassReport = await pending
+            for rank, pending, items in passes:
+                report: PrepareReport = await pending
                 span = TraceSpan(self._pass_stage, f"rank {rank}", report.started, report.ended)
                 results += (Prepared(*pair, span) for pair in zip(items, report.agreements, strict=True))
             return results
@@ -282,37 +285,37 @@ class Services:
         return "score" if self.config.teacher.kind == "base" else "topk"
 
     async def sleep(self) -> None:
-        """Engines give their GPU memory to the learner (``rollout.colocated``), once replacements have taken theirs."""
+        """Free the engines' GPU memory for the learner (``rollout.colocated``), after all replacements have started."""
         await self.pool.wait_started()
         await all_of([worker.handle.sleep.remote() for worker in (*self.pool.members, *self.pool.ready)])
 
     async def wake(self) -> None:
-        """Engines take it again."""
+        """Give the engines their GPU memory back."""
         await all_of([worker.handle.wake.remote() for worker in (*self.pool.members, *self.pool.ready)])
 
     # --- the learner ------------------------------------------------------------------------------------------------
 
     def accumulate(self, group: Sequence[Sequence[Any]]) -> list[Any]:
-        """Give every rank its micro-batch of `group` (references to scored trajectories; empty ones take part)."""
+        """Give every rank its micro-batch of `group`: references to scored trajectories, possibly none."""
         return [rank.accumulate.remote(*refs) for rank, refs in zip(self.ranks, group, strict=True)]
 
     async def finish_step(self, tokens: int, sequences: int) -> list[StepReport]:
-        """Optimiser step of all ranks, divided by the step's global counts."""
+        """Run the optimiser step on all ranks; gradients are divided by the step's global counts."""
         return list(await all_of([rank.finish_step.remote(tokens, sequences) for rank in self.ranks]))
 
     async def publish(self, version: int) -> Any:
         """Send the learner's weights to the weight group as `version`; returns rank 0's report.
 
-        Raises what a member raised that did not get them whole; ServiceLost for a teacher: it holds a mixture. A worker
-        that is dead is given up. One that lives keeps its place: it holds a mixture, too, but answers nothing before it
-        has taken a version whole. The group is left, so the next sync needs `open_sync`.
+        Raises the error of a member that did not get all weights, and ServiceLost for a teacher, which then holds a
+        mixture of versions. Dead workers are removed from the pool. A living worker with a mixture stays: it answers
+        nothing before it has received a whole version. After a failure the next sync needs `open_sync`.
         """
         teachers = self.teachers.receivers
         members = (*(worker.handle for worker in self.group), *(teacher.handle for teacher in teachers))
-        asked = [rank.publish.remote() for rank in self.ranks]
-        asked += [member.receive_weights.remote(self.manifest, version) for member in members]
+        calls = [rank.publish.remote() for rank in self.ranks]
+        calls += [member.receive_weights.remote(self.manifest, version) for member in members]
         # Every collective in it has its own time limit.
-        results = iter(await asyncio.gather(*map(value_of, asked), return_exceptions=True))
+        results = iter(await asyncio.gather(*map(value_of, calls), return_exceptions=True))
         sent = [next(results) for _ in self.ranks]
         failures = [result for result in sent if isinstance(result, BaseException)]
         for worker in self.group:
@@ -333,11 +336,11 @@ class Services:
         return sent[0]
 
     async def probe_engines(self, workers: Sequence[Worker], sequences: Sequence[TokenSequence]) -> list[Arrays]:
-        """Each engine's log-probs of the response tokens of fixed sequences."""
+        """Log-probs of the response tokens of fixed sequences, from each engine."""
         return list(await all_of([worker.handle.probe.remote(list(sequences)) for worker in workers]))
 
     async def probe_learner(self, sequences: Sequence[TokenSequence]) -> Arrays:
-        """The learner's log-probs of the same."""
+        """Log-probs of the response tokens of fixed sequences, from the learner."""
         return list((await all_of([rank.logprobs.remote(list(sequences)) for rank in self.ranks]))[0])
 
     async def save(self, folder: str) -> None:
@@ -345,17 +348,17 @@ class Services:
         await all_of([rank.save.remote(folder) for rank in self.ranks])
 
     async def save_state(self, folder: str) -> None:
-        """Write the resumable state: every rank its part, and teachers that average."""
+        """Write the resumable state: every rank's part, and the weights of averaging teachers."""
         await all_of([rank.save_state.remote(folder) for rank in self.ranks])
         await self.teachers.save_state(folder)
 
     async def load_state(self, folder: str) -> None:
-        """Continue from `save_state`: weights, optimiser, counters."""
+        """Load what `save_state` wrote: weights, optimiser, counters."""
         await all_of([rank.load_state.remote(folder) for rank in self.ranks])
         await self.teachers.load_state(folder)
 
 
 def _prepare(rank: Any, items: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """(reference to the report, references to the answers)."""
+    """(reference to the report, references to the rollouts)."""
     report, *prepared = rank.prepare.options(num_returns=len(items) + 1).remote(*items)
     return report, prepared

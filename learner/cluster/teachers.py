@@ -1,8 +1,8 @@
-"""The teachers of one run: its own as actors, others by address; which one scores what, and who gets weights.
+"""The teachers of one run: local ones as actors, remote ones by address.
 
-A teacher of the run's own that dies is started again at the same address: scorers wait for it and hand their contexts
-over again. One that takes weights (`live`, `ema`) cannot: what it had is gone. Neither can one whose node is gone: the
-address was the node's.
+A local teacher that dies is started again at the same address; scorers wait for it and upload their contexts again.
+That cannot work for a teacher that receives weights (`live`, `ema`), whose weights are gone, nor for one whose node is
+gone, because the address was the node's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.async_utils import all_of, value_of, within
-from common.config.model import Config, TeacherConfig, TeacherServerConfig
-from common.protocol.routing import DEFAULT_TEACHER, RoutingScorerFactory
+from common.config.model import Config, TeacherConfig
 from common.protocol.schema import Context, ScoreMode, TeacherInfo
-from common.protocol.scoring import ScorerFactory, TeacherError
+from common.protocol.scoring import DEFAULT_TEACHER, RoutingScorerFactory, ScorerFactory, TeacherError
 from learner.cluster.placement import Placement
 from learner.errors import ServiceLost
 from rollout_workers.pool.failures import ACTOR_LOST, short
@@ -33,19 +32,19 @@ from teacher_server.client import LOST_AFTER_S, TeacherClient, TeacherScorerFact
 log = logging.getLogger(__name__)
 
 SUPPORT_MODES: dict[str, ScoreMode] = {"student": "at_ids", "teacher": "teacher_topk", "union": "union"}
-"""``loss.support`` -> how a teacher is asked."""
+"""``loss.support`` -> scoring mode of the request."""
 START_TIMEOUT_S = 900.0
-"""For a model to be loaded."""
+"""Time limit for loading a model."""
 METRICS_TIMEOUT_S = 2.0
 WATCH_EVERY_S = 5.0
 MAX_RESTARTS = 3
-OWN_LOST_AFTER_S = 300.0
-"""How long scorers wait for a teacher of the run's own that is being started again."""
+LOCAL_LOST_AFTER_S = 300.0
+"""Time that scorers wait for a local teacher while it restarts."""
 
 
 @dataclass
 class Teacher:
-    """One teacher. `handle` is its actor, None for one that is reached by address."""
+    """One teacher. `handle` is its actor; None for a remote teacher."""
 
     name: str
     section: TeacherConfig
@@ -59,12 +58,12 @@ class Teacher:
 
     @property
     def takes_weights(self) -> bool:
-        """Whether the learner publishes to it."""
+        """True if the learner publishes weights to this teacher."""
         return self.section.kind in ("live", "ema")
 
 
 class Teachers:
-    """`begin`, `connect`; `watch` beside every step; `handles` to stop."""
+    """Starts the teachers (`begin`), connects to them (`connect`), and restarts dead ones (`watch`)."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -72,7 +71,7 @@ class Teachers:
         self.all: dict[str, Teacher] = {}
 
     def begin(self, placement: Placement) -> None:
-        """Place the run's own teachers; `connect` waits for them."""
+        """Place the local teachers; `connect` waits for them."""
         self._placement = placement
         for name, section in self._config.named_teachers().items():
             if section.kind == "base":  # the learner itself
@@ -81,21 +80,21 @@ class Teachers:
                 key = None if section.client_key_file is None else read_key(section.client_key_file)
                 self.all[name] = Teacher(name, section, url=section.url, key=key)
                 continue
-            whole = section.model_copy(update={"model": section.model or self._config.student.model})
+            local = section.model_copy(update={"model": section.model or self._config.student.model})
             if self._config.learner.deterministic:
-                whole = whole.model_copy(update={"batch_items": 1})
-            # Other users of the machine reach the port too: a key of the run's own.
-            teacher = Teacher(name, whole, key=secrets.token_urlsafe(32))
+                local = local.model_copy(update={"batch_items": 1})
+            # Other users of the machine can reach the port, so each run makes a key.
+            teacher = Teacher(name, local, key=secrets.token_urlsafe(32))
             self._place(teacher)
             self.all[name] = teacher
 
     async def connect(
         self, contexts: Mapping[str, Context], *, tokenizer_fingerprint: str, longest_tokens: int
     ) -> ScorerFactory | None:
-        """Shake hands with all; the factory makes, inside a worker, what asks the right one for each row. None: the
-        learner scores.
+        """Shake hands with all teachers. The returned factory makes, inside a worker, the scorer that asks the right
+        teacher for each row; None if the learner scores (``teacher.kind: base``).
 
-        Raises TeacherError where a teacher does not fit the run.
+        Raises TeacherError for a teacher that does not fit the run.
         """
         config = self._config
         factories: dict[str, ScorerFactory] = {}
@@ -125,7 +124,7 @@ class Teachers:
                 timeout_s=section.request_timeout_s,
                 api_key=teacher.key,
                 ca_file=ca_file,
-                lost_after_s=LOST_AFTER_S if teacher.handle is None else OWN_LOST_AFTER_S,
+                lost_after_s=LOST_AFTER_S if teacher.handle is None else LOCAL_LOST_AFTER_S,
             )
         if not factories:
             return None
@@ -133,45 +132,45 @@ class Teachers:
 
     @property
     def longest_tokens(self) -> int | None:
-        """Context + prompt + response that every teacher can take; None where the learner scores."""
+        """Longest context + prompt + response that every teacher takes; None if the learner scores."""
         limits = (teacher.info.max_sequence_tokens for teacher in self.all.values() if teacher.info is not None)
         return min(limits, default=None)
 
     @property
     def receivers(self) -> list[Teacher]:
-        """Those that take the learner's weights, in the order of their ranks in the weight group."""
+        """Teachers that receive the learner's weights, in rank order."""
         return [teacher for teacher in self.all.values() if teacher.takes_weights]
 
     def fingerprints(self) -> dict[str, str]:
-        """Name of each connected teacher -> fingerprint of its model."""
+        """Teacher's name -> fingerprint of its model."""
         return {name: one.info.model_fingerprint for name, one in self.all.items() if one.info is not None}
 
     def vocab_sizes(self) -> dict[str, int]:
-        """Name of each connected teacher -> outputs of its model."""
+        """Teacher's name -> number of outputs of its model."""
         return {name: one.info.vocab_size for name, one in self.all.items() if one.info is not None}
 
     def handles(self) -> list[Any]:
-        """The run's own, to be stopped with it."""
+        """Actors of the local teachers, to be stopped with the run."""
         return [teacher.handle for teacher in self.all.values() if teacher.handle is not None]
 
     def metrics_pages(self) -> dict[str, Callable[[], str]]:
-        """Of the run's own, by name: what returns ``/metrics`` of now, and raises OSError where nobody answers."""
+        """Local teacher's name -> function that returns its ``/metrics`` page; OSError without an answer."""
         return {one.name: partial(_metrics_page, one) for one in self.all.values() if one.handle is not None}
 
     async def save_state(self, folder: str) -> None:
-        """Write what a resumed run needs of those that average."""
+        """Write the weights of averaging teachers."""
         averaging = [teacher for teacher in self.receivers if teacher.section.kind == "ema"]
         await all_of([one.handle.save_state.remote(f"{folder}/teacher-{one.name}.safetensors") for one in averaging])
 
     async def load_state(self, folder: str) -> None:
-        """Go on from `save_state`."""
+        """Load what `save_state` wrote."""
         averaging = [teacher for teacher in self.receivers if teacher.section.kind == "ema"]
         await all_of([one.handle.load_state.remote(f"{folder}/teacher-{one.name}.safetensors") for one in averaging])
 
     async def watch(self) -> None:
-        """Start the run's own frozen teachers again when they die.
+        """Restart local frozen teachers that die; runs until cancelled.
 
-        Raises TeacherError where that does not help, ServiceLost for one whose weights or node are gone with it.
+        Raises TeacherError after `MAX_RESTARTS`, ServiceLost for a teacher whose weights or node are gone.
         """
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
@@ -186,12 +185,10 @@ class Teachers:
         except ACTOR_LOST as error:
             died = short(error)
         if teacher.takes_weights:
-            raise ServiceLost(f"the run's own teacher {teacher.name!r} died, and its weights with it: {died}")
+            raise ServiceLost(f"local teacher {teacher.name!r} died, and its weights with it: {died}")
         if teacher.restarts == MAX_RESTARTS:
-            raise TeacherError(
-                f"the run's own teacher {teacher.name!r} died after it was started {MAX_RESTARTS} times again: {died}"
-            )
-        log.warning("the run's own teacher %r died and is started again: %s", teacher.name, died)
+            raise TeacherError(f"local teacher {teacher.name!r} died after {MAX_RESTARTS} restarts: {died}")
+        log.warning("local teacher %r died and is started again: %s", teacher.name, died)
         teacher.restarts += 1
         port = int(teacher.url.rpartition(":")[2])
         teacher.section = teacher.section.model_copy(update={"port": port})
@@ -201,22 +198,19 @@ class Teachers:
         except (ray.exceptions.ActorUnschedulableError, *ACTOR_LOST, TimeoutError) as error:
             why = short(error) if str(error) else f"it was not up within {START_TIMEOUT_S:.0f} s"
             raise ServiceLost(
-                f"the run's own teacher {teacher.name!r} died and cannot be started again where it was: {why}"
+                f"local teacher {teacher.name!r} died and cannot be started again on its node: {why}"
             ) from error
         if url != teacher.url:
             raise ServiceLost(
-                f"the run's own teacher {teacher.name!r} died and came up at {url}, where no scorer asks for it; "
-                f"it was at {teacher.url}"
+                f"local teacher {teacher.name!r} died and came up at {url}; scorers look for it at {teacher.url}"
             )
 
     def _place(self, teacher: Teacher) -> None:
         options = self._placement.options(f"teacher {teacher.name}")
-        if teacher.node is not None and "scheduling_strategy" not in options:  # its address must stay what scorers know
+        if teacher.node is not None and "scheduling_strategy" not in options:  # scorers know its address
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(teacher.node, soft=False)
         actor = ray.remote(TeacherActor).options(**options)
-        teacher.handle = actor.remote(
-            TeacherServerConfig(teacher=teacher.section), teacher.key, self._config.sync_in_run
-        )
+        teacher.handle = actor.remote(teacher.section, teacher.key, self._config.sync_in_run)
         teacher.started = teacher.handle.start.remote()
 
     async def _ask_info(self, teacher: Teacher, ca_file: str | None) -> TeacherInfo:

@@ -1,13 +1,13 @@
-"""What a run keeps on disk to go on from: folders of state, each made valid by one manifest that is written last.
+"""Checkpoints that a run can resume from: folders of state, each made valid by a manifest that is written last.
 
 ::
 
     runs/NAME/checkpoints/
-      step-000020/manifest.json     the loop's own state, and what the run was made of
+      step-000020/manifest.json     the loop's state and the run's identity
                   learner/          DeepSpeed's parts, one set per rank
-      step-000040.partial/          being written, or left over from a crash: ignored and removed
+      step-000040.partial/          in progress, or left over from a crash: ignored and removed
 
-On several nodes the folder must be one that all of them share.
+With several nodes, all of them must share the folder.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _SAMPLING = {"source", "batch_size", "samples_per_prompt", "max_tokens", "temper
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or gone on from; the text says which, why and what would help."""
+    """A checkpoint cannot be written or resumed; the text says which one, why, and the remedy."""
 
 
 class Identity(BaseModel):
-    """What a run is made of: a checkpoint of another run must not be continued by accident."""
+    """Everything that decides a run's result, so that a run does not resume another run's checkpoint by accident."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,22 +45,21 @@ class Identity(BaseModel):
     teachers: dict[str, str]
     """Teacher's name -> its model fingerprint."""
     teaching: dict[str, dict[str, Any]] = {}
-    """Teacher's name -> what becomes of its weights. One model that stays, follows the student or averages it begins
-    with one fingerprint."""
+    """Teacher's name -> kind and decay: a frozen, a live and an averaging teacher start with the same fingerprint."""
     contexts: tuple[str, ...]
-    """Hashes of the contexts; of a pool one hash of them all."""
+    """Hashes of the contexts; one joint hash for a pool."""
     pool: str | None = None
-    """sha256 of the pool that contexts are drawn from."""
+    """sha256 of the context pool."""
     data: str
     """sha256 of the training rows."""
     loss: dict[str, Any]
     rollout: dict[str, Any]
-    """What decides the answers: batch size, samples per prompt, sampling, seed."""
+    """Batch size, samples per prompt, sampling, seed."""
     learner: dict[str, Any]
-    """What decides the shape of the state: ranks, ZeRO stage, adapters."""
+    """Ranks, ZeRO stage, adapters: the shape of the saved state."""
 
     def differences(self, other: Identity) -> Iterator[str]:
-        """One line per value in which `other` (the run at hand) is not what the checkpoint says."""
+        """One line for each value in which `other`, the current run, differs from the checkpoint."""
         here = dict(_flat(other.model_dump(mode="json")))
         for name, value in _flat(self.model_dump(mode="json")):
             found = here.pop(name, None)
@@ -71,7 +70,7 @@ class Identity(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Content of ``manifest.json``. A checkpoint without one does not exist."""
+    """Content of ``manifest.json``; a folder without one is no checkpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,9 +79,9 @@ class Manifest(BaseModel):
     """Finished steps: weight version, data cursor, and (with the seed) the state of every sampler."""
     identity: Identity
     loop: dict[str, Any]
-    """What the loop keeps in its head."""
+    """State of the loop: summary so far and position in the samples."""
     files: dict[str, int] = {}
-    """Every other file of the folder and its bytes: one that was cut short must not be loaded."""
+    """Every other file of the folder and its size in bytes: a truncated file must not be loaded."""
 
 
 def identity_of(
@@ -94,9 +93,7 @@ def identity_of(
     data: str,
     pool: str | None = None,
 ) -> Identity:
-    """The identity of a run that is about to start; `data` and `pool` are digests of what it is trained on and what
-    contexts are drawn from.
-    """
+    """The identity of a run that is about to start; `data` and `pool` are digests of training rows and context pool."""
     lora = config.learner.lora
     return Identity(
         student=config.student.model,
@@ -122,7 +119,7 @@ def _teaching(section: TeacherConfig) -> dict[str, Any]:
 
 
 def _joint(names: tuple[str, ...]) -> str:
-    """One hash of hundreds: a difference is a line then, not a page."""
+    """One hash for hundreds of contexts, so that a difference takes one line."""
     return hashlib.sha256("".join(sorted(names)).encode()).hexdigest()
 
 
@@ -135,10 +132,10 @@ class Checkpoints:
 
     @contextmanager
     def writing(self, manifest: Manifest) -> Iterator[Path]:
-        """Fill the folder it gives with the learner's state of `manifest.step`; at its end all counts at once.
+        """Yield a folder for the learner's state of `manifest.step`; the checkpoint becomes valid at the end.
 
-        Older ones beyond `keep` leave only after the new one is whole. Raises CheckpointError where the disk does not
-        take it; what was there before is still there then.
+        Checkpoints beyond `keep` are removed only after the new one is whole. Raises CheckpointError if the disk does
+        not take it; the earlier checkpoints then remain.
         """
         final = self._path(manifest.step)
         partial = final.with_name(final.name + _PARTIAL)
@@ -150,7 +147,7 @@ class Checkpoints:
                 whole = manifest.model_copy(update={"files": _synced_files(partial)})
                 (partial / MANIFEST).write_text(whole.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 _sync(partial / MANIFEST)
-                if final.exists():  # a run that was resumed from an earlier one comes by again
+                if final.exists():  # written before by a run that resumed from an earlier checkpoint
                     shutil.rmtree(final)
                 os.replace(partial, final)
                 _sync(self.folder)
@@ -161,7 +158,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def newest(self) -> tuple[Path, Manifest] | None:
-        """The newest whole checkpoint; None where there is none. Raises CheckpointError for one that is damaged."""
+        """The newest whole checkpoint, or None. Raises CheckpointError for a damaged one."""
         found = self._whole()
         if not found:
             return None
@@ -190,13 +187,13 @@ class Checkpoints:
 
 
 def refuse_other_run(manifest: Manifest, path: Path, here: Identity) -> None:
-    """Raises CheckpointError, naming every difference, where `manifest` was written by a run of other parts."""
+    """Raise CheckpointError, with every difference, if `manifest` belongs to another run."""
     different = list(manifest.identity.differences(here))
     if different:
         raise CheckpointError(
             f"{path} belongs to another run:\n  "
             + "\n  ".join(different)
-            + "\n--accept-changes goes on all the same (its result is that of neither run)"
+            + "\n--accept-changes resumes anyway (the result is then that of neither run)"
         )
 
 
@@ -204,7 +201,7 @@ def refuse_other_run(manifest: Manifest, path: Path, here: Identity) -> None:
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         free = shutil.disk_usage(_existing(path)).free / 1e9
         raise CheckpointError(
             f"checkpoint {path} was not written: {' '.join(str(error).split())}; {free:.1f} GB are free there"
@@ -216,7 +213,7 @@ def _existing(path: Path) -> Path:
 
 
 def _synced_files(folder: Path) -> dict[str, int]:
-    """Bytes of every file under `folder`, each flushed to the disk first."""
+    """Size of every file under `folder`, each flushed to the disk first."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         _sync(path)

@@ -1,4 +1,4 @@
-"""A divergence that jumps: reported, since a run that goes wrong often shows it here first. Pure."""
+"""Reports jumps of the divergence, often the first sign of a run that goes wrong. Pure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import statistics
 from collections import deque
 
 WINDOW = 20
-LEAST = 3
-"""Steps before the alarm knows what is usual."""
+MIN_STEPS = 3
+"""Steps before the median is used."""
 
 
 class KlAlarm:
@@ -21,8 +21,8 @@ class KlAlarm:
         """Steps that were reported."""
 
     def observe(self, value: float) -> str | None:
-        """A line to report where `value` (nats a token) is more than `ratio` times the usual, or no number."""
-        usual = statistics.median(self._before) if len(self._before) >= LEAST else math.inf
+        """A line to report if `value` (nats a token) is more than `ratio` times the median, or NaN; else None."""
+        usual = statistics.median(self._before) if len(self._before) >= MIN_STEPS else math.inf
         if math.isfinite(value):
             self._before.append(value)
             if value <= self._ratio * usual:

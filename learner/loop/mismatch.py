@@ -1,7 +1,7 @@
-"""How far the engine's log-probs are from the learner's on the tokens that were trained. Pure.
+"""Bounds on the training-inference mismatch: engine against learner log-probs on the trained tokens. Pure.
 
-Parity (`learner.loop.parity`) proves on a fixed probe that a sync arrived. This looks at every trained token: kernels,
-padding or batch sizes that change what the engine computes show here, and nowhere else.
+`learner.loop.parity` proves on a fixed probe that a sync arrived. This covers every trained token, so it alone shows
+kernels, padding or batch sizes that change what the engine computes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RMS, OUTSIDE = "mismatch/rms", "mismatch/outside"
 ratio, learner over engine, lies outside [0.9, 1.1]."""
 
 WARN_NATS = {"float32": 0.002, "bfloat16": 0.05}
-"""What engines and trainers that agree stay under (published figures)."""
+"""Published rms of engines and trainers that agree."""
 WARN_SHARE = 0.1
 STOP_FACTOR = 10.0
 STOP_SHARE = 0.5
@@ -29,7 +29,7 @@ class MismatchError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class MismatchBounds:
-    """From where on a step is reported, and from where on it ends the run; None: no bound."""
+    """Bounds above which a step is reported (`warn`) or ends the run (`stop`); None: no bound."""
 
     warn_nats: float | None
     stop_nats: float | None
@@ -38,8 +38,8 @@ class MismatchBounds:
 
 
 def mismatch_bounds(sync: SyncConfig, *, dtype: str, max_staleness: int) -> MismatchBounds:
-    """The configured bounds; where none are, defaults for `dtype`. Rollouts that run ahead have no defaults: there the
-    weights themselves are others, and the distance is what the run allows.
+    """The configured bounds, or defaults for `dtype`. There are no defaults for rollouts that run ahead: their weights
+    differ from the learner's by design.
     """
     default = max_staleness == 0
     warn_nats = sync.mismatch_warn_nats or (WARN_NATS[dtype] if default else None)
@@ -53,16 +53,16 @@ def mismatch_bounds(sync: SyncConfig, *, dtype: str, max_staleness: int) -> Mism
 
 @dataclass
 class MismatchGate:
-    """Checks each step's metrics; `warned` counts the steps that were reported."""
+    """Checks each step's metrics; `warned` counts the reported steps."""
 
     bounds: MismatchBounds
     warned: int = 0
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """A line to report where `step` passes a warning bound. Raises MismatchError past a stop bound, and for a value
-        that is no number, unless the learner skipped the step for its own non-finite loss.
+        """A line to report if `step` exceeds a warning bound, else None. Raises MismatchError above a stop bound, and
+        for NaN unless the learner skipped the step for a non-finite loss.
 
-        Steps without drift metrics (log-probs of two temperatures, or cut by top-p) pass.
+        Steps without mismatch metrics (log-probs at two temperatures, or cut by top-p) pass.
         """
         if RMS not in metrics:
             return None

@@ -1,8 +1,8 @@
-"""The proof that a weight sync arrived: engine and learner must say the same about fixed token sequences. Pure.
+"""Checks that a weight sync arrived: engine and learner must agree on fixed token sequences. Pure.
 
-Two tests after every sync. *Level*: no sampled token's log-prob differs by more than a bound. *Change*: the engine's
-log-probs moved as the learner's did, both since the version before and since version 0; without it a layer that was
-left stale passes at small learning rates, where one step moves nothing beyond the bound.
+Two tests follow every sync. *Level*: no sampled token's log-prob differs by more than a bound. *Change*: the engine's
+log-probs moved as the learner's did, since the version before and since version 0. Without the second test a stale
+layer passes at small learning rates, because one step moves log-probs by less than the bound.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 NOISE_FLOORS = 3.0
-"""Noise floors (rms at version 0) by which a change may be off, whatever its size."""
+"""Allowed error of a change of any size, in noise floors (rms difference at version 0)."""
 
 Values = NDArray[np.float64]
 LogProbs = Sequence[NDArray[np.float32]]
 
 
 class ParityError(RuntimeError):
-    """Engine and learner disagree: rollouts would come from other weights than the ones that are trained."""
+    """Engine and learner disagree: rollouts would come from other weights than those being trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class ParityReport:
 
 
 class ParityGate:
-    """One engine against the learner, from version to version; raises ParityError, also for NaN and missing values."""
+    """Compares one engine with the learner at every version; raises ParityError, also for NaN and missing values."""
 
     def __init__(self, parity_nats: float, change_ratio: float) -> None:
         self._bound = parity_nats
@@ -47,7 +47,7 @@ class ParityGate:
         self._noise = 0.0
 
     def begin(self, engine: LogProbs, learner: LogProbs) -> ParityReport:
-        """Version 0: both hold the same file; what they differ by is the pair's noise floor."""
+        """Measure the noise floor at version 0, where both hold the same weights."""
         pair = _aligned(0, engine, learner)
         self._noise = _rms(pair[0] - pair[1])
         self._first = self._last = pair
@@ -55,7 +55,7 @@ class ParityGate:
         return self._report(pair, change_ratio=0.0)
 
     def check(self, version: int, engine: LogProbs, learner: LogProbs) -> ParityReport:
-        """After the sync of `version`, on the same sequences as `begin`."""
+        """Compare after the sync of `version`, on the same sequences as `begin`."""
         if self._first is None or self._last is None:
             raise ParityError("parity was checked before the noise floor was measured at version 0")
         pair = _aligned(version, engine, learner)
@@ -79,7 +79,7 @@ class ParityGate:
     def _check_change(
         self, version: int, since: str, now: tuple[Values, Values], before: tuple[Values, Values]
     ) -> float:
-        """The ratio of the disagreement to the learner's own change."""
+        """Returns rms(engine's change - learner's change) / rms(learner's change)."""
         engine, learner = now[0] - before[0], now[1] - before[1]
         off, moved = _rms(engine - learner), _rms(learner)
         # Both ends of a difference carry noise: sqrt(2) floors are expected, and it grows a little with the weights.
@@ -99,7 +99,7 @@ class ParityGate:
 
 
 def _aligned(version: int, engine: LogProbs, learner: LogProbs) -> tuple[Values, Values]:
-    """Both sides as one vector each; raises ParityError where they are not the same finite tokens."""
+    """Both sides as one vector each; raises ParityError for different lengths and for non-finite values."""
     lengths = [len(values) for values in engine], [len(values) for values in learner]
     if lengths[0] != lengths[1] or not sum(lengths[0]):
         raise ParityError(f"version {version}: engine scored {lengths[0]} tokens, the learner {lengths[1]}")

@@ -1,12 +1,13 @@
-"""One run, from started services to its summary: start or resume, train, evaluate, keep what was done."""
+"""The life of a run: start or resume services, train, evaluate, save, and write the summary on every way out."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import ray
 from common.async_utils import run_in_background
 from common.config.model import Config, ConfigError, LossConfig
 from common.data.rendering import check_lengths, teacher_sequence
+from common.protocol.schema import Sample
 from common.telemetry.run_files import Progress, RunFiles, write_json
 from common.telemetry.trace import TraceFile
 from common.weight_sync.collective import SyncError
@@ -35,19 +37,21 @@ from learner.loop.checkpoints import (
 )
 from learner.loop.kl_alarm import KlAlarm
 from learner.loop.mismatch import MismatchGate, mismatch_bounds
-from learner.loop.training_loop import StepOutcome, TrainingLoop
-from learner.loop.user_errors import KNOWN_ERRORS, plain_error
-from learner.trainer.token_records import ShownFiles
+from learner.loop.step_stats import StepOutcome
+from learner.loop.training_loop import TrainingLoop
+from learner.loop.user_errors import KNOWN_ERRORS, unwrap_ray_error
+from learner.loop.weight_publisher import WeightPublisher
+from learner.trainer.token_records import TokenRecordFiles
 
-PLACEMENT_TIMEOUT_S = 600.0
-"""How long a run that goes on waits for its GPUs: a lost node may have to be replaced first."""
+RESUME_PLACEMENT_TIMEOUT_S = 600.0
+"""Time that a resumed run waits for its GPUs: a lost node may have to be replaced first."""
 BEST = "best.json"
-"""In ``best/``: the step whose weights lie there, and its accuracy."""
+"""File in ``best/`` with the step and the accuracy of its weights."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A checkpoint to go on from; `accept_changes`: also where the run is no longer the one that wrote it."""
+    """A checkpoint to resume; with `accept_changes` even if another run wrote it."""
 
     path: Path
     manifest: Manifest
@@ -72,7 +76,7 @@ class Run:
         self._trace = trace
         self._progress = progress
         self._services = Services(config)
-        self._controller: TrainingLoop | None = None
+        self._loop: TrainingLoop | None = None
         self._teacher_answers = open_teacher_answers(config, inputs)
         self._alarm = KlAlarm(config.learner.kl_alarm_ratio)
         self._resumed = resumed
@@ -82,27 +86,27 @@ class Run:
         self._held_out = HeldOutEvaluator(
             config, self._services, inputs, files, progress, self.summary, self._keep_workers
         )
-        self._shown = ShownFiles(files, config.student.model, inputs.contexts)
+        self._token_files = TokenRecordFiles(files, config.student.model, inputs.contexts)
         if resumed is None:
-            self._shown.questions(inputs.eval)
+            self._token_files.add_questions(inputs.eval)
         else:
             self.summary.restore(resumed.manifest.loop["summary"])
             self._forget_other_best()
             self._refuse_changes(resumed, resumed.manifest.identity.teachers)
 
     def _forget_other_best(self) -> None:
-        """A run that was cut off after its checkpoint may have put later weights into ``best/``: then choose anew."""
+        """Choose ``best/`` anew if it holds later weights, written between the checkpoint and a crash."""
         path, best = self._config.run.path / "best" / BEST, self.summary.best
         if best is not None and (not path.exists() or json.loads(path.read_text()) != asdict(best)):
-            self._progress.line(f"WARNING: best/ does not hold the weights of step {best.step} any more; chosen anew")
+            self._progress.line(f"WARNING: best/ no longer holds the weights of step {best.step}; it is chosen anew")
             self.summary.best = None
 
     # --- life -------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Start, train, evaluate, save. Services are stopped and the summary is written on every way out.
+        """Start, train, evaluate, save. Always stops the services and writes the summary.
 
-        A cancelled run (Ctrl-C) keeps the weights of its last whole step.
+        A cancelled run (Ctrl-C) saves the weights of its last whole step.
         """
         try:
             await self._start()
@@ -111,120 +115,137 @@ class Run:
             self.summary.outcome = "finished"
         except asyncio.CancelledError:
             self.summary.outcome = "interrupted"
-            await self._keep_interrupted()
+            await self._save_interrupted()
             raise
         except (*KNOWN_ERRORS, ray.exceptions.RayError) as error:
-            plain = await explained(error, self._services)
-            self.summary.outcome = f"failed: {type(plain).__name__}: {plain}".splitlines()[0]
-            raise plain from (None if isinstance(plain, KNOWN_ERRORS) else error)
+            shown = await user_facing_error(error, self._services)
+            self.summary.outcome = f"failed: {type(shown).__name__}: {shown}".splitlines()[0]
+            raise shown from (None if isinstance(shown, KNOWN_ERRORS) else error)
         finally:
             self._progress.status("stopping")
             self.summary.add_seconds({"total": time.time() - self._began})
             write_json(self._config.run.path / "summary.json", summary_json(self.summary))
-            if self._controller is not None:
-                await self._controller.close()
+            if self._loop is not None:
+                await self._loop.close()
             self._services.close()
             if self._teacher_answers is not None:
                 self._teacher_answers.close()
 
     async def _start(self) -> None:
-        config, services, started = self._config, self._services, time.time()
-        local_teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
-        self._progress.status("reserving places")
-        services.reserve(placement_timeout_s=PLACEMENT_TIMEOUT_S if self._resumed else 0.0)
+        started = time.time()
+        self._progress.status("reserving GPUs")
+        self._services.reserve(placement_timeout_s=RESUME_PLACEMENT_TIMEOUT_S if self._resumed else 0.0)
+        await self._evaluate_larger_teacher()
+        await self._start_services()
+        await self._collect_teacher_answers()  # with the initial weights, unless a larger teacher made them
+        publisher = WeightPublisher(self._config, self._services, self._progress.status)
+        parity = await publisher.begin(self._inputs.train)
+        loop = self._loop = TrainingLoop(
+            self._config,
+            self._services,
+            publisher,
+            self._inputs.train,
+            self._progress.status,
+            partial(write_skipped, self._config.run.path / "skipped", self._progress.line),
+            self._inputs.context_sampler,
+            self._teacher_answers,
+        )
+        self.summary.parity_max_nats = max(self.summary.parity_max_nats, parity.max_nats)
+        self.summary.add_seconds({"start": time.time() - started})
+        self._progress.line(
+            f"started in {time.time() - started:.0f} s; engine and learner agree to {parity.max_nats:.1e} nats"
+        )
+        self._services.invite_workers()
+        if self._resumed is not None:
+            await self._services.load_state(str((self._resumed.path / LEARNER).absolute()))
+            await loop.begin(self.summary.steps, self._resumed.manifest.loop["position"])
+            steps = f"{self.summary.steps} of {self._config.learner.steps} steps"
+            self._progress.line(f"resumed from {self._resumed.path}: {steps}")
+            return
+        await loop.begin(0)
+        await self._held_out.before()
+        if self._local_teacher == self._config.student.model:
+            await self._held_out.in_context()
+        self._held_out.warn_if_no_gap()
+
+    @property
+    def _local_teacher(self) -> str | None:
+        """The teacher's model, which engines can load to answer with the context; None for a remote teacher alone."""
+        teacher = self._config.teacher
+        return teacher.model or (None if teacher.url else self._config.student.model)
+
+    async def _evaluate_larger_teacher(self) -> None:
+        """If the teacher is another model, load it into engines first, for accuracy in context and stored answers."""
+        model, services = self._local_teacher, self._services
         to_evaluate = self._resumed is None and bool(self._inputs.eval)
         to_answer = self._teacher_answers is not None and bool(self._teacher_answers.missing())
-        if local_teacher not in (None, config.student.model) and (to_evaluate or to_answer):
-            self._progress.line(f"starting {local_teacher}, which sees the context")
-            await services.start_workers(str(local_teacher), None, config.rollout.workers if to_answer else 1)
-            if to_evaluate:
-                await self._held_out.in_context()
-            await self._collect()
-            services.close_workers()
+        if model in (None, self._config.student.model) or not (to_evaluate or to_answer):
+            return
+        self._progress.line(f"starting {model}, which sees the context")
+        await services.start_workers(str(model), None, self._config.rollout.workers if to_answer else 1)
+        if to_evaluate:
+            await self._held_out.in_context()
+        await self._collect_teacher_answers()
+        services.close_workers()
+
+    async def _start_services(self) -> None:
+        """Start teachers, ranks and engines, and check that they fit together."""
+        config, inputs, services = self._config, self._inputs, self._services
         self._progress.line("starting the teacher and the learner")
         services.teachers.begin(services.placement)
         ranks = services.begin_ranks()
         scorer = await services.teachers.connect(
-            self._inputs.contexts,
-            tokenizer_fingerprint=self._inputs.tokenizer_fingerprint,
-            longest_tokens=max(self._inputs.teacher_tokens().values()) + config.rollout.max_tokens,
+            inputs.contexts,
+            tokenizer_fingerprint=inputs.tokenizer_fingerprint,
+            longest_tokens=max(inputs.teacher_tokens().values()) + config.rollout.max_tokens,
         )
         for name, page in services.teachers.metrics_pages().items():
             self._files.relay_metrics(name, page)
-        self._check_teacher_lengths()
+        check_lengths(
+            "teacher",
+            inputs.teacher_tokens(),
+            max_tokens=config.rollout.max_tokens,
+            limit=services.teachers.longest_tokens or inputs.student_limit,
+        )
         if self._resumed is not None:
             self._refuse_changes(self._resumed, services.teachers.fingerprints())
         self._progress.line("starting the rollout engines")
         await services.start_workers(config.student.model, scorer, config.rollout.workers)
         await services.wait_ranks(ranks)
         if config.teacher.kind == "base":
-            await services.give_contexts(self._inputs.contexts)
-        assert services.learner_info is not None
-        check_exact(config.loss, services.learner_info.vocab_size, services.teachers.vocab_sizes())
-        bounds = mismatch_bounds(
-            config.sync, dtype=services.learner_info.dtype, max_staleness=config.rollout.max_staleness
+            await services.give_contexts(inputs.contexts)
+        info = services.learner_info
+        assert info is not None
+        check_exact(config.loss, info.vocab_size, services.teachers.vocab_sizes())
+        self._mismatch = MismatchGate(
+            mismatch_bounds(config.sync, dtype=info.dtype, max_staleness=config.rollout.max_staleness)
         )
-        self._drift = MismatchGate(bounds)
-        await self._collect()  # by the student's initial weights, which are the teacher's, if nobody else has
-        self._controller = TrainingLoop(
-            config,
-            services,
-            self._inputs.train,
-            self._progress.status,
-            self._keep_skipped,
-            self._inputs.context_sampler,
-            self._teacher_answers,
-        )
-        parity = await self._controller.begin_parity()
-        self.summary.parity_max_nats = max(self.summary.parity_max_nats, parity.max_nats)
-        self.summary.add_seconds({"start": time.time() - started})
-        self._progress.line(
-            f"started in {time.time() - started:.0f} s; engine and learner agree to {parity.max_nats:.1e} nats"
-        )
-        services.invite_workers()
-        if self._resumed is not None:
-            await services.load_state(str((self._resumed.path / LEARNER).absolute()))
-            await self._controller.begin(self.summary.steps, self._resumed.manifest.loop["position"])
-            self._progress.line(
-                f"resumed from {self._resumed.path}: {self.summary.steps} of {config.learner.steps} steps"
-            )
-            return
-        await self._controller.begin(0)
-        await self._held_out.before()
-        if local_teacher == config.student.model:
-            await self._held_out.in_context()
-        self._held_out.warn_if_no_gap()
 
-    async def _collect(self) -> None:
-        """Have the engines as they are make those of the teacher's answers that are missing."""
+    async def _collect_teacher_answers(self) -> None:
+        """Have the running engines make the missing teacher's answers (``rollout.source: teacher``)."""
         if self._teacher_answers is None or not self._teacher_answers.missing():
             return
-        started, inputs, services = time.time(), self._inputs, self._services
+        started, services = time.time(), self._services
+
+        async def answer(sample: Sample, prompt_ids: Sequence[int]) -> Any:
+            (text,) = await services.generate([(prompt_ids, sample.sampling)])
+            return text
+
         async with run_in_background(services.admit_replacements()):
             await self._teacher_answers.collect(
-                lambda sample: teacher_sequence(sample.prompt, inputs.contexts), services.answer, self._progress.status
+                lambda sample: teacher_sequence(sample.prompt, self._inputs.contexts), answer, self._progress.status
             )
         self.summary.add_seconds({"teacher answers": time.time() - started})
         self._progress.line(f"the teacher's answers are in {self._config.answers_path}")
 
-    def _check_teacher_lengths(self) -> None:
-        check_lengths(
-            "teacher",
-            self._inputs.teacher_tokens(),
-            max_tokens=self._config.rollout.max_tokens,
-            limit=self._services.teachers.longest_tokens or self._inputs.student_limit,
-        )
-
     async def _train(self) -> None:
-        controller = self._controller
-        assert controller is not None
-        for step in range(self.summary.steps, self._config.learner.steps):
-            outcome = await controller.step(step)
-            self._note(outcome)
+        assert self._loop is not None
+        async for outcome in self._loop.steps(self.summary.steps):
+            self._record(outcome)
             await self._validate(outcome.version)
-            await self._keep(outcome.version)
+            await self._checkpoint(outcome.version)
 
-    def _note(self, outcome: StepOutcome) -> None:
+    def _record(self, outcome: StepOutcome) -> None:
         summary = self.summary
         summary.steps = outcome.version
         summary.kl.append(outcome.metrics["kl/lower_bound"])
@@ -232,26 +253,19 @@ class Run:
         summary.add_times(outcome.times)
         self._files.metrics(outcome.version, outcome.metrics)
         self._files.audit(outcome.version, outcome.trained, outcome.failed, outcome.contexts)
-        self._shown.tokens(outcome.version, outcome.tokens)
+        self._token_files.add_records(outcome.version, outcome.tokens)
         self._trace.write(outcome.spans)
         left_s = (summary.planned_steps - summary.steps) * summary.times.total_s / summary.steps
         self._progress.line(step_line(outcome.version, summary.planned_steps, outcome.metrics, left_s))
         for warning in (
-            self._drift.check(outcome.version, outcome.metrics),
+            self._mismatch.check(outcome.version, outcome.metrics),
             self._alarm.observe(outcome.metrics["kl/lower_bound"]),
         ):
             if warning is not None:
                 self._progress.line(f"WARNING: {warning}")
 
-    def _keep_skipped(self, version: int, records: list[dict[str, Any]]) -> None:
-        """What broke a step, for whoever looks for the reason."""
-        path = self._config.run.path / "skipped" / f"step-{version:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        self._progress.line(f"WARNING: step {version} was skipped, its gradient or loss is NaN or infinite; see {path}")
-
     async def _validate(self, version: int) -> None:
-        """Accuracy on ``data.valid``, which alone chooses ``best/``; a tie stays with the earlier step."""
+        """Measure accuracy on ``data.valid``, which alone chooses ``best/``; a tie keeps the earlier step."""
         config, best = self._config, self.summary.best
         if not config.eval.every or (version % config.eval.every and version < config.learner.steps):
             return
@@ -262,8 +276,8 @@ class Run:
             self.summary.best = Best(step=version, accuracy=found.accuracy)
             write_json(folder / BEST, asdict(self.summary.best))
 
-    async def _keep(self, version: int) -> None:
-        """The exports and the checkpoint that are due after step `version`."""
+    async def _checkpoint(self, version: int) -> None:
+        """Write the export and the checkpoint that are due after step `version`."""
         settings, last = self._config.checkpoint, version == self._config.learner.steps
         if version in settings.export_at or (settings.export_every and version % settings.export_every == 0):
             await self._services.save(str((self._config.run.path / "exports" / f"step-{version:06d}").absolute()))
@@ -271,20 +285,20 @@ class Run:
             return
         started = time.time()
         self._progress.status(f"step {version}: checkpoint")
-        assert self._controller is not None
+        assert self._loop is not None
         manifest = Manifest(
             step=version,
             identity=self._identity(self._services.teachers.fingerprints()),
-            loop={"summary": self.summary.state(), "position": self._controller.position()},
+            loop={"summary": self.summary.state(), "position": self._loop.position()},
         )
         try:
             with self._checkpoints.writing(manifest) as folder:
                 await self._services.save_state(str(folder.absolute()))
         except CheckpointError as error:
-            await self._services.check_ranks()  # what the others say of one that died reads like a disk's error
-            # Hours of training are not thrown away for a full disk: the last checkpoint is still there.
+            await self._services.check_ranks()  # the death of a rank can read like a disk error on the others
+            # A full disk does not end the run: the last checkpoint is still there.
             self.summary.failed_checkpoints += 1
-            self._progress.line(f"WARNING: {error}; going on without it")
+            self._progress.line(f"WARNING: {error}; the run goes on without it")
         self.summary.add_seconds({"checkpoint": time.time() - started})
 
     def _identity(self, teachers: dict[str, str]) -> Identity:
@@ -307,8 +321,8 @@ class Run:
         self._progress.status("saving")
         await self._services.save(str((self._config.run.path / "checkpoint").absolute()))
 
-    async def _keep_interrupted(self) -> None:
-        """The weights of the last whole step, where there was one. A second interrupt gives up on it."""
+    async def _save_interrupted(self) -> None:
+        """Save the weights of the last whole step, if any. A second interrupt leaves without them."""
         steps, folder = self.summary.steps, self._config.run.path / "checkpoint"
         self._progress.line(f"interrupted after {steps} of {self._config.learner.steps} steps")
         if steps:
@@ -316,15 +330,25 @@ class Run:
             await self._services.save(str(folder.absolute()))
 
     def _keep_workers(self, version: int) -> Coroutine[Any, Any, None]:
-        """Beside an evaluation: lost workers are replaced, by ones that hold the weights that are evaluated."""
-        if self._controller is None:
+        """Background work of an evaluation: replace dead workers by ones with the evaluated weights."""
+        if self._loop is None:
             return self._services.admit_replacements()
-        return self._controller.keep_workers(version)
+        return self._loop.keep_workers(version)
+
+
+def write_skipped(
+    folder: Path, line: Callable[[str], None], version: int, records: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write what made the learner skip the step to `version` into `folder`, and warn with a progress `line`."""
+    path = folder / f"step-{version:06d}.jsonl"
+    folder.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    line(f"WARNING: step {version} was skipped, its gradient or loss is NaN or infinite; see {path}")
 
 
 def check_exact(loss: LossConfig, vocab_size: int, teachers: Mapping[str, int]) -> None:
-    """Raises ConfigError where ``loss.form`` is `exact` and ``loss.top_k`` is not the whole vocabulary: `vocab_size` of
-    the student, and that of `teachers` by name.
+    """Raise ConfigError if ``loss.form`` is `exact` but ``loss.top_k`` is not the whole vocabulary of the student
+    (`vocab_size`) and of every teacher (`teachers`, sizes by name).
     """
     if loss.form != "exact":
         return
@@ -341,13 +365,13 @@ def check_exact(loss: LossConfig, vocab_size: int, teachers: Mapping[str, int]) 
             )
 
 
-async def explained(error: Exception, services: Services) -> Exception:
-    """The error a user should see. Where a rank of the learner is dead it is that, whatever another rank said of it."""
-    plain = plain_error(error)
-    if isinstance(plain, ServiceLost) or not isinstance(error, SyncError | ray.exceptions.RayError):
-        return plain
+async def user_facing_error(error: Exception, services: Services) -> Exception:
+    """The error that a user should see: which rank of the learner died, if one did, else what was raised."""
+    unwrapped = unwrap_ray_error(error)
+    if isinstance(unwrapped, ServiceLost) or not isinstance(error, SyncError | ray.exceptions.RayError):
+        return unwrapped
     try:
         await services.check_ranks()
     except ServiceLost as lost:
         return lost
-    return plain
+    return unwrapped

@@ -1,4 +1,4 @@
-"""How far rollouts may run ahead of training, and which answers have become too old. Pure: no Ray, no clock.
+"""Bounds how far rollouts run ahead of training, and evicts answers that are too old. Pure: no Ray, no clock.
 
 Training step ``v`` makes weights of version ``v + 1`` out of version ``v``. A token made under version ``w`` and
 trained in step ``v`` has age ``v - w``; `max_staleness` bounds the age of every trained token (0: strictly on-policy).
@@ -8,10 +8,10 @@ trained in step ``v`` has age ``v - w``; `max_staleness` bounds the age of every
                          ┌────────────── reissue ──────────────┐
                          ▼                                     │
     may_issue ──► in flight ── finish ──► ready ── take ──► trained
-                     │  │                   │                  (fills a place of the step)
+                     │  │                   │                  (fills a position of the step)
                      │  └─ too old ─► evicted ◄─ advance ─┘
-                     ├─ fail ────► failed    (its place stays empty: the step is one answer smaller)
-                     └─ discard ─► discarded (from any state before training; another prompt takes its place)
+                     ├─ fail ────► failed    (its position stays empty: the step is one answer smaller)
+                     └─ discard ─► discarded (from any state before training; another prompt takes its position)
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Versions = Sequence[tuple[int, int]]
 
 
 class StalenessError(RuntimeError):
-    """The bookkeeping was told something that cannot be: a sample twice, a version from the future."""
+    """An impossible call: a sample issued twice, a version from the future."""
 
 
 class Verdict(StrEnum):
-    """What becomes of a finished answer."""
+    """Result of `StalenessTracker.finish`."""
 
     READY = "ready"
     EVICTED = "evicted"
 
 
 def version_tokens(versions: Versions, tokens: int) -> dict[int, int]:
-    """Weight version -> how many of the answer's `tokens` were made under it.
+    """Weight version -> number of the answer's `tokens` made under it.
 
-    Raises StalenessError where the spans do not cover the answer from its first token on.
+    Raises StalenessError if the spans do not cover the answer from its first token on.
     """
     starts = [start for start, _ in versions]
     if tokens < 1 or not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= tokens:
@@ -51,8 +51,8 @@ def version_tokens(versions: Versions, tokens: int) -> dict[int, int]:
 
 
 def token_ages(versions: Versions, tokens: int, version: int) -> dict[int, int]:
-    """Age -> tokens, were the answer trained in step `version`. Raises StalenessError for a token of later weights."""
-    ages = {version - made: count for made, count in version_tokens(versions, tokens).items()}
+    """Age -> tokens, for an answer trained in step `version`. Raises StalenessError for a token of later weights."""
+    ages = {version - made_under: count for made_under, count in version_tokens(versions, tokens).items()}
     if min(ages) < 0:
         raise StalenessError(
             f"step {version} cannot train on version spans {tuple(versions)}: they are of later weights"
@@ -62,10 +62,9 @@ def token_ages(versions: Versions, tokens: int, version: int) -> dict[int, int]:
 
 @dataclass(slots=True)
 class _Sample:
-    """One issued sample: its order of issue, the version it was last issued under, its answer once it is there."""
+    """One issued sample: its order of first issue and, once finished, the versions and tokens of its answer."""
 
-    place: int
-    issued_at: int
+    order: int
     versions: Versions = ()
     tokens: int = 0
 
@@ -77,13 +76,12 @@ class _Sample:
 
 @dataclass
 class StalenessTracker:
-    """Accounts for every sample of a run, by id, from issue to its end. Every call that does not fit raises
-    StalenessError.
+    """Accounts for every sample of a run, by id, from its issue to its end. An impossible call raises StalenessError.
 
-    A step has ``samples_per_step`` places, filled by trained and failed samples; the first answers to finish are
-    trained first, older ones ahead. While a step has room, `oversample` samples beyond the places may be on their way;
-    whoever issues them discards as many stragglers. A resumed run starts at its `version`, with the places of the steps
-    before it filled. A run of `steps` (None: of any number) has no places beyond them, and nothing is issued for such.
+    A step has ``samples_per_step`` positions, filled by trained and failed samples: the first answers to finish, those
+    with older weights first. While a step has room, `oversample` samples more than positions may be in flight; the
+    caller discards as many stragglers. A resumed run starts at its `version`, with all earlier positions filled. A run
+    of `steps` (None: unlimited) has no positions after them.
     """
 
     max_staleness: int
@@ -92,7 +90,7 @@ class StalenessTracker:
     version: int = 0
     steps: int | None = None
     filled: int = field(init=False)
-    """Places filled since step 0."""
+    """Positions filled since step 0."""
     counts: Counter[str] = field(default_factory=Counter, init=False)
     """``issued``, ``trained``, ``failed``, ``discarded``: samples. ``evicted``, ``reissued``: events."""
     _in_flight: dict[str, _Sample] = field(default_factory=dict, init=False)
@@ -112,32 +110,32 @@ class StalenessTracker:
     # --- issuing ----------------------------------------------------------------------------------------------------
 
     def may_issue(self) -> int:
-        """How many samples may be issued, or issued again, right now.
+        """Number of samples that may be issued, or issued again, now.
 
-        Places up to step ``version + max_staleness`` that are neither filled nor spoken for: what is issued under these
-        weights can then be trained before it is too old, unless later ones overtake it.
+        These are the positions up to step ``version + max_staleness`` that are neither filled nor reserved: a sample
+        issued now can then be trained before it is too old, unless later samples overtake it.
         """
-        return max(0, self._unspoken() + (self.oversample if self.room() else 0))
+        return max(0, self._unreserved() + (self.oversample if self.room() else 0))
 
     def issue(self, sample_id: str) -> None:
-        """Note that a new sample is on its way to an engine that holds version `version` or a later one."""
+        """Count a new sample as in flight, in an engine that holds `version` or a later one."""
         if sample_id in self._ended or any(sample_id in state for state in self._states().values()):
             raise StalenessError(f"sample {sample_id} was issued already")
         self._check_room(sample_id)
         self.counts["issued"] += 1
-        self._in_flight[sample_id] = _Sample(place=self.counts["issued"], issued_at=self.version)
+        self._in_flight[sample_id] = _Sample(order=self.counts["issued"])
 
     def reissue(self, sample_id: str) -> None:
-        """Send an evicted sample out again. (One whose worker died is still in flight: nothing to tell.)"""
+        """Count an evicted sample as in flight again. (A sample whose worker died never left that state.)"""
         self._check_room(sample_id)
         sample = self._take_out(sample_id, "evicted")
         self.counts["reissued"] += 1
-        self._in_flight[sample_id] = _Sample(place=sample.place, issued_at=self.version)
+        self._in_flight[sample_id] = _Sample(order=sample.order)
 
-    # --- what becomes of a sample -----------------------------------------------------------------------------------
+    # --- outcomes ----------------------------------------------------------------------------------------------------
 
     def finish(self, sample_id: str, versions: Versions, tokens: int) -> Verdict:
-        """The answer is there and scored: ready to be trained, or already too old."""
+        """Take a scored answer: it is ready for training, or already too old."""
         token_ages(versions, tokens, self._next_step())
         sample = self._take_out(sample_id, "in_flight")
         sample.versions, sample.tokens = versions, tokens
@@ -148,10 +146,10 @@ class StalenessTracker:
         return Verdict.READY
 
     def take(self) -> list[str]:
-        """Samples to train in step `version`, now: as many as are ready and have a place, the oldest weights first."""
+        """Samples to train now, in step `version`: ready ones, oldest weights first, as many as have a position."""
         if not self.room():
             return []
-        order = sorted(self._ready, key=lambda name: (self._ready[name].oldest, self._ready[name].place))
+        order = sorted(self._ready, key=lambda name: (self._ready[name].oldest, self._ready[name].order))
         taken = order[: self.room()]
         for sample_id in taken:
             sample = self._ready.pop(sample_id)
@@ -161,35 +159,35 @@ class StalenessTracker:
         return taken
 
     def fail(self, sample_id: str) -> None:
-        """The sample cannot be scored. Its place stays empty, unless an over-issued one makes up for it."""
+        """Drop a sample that cannot be scored. Its position stays empty, unless an oversampled one fills it."""
         self._take_out(sample_id, "in_flight")
         self._end(sample_id, "failed")
-        if self._unspoken() > 0:
+        if self._unreserved() > 0:
             self.filled += 1
 
     def discard(self, sample_id: str) -> None:
-        """Give up a sample that was not trained (a straggler, an evicted one); its place is free for another prompt."""
+        """Drop a sample that was not trained (a straggler, an evicted one); its position is free for another prompt."""
         for state in self._states().values():
             if sample_id in state:
                 del state[sample_id]
                 self._end(sample_id, "discarded")
                 return
-        raise StalenessError(f"sample {sample_id} is not there to be discarded")
+        raise StalenessError(f"sample {sample_id} is in no state from which it can be discarded")
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def room(self) -> int:
-        """Places of step `version` that are still to be filled; the step is complete at 0."""
-        return max(0, self._places_to(self.version + 1) - self.filled)
+        """Unfilled positions of step `version`; the step is complete at 0."""
+        return max(0, self._positions_to(self.version + 1) - self.filled)
 
     def advance(self) -> list[str]:
-        """Version + 1 is in the learner *and* in every engine. Returns ready samples that are too old from here on.
+        """Count version + 1 as published everywhere; returns the ready samples that are now too old.
 
         Raises StalenessError while the step has room.
         """
         if self.room():
             raise StalenessError(
-                f"step {self.version} still has {self.room()} of {self.samples_per_step} places to fill"
+                f"step {self.version} still has {self.room()} of {self.samples_per_step} positions to fill"
             )
         self.version += 1
         self._ages.clear()
@@ -198,30 +196,26 @@ class StalenessTracker:
             self._evict(sample_id, self._ready.pop(sample_id))
         return stale
 
-    # --- what is where ----------------------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------------------------
 
     def stragglers(self) -> list[str]:
-        """Samples in excess of every place within reach, once the step is full: those in flight for longest, since a
-        later step's have only just begun; then ready ones, issued last first.
+        """Samples in excess of all positions within reach, once the step is full: those in flight for longest first (a
+        later step's have only just begun), then ready ones, last issued first.
         """
-        excess = 0 if self.room() else max(0, -self._unspoken())
-        order = [*_by_place(self._in_flight), *reversed(_by_place(self._ready))]
+        excess = 0 if self.room() else max(0, -self._unreserved())
+        order = [*_by_order(self._in_flight), *reversed(_by_order(self._ready))]
         return order[:excess]
 
-    def overdue(self) -> list[str]:
-        """In flight since weights that are too old by now: evicted when they finish, unless they waited in a queue."""
-        return [i for i, s in self._in_flight.items() if self.version - s.issued_at > self.max_staleness]
-
     def evicted(self) -> list[str]:
-        """Waiting to be issued again or discarded, in the order of their first issue."""
-        return _by_place(self._evicted)
+        """Evicted samples, to be issued again or discarded, in the order of their first issue."""
+        return _by_order(self._evicted)
 
     def outstanding(self) -> list[str]:
-        """All that was issued and has not ended, in the order of first issue: what a resumed run issues first."""
-        return _by_place({name: s for state in self._states().values() for name, s in state.items()})
+        """Samples that were issued and have not ended, in the order of first issue: a resumed run issues them first."""
+        return _by_order({name: s for state in self._states().values() for name, s in state.items()})
 
     def audit(self) -> dict[str, int]:
-        """Where every sample is or ended: ``issued`` is the sum of the others."""
+        """Number of samples by state or outcome; ``issued`` is the sum of the others."""
         return {
             **{name: self.counts[name] for name in ("issued", "trained", "failed", "discarded")},
             **{name: len(state) for name, state in self._states().items()},
@@ -244,22 +238,22 @@ class StalenessTracker:
             **{f"staleness/{name}": self.counts[name] for name in ("evicted", "reissued", "discarded", "failed")},
         }
 
-    # --- inside -----------------------------------------------------------------------------------------------------
+    # --- private ----------------------------------------------------------------------------------------------------
 
     def _states(self) -> dict[str, dict[str, _Sample]]:
         return {"in_flight": self._in_flight, "ready": self._ready, "evicted": self._evicted}
 
-    def _unspoken(self) -> int:
-        """Places within reach less those filled and those a sample is on its way to; negative when over-issued."""
-        places = self._places_to(self.version + self.max_staleness + 1)
-        return places - self.filled - len(self._in_flight) - len(self._ready)
+    def _unreserved(self) -> int:
+        """Positions within reach minus filled ones and samples in flight or ready; negative when oversampled."""
+        positions = self._positions_to(self.version + self.max_staleness + 1)
+        return positions - self.filled - len(self._in_flight) - len(self._ready)
 
-    def _places_to(self, step: int) -> int:
-        """Places of all steps before `step`."""
+    def _positions_to(self, step: int) -> int:
+        """Positions of all steps before `step`."""
         return (step if self.steps is None else min(step, self.steps)) * self.samples_per_step
 
     def _next_step(self) -> int:
-        """The first step that can still train a sample: one that is full trains nothing more."""
+        """The first step that still has room."""
         return self.version if self.room() else self.version + 1
 
     def _too_old(self, sample: _Sample) -> bool:
@@ -286,5 +280,5 @@ class StalenessTracker:
             )
 
 
-def _by_place(samples: Mapping[str, _Sample]) -> list[str]:
-    return sorted(samples, key=lambda name: samples[name].place)
+def _by_order(samples: Mapping[str, _Sample]) -> list[str]:
+    return sorted(samples, key=lambda name: samples[name].order)

@@ -15,7 +15,7 @@ from learner.data.teacher_answers import Replayed
 from learner.errors import RunError
 from learner.loop.parity import ParityReport
 from learner.trainer.reports import AccumulateReport, StepReport
-from learner.trainer.token_records import TokenRecord, first_records
+from learner.trainer.token_records import TokenRecord, choose_records
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class StepStats:
     def add_passes(self, step: int, ranks: int, reports: Sequence[AccumulateReport]) -> None:
         """Add the ranks' micro-batches. Raises RunError if they saw another number of sequences than was dealt out."""
         for index, report in enumerate(reports):
-            args = {"version": step, "padded_tokens": report.padded_tokens}
+            args = {"version": step, "padded_tokens": report.padded_tokens, "samples": report.samples}
             self.spans.append(TraceSpan("accumulate", f"rank {index % ranks}", report.started, report.ended, args))
         seen = sum(report.sequences for report in reports)
         if seen != self.sequences:
@@ -170,7 +170,7 @@ class StepStats:
             parity=parity,
             times=times,
             spans=self.spans,
-            tokens=first_records((one for report in reports for one in report.tokens), max_token_samples),
+            tokens=choose_records((one for report in reports for one in report.token_records), max_token_samples),
         )
 
     def metrics(self) -> dict[str, float]:
@@ -215,7 +215,7 @@ def check_step(
                 "answer at greater length"
             )
     elif report.skipped_in_a_row:
-        record_skipped(step + 1, [record for one in reports for record in one.records] or _suspects(trained))
+        record_skipped(step + 1, [record for one in reports for record in one.skipped_records] or _suspects(trained))
         if report.skipped_in_a_row > max_skipped:
             samples = sorted({sample for one in reports for sample in one.nonfinite})
             raise RunError(

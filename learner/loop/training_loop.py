@@ -42,7 +42,6 @@ from learner.data.teacher_answers import Replayed, TeacherAnswers
 from learner.errors import RunError
 from learner.loop.learner_scoring import LearnerScoring
 from learner.loop.micro_batcher import MicroBatcher
-from learner.loop.parity import ParityReport
 from learner.loop.staleness import StalenessTracker, Verdict
 from learner.loop.step_stats import RecordSkipped, ScoredRollout, StepOutcome, StepStats, check_step, scored_rollout
 from learner.loop.weight_publisher import WeightPublisher
@@ -55,6 +54,7 @@ class TrainingLoop:
         self,
         config: Config,
         services: Services,
+        publisher: WeightPublisher,
         prompts: Sequence[Prompt],
         status: Callable[[str], None],
         record_skipped: RecordSkipped = lambda step, records: None,
@@ -66,17 +66,12 @@ class TrainingLoop:
         """
         self._config = config
         self._services = services
-        self._prompts = prompts
+        self._publisher = publisher
         self._status = status
         self._record_skipped = record_skipped
         self._source = SampleSource(config, prompts, context_sampler)
-        self._publisher = WeightPublisher(config, services, status)
         self._teacher_answers = teacher_answers
         self._pipeline: RolloutPipeline | None = None
-
-    async def begin_parity(self) -> ParityReport:
-        """Join learner and engines, which hold the initial weights, and measure their difference."""
-        return await self._publisher.begin(self._prompts)
 
     async def begin(self, version: int, position: Mapping[str, Any] | None = None) -> None:
         """Start at `version`: 0, or the one that the learner has loaded, at the `position` saved with it."""

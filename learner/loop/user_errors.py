@@ -1,4 +1,4 @@
-"""Errors of a run that explain themselves, and what to show of the others."""
+"""Errors that a user sees as one line, and how other libraries' errors become one of them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,13 @@ KNOWN_ERRORS = (
     PoolError,
     PlacementError,
 )
-"""Errors whose text is all a user needs; anything else shows its trace."""
+"""Errors whose text is all that a user needs; other errors show a traceback."""
 _LOST_WITH_A_NODE = (ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError)
-"""Answers of more than 100 KB lie in the object store of the node that made them. The first has a subclass for every
-way to find that out."""
+"""Answers over 100 KB lie in the object store of the node that made them and are lost with it."""
 
 
-def plain_error(error: Exception) -> Exception:
-    """The error a user should see: what an actor raised instead of Ray's wrapping of it, which actor died, or that a
-    node took answers with it.
-    """
+def unwrap_ray_error(error: Exception) -> Exception:
+    """The actor's own error without Ray's wrapping, or a ServiceLost that names the lost actor or node."""
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     if isinstance(cause, KNOWN_ERRORS):
         return cause
@@ -45,5 +42,5 @@ def plain_error(error: Exception) -> Exception:
         logs = f"; its log is under {node.get_logs_dir_path()}" if node else ""
         return ServiceLost(f"an actor of the run died: {short(cause)}{logs}")
     if isinstance(cause, _LOST_WITH_A_NODE):
-        return ServiceLost(f"a node is gone, and with it answers that were to be trained on: {short(cause)}")
+        return ServiceLost(f"a node is gone, and answers of this step with it: {short(cause)}")
     return error

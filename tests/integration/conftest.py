@@ -21,9 +21,9 @@ def pool_cluster() -> Iterator[None]:
 
 @pytest.fixture
 async def pool(pool_cluster: None) -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool(slots=4, max_restarts=2)
+    pool = WorkerPool(max_in_flight=4, max_restarts=2)
     actor = ray.remote(concurrency_groups=GROUPS)(Echo)
-    first = await pool.start(lambda number, seat: actor.options(num_cpus=0, max_concurrency=8).remote(number), 2)
+    first = await pool.start(lambda number, slot: actor.options(num_cpus=0, max_concurrency=8).remote(number), 2)
     assert first == "worker 0"
     yield pool
     handles = pool.handles()

@@ -1,17 +1,14 @@
-"""Actors that stand in for rollout workers in tests of the pool: no engine, the real outbox."""
+"""Actors that stand in for rollout workers in tests of the pool: no engine."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-
-from rollout_workers.pool.outbox import Order, Outbox
 
 
 def die_once(trap: Path) -> None:
@@ -25,7 +22,7 @@ def die_once(trap: Path) -> None:
 
 @dataclass(frozen=True)
 class Asked:
-    """An order to `Echo`: how long it takes, and what happens at its end."""
+    """A request to `Echo`: its duration, and what happens at its end."""
 
     seconds: float = 0.0
     trap: str | None = None
@@ -33,25 +30,19 @@ class Asked:
 
 
 class Echo:
-    """Stands in for a worker: answers with its number, dies when it is told to. Its outbox is the real one."""
+    """Stands in for a worker: answers with its number, dies when it is told to."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.outbox = Outbox(self._ordered)
-        self.seen = {"calls": 0, "begun": 0, "cancelled": 0, "running": 0}
+        self.seen = {"begun": 0, "cancelled": 0, "running": 0}
         self.hangs = False
 
-    @ray.method(concurrency_group="exchange")
-    async def exchange(self, orders: Sequence[Order], cancelled: Sequence[int], most: int) -> list[Any]:
-        self.seen["calls"] += 1
-        return await self.outbox.exchange(orders, cancelled, most)
-
     @ray.method(concurrency_group="control")
-    async def tell(self) -> dict[str, int]:
+    async def counts(self) -> dict[str, int]:
         return self.seen
 
-    async def _ordered(self, order: Order) -> tuple[int, bytes]:
-        asked: Asked = order.sample
+    @ray.method(num_returns=2)
+    async def rollout(self, asked: Asked) -> tuple[int, bytes]:
         self.seen["begun"] += 1
         self.seen["running"] += 1
         try:
@@ -65,7 +56,7 @@ class Echo:
             die_once(Path(asked.trap))
         if asked.error is not None:
             raise LookupError(asked.error)
-        return self.number, b"item of %d" % self.number * 50_000  # too much for the reply itself
+        return self.number, b"item of %d" % self.number * 50_000  # too large for the reply itself
 
     async def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())

@@ -6,13 +6,16 @@ import asyncio
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from common.config.loader import validate
 from common.config.model import Config
 from common.protocol.schema import Prompt, Sample, as_ids
 from common.telemetry.trace import TraceSpan
-from learner.cluster.services import Prepared
+from learner.cluster.services import Prepared, Services
+from learner.loop.parity import ParityReport
+from learner.loop.training_loop import TrainingLoop
+from learner.loop.weight_publisher import WeightPublisher
 from learner.trainer.reports import AccumulateReport, StepReport
 
 ROWS = [Prompt(f"row{i}", as_ids([1, 2]), as_ids([1, 2]), None) for i in range(10)]
@@ -55,17 +58,16 @@ class StubServices:
             episode=None,
         )
 
-    async def rollout(self, sample: Sample) -> tuple[Any, Any]:
+    async def rollout(self, sample: Sample, output: str) -> tuple[Any, Any]:
         self.asked.append(sample.sample_id)
         version = self.version
         await asyncio.sleep(0)
         if sample.sample_id in self.slow:
             await self.release.wait()
-        return self._summary(sample, version), sample.sample_id
-
-    async def rollout_scored(self, sample: Sample) -> tuple[Any, Any]:
-        summary, item = await self.rollout(sample)
-        summary.score, item = await self.score(sample, item)
+        summary = self._summary(sample, version)
+        item: Any = sample.sample_id
+        if output == "scored":
+            summary.score, item = await self.score(sample, item)
         return summary, item
 
     async def score(self, sample: Sample, item: Any) -> tuple[Any, Any]:
@@ -92,12 +94,12 @@ class TakesTurns(StubServices):
     async def _idle(self) -> None:
         await asyncio.Event().wait()
 
-    def leave_nodes_that_go(self) -> None:
+    def leave_draining_nodes(self) -> None:
         pass
 
-    async def rollout(self, sample: Any) -> Any:
+    async def rollout(self, sample: Sample, output: str) -> tuple[Any, Any]:
         self.order.append("rollout")
-        return await super().rollout(sample)
+        return await super().rollout(sample, output)
 
     async def sleep(self) -> None:
         self.order.append("sleep")
@@ -107,7 +109,7 @@ class TakesTurns(StubServices):
 
     def accumulate(self, group: Any) -> list[Any]:
         self.order.append("accumulate")
-        report = AccumulateReport(sum(map(len, group)), 0, 0, 0, 1, 0.0, 0.0)
+        report = AccumulateReport(sum(map(len, group)), 0, 0.0, 0.0)
         done: Future[AccumulateReport] = Future()
         done.set_result(report)
         return [SimpleNamespace(future=lambda: done)]
@@ -115,3 +117,24 @@ class TakesTurns(StubServices):
     async def finish_step(self, tokens: int, sequences: int) -> list[StepReport]:
         self.order.append("step")
         return [StepReport(1, True, 0, {"kl/lower_bound": 1.0})]
+
+
+class StubPublisher:
+    """Publishes nothing; notes in `order` when it was asked."""
+
+    def __init__(self, order: list[str] | None = None) -> None:
+        self.order = [] if order is None else order
+
+    async def publish(self, version: int) -> ParityReport:
+        self.order.append("publish")
+        return ParityReport(0.0, 0.0, 0.0, 0.0)
+
+    def take_spans(self) -> list[TraceSpan]:
+        return []
+
+
+def loop_over(services: StubServices, config: Config | None = None, **parts: Any) -> TrainingLoop:
+    """A training loop over stubs."""
+    publisher = cast(WeightPublisher, StubPublisher(getattr(services, "order", None)))
+    parts = {"status": lambda _: None, **parts}
+    return TrainingLoop(config or config_of(), cast(Services, services), publisher, ROWS, **parts)

@@ -16,7 +16,6 @@ import ray
 from common.protocol.schema import ItemScore, Prompt, Sample, Sampling, ScoredTrajectory, Trajectory, as_ids
 from common.protocol.scoring import ScoringError, TeacherError
 from rollout_workers.actor import GROUPS, RolloutWorker
-from rollout_workers.pool.outbox import Order
 from tests.support.engines import PROMPT, K, run_config
 from tests.support.processes import alive, command_of, descendants
 
@@ -67,20 +66,13 @@ def worker(tiny_model: Path) -> Iterator[Any]:
     assert not left
 
 
-def order(row: str, *, ticket: int = 0, max_tokens: int = 12, scored: bool = True) -> Order:
+def sample_of(row: str, *, max_tokens: int = 12, **sampling: Any) -> Sample:
     prompt = Prompt(row_id=row, student_ids=as_ids(PROMPT), teacher_ids=as_ids(PROMPT), context=None)
-    return Order(ticket, Sample(0, 0, f"0/{row}", prompt, Sampling(max_tokens, top_k=K, seed=1)), scored)
-
-
-def one(worker: Any, given: Order) -> tuple[Any, Any]:
-    """(outcome, reference to the item) of an order."""
-    outcomes, item = worker.exchange.options(num_returns=2).remote([given], [], 1)
-    return ray.get(outcomes)[0], item
+    return Sample(0, 0, f"0/{row}", prompt, Sampling(max_tokens, **{"top_logprobs": K, "seed": 1, **sampling}))
 
 
 def test_an_answer_comes_back_scored_and_its_summary_apart(worker: Any) -> None:
-    outcome, item = one(worker, order("row"))
-    summary, scored = outcome.summary, ray.get(item)
+    summary, scored = ray.get(worker.rollout.remote(sample_of("row"), "scored"))
     assert summary.score.error is None
     assert summary.response_tokens == len(scored.trajectory.response_ids) == 12
     assert summary.prompt_tokens == len(PROMPT)
@@ -90,43 +82,51 @@ def test_an_answer_comes_back_scored_and_its_summary_apart(worker: Any) -> None:
 
 
 def test_a_sample_that_cannot_be_scored_has_an_error_and_no_trajectory(worker: Any) -> None:
-    outcome, item = one(worker, order("refused"))
-    assert outcome.error is None
-    assert outcome.summary.score.error == "refused by the teacher"
-    assert ray.get(item) is None
+    summary, item = ray.get(worker.rollout.remote(sample_of("refused"), "scored"))
+    assert summary.score.error == "refused by the teacher"
+    assert item is None
 
 
 def test_an_answer_can_be_made_first_and_scored_later(worker: Any) -> None:
-    made, answer = one(worker, order("row", scored=False))
+    summary, answer = worker.rollout.remote(sample_of("row"), "trajectory")
     score, scored = worker.score.remote(answer)
-    assert made.summary.score is None
+    assert ray.get(summary).score is None
     assert ray.get(score).error is None
     assert np.array_equal(ray.get(scored).trajectory.response_ids, ray.get(answer).response_ids)
 
 
 def test_a_lost_teacher_is_raised_to_the_caller(worker: Any) -> None:
-    outcome, _ = one(worker, order("lost"))
+    summary, _ = worker.rollout.remote(sample_of("lost"), "scored")
     with pytest.raises(TeacherError, match="the teacher is gone"):
-        raise outcome.error.as_instanceof_cause()
+        ray.get(summary)
 
 
 def test_control_calls_do_not_wait_for_answers_in_flight(worker: Any) -> None:
-    orders = [order(f"row{i}", ticket=i, max_tokens=200) for i in range(64)]
-    ray.get(worker.exchange.remote(orders, [], 0))
-    generating = [worker.generate.remote([(PROMPT, Sampling(200))]) for _ in range(64)]  # as many as the worker takes
-    ray.get(worker.ready.remote(), timeout=10)
-    _, unfinished = ray.wait(generating, num_returns=len(generating), timeout=0)
+    rollouts = [worker.rollout.remote(sample_of(f"row{i}", max_tokens=200), "scored")[0] for i in range(64)]
+    ray.get(worker.ready.remote(), timeout=10)  # 64 rollouts are all that the worker takes at a time
+    _, unfinished = ray.wait(rollouts, num_returns=len(rollouts), timeout=0)
     assert unfinished
-    ended = 0
-    while ended < 64:  # orders and their answers do not wait either
-        outcomes, *_ = worker.exchange.options(num_returns=65).remote([], [], 64)
-        ended += len(ray.get(outcomes, timeout=60))
-    assert len(ray.get(generating)) == 64
+    assert len(ray.get(rollouts, timeout=60)) == 64
 
 
-def test_generated_text_ends_before_the_stop(worker: Any) -> None:
-    free = ray.get(worker.generate.remote([(PROMPT, Sampling(30, 0.0))]))[0]
+def test_a_cancelled_rollout_ends_in_the_engine_too(worker: Any) -> None:
+    """The engine's other answers go on, and the cancelled one's id can be used again, which a running one's cannot."""
+    sample = sample_of("cancelled", max_tokens=400)
+    other, _ = worker.rollout.remote(sample_of("other", max_tokens=100), "trajectory")
+    summary, _ = worker.rollout.remote(sample, "trajectory")
+    time.sleep(0.3)
+    ray.cancel(summary)
+    with pytest.raises(ray.exceptions.RayError):
+        ray.get(summary, timeout=10)
+    again, _ = worker.rollout.remote(sample_of("cancelled", max_tokens=5), "trajectory")
+    assert ray.get(again, timeout=30).response_tokens == 5
+    assert ray.get(other, timeout=30).response_tokens == 100
+
+
+def test_text_ends_before_the_stop(worker: Any) -> None:
+    _, free = ray.get(worker.rollout.remote(sample_of("free", max_tokens=30, temperature=0.0), "text"))
     stop = next(character for character in free.text[5:] if character.isascii())
-    answer = ray.get(worker.generate.remote([(PROMPT, Sampling(30, 0.0, stop=(stop,)))]))[0]
+    sample = sample_of("stops", max_tokens=30, temperature=0.0, stop=(stop,))
+    _, answer = ray.get(worker.rollout.remote(sample, "text"))
     assert answer.finish_reason == "stop"
     assert answer.text == free.text[: free.text.index(stop)]

@@ -9,7 +9,7 @@ import ray
 
 from common.async_utils import value_of
 from rollout_workers.actor import GROUPS
-from rollout_workers.pool.pool import EXTRA_STARTS, PoolError, WorkerPool
+from rollout_workers.pool.pool import MAX_EXTRA_STARTS, PoolError, WorkerPool
 from tests.support.pool_workers import DiesStarting, Echo, NotHere, call
 
 pytestmark = pytest.mark.timeout(120)
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(120)
 def place_extra(pool: WorkerPool) -> None:
     """From here on workers are placed where there is `room`: for one of them."""
     actor = ray.remote(concurrency_groups=GROUPS)(Echo)
-    pool._make = lambda number, seat: actor.options(num_cpus=0, resources={"room": 1}, max_concurrency=8).remote(number)
+    pool._make = lambda number, slot: actor.options(num_cpus=0, resources={"room": 1}, max_concurrency=8).remote(number)
 
 
 async def test_an_extra_worker_comes_when_there_is_room_and_answers_when_it_is_admitted(pool: WorkerPool) -> None:
@@ -34,7 +34,7 @@ async def test_an_extra_worker_comes_when_there_is_room_and_answers_when_it_is_a
     pool.admit(extra)
     done = await asyncio.gather(*(pool.run(f"row{i}", 10, call(0.1)) for i in range(12)))
     assert sum(number == extra.number for number, _ in done) == 4
-    assert pool.restarts == pool.losses == 0
+    assert pool.restarts == pool.failures == 0
 
 
 async def test_an_extra_worker_that_goes_costs_no_restart_and_is_asked_for_again(pool: WorkerPool) -> None:
@@ -49,28 +49,28 @@ async def test_an_extra_worker_that_goes_costs_no_restart_and_is_asked_for_again
         await asyncio.sleep(0.1)
         pool.lose(extra, "its node is gone")
         assert (await running)[0] != expected
-    assert (pool.losses, pool.restarts) == (3, 0)
+    assert (pool.failures, pool.restarts) == (3, 0)
     await pool.run("row", 10, call(0.0))  # `max_restarts` is 2
 
 
 async def test_an_extra_worker_whose_engine_cannot_start_is_not_asked_for_again(
     pool: WorkerPool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool._make = lambda number, seat: ray.remote(NotHere).options(num_cpus=0).remote()
+    pool._make = lambda number, slot: ray.remote(NotHere).options(num_cpus=0).remote()
     pool.invite([2])
     with pytest.raises(PoolError, match="none is being started"):
         await asyncio.wait_for(pool.next_ready(), 30)
     assert "worker 2 is lost" in caplog.text
     assert "the model does not fit" in caplog.text
-    assert (pool.losses, len(pool.handles())) == (1, 2)
+    assert (pool.failures, len(pool.handles())) == (1, 2)
 
 
 async def test_an_extra_worker_that_keeps_dying_while_it_starts_is_given_up(pool: WorkerPool) -> None:
-    pool._make = lambda number, seat: ray.remote(DiesStarting).options(num_cpus=0).remote()
+    pool._make = lambda number, slot: ray.remote(DiesStarting).options(num_cpus=0).remote()
     pool.invite([2])
     with pytest.raises(PoolError, match="none is being started"):
         await asyncio.wait_for(pool.next_ready(), 60)
-    assert (pool.losses, pool.restarts, len(pool.handles())) == (EXTRA_STARTS, 0, 2)
+    assert (pool.failures, pool.restarts, len(pool.handles())) == (MAX_EXTRA_STARTS, 0, 2)
 
 
 async def test_a_pool_that_closes_withdraws_whom_it_waits_for(pool: WorkerPool) -> None:

@@ -34,7 +34,7 @@ async def test_what_a_dead_worker_was_answering_is_answered_by_another(pool: Wor
     assert len(pool.members) == 1  # the replacement waits for the current weights
     await pool.next_ready()
     assert [worker.number for worker in pool.ready] == [2]
-    assert {worker.seat for worker in (*pool.members, *pool.ready)} == {0, 1}
+    assert {worker.slot for worker in (*pool.members, *pool.ready)} == {0, 1}
     pool.admit(pool.ready[0])
     assert [worker.number for worker in pool.members] == [next(iter({0, 1} & {w.number for w in pool.members})), 2]
 
@@ -56,29 +56,29 @@ async def test_the_last_to_answer_may_die_after_its_replacement_is_up(pool: Work
     waiting = asyncio.create_task(pool.only_replacements())
     await asyncio.sleep(0.2)
     assert not waiting.done()  # the second still answers
-    pool._make = lambda number, seat: ray.remote(NeverUp).options(num_cpus=0).remote()
+    pool._make = lambda number, slot: ray.remote(NeverUp).options(num_cpus=0).remote()
     pool.lose(second, "killed by the test")
     await asyncio.wait_for(waiting, 10)  # the next replacement, which would wake it too, never comes
 
 
 async def test_a_pool_settles_when_every_replacement_is_up(pool: WorkerPool) -> None:
-    await asyncio.wait_for(pool.settled(), 1)
+    await asyncio.wait_for(pool.wait_started(), 1)
     pool.lose(pool.members[0], "killed by the test")
     assert pool.ready == []
-    await asyncio.wait_for(pool.settled(), 30)
+    await asyncio.wait_for(pool.wait_started(), 30)
     assert [worker.number for worker in pool.ready] == [2]
     for worker in (*pool.members, *pool.ready):
         pool.lose(worker, "killed by the test")
     with pytest.raises(PoolError, match=r"as rollout\.max_restarts allows"):
-        await asyncio.wait_for(pool.settled(), 30)
+        await asyncio.wait_for(pool.wait_started(), 30)
 
 
 async def test_a_replacement_that_does_not_come_up_in_time_is_lost_too(pool: WorkerPool) -> None:
     pool._start_timeout_s = 1.0
-    pool._make = lambda number, seat: ray.remote(NeverUp).options(num_cpus=0).remote()
+    pool._make = lambda number, slot: ray.remote(NeverUp).options(num_cpus=0).remote()
     for worker in pool.members:
         pool.lose(worker, "killed by the test")
-    with pytest.raises(PoolError, match=r"worker [23] is lost \(its engine was not up within 1 s: no node has a place"):
+    with pytest.raises(PoolError, match=r"worker [23] is lost \(its engine was not up within 1 s: no node has room"):
         await asyncio.wait_for(pool.run("row", 10, call(0.0)), 30)
 
 
@@ -136,61 +136,45 @@ async def test_a_member_whose_actor_is_gone_fails_the_health_check(pool: WorkerP
     assert pool.restarts == 1
 
 
-# --- orders ----------------------------------------------------------------------------------------------------------
+# --- rollouts: one actor call each ------------------------------------------------------------------------------------
 
 
-async def told(pool: WorkerPool) -> dict[str, int]:
-    """What the workers count, all together."""
-    counts = await asyncio.gather(*(value_of(worker.handle.tell.remote()) for worker in pool.members))
+async def counts_of(pool: WorkerPool) -> dict[str, int]:
+    """Rollouts that the workers began, cancelled and run now, summed over the workers."""
+    counts = await asyncio.gather(*(value_of(worker.handle.counts.remote()) for worker in pool.members))
     return {name: sum(one[name] for one in counts) for name in counts[0]}
 
 
 async def until_running(pool: WorkerPool, wanted: int) -> None:
-    """Waits until that many orders run at the workers and it stays so: one cancelled on its way may begin, and end."""
+    """Wait until that many rollouts run at the workers, and stay so: a cancelled one may begin before it ends."""
     for _ in range(200):
         running = []
         for _ in range(4):
-            running.append((await told(pool))["running"])
+            running.append((await counts_of(pool))["running"])
             await asyncio.sleep(0.05)
         if running == [wanted] * 4:
             return
-    raise AssertionError(f"{running} orders run at the workers, not {wanted}")
+    raise AssertionError(f"{running} rollouts run at the workers, not {wanted}")
 
 
-def order(pool: WorkerPool, row: str, **asked: Any) -> asyncio.Task[Any]:
-    return asyncio.create_task(pool.order(row, 10, Asked(**asked), scored=True))
+def rollout(pool: WorkerPool, row: str, **asked: Any) -> asyncio.Task[Any]:
+    return asyncio.create_task(pool.run(row, 10, lambda handle: handle.rollout.remote(Asked(**asked))))
 
 
-async def test_orders_are_taken_up_again_after_a_rest(pool: WorkerPool) -> None:
-    """In any turn of the loop after the last answer, in which nobody collects any more."""
-    for turns in range(8):
-        await asyncio.wait_for(order(pool, "row"), 10)
-        for _ in range(turns):
-            await asyncio.sleep(0)
-
-
-async def test_orders_share_calls(pool: WorkerPool) -> None:
-    done = await asyncio.gather(*(order(pool, f"row{i}") for i in range(200)))
-    assert len(done) == 200
-    seen = await told(pool)
-    assert seen["begun"] == 200
-    assert seen["calls"] <= 200 / 2  # four at a time to each
-
-
-async def test_an_ordered_answer_does_not_wait_for_others_and_its_item_is_its_own(pool: WorkerPool) -> None:
-    slow = [order(pool, "same", seconds=60.0) for _ in range(2)]
-    number, item = await asyncio.wait_for(order(pool, "same"), 10)
+async def test_a_rollout_does_not_wait_for_others_and_its_item_is_its_own(pool: WorkerPool) -> None:
+    slow = [rollout(pool, "same", seconds=60.0) for _ in range(2)]
+    number, item = await asyncio.wait_for(rollout(pool, "same"), 10)
     assert await value_of(item) == b"item of %d" % number * 50_000
     assert not any(one.done() for one in slow)
     for one in slow:
         one.cancel()
 
 
-async def test_orders_wait_for_a_slot(pool: WorkerPool) -> None:
-    waiting = [order(pool, f"row{i}", seconds=60.0) for i in range(8)]
-    more = order(pool, "more")
+async def test_rollouts_wait_for_a_free_worker(pool: WorkerPool) -> None:
+    waiting = [rollout(pool, f"row{i}", seconds=60.0) for i in range(8)]
+    more = rollout(pool, "more")
     await asyncio.sleep(0.5)
-    assert (await told(pool))["begun"] == 8
+    assert (await counts_of(pool))["begun"] == 8
     assert not more.done()
     waiting[0].cancel()
     await asyncio.wait_for(more, 10)
@@ -198,14 +182,14 @@ async def test_orders_wait_for_a_slot(pool: WorkerPool) -> None:
         one.cancel()
 
 
-async def test_what_a_dead_worker_was_ordered_is_made_once_more_and_what_it_made_is_kept(
+async def test_what_a_dead_worker_was_making_is_made_once_more_and_what_it_made_is_kept(
     pool: WorkerPool, tmp_path: Any
 ) -> None:
-    kept = await asyncio.gather(*(order(pool, f"kept{i}") for i in range(4)))
+    kept = await asyncio.gather(*(rollout(pool, f"kept{i}") for i in range(4)))
     trap = tmp_path / "trap"
     trap.touch()
-    orders = [order(pool, f"row{i}", seconds=0.2, trap=str(trap)) for i in range(20)]
-    done = await asyncio.wait_for(asyncio.gather(*orders), 60)
+    rollouts = [rollout(pool, f"row{i}", seconds=0.2, trap=str(trap)) for i in range(20)]
+    done = await asyncio.wait_for(asyncio.gather(*rollouts), 60)
     assert len(done) == 20
     assert pool.restarts == 1
     assert 1 <= pool.reissued <= 4  # no more than it had in flight
@@ -213,36 +197,36 @@ async def test_what_a_dead_worker_was_ordered_is_made_once_more_and_what_it_made
         assert await value_of(item) == b"item of %d" % number * 50_000
 
 
-async def test_orders_to_a_worker_that_is_given_up_go_to_another(pool: WorkerPool) -> None:
-    orders = [order(pool, f"row{i}", seconds=0.5) for i in range(8)]
+async def test_rollouts_of_a_worker_that_is_given_up_go_to_another(pool: WorkerPool) -> None:
+    rollouts = [rollout(pool, f"row{i}", seconds=0.5) for i in range(8)]
     await asyncio.sleep(0.1)
     lost = pool.members[0]
     pool.lose(lost, "killed by the test")
-    done = await asyncio.wait_for(asyncio.gather(*orders), 30)
+    done = await asyncio.wait_for(asyncio.gather(*rollouts), 30)
     assert {number for number, _ in done} == {pool.members[0].number}
     assert pool.reissued == 4
 
 
-async def test_a_cancelled_order_is_stopped_at_the_worker_and_gives_its_slot_back(pool: WorkerPool) -> None:
-    running = [order(pool, f"row{i}", seconds=60.0) for i in range(8)]
+async def test_a_cancelled_rollout_is_stopped_at_the_worker_and_gives_its_slot_back(pool: WorkerPool) -> None:
+    running = [rollout(pool, f"row{i}", seconds=60.0) for i in range(8)]
     await asyncio.sleep(0.5)
-    at_once = order(pool, "waits for a slot", seconds=60.0)
+    at_once = rollout(pool, "waits for a slot", seconds=60.0)
     await asyncio.sleep(0)
     for task in (*running, at_once):
         task.cancel()
     await asyncio.gather(*running, at_once, return_exceptions=True)
-    done = await asyncio.wait_for(asyncio.gather(*(order(pool, f"row{i}") for i in range(8))), 10)
+    done = await asyncio.wait_for(asyncio.gather(*(rollout(pool, f"row{i}") for i in range(8))), 10)
     assert len(done) == 8
-    seen = await told(pool)
+    seen = await counts_of(pool)
     assert (seen["begun"], seen["cancelled"]) == (16, 8)
 
 
 async def test_who_is_cancelled_just_as_his_turn_comes_leaves_the_slot(pool: WorkerPool) -> None:
     """Whenever it is: between the end of one answer and the start of the next lie a few turns of the loop."""
     for turns in range(8):
-        running = [order(pool, f"row{i}", seconds=60.0) for i in range(8)]
+        running = [rollout(pool, f"row{i}", seconds=60.0) for i in range(8)]
         await asyncio.sleep(0.1)
-        waiting = order(pool, "waits")
+        waiting = rollout(pool, "waits")
         await asyncio.sleep(0)
         running[0].cancel()
         for _ in range(turns):
@@ -251,26 +235,22 @@ async def test_who_is_cancelled_just_as_his_turn_comes_leaves_the_slot(pool: Wor
             task.cancel()
         await asyncio.gather(*running, waiting, return_exceptions=True)
     await until_running(pool, 0)
-    running = [order(pool, f"row{i}", seconds=60.0) for i in range(8)]
+    running = [rollout(pool, f"row{i}", seconds=60.0) for i in range(8)]
     await until_running(pool, 8)  # every slot was given back
     for task in running:
         task.cancel()
 
 
-async def test_what_an_order_raises_comes_to_who_gave_it_and_the_worker_lives(pool: WorkerPool) -> None:
-    orders = [order(pool, f"row{i}", error="no such row" if i == 3 else None) for i in range(8)]
-    done = await asyncio.gather(*orders, return_exceptions=True)
+async def test_what_a_rollout_raises_comes_to_who_gave_it_and_the_worker_lives(pool: WorkerPool) -> None:
+    rollouts = [rollout(pool, f"row{i}", error="no such row" if i == 3 else None) for i in range(8)]
+    done = await asyncio.gather(*rollouts, return_exceptions=True)
     assert isinstance(done[3], LookupError)
     assert "no such row" in str(done[3])
     assert sum(isinstance(one, tuple) for one in done) == 7
     assert pool.restarts == 0
 
 
-async def test_an_order_that_cannot_travel_is_an_error_and_not_a_wait(pool: WorkerPool) -> None:
+async def test_a_request_that_cannot_be_pickled_is_an_error_and_not_a_wait(pool: WorkerPool) -> None:
     with pytest.raises(TypeError):
-        await asyncio.wait_for(pool.order("row", 10, threading.Lock(), scored=True), 10)
-    running = order(pool, "row", seconds=1.0)
-    await asyncio.sleep(0.3)
-    with pytest.raises(TypeError):  # beside a call that waits at the worker
-        await asyncio.wait_for(pool.order("row", 10, threading.Lock(), scored=True), 10)
-    await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(pool.run("row", 10, lambda handle: handle.rollout.remote(threading.Lock())), 10)
+    assert len(await asyncio.wait_for(asyncio.gather(*(rollout(pool, f"row{i}") for i in range(8))), 10)) == 8

@@ -19,8 +19,8 @@ from learner.cluster.services import Services
 from learner.cluster.teachers import Teacher, Teachers
 from learner.errors import ServiceLost
 from learner.loop.checkpoints import Checkpoints
-from learner.loop.run import Run, explained
-from learner.loop.user_errors import plain_error
+from learner.loop.run import Run, user_facing_error
+from learner.loop.user_errors import unwrap_ray_error
 from learner.trainer.distributed import free_port
 from tests.support.stub_loop import config_of
 
@@ -83,8 +83,8 @@ async def test_a_rank_that_dies_in_a_collective_is_lost_whoever_speaks_first(ran
     with pytest.raises(RuntimeError) as raised:
         await survivor
     assert isinstance(raised.value, ray.exceptions.RayTaskError)  # of gloo: no word of a dead rank
-    assert plain_error(raised.value) is raised.value
-    found = await explained(raised.value, services_with(ranks))
+    assert unwrap_ray_error(raised.value) is raised.value
+    found = await user_facing_error(raised.value, services_with(ranks))
     assert isinstance(found, ServiceLost)
     assert "rank 1 of 2 of the learner died" in str(found)
 
@@ -92,7 +92,7 @@ async def test_a_rank_that_dies_in_a_collective_is_lost_whoever_speaks_first(ran
 async def test_what_a_rank_raises_by_itself_stays_what_it_is(ranks: list[Any]) -> None:
     with pytest.raises(RuntimeError) as raised:
         await ranks[0].fail.remote()
-    assert await explained(raised.value, services_with(ranks)) is raised.value
+    assert await user_facing_error(raised.value, services_with(ranks)) is raised.value
 
 
 async def test_a_rank_that_dies_while_the_state_is_written_is_no_full_disk(
@@ -149,7 +149,7 @@ async def test_answers_that_a_node_took_with_it_send_the_run_back(cluster: Clust
     taker = ray.remote(Taker).options(num_cpus=0, scheduling_strategy=here).remote()
     with pytest.raises(ray.exceptions.RayError) as raised:
         await asyncio.wait_for(taker.take.remote(answer), 120)
-    found = plain_error(raised.value)
+    found = unwrap_ray_error(raised.value)
     assert isinstance(found, ServiceLost)
     assert str(found).startswith("a node is gone, and with it answers")
 

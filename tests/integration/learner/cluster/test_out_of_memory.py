@@ -15,7 +15,7 @@ import ray
 
 from rollout_workers.pool.failures import ACTOR_LOST
 from learner.errors import ServiceLost
-from learner.loop.user_errors import plain_error
+from learner.loop.user_errors import unwrap_ray_error
 
 ray.init(
     num_cpus=1,
@@ -42,7 +42,7 @@ for _ in range(2):  # in the middle of a call, and after it
     try:
         ray.get(actor.wait.remote(), timeout=50)
     except ACTOR_LOST as error:
-        found = plain_error(error)
+        found = unwrap_ray_error(error)
         print(isinstance(found, ServiceLost), len(str(found).splitlines()), str(found)[:200])
 """
 

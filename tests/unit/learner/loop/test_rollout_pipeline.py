@@ -182,7 +182,7 @@ async def test_a_sample_without_a_score_leaves_its_place_empty() -> None:
 
 async def test_what_fails_on_the_way_is_raised_to_the_loop() -> None:
     class Broken(StubServices):
-        async def rollout(self, sample: Sample) -> tuple[Any, Any]:
+        async def rollout(self, sample: Sample, output: str) -> tuple[Any, Any]:
             raise RuntimeError("the teacher is gone")
 
     with pytest.raises(RuntimeError, match="the teacher is gone"):

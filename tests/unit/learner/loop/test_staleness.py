@@ -78,11 +78,9 @@ def test_a_straggler_that_others_overtook_is_evicted_when_it_ends() -> None:
     for version, name in enumerate("bc"):
         tracker.finish(name, [(0, version)], 1)
         assert tracker.take() == [name]
-        assert tracker.overdue() == []
         tracker.advance()
         if name == "b":
             tracker.issue("c")
-    assert tracker.overdue() == ["a"]
     assert tracker.finish("a", [(0, 0), (2, 2)], 3) is Verdict.EVICTED
     assert tracker.audit() == {
         "issued": 3, "trained": 2, "failed": 0, "discarded": 0, "in_flight": 0, "ready": 0, "evicted": 1,
@@ -149,7 +147,6 @@ def test_over_issued_samples_make_up_for_stragglers_and_failures() -> None:
     assert tracker.room() == 0
     assert tracker.may_issue() == 0  # not ahead of the sync
     assert tracker.advance() == []
-    assert tracker.overdue() == ["d"]
     tracker.discard("d")
     assert tracker.may_issue() == 4
     assert tracker.counts == {"issued": 4, "failed": 1, "trained": 2, "discarded": 1}

@@ -1,4 +1,4 @@
-"""What a step says of itself."""
+"""Metrics of a step, steps that are skipped, samples as a function of their number."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from common.config.model import Config
 from common.protocol.schema import Sample
-from learner.cluster.services import Services
 from learner.data.samples import SampleSource
 from learner.errors import RunError
-from learner.loop.parity import ParityReport
-from learner.loop.run import Run
+from learner.loop.run import write_skipped
 from learner.loop.training_loop import TrainingLoop
 from learner.trainer.reports import StepReport
-from tests.support.stub_loop import ROWS, TakesTurns, config_of
+from tests.support.stub_loop import ROWS, TakesTurns, config_of, loop_over
 
 
 class Conversations(TakesTurns):
@@ -40,15 +37,10 @@ class Conversations(TakesTurns):
 
 async def test_tokens_are_the_students_and_the_learner_hears_of_all_in_the_sequences() -> None:
     services, said = Conversations(), list[str]()
-    controller = TrainingLoop(config_of(), cast(Services, services), ROWS, said.append)
-
-    async def publish(version: int) -> ParityReport:
-        return ParityReport(0.0, 0.0, 0.0, 0.0)
-
-    controller._publisher.publish = publish
-    await controller.begin(0)
-    outcome = await controller.step(0)
-    await controller.close()
+    loop = loop_over(services, status=said.append)
+    await loop.begin(0)
+    outcome = await loop.step(0)
+    await loop.close()
     assert services.counted == 4 * 3
     assert outcome.metrics["rollout/tokens"] == 4 * 2
     assert outcome.metrics["rollout/mean_tokens"] == 2
@@ -74,7 +66,7 @@ class Skips(TakesTurns):
         return [self.report(rank, self.steps) for rank in range(2)]
 
 
-def controller_of(services: Skips, folder: Path, said: list[str]) -> tuple[Config, TrainingLoop]:
+def loop_of(services: Skips, folder: Path, said: list[str]) -> tuple[Config, TrainingLoop]:
     """With a run's own way to keep what broke a step, under `folder`."""
     plain = config_of()
     config = plain.model_copy(
@@ -84,16 +76,8 @@ def controller_of(services: Skips, folder: Path, said: list[str]) -> tuple[Confi
         }
     )
     config.run.path.mkdir(parents=True)
-    run = cast(Run, SimpleNamespace(_config=config, _progress=SimpleNamespace(line=said.append)))
-    controller = TrainingLoop(
-        config, cast(Services, services), ROWS, lambda _: None, skipped=partial(Run._keep_skipped, run)
-    )
-
-    async def publish(version: int) -> ParityReport:
-        return ParityReport(0.0, 0.0, 0.0, 0.0)
-
-    controller._publisher.publish = publish
-    return config, controller
+    record_skipped = partial(write_skipped, config.run.path / "skipped", said.append)
+    return config, loop_over(services, config, record_skipped=record_skipped)
 
 
 def with_nan(rank: int, steps: int) -> StepReport:
@@ -105,15 +89,15 @@ def with_nan(rank: int, steps: int) -> StepReport:
 
 async def test_too_many_steps_with_nan_in_a_row_end_the_run_and_their_samples_are_kept(tmp_path: Path) -> None:
     said = list[str]()
-    config, controller = controller_of(Skips(with_nan), tmp_path, said)
-    await controller.begin(0)
+    config, loop = loop_of(Skips(with_nan), tmp_path, said)
+    await loop.begin(0)
     for step in range(2):
-        assert (await controller.step(step)).version == step + 1
+        assert (await loop.step(step)).version == step + 1
     with pytest.raises(
         RunError, match=r"NaN or infinite for 3 steps in a row \(learner.max_skipped_steps is 2\).* s3 "
     ):
-        await controller.step(2)
-    await controller.close()
+        await loop.step(2)
+    await loop.close()
     for number in (1, 2, 3):
         path = config.run.path / f"skipped/step-{number:06d}.jsonl"
         assert [json.loads(line)["sample_id"] for line in path.read_text().splitlines()] == [f"s{number}"]
@@ -122,13 +106,13 @@ async def test_too_many_steps_with_nan_in_a_row_end_the_run_and_their_samples_ar
 
 
 async def test_where_only_the_gradient_is_nan_every_sample_of_the_step_is_named(tmp_path: Path) -> None:
-    config, controller = controller_of(Skips(lambda rank, steps: StepReport(steps, False, steps, {})), tmp_path, [])
-    await controller.begin(0)
-    trained = (await controller.step(0)).trained
-    await controller.step(1)
+    config, loop = loop_of(Skips(lambda rank, steps: StepReport(steps, False, steps, {})), tmp_path, [])
+    await loop.begin(0)
+    trained = (await loop.step(0)).trained
+    await loop.step(1)
     with pytest.raises(RunError, match="samples of the last one: none by itself"):
-        await controller.step(2)
-    await controller.close()
+        await loop.step(2)
+    await loop.close()
     lines = (config.run.path / "skipped/step-000001.jsonl").read_text().splitlines()
     assert tuple(json.loads(line)["sample_id"] for line in lines) == trained
     assert all("the loss of no sample was" in line for line in lines)
@@ -143,13 +127,13 @@ async def test_steps_that_count_no_token_end_the_run_by_their_own_name(
     def report(rank: int, steps: int) -> StepReport:
         return StepReport(steps, False, 2, {}, uncounted=why, uncounted_in_a_row=steps)
 
-    config, controller = controller_of(Skips(report), tmp_path, said)
-    await controller.begin(0)
-    await controller.step(0)
-    await controller.step(1)
-    with pytest.raises(RunError, match=f"{why}, and so it was for 3 steps in a row"):
-        await controller.step(2)
-    await controller.close()
+    config, loop = loop_of(Skips(report), tmp_path, said)
+    await loop.begin(0)
+    await loop.step(0)
+    await loop.step(1)
+    with pytest.raises(RunError, match=f"{why}, for 3 steps in a row"):
+        await loop.step(2)
+    await loop.close()
     assert said == []
     assert not (config.run.path / "skipped").exists()
     assert [record.getMessage() for record in caplog.records] == [f"step {n} was skipped, {why}" for n in (1, 2, 3)]
@@ -165,18 +149,13 @@ async def test_more_answers_without_a_score_than_allowed_end_the_run_with_the_re
     services = TakesTurns()
     source = SampleSource(config, ROWS)
     services.unscored = {source[number].sample_id for number in range(unscored)}
-    controller = TrainingLoop(config, cast(Services, services), ROWS, lambda _: None)
-
-    async def publish(version: int) -> ParityReport:
-        return ParityReport(0.0, 0.0, 0.0, 0.0)
-
-    controller._publisher.publish = publish
-    await controller.begin(0)
+    loop = loop_over(services, config)
+    await loop.begin(0)
     if ends:
         with pytest.raises(RunError, match=r"2 of 4 answers could not be scored, more than .* allows \(0.25\).*: no"):
-            await controller.step(0)
+            await loop.step(0)
     else:
-        outcome = await controller.step(0)
+        outcome = await loop.step(0)
         assert (len(outcome.trained), len(outcome.failed)) == (3, 1)
         assert outcome.metrics["teacher/failed"] == 1
-    await controller.close()
+    await loop.close()

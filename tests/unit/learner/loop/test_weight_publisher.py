@@ -65,7 +65,7 @@ async def test_a_teacher_with_half_of_an_update_sends_the_run_back() -> None:
 
 async def test_a_replacement_that_gets_ready_while_others_are_measured_waits_for_the_next_sync() -> None:
     member, first, late = (Worker(number, number, None) for number in range(3))
-    pool = SimpleNamespace(members=[member], ready=[first], losses=0, admit=lambda worker: pool.ready.remove(worker))
+    pool = SimpleNamespace(members=[member], ready=[first], failures=0, admit=lambda worker: pool.ready.remove(worker))
     sequences = [np.zeros(4, np.float32)]
 
     async def probe_engines(workers: list[Worker], probe: Any) -> list[Any]:
