@@ -60,6 +60,14 @@ class Control:
         self.broadcast(data, label)
         return bytes(data.numpy())
 
+    def broadcast_int(self, value: int, label: str) -> int:
+        """Return the sender's `value` on every member; receivers pass any."""
+        import torch
+
+        number = torch.tensor([value])
+        self.broadcast(number, label)
+        return int(number)
+
     def allreduce_min(self, value: int, label: str) -> int:
         """Return the smallest `value` of all members on every member."""
         import torch

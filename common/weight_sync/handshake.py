@@ -16,8 +16,6 @@ REFUSED, WHOLE, DELTA = range(3)
 buckets. DELTA: it also holds the sender's `base` and takes deltas."""
 
 NO_VERSION = -1
-LENGTH_BYTES = 8
-"""Size of a delta's length, little-endian. Length 0: the bucket is sent whole."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from common.weight_sync.file_store import FileReceiver, session_name
 from common.weight_sync.handshake import (
     DELTA,
     HANDSHAKE_BYTES,
-    LENGTH_BYTES,
     REFUSED,
     WHOLE,
     Handshake,
@@ -132,10 +131,9 @@ class GroupReceiver:
 
     def _receive_delta(self, data: Tensor, bucket: tuple[TensorSpec, ...], label: str) -> bool:
         """Apply a delta to `data` in place; False if this or another receiver now differs from the sender."""
-        message = self._group.control.broadcast_bytes(bytes(LENGTH_BYTES), f"the length of {label}")
-        length = int.from_bytes(message, "little")
+        length = self._group.control.broadcast_int(0, f"the length of {label}")
         if not length:
-            return False  # the sender found no shorter delta
+            return False  # a delta would not be shorter: the bucket comes whole
         patch = self._buffer(length)
         self._group.transport.broadcast(patch, f"the delta of {label}")
         with suppress(delta.DeltaError):  # leaves `data` partly changed: its checksum then differs

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 POLL_S = 0.0005
-LENGTH_BYTES = 8
 
 
 class Transport(Protocol):
@@ -170,13 +169,12 @@ class IpcTransport:
                 torch.cuda.current_stream().synchronize()
                 # torch counts one reader per export, so every receiver gets its own.
                 message = encode_handles(self._uuid, [export(data) for _ in range(self._control.receivers)])
-                self._control.broadcast_bytes(len(message).to_bytes(LENGTH_BYTES, "little"), label)
+                self._control.broadcast_int(len(message), label)
                 self._control.broadcast_bytes(message, label)
                 copied = self._control.allreduce_min(1, label)
                 torch.cuda.ipc_collect()
             else:
-                length = int.from_bytes(self._control.broadcast_bytes(bytes(LENGTH_BYTES), label), "little")
-                message = self._control.broadcast_bytes(bytes(length), label)
+                message = self._control.broadcast_bytes(bytes(self._control.broadcast_int(0, label)), label)
                 copied = self._control.allreduce_min(int(self._copy(message, data)), label)
         if not copied:
             raise SyncError(f"weight sync broke at {label}: `ipc` is for processes that share one GPU, these do not")

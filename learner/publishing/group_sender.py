@@ -11,7 +11,7 @@ from torch import Tensor
 from common.config.model import SyncConfig
 from common.weight_sync import delta
 from common.weight_sync.collective import SENDER, SyncError
-from common.weight_sync.handshake import DELTA, LENGTH_BYTES, REFUSED, Handshake, bucket_label
+from common.weight_sync.handshake import DELTA, REFUSED, Handshake, bucket_label
 from common.weight_sync.manifest import ITEM_BYTES, SyncManifest, TensorSpec
 from common.weight_sync.transports import open_group
 from learner.publishing.packer import BucketPacker, SendReport, copy_bytes
@@ -85,7 +85,7 @@ class GroupSender:
         label = bucket_label(index, bucket)
         patch = delta.encode(self._base[index].numpy(), data.numpy(), ITEM_BYTES[bucket[0].dtype])
         length = 0 if patch is None else len(patch)
-        self._group.control.broadcast_bytes(length.to_bytes(LENGTH_BYTES, "little"), f"the length of {label}")
+        self._group.control.broadcast_int(length, f"the length of {label}")
         if patch is None:
             return self._send_whole(index, bucket, data, digest)
         self._group.transport.broadcast(torch.from_numpy(patch), f"the delta of {label}")
