@@ -11,15 +11,7 @@ from common.weight_sync import delta
 from common.weight_sync.checksum import CHECKSUM_BYTES, checksum
 from common.weight_sync.collective import SyncError
 from common.weight_sync.file_store import FileReceiver, session_name
-from common.weight_sync.handshake import (
-    DELTA,
-    HANDSHAKE_BYTES,
-    REFUSED,
-    WHOLE,
-    Handshake,
-    bucket_label,
-    refusal,
-)
+from common.weight_sync.handshake import DELTA, HANDSHAKE_BYTES, REFUSED, WHOLE, Handshake, bucket_label, refusal
 from common.weight_sync.manifest import ITEM_BYTES, SyncManifest, TensorSpec, bucket_nbytes, split_bucket
 from common.weight_sync.prefetch import prefetch
 from common.weight_sync.transports import WeightGroup, open_group
