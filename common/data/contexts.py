@@ -12,6 +12,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.config.model import ConfigError, ContextConfig
+from common.data.sources import DataError, InvalidJson, json_lines
 
 
 class PoolContext(BaseModel):
@@ -29,27 +30,24 @@ Pool = Sequence[PoolContext]
 def read_pool(path: Path) -> tuple[PoolContext, ...]:
     """Read the contexts of a JSON-lines file, in order. Raises ConfigError with file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"context.pool: cannot read {path}: {why} (`opcd experience select` writes one)") from error
+        records = list(json_lines(path))
+    except DataError as error:
+        raise ConfigError(f"context.pool: {error} (`opcd experience select` writes one)") from error
     pool: dict[str, PoolContext] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for location, record in records:
+        if isinstance(record, InvalidJson):
+            raise ConfigError(f"context.pool: {location}: {record}")
         try:
-            context = PoolContext.model_validate(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"context.pool: {path}:{number}: not JSON: {error}") from error
+            context = PoolContext.model_validate(record)
         except ValidationError as error:
             detail = error.errors()[0]
             column = ".".join(str(part) for part in detail["loc"])
-            raise ConfigError(f"context.pool: {path}:{number}: {column}: {detail['msg']}") from error
+            raise ConfigError(f"context.pool: {location}: {column}: {detail['msg']}") from error
         if context.id in pool:
-            raise ConfigError(f"context.pool: {path}:{number}: id {context.id!r} is used twice")
+            raise ConfigError(f"context.pool: {location}: id {context.id!r} is used twice")
         pool[context.id] = context
     if not pool:
-        raise ConfigError(f"context.pool: {path} holds no context")
+        raise ConfigError(f"context.pool: {path} holds no contexts")
     return tuple(pool.values())
 
 

@@ -33,7 +33,7 @@ def read_records(source: Path) -> Iterator[Record]:
     kind, colon, rest = str(source).partition(":")
     if colon and kind in GENERATORS:
         return GENERATORS[kind](rest)
-    return _parquet(source) if source.suffix == ".parquet" else _json_lines(source)
+    return _parquet(source) if source.suffix == ".parquet" else json_lines(source)
 
 
 def is_file(source: Path) -> bool:
@@ -42,7 +42,8 @@ def is_file(source: Path) -> bool:
     return not (colon and kind in GENERATORS)
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
+def json_lines(path: Path) -> Iterator[Record]:
+    """Yield the lines of a file that are not blank. Raises DataError for an unreadable file."""
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
