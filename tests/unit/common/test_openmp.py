@@ -1,4 +1,4 @@
-"""Waiting of OpenMP threads: what is set, what is left alone, and that it reaches the library."""
+"""Waiting policy of OpenMP threads: defaults, existing settings, effect on the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weight group between threads: what arrives, what is checked before it is believed, who may come and go."""
+"""Weight groups between threads: arrival, checks, lost members, membership changes, deltas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TENSORS = {
 }
 SHORT = SyncConfig(timeout_s=2.0)
 PATIENT = SyncConfig(timeout_s=60.0)
-"""For tests in which an error must come long before the time is over."""
+"""For tests in which an error must come long before the timeout."""
 
 
 def exchange(
@@ -80,7 +80,7 @@ def test_weights_that_do_not_fit_the_manifest_are_not_sent() -> None:
     sent, received = exchange(manifest_of(TENSORS), manifest_of(TENSORS), tensors=swapped)
     assert "the learner's next weight is" in str(sent)
     assert "weight sync broke at bucket 0 (a)" in str(received)
-    assert time.monotonic() - started < 30  # the receiver heard of it, it did not wait for its time to be over
+    assert time.monotonic() - started < 30  # the receiver failed at once, before its timeout
 
 
 def test_weights_beyond_the_manifest_are_an_error() -> None:
@@ -144,7 +144,7 @@ def test_one_leaves_another_joins_and_all_have_the_current_version(deltas: bool)
     sender, receivers = open_all(sync, 3)  # the one that stays, and two new ones
     report, *got = sync_once(sender, receivers, plan, iter(now.items()))
     assert all(same(one, now) for one in got)
-    assert report.bytes == report.weight_bytes  # whole: nobody holds a base in the new group
+    assert report.bytes == report.weight_bytes  # whole: no receiver holds a base in the new group
 
 
 def test_after_leaving_nothing_can_be_sent_or_received() -> None:

@@ -1,4 +1,4 @@
-"""A partitioned learner as actors publishes to a real receiver: whole weights, and no rank is lost with a sync."""
+"""A partitioned learner of Ray actors publishes to a real receiver; a failed sync leaves the ranks in step."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from tests.support.weight_groups import same
 __all__ = ["cluster"]  # a fixture
 
 SOON_S = 60
-"""Far below the time after which ranks that wait for each other give up."""
+"""Far below the timeout of ranks that wait for each other."""
 
 
 @dataclass
 class Partitioned:
-    """Two ranks at stage 3, in actors of their own."""
+    """Two ranks at ZeRO stage 3, one actor each."""
 
     config: Config
     actors: list[Any]
     plan: SyncManifest
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """What each rank returned, or the error that it raised."""
+        """Return value or error of each rank."""
 
         def result(ref: Any) -> Any:
             try:
@@ -54,18 +54,18 @@ class Partitioned:
         return self.call("finish_step", *totals(scored))
 
     def publish(self, receive: Callable[[Receiver], Any]) -> tuple[list[Any], Any]:
-        """One sync in a new group: (what the ranks said, what `receive` made of its end)."""
+        """One sync in a new group: (results of the ranks, result or SyncError of `receive`)."""
         host, port = ray.get(self.actors[0].address.remote())
         with ThreadPoolExecutor(1) as pool:
             joining = pool.submit(open_receiver, self.config.sync, host, port, 1, 2, "cpu")
             assert self.call("open_sync", host, port, 2) == [None, None]
             receiver = joining.result()
             received = pool.submit(receive, receiver)
-            said = self.call("publish")
+            results = self.call("publish")
             try:
-                return said, received.result()
+                return results, received.result()
             except SyncError as error:
-                return said, error
+                return results, error
             finally:
                 receiver.close()
 

@@ -55,7 +55,7 @@ def test_logprobs_equal_plain_transformers(one: Ranks, two: Ranks, tiny_model: P
 
 
 def export(rank: int, config: Config, scored: list[ScoredTrajectory], folder: str) -> dict[str, Any]:
-    """Train one step, save; what `named_weights` and `weight_specs` say, in their order."""
+    """Train one step, save; results of `named_weights` and `weight_specs` in their order."""
     from learner.trainer.engine import LearnerEngine
 
     engine = LearnerEngine(config)
@@ -98,7 +98,7 @@ def test_saved_weights_open_and_equal_the_published_ones(
 
 
 def whole_at_a_time(rank: int, config: Config) -> tuple[int, int, int]:
-    """Bytes of parameters that are whole on this rank: before publishing, at most while its weights are read, after."""
+    """Bytes of gathered parameters on this rank: before publishing, the maximum during it, after."""
     from learner.trainer.engine import LearnerEngine
 
     engine = LearnerEngine(config)
@@ -108,18 +108,18 @@ def whole_at_a_time(rank: int, config: Config) -> tuple[int, int, int]:
         return sum(parameter.numel() * parameter.itemsize for parameter in parameters)  # partitioned ones have none
 
     before = whole()
-    most = max(whole() for _ in engine.named_weights())
-    return before, most, whole()
+    peak = max(whole() for _ in engine.named_weights())
+    return before, peak, whole()
 
 
 def test_publishing_a_partitioned_model_gathers_no_more_than_a_bucket(two: Ranks, tiny_model: Path) -> None:
     bucket_bytes, embedding_bytes = 40_000, 512 * 64 * 4
     config = smooth_config(tiny_model, 3, sync={"bucket_bytes": bucket_bytes})
-    for before, most, after in two.call(whole_at_a_time, config):
-        assert before < most <= before + max(bucket_bytes, embedding_bytes)
+    for before, peak, after in two.call(whole_at_a_time, config):
+        assert before < peak <= before + max(bucket_bytes, embedding_bytes)
         assert after == before
     total = sum(tensor.nbytes for tensor in weights_of(tiny_model).values())
-    assert most < total / 2  # the bound is one
+    assert peak < total / 2  # the bound is one
 
 
 def test_a_save_replaces_the_folder_as_a_whole(one: Ranks, tiny_model: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_save_replaces_the_folder_as_a_whole(one: Ranks, tiny_model: Path, tmp
 
 
 def continued(rank: int, config: Config, cuts: Sequence[Cut], folder: str | None) -> dict[str, Tensor]:
-    """Four steps; with a `folder`, by two engines: the second starts from what the first left after two."""
+    """Run four steps; with a `folder`, a second engine resumes the state that the first saved after two."""
     from learner.trainer.engine import LearnerEngine
 
     engine = LearnerEngine(config)

@@ -1,4 +1,4 @@
-"""Where numbers go beside metrics.jsonl: a Prometheus that is scraped for real, trackers as far as their calls go."""
+"""Sinks: a Prometheus page that is really scraped, and the calls to trackers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ opcd_teacher_queued_tokens 7.0
 """
 
     def silent() -> str:
-        raise OSError("nobody answers")
+        raise OSError("no answer")
 
     sink = PrometheusSink("r", "127.0.0.1", 0)
     try:
@@ -150,7 +150,7 @@ def test_what_was_opened_is_closed_when_the_next_cannot_be(tmp_path: Path, monke
 
 
 class FakeWandb(ModuleType):
-    """As much of wandb as is called; a run it starts has the id it was given, or ``new``."""
+    """The part of wandb that is called; a run has the id it was given, or ``new``."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -187,7 +187,7 @@ def test_wandb_gets_each_step_and_a_resumed_run_is_the_same_one(
 
 
 class FakeMlflow(ModuleType):
-    """As much of mlflow as is called."""
+    """The part of mlflow that is called."""
 
     class Refused(Exception):
         """Stands for MlflowException."""
