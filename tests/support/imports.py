@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,11 @@ class Import:
     line: int
     module: str
     at_module_level: bool
+
+    @property
+    def importer(self) -> str:
+        """The module that imports."""
+        return module_name(self.file)
 
     @property
     def package(self) -> str:
@@ -71,9 +76,20 @@ def _base(statement: ast.ImportFrom, file: str) -> str:
     return ".".join([*above, *([statement.module] if statement.module else [])])
 
 
-def all_imports() -> list[Import]:
+def module_name(file: str) -> str:
+    """``learner.loop.run`` for ``learner/loop/run.py``, ``learner.loop`` for its ``__init__.py``."""
+    return file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def modules_of(package: str) -> list[str]:
+    """Every module of a package, the package itself included."""
+    return [module_name(path.relative_to(ROOT).as_posix()) for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def all_imports(packages: Sequence[str] = PACKAGES) -> list[Import]:
+    """Every import statement of the packages."""
     found: list[Import] = []
-    for package in PACKAGES:
+    for package in packages:
         for path in sorted((ROOT / package).rglob("*.py")):
             found += imports_of(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
     return found
