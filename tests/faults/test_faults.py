@@ -132,7 +132,8 @@ def test_a_worker_joins_at_a_step_boundary_and_leaves_at_another(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["rollout/workers"] for line in lines if "rollout/workers" in line] == [1, 2, 1]
     assert not any(line.get("rollout/restarts") for line in lines)
-    tracks = {str(event["args"].get("name")) for event in read_trace(run / "trace.json")}
+    events = read_trace(run / "trace.json")
+    tracks = {event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert {"worker 0", "worker 1"} <= tracks
     assert_every_sample_once(run)
     assert weights_of(run) == undisturbed
