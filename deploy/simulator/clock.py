@@ -1,4 +1,4 @@
-"""Time in a simulation: of a stage whose cores others may share, and of a worker whose answers slow each other down."""
+"""Clocks of a simulation: a stage that shares cores with others, a worker whose answers slow each other down."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class StageClock:
-    """Seconds of work that one kind of stage has behind it, had it been at work all the time, and what is due when.
+    """Event queue of one kind of stage. `now` counts seconds of undisturbed work.
 
-    It is slow by the caller's `slowness`, seconds a second of work.
+    The caller's `slowness` is the number of real seconds that one such second takes.
     """
 
     def __init__(self) -> None:
@@ -21,29 +21,29 @@ class StageClock:
         self._due: list[tuple[float, int, Callable[[], None]]] = []
 
     def at(self, when: float, order: int, happen: Callable[[], None]) -> None:
-        """Have `happen` called when the clock is at `when`; of several at once the lowest `order` first."""
+        """Schedule `happen` for `when`; the lowest `order` comes first among events of the same time."""
         heapq.heappush(self._due, (when, order, happen))
 
     def next(self, slowness: float) -> tuple[float, int]:
-        """(seconds until something is due if nothing changes, its order)."""
+        """(real seconds until the next event at this slowness, its order)."""
         if not self._due:
             return math.inf, 0
         when, order, _ = self._due[0]
         return max(0.0, when - self.now) * slowness, order
 
-    def go_on(self, seconds: float, slowness: float) -> None:
-        """So much time passes."""
+    def advance(self, seconds: float, slowness: float) -> None:
+        """Let real `seconds` pass."""
         self.now += seconds / slowness
 
     def pop(self) -> Callable[[], None]:
-        """What is due, taken out."""
+        """Remove and return the next event."""
         when, _, happen = heapq.heappop(self._due)
-        self.now = max(self.now, when)  # rounding must not leave a rest
+        self.now = max(self.now, when)  # rounding must not leave a remainder
         return happen
 
 
 class WorkerClock(Generic[T]):
-    """Answers in flight, each ahead by the same share of its own speed: ``1 / (1 + contention · (n - 1))`` of n.
+    """Answers in flight on one worker; n of them run at ``1 / (1 + contention · (n - 1))`` of the speed of one alone.
 
     Times are those of the rollouts' `StageClock`.
     """
@@ -52,41 +52,41 @@ class WorkerClock(Generic[T]):
         self._contention = contention
         self._done_at: list[tuple[float, int, T]] = []
         self._worked = 0.0
-        """Seconds of its own that an answer in flight all the time would have behind it."""
+        """Progress, in seconds alone, of an answer in flight all the time."""
         self._now = 0.0
         self._stopped = False
         self._order = 0
 
     def add(self, now: float, alone_s: float, sample: T) -> None:
-        """`sample` begins; by itself it would take `alone_s`."""
-        self._go_on(now)
+        """Start `sample`, which takes `alone_s` on an idle worker."""
+        self._advance(now)
         self._order += 1
         heapq.heappush(self._done_at, (self._worked + alone_s, self._order, sample))
 
     def stop(self, now: float) -> None:
-        """All stand still."""
-        self._go_on(now)
+        """Pause all answers."""
+        self._advance(now)
         self._stopped = True
 
     def resume(self, now: float) -> None:
-        """All go on."""
-        self._go_on(now)
+        """Resume all answers."""
+        self._advance(now)
         self._stopped = False
 
     def next_end(self) -> float:
-        """When the next answer ends if nothing changes."""
+        """Time at which the next answer ends if no other event comes first."""
         if self._stopped or not self._done_at:
             return math.inf
         return self._now + max(0.0, self._done_at[0][0] - self._worked) * self._slowness()
 
     def pop(self, now: float) -> T:
-        """The answer that ends now."""
-        self._go_on(now)
+        """Remove and return the answer that ends now."""
+        self._advance(now)
         worked, _, sample = heapq.heappop(self._done_at)
-        self._worked = worked  # rounding must not leave a rest
+        self._worked = worked  # rounding must not leave a remainder
         return sample
 
-    def _go_on(self, now: float) -> None:
+    def _advance(self, now: float) -> None:
         if self._done_at and not self._stopped:
             self._worked += (now - self._now) / self._slowness()
         self._now = now

@@ -1,6 +1,6 @@
-"""What to simulate: a run's configuration or a ``simulation:`` file, measurements of a run, and what is asked instead.
+"""Loads a simulation from a measured run, a ``simulation:`` file or a run's configuration, and overrides.
 
-Later ones win: the measured run, then the file, then ``key=value``.
+Later sources win: the measured run, then the file, then ``key=value``.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ SECTION = "simulation"
 
 
 def load_simulation(path: str | Path, overrides: Sequence[str] = (), measured_run: Path | None = None) -> Fit:
-    """The simulation that `path` asks for, and notes on what was assumed.
+    """Load the simulation of `path`, with notes on assumptions.
 
-    `path` is a file with the one section ``simulation:``, or a run's configuration, which says how many of what there
-    are and leaves to `measured_run` how fast they are. Overrides are ``simulation.KEY=VALUE``, or keys of the run's
-    configuration. Raises ConfigError.
+    `path` is a file with the section ``simulation:``, or a run's configuration: that gives the sizes, and
+    `measured_run` gives the speeds. Overrides are ``simulation.KEY=VALUE``, or keys of the run's configuration.
+    Raises ConfigError.
     """
     own = [override for override in overrides if override.startswith(f"{SECTION}.")]
     others = [override for override in overrides if override not in own]
     asked = read_tree(path, own)
     simulation = asked.pop(SECTION, {})
     if not isinstance(simulation, dict):
-        raise ConfigError(f"{path}: {SECTION} is a value, not a section")
+        raise ConfigError(f"{path}: {SECTION} must be a section, not a value")
     base: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
     if measured_run is not None:
@@ -43,14 +43,13 @@ def load_simulation(path: str | Path, overrides: Sequence[str] = (), measured_ru
             notes += more
     elif asked or others:
         raise ConfigError(
-            f"{path} says how many of what there are, not how fast they are: name a run to take that from (--from), or "
-            f"a file with the section `{SECTION}:` instead"
+            f"{path} gives sizes but no speeds: name a measured run (--from), or a file with the section `{SECTION}:`"
         )
     return Fit(validate(SimulationConfig, _merged(base, simulation)), notes)
 
 
 def _with_sizes_of(config: Config, run: Measured, base: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """`base` with the sizes of `config`, and what had to be assumed."""
+    """`base` with the sizes of `config`, and notes on assumptions."""
     rollout, learner = config.rollout, config.learner
     change: dict[str, Any] = {
         **sizes(config),
@@ -70,20 +69,20 @@ def _with_sizes_of(config: Config, run: Measured, base: dict[str, Any]) -> tuple
     if before != after:
         change["rollout"]["answer_tokens"] = spread_of(_other_limit(run, before, after)).model_dump()
         notes = (
-            f"rollout.max_tokens was {before} in the measured run: answers that ended there are taken {after} long, "
-            "others as long as they were, if that is not longer",
+            f"rollout.max_tokens was {before} in the measured run and is {after} now: answers of {before} tokens are "
+            f"assumed to have {after}, other answers keep their length, cut at {after}",
         )
     return _merged(base, change), notes
 
 
 def _other_limit(run: Measured, before: int, after: int) -> list[int]:
-    """Lengths of the run's answers if they might have been `after` tokens long instead of `before`."""
+    """Lengths of the run's answers under a limit of `after` tokens instead of `before`."""
     lengths = [answer.response_tokens for answer in run.answers]
     return [after if tokens == before else min(tokens, after) for tokens in lengths]
 
 
 def _merged(tree: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`tree` with the values of `change`, section by section; a distribution of another kind replaces the whole."""
+    """Merge `change` into `tree` by section; a distribution of another kind replaces the whole section."""
     merged = dict(tree)
     for key, value in change.items():
         before = merged.get(key)

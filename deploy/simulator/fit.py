@@ -1,6 +1,6 @@
-"""How fast the parts of a run were, from what it left behind.
+"""Fits the speeds of a simulation to the files of a measured run.
 
-Each part is fitted with the simulator's own model of it, so a simulated run gives back what it was made of.
+Each part is fitted with the simulator's own model of it, so fitting a simulated run recovers its configuration.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from deploy.simulator.config import (
     SimulationConfig,
     Spread,
 )
-from deploy.simulator.run import F64, Measured, by_own_clocks, measured
+from deploy.simulator.run import F64, Measured, measured, without_interference
 
 SHAPE_POINTS = 64
-"""Values that an observed distribution is kept as, at most."""
+"""Maximum number of values of an observed distribution."""
 
-FLAT = 0.02
-"""Relative difference in how well two contentions explain the answers below which they explain them equally well."""
+MIN_IMPROVEMENT = 0.02
+"""Relative fit errors that differ by less count as equal, so the parameter cannot be determined."""
 
 CONTENTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
-"""That are tried for each interference."""
+"""Values tried for each interference."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A simulation like the measured run, and what could not be told from it."""
+    """A simulation like the measured run, and notes on parameters that the run does not determine."""
 
     simulation: SimulationConfig
     notes: tuple[str, ...]
 
 
 def fit(folder: Path) -> Fit:
-    """The simulation of the run in `folder`. Raises ConfigError where it left nothing to fit."""
+    """Fit the run in `folder`. Raises ConfigError if its files hold nothing to fit."""
     return fitted(measured(folder))
 
 
 def fitted(run: Measured) -> Fit:
-    """The simulation of a measured run."""
+    """Fit a measured run."""
     config, notes = run.config, []
     interference = _interference(run)
-    run = by_own_clocks(run, interference)
-    token_s, contention, answer_s, varied = _rollout(run)
-    if not varied:
+    run = without_interference(run, interference)
+    token_s, contention, answer_s, determined = _rollout(run)
+    if not determined:
         notes.append(
-            "every answer had as many others beside it as any other: how they slow each other down could not be told, "
-            "and rollout.token_s is what it was in that company"
+            "all answers had equally many others in flight, so rollout.contention could not be determined: it is 0 and "
+            "rollout.token_s is the time at that number in flight"
         )
     tokens = np.array([answer.response_tokens for answer in run.answers], np.float64)
     rate, request_s = _teacher(run)
@@ -93,7 +93,7 @@ def fitted(run: Measured) -> Fit:
 
 
 def sizes(config: Config) -> dict[str, int]:
-    """What a run's configuration says of the simulation's top level."""
+    """The top-level keys of a simulation from a run's configuration."""
     return {
         "steps": config.learner.steps,
         "samples_per_step": config.rollout.batch_size * config.rollout.samples_per_prompt,
@@ -105,109 +105,106 @@ def sizes(config: Config) -> dict[str, int]:
 
 
 def _interference(run: Measured) -> float:
-    """What explains best how long answers and micro-batches took, of those that others were beside and of the rest;
-    0 where it makes no difference.
+    """The interference that best explains the durations of answers and micro-batches with and without other stages at
+    work; 0 if it makes no difference.
     """
 
-    def misfit(interference: float) -> float:
-        own = by_own_clocks(run, interference)
-        tokens, seconds = _micro_batches(own)
-        batch_s, token_s = _line(tokens, seconds)
-        learner = float(np.sqrt(np.mean((seconds - batch_s - token_s * tokens) ** 2)) / np.mean(seconds))
-        crowded = _Crowds(own)
-        return learner + min(crowded.misfit(float(contention)) for contention in CONTENTIONS)
+    def error(interference: float) -> float:
+        undisturbed = without_interference(run, interference)
+        rollout = _RolloutFit(undisturbed)
+        return _line_error(*_micro_batches(undisturbed)) + min(map(rollout.error, CONTENTIONS))
 
     grid = np.linspace(0.0, 1.0, 21)
-    values = np.array([misfit(float(point)) for point in grid])
+    values = np.array([error(float(point)) for point in grid])
     best = int(np.argmin(values))
-    return float(grid[best]) if values[0] - values[best] > FLAT else 0.0
+    return float(grid[best]) if values[0] - values[best] > MIN_IMPROVEMENT else 0.0
 
 
 def _rollout(run: Measured) -> tuple[Spread, float, float, bool]:
-    """(seconds a token of an answer alone, contention, seconds an answer, whether contention could be told).
+    """(token_s, contention, answer_s, True if the run determines the contention).
 
-    For a given contention, the time each answer had the worker to itself follows from who was beside it when, and is
-    answer_s + tokens · token_s. The contention is the one at which that fits best.
+    For a given contention, the answers in flight over time give the time that each answer would take on an idle worker.
+    The model of that time is answer_s + tokens · token_s; the contention is the value at which it fits best.
     """
-    crowds = _Crowds(run)
-    contention, varied = _lowest(crowds.misfit, 0.0, 1.0)
-    if not varied:
+    rollout = _RolloutFit(run)
+    contention, determined = _minimum(rollout.error, 0.0, 1.0)
+    if not determined:
         contention = 0.0
-    own = crowds.alone(contention)
-    answer_s, token_s = _line(crowds.tokens, own)
-    ratios = own / (answer_s + crowds.tokens * token_s)
-    return spread_of(ratios, token_s), contention, answer_s, varied
+    alone_s = rollout.alone_s(contention)
+    answer_s, token_s = _line(rollout.tokens, alone_s)
+    ratios = alone_s / (answer_s + rollout.tokens * token_s)
+    return spread_of(ratios, token_s), contention, answer_s, determined
 
 
-class _Crowds:
-    """The answers to fit and who was beside each in its worker."""
+class _RolloutFit:
+    """The answers to fit, and the number in flight on each worker over time."""
 
     def __init__(self, run: Measured) -> None:
-        workers = {answer.worker for answer in run.everyone}
+        workers = {answer.worker for answer in run.all_answers}
         self._answers = run.answers
-        self._of = {w: _Crowd([a.rollout for a in run.everyone if a.worker == w], run.syncs) for w in workers}
+        self._loads = {
+            w: _WorkerLoad([a.rollout for a in run.all_answers if a.worker == w], run.syncs) for w in workers
+        }
         self.tokens = np.array([answer.response_tokens for answer in run.answers], np.float64)
 
-    def alone(self, contention: float) -> F64:
-        """Seconds that each answer had its worker to itself."""
-        clocks = {worker: crowd.clock(contention) for worker, crowd in self._of.items()}
+    def alone_s(self, contention: float) -> F64:
+        """Seconds that each answer would take on an idle worker."""
+        clocks = {worker: load.clock(contention) for worker, load in self._loads.items()}
         return np.array([np.diff(clocks[answer.worker](answer.rollout))[0] for answer in self._answers])
 
-    def misfit(self, contention: float) -> float:
-        """How far the answers are from answer_s + tokens · token_s, over what they took."""
-        own = self.alone(contention)
-        answer_s, token_s = _line(self.tokens, own)
-        return float(np.sqrt(np.mean((own - answer_s - token_s * self.tokens) ** 2)) / np.mean(own))
+    def error(self, contention: float) -> float:
+        """Relative error of the best answer_s + tokens · token_s."""
+        return _line_error(self.tokens, self.alone_s(contention))
 
 
-class _Crowd:
-    """Answers of one worker: how many were in flight when."""
+class _WorkerLoad:
+    """Number of answers in flight on one worker over time."""
 
-    def __init__(self, rollouts: Sequence[Interval], stopped: Sequence[Interval]) -> None:
+    def __init__(self, rollouts: Sequence[Interval], syncs: Sequence[Interval]) -> None:
         starts, ends = np.array(rollouts, np.float64).T
-        halts = np.array(stopped, np.float64).reshape(-1, 2)
-        self._times = np.unique(np.concatenate([starts, ends, halts.ravel()]))
+        pauses = np.array(syncs, np.float64).reshape(-1, 2)
+        self._times = np.unique(np.concatenate([starts, ends, pauses.ravel()]))
         middle = (self._times[1:] + self._times[:-1]) / 2
         started = np.searchsorted(np.sort(starts), middle, "right")
         ended = np.searchsorted(np.sort(ends), middle, "right")
         self._in_flight = started - ended
-        self._going = np.ones(len(middle), bool)
-        for start, end in halts:
-            self._going &= ~((middle > start) & (middle < end))
+        self._running = np.ones(len(middle), bool)
+        for start, end in pauses:
+            self._running &= ~((middle > start) & (middle < end))
 
     def clock(self, contention: float) -> Callable[[Interval], F64]:
-        """Seconds of its own that an answer in flight all the time would have had, by moments."""
+        """Function from moments to the progress, in seconds alone, of an answer in flight all the time."""
         slowness = 1 + contention * np.maximum(self._in_flight - 1, 0)
-        worked = np.concatenate([[0.0], np.cumsum(np.diff(self._times) * self._going / slowness)])
+        worked = np.concatenate([[0.0], np.cumsum(np.diff(self._times) * self._running / slowness)])
         return lambda moments: np.asarray(np.interp(moments, self._times, worked))
 
 
 def _teacher(run: Measured) -> tuple[float, float]:
-    """(tokens a second, seconds a request): arrivals served batch by batch at that rate end when these did."""
-    answers = sorted(run.everyone, key=lambda answer: answer.arrived)
-    fitted_ones = set(run.answers)
-    chosen = np.array([answer in fitted_ones for answer in answers])
+    """(tokens_per_s, request_s) at which the simulator's batches end when the measured ones did."""
+    answers = sorted(run.all_answers, key=lambda answer: answer.arrived)
+    to_fit = set(run.answers)
+    fitted_rows = np.array([answer in to_fit for answer in answers])
     arrivals = np.array([answer.arrived for answer in answers])
     tokens = np.array([answer.prompt_tokens + answer.response_tokens for answer in answers], np.float64)
     ends = np.array([answer.scored for answer in answers])
     settings = run.config.teacher
 
-    def late(log_rate: float) -> F64:
+    def delays(log_rate: float) -> F64:
         rate = float(np.exp(log_rate))
         done = served(arrivals, tokens, rate, settings.batch_tokens, settings.batch_window_ms / 1000)
-        return np.asarray((ends - done)[chosen])
+        return np.asarray((ends - done)[fitted_rows])
 
-    def misfit(log_rate: float) -> float:
-        lateness = late(log_rate)
-        return float(np.sqrt(np.mean((lateness - max(0.0, float(lateness.mean()))) ** 2)))
+    def error(log_rate: float) -> float:
+        late = delays(log_rate)
+        return float(np.sqrt(np.mean((late - max(0.0, float(late.mean()))) ** 2)))
 
     slowest = float(np.log(tokens.sum() / max(1e-6, float(np.sum(ends - arrivals)))))
-    log_rate, _ = _lowest(misfit, slowest, slowest + 12)
-    return float(np.exp(log_rate)), max(0.0, float(late(log_rate).mean()))
+    log_rate, _ = _minimum(error, slowest, slowest + 12)
+    return float(np.exp(log_rate)), max(0.0, float(delays(log_rate).mean()))
 
 
 def served(arrivals: F64, tokens: F64, rate: float, batch_tokens: int, window_s: float) -> F64:
-    """When one replica is done with answers that arrive in this order, in batches of at most `batch_tokens`."""
+    """End times of answers that one replica scores in order of `arrivals`, in batches of up to `batch_tokens`."""
     ends, free, i = np.empty(len(arrivals)), -np.inf, 0
     while i < len(arrivals):
         start, first, total = max(free, arrivals[i] + (0.0 if free > arrivals[i] else window_s)), i, tokens[i]
@@ -221,13 +218,13 @@ def served(arrivals: F64, tokens: F64, rate: float, batch_tokens: int, window_s:
 
 
 def _micro_batches(run: Measured) -> tuple[F64, F64]:
-    """(padded tokens, seconds) of each."""
+    """(padded tokens, seconds) of each micro-batch."""
     tokens, spans = zip(*run.micro_batches, strict=True)
     return np.array(tokens, np.float64), np.diff(np.array(spans, np.float64)).ravel()
 
 
 def _line(x: F64, y: F64) -> tuple[float, float]:
-    """(intercept, slope) of least squares, neither negative; through the origin where `x` does not vary."""
+    """Least-squares (intercept, slope), neither negative; through the origin if `x` does not vary."""
     through_origin = 0.0, max(float(y.sum() / x.sum()), 1e-12)
     if len(x) < 2 or np.ptp(x) == 0:
         return through_origin
@@ -236,20 +233,26 @@ def _line(x: F64, y: F64) -> tuple[float, float]:
     return (intercept, slope) if slope > 0 and intercept >= 0 else through_origin
 
 
-def _lowest(misfit: Callable[[float], float], low: float, high: float) -> tuple[float, bool]:
-    """(where `misfit` is lowest between the bounds, whether it depends on where): a grid, refined around its best."""
+def _line_error(x: F64, y: F64) -> float:
+    """Root mean square error of the best line, relative to the mean of `y`."""
+    intercept, slope = _line(x, y)
+    return float(np.sqrt(np.mean((y - intercept - slope * x) ** 2)) / np.mean(y))
+
+
+def _minimum(error: Callable[[float], float], low: float, high: float) -> tuple[float, bool]:
+    """(minimum of `error` in [low, high], True if `error` varies there), by a grid refined around its best point."""
     grid = np.linspace(low, high, 61)
-    values = np.array([misfit(float(point)) for point in grid])
-    varied = bool(np.ptp(values) > FLAT)
+    values = np.array([error(float(point)) for point in grid])
+    varies = bool(np.ptp(values) > MIN_IMPROVEMENT)
     for _ in range(4):
         best = int(np.argmin(values))
         grid = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 21)
-        values = np.array([misfit(float(point)) for point in grid])
-    return float(grid[int(np.argmin(values))]), varied
+        values = np.array([error(float(point)) for point in grid])
+    return float(grid[int(np.argmin(values))]), varies
 
 
 def spread_of(values: Iterable[float] | F64, scale: float = 1.0) -> Spread:
-    """The distribution of `values` times `scale`: constant where they hardly differ, else as it was seen."""
+    """The distribution of `values` times `scale`: constant if they hardly differ, else observed."""
     found: F64 = np.sort(np.asarray(values, np.float64))
     mean = float(found.mean())
     if found.std() <= 0.01 * mean:

@@ -1,6 +1,6 @@
-"""What a run left behind that a simulation can be fitted to: ``trace.json``, ``metrics.jsonl``, ``config.yaml``.
+"""Measurements of a run for the fit, from ``trace.json``, ``metrics.jsonl`` and ``config.yaml``.
 
-The first step is start-up (caches, compiled kernels, the context) and is left out where there are others.
+The first step includes start-up (caches, compiled kernels, the context). It is left out if the run has others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common.telemetry.trace import Event, read_trace
 F64 = NDArray[np.float64]
 
 FAR = 1e6
-"""Seconds: longer than any piece of work."""
+"""Seconds, longer than any run."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Answer:
     worker: str
     rollout: Interval
     arrived: float
-    """At the teacher: the end of `rollout`, by the teacher's clock."""
+    """Arrival at the teacher: the end of `rollout`, on the teacher's clock."""
     scored: float
     prompt_tokens: int
     response_tokens: int
@@ -40,30 +40,30 @@ class Answer:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run measured. ``micro_batches``: (padded tokens, when). ``busy``: when each kind of stage was at work.
-    ``loop_s``: of each step, nobody at work.
+    """Measurements of one run. `micro_batches`: (padded tokens, span). `busy`: spans of work by kind of stage.
+    `loop_s`: seconds of each step without any stage at work.
     """
 
     config: Config
-    everyone: tuple[Answer, ...]
-    """All answers: who was beside whom, ahead of whom."""
+    all_answers: tuple[Answer, ...]
+    """All finished answers, for the load that they put on workers and teacher."""
     answers: tuple[Answer, ...]
-    """Those to fit: not of the first step, nor beside others that the run ended without."""
+    """Answers to fit: none of the first step, none in flight with answers that the run ended without."""
     micro_batches: tuple[tuple[int, Interval], ...]
     steps: tuple[Interval, ...]
     busy: dict[str, tuple[Interval, ...]]
     syncs: tuple[Interval, ...]
-    """All of them: the engines stood still."""
+    """All weight syncs; the engines are paused during them."""
     sync_s: tuple[float, ...]
     parity_s: tuple[float, ...]
     loop_s: tuple[float, ...]
 
 
 def measured(folder: Path) -> Measured:
-    """Read a run's files. Raises ConfigError for what is missing."""
+    """Read a run's files. Raises ConfigError if one is missing or no step is measured."""
     for name in ("config.yaml", "trace.json", "metrics.jsonl"):
         if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: not a run that can be measured, there is no {name}")
+            raise ConfigError(f"{folder}: cannot be fitted without {name}; name the folder of a finished run")
     config = load_config(folder / "config.yaml")
     events = read_trace(folder / "trace.json")
     tracks = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
@@ -73,10 +73,10 @@ def measured(folder: Path) -> Measured:
     answers = _answers(spans, tracks)
     if not answers or not steps:
         raise ConfigError(
-            f"{folder}: no finished step whose timeline says how many tokens its answers had (response_tokens)"
+            f"{folder}: cannot be fitted: no finished step has answers with response_tokens in trace.json"
         )
     first = min(line["step"] for line in steps)
-    # Beside the answers of the last steps were others that never ended, of which the timeline knows nothing.
+    # Answers of the last steps shared workers with answers that never ended and are not in the timeline.
     known = max(answer.step for answer in answers) - config.rollout.max_staleness
     later = [line for line in steps if line["step"] > first] or steps
 
@@ -90,7 +90,7 @@ def measured(folder: Path) -> Measured:
     return Measured(
         config=config,
         answers=tuple(answer for answer in answers if first <= answer.step <= known) or tuple(answers),
-        everyone=tuple(answers),
+        all_answers=tuple(answers),
         micro_batches=tuple((event["args"]["padded_tokens"], _span(event)) for event in batches),
         steps=tuple(_span(event) for event in closing["step"]),
         busy={
@@ -125,19 +125,17 @@ def _span(event: Event) -> Interval:
     return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
 
 
-# --- whose cores ----------------------------------------------------------------------------------------------------
+# --- interference ---------------------------------------------------------------------------------------------------
 
 
-def by_own_clocks(run: Measured, interference: float) -> Measured:
-    """The run as each kind of stage would have seen it, had it been alone on its cores, `interference` being what each
-    other one costs it.
-    """
+def without_interference(run: Measured, interference: float) -> Measured:
+    """The run with each kind of stage on a clock that removes the slowdown by the other kinds, `interference` each."""
     if interference == 0:
         return run
     clocks = _clocks(run.busy, interference)
-    rollout, teacher, learner = (_spans_by(clocks[kind]) for kind in ("rollout", "teacher", "learner"))
+    rollout, teacher, learner = (_convert_by(clocks[kind]) for kind in ("rollout", "teacher", "learner"))
 
-    def own(answers: Sequence[Answer]) -> tuple[Answer, ...]:
+    def converted(answers: Sequence[Answer]) -> tuple[Answer, ...]:
         at_teacher = teacher([(answer.arrived, answer.scored) for answer in answers])
         spans = rollout([answer.rollout for answer in answers])
         return tuple(
@@ -148,8 +146,8 @@ def by_own_clocks(run: Measured, interference: float) -> Measured:
     sizes, batches = zip(*run.micro_batches, strict=True)
     return replace(
         run,
-        everyone=own(run.everyone),
-        answers=own(run.answers),
+        all_answers=converted(run.all_answers),
+        answers=converted(run.answers),
         micro_batches=tuple(zip(sizes, learner(batches), strict=True)),
         steps=learner(run.steps),
         syncs=rollout(run.syncs),
@@ -157,29 +155,28 @@ def by_own_clocks(run: Measured, interference: float) -> Measured:
 
 
 def _clocks(busy: dict[str, tuple[Interval, ...]], interference: float) -> dict[str, Callable[[F64], F64]]:
-    """Of each kind of stage: the seconds that it would have needed alone, by moments."""
+    """Functions, by kind of stage, from moments to the seconds of undisturbed work until then."""
     times = np.unique(np.concatenate([np.ravel(spans) for spans in busy.values() if spans]))
     middle = (times[1:] + times[:-1]) / 2
     at_work = {}
     for kind, spans in busy.items():
         starts, ends = np.array(spans, np.float64).reshape(-1, 2).T
         at_work[kind] = np.searchsorted(np.sort(starts), middle) > np.searchsorted(np.sort(ends), middle)
-    everybody = np.sum(list(at_work.values()), axis=0)
+    active = np.sum(list(at_work.values()), axis=0)
 
     def clock(kind: str) -> Callable[[F64], F64]:
-        slowness = 1 + interference * (everybody - at_work[kind])
+        slowness = 1 + interference * (active - at_work[kind])
         worked = times[0] + np.concatenate([[0.0], np.cumsum(np.diff(times) / slowness)])
-        # Before the first and after the last of them nobody was in the way.
-        ahead, behind = [times[0] - FAR, worked[0] - FAR], [times[-1] + FAR, worked[-1] + FAR]
-        known = np.concatenate([ahead[:1], times, behind[:1]])
-        own = np.concatenate([ahead[1:], worked, behind[1:]])
-        return lambda moments: np.asarray(np.interp(moments, known, own))
+        # No interference before the first span and after the last.
+        known = np.concatenate([[times[0] - FAR], times, [times[-1] + FAR]])
+        undisturbed = np.concatenate([[worked[0] - FAR], worked, [worked[-1] + FAR]])
+        return lambda moments: np.asarray(np.interp(moments, known, undisturbed))
 
     return {kind: clock(kind) for kind in busy}
 
 
-def _spans_by(clock: Callable[[F64], F64]) -> Callable[[Sequence[Interval]], tuple[Interval, ...]]:
-    def own(spans: Sequence[Interval]) -> tuple[Interval, ...]:
+def _convert_by(clock: Callable[[F64], F64]) -> Callable[[Sequence[Interval]], tuple[Interval, ...]]:
+    def convert(spans: Sequence[Interval]) -> tuple[Interval, ...]:
         return tuple((float(start), float(end)) for start, end in clock(np.array(spans, np.float64).reshape(-1, 2)))
 
-    return own
+    return convert

@@ -1,13 +1,13 @@
-"""A run as a discrete-event simulation: the loop's own rules over stages that take time and compute nothing.
+"""Discrete-event simulation of a run: the loop's own rules over stages that take time and compute nothing.
 
 ::
 
     issue ─► queue ─► rollout ─► queue ─► score ─► micro-batch ─► accumulate ─► step ─► sync ─► parity
              (slots)             (replicas)        (fills up)     (ranks)
 
-Which samples run ahead, which worker takes them and how micro-batches fill are decided by the very classes that a run
-uses (`StalenessTracker`, `Dispatch`, `MicroBatcher`). Everything random is drawn by sample number, so two
-configurations that differ in machines alone are compared on the same answers.
+The classes of a real run decide which samples run ahead (`StalenessTracker`), which worker takes a sample (`Dispatch`)
+and how micro-batches fill (`MicroBatcher`). Random values are drawn by sample number, so two configurations that
+differ only in machines are compared on the same answers.
 """
 
 from __future__ import annotations
@@ -15,73 +15,27 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from common.telemetry.intervals import Interval
-from common.telemetry.step_times import QUEUE, StepTimes, step_times, total_times
+from common.telemetry.step_times import QUEUE, step_times
 from common.telemetry.trace import TraceSpan
 from deploy.simulator.clock import StageClock, WorkerClock
-from deploy.simulator.config import SimulationConfig, Spread
+from deploy.simulator.config import SimulationConfig
+from deploy.simulator.result import STAGES, Simulation, queue_depth
 from learner.loop.micro_batcher import MicroBatcher
 from learner.loop.staleness import StalenessTracker, Verdict
 from rollout_workers.pool.dispatch import Dispatch
 
-QUEUES = ("rollout", "teacher", "learner")
-"""What a sample can wait for, in its order."""
-
-
-@dataclass(frozen=True, slots=True)
-class QueueDepth:
-    """Samples that wait at a time: the mean over the whole run, and the most."""
-
-    mean: float
-    max: int
-
-
-@dataclass(frozen=True, slots=True)
-class Simulation:
-    """What a simulated run came to. ``steps`` are in order; ``queues`` and ``busy`` by `QUEUES`: how many samples
-    waited, and the share of slots, replicas or ranks that were taken. ``spans`` are the timeline (from time 0), as a
-    real run's.
-    """
-
-    steps: tuple[StepTimes, ...]
-    tokens: int
-    evicted: int
-    queues: dict[str, QueueDepth]
-    busy: dict[str, float]
-    spans: tuple[TraceSpan, ...] = field(repr=False)
-
-    @property
-    def total(self) -> StepTimes:
-        """All steps as one."""
-        return total_times(self.steps)
-
-    @property
-    def step_s(self) -> float:
-        """Mean seconds of a step."""
-        return self.total.total_s / len(self.steps)
-
-    @property
-    def slowest_stage_s(self) -> float:
-        """Mean seconds of a step in which the busiest stage was at work: no overlap gets below."""
-        working = [seconds for stage, seconds in self.total.stage_s.items() if stage != QUEUE]
-        return max(working, default=0.0) / len(self.steps)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Response tokens trained a second."""
-        return self.tokens / self.total.total_s if self.total.total_s else math.inf
-
 
 def simulate(config: SimulationConfig) -> Simulation:
-    """Run `config` to its end."""
+    """Simulate all steps of `config`."""
     run = _Run(config)
-    run.to_the_end()
+    run.run()
     total_s = run.windows[-1][1]
     rollout, teacher, learner = config.rollout, config.teacher, config.learner
     capacity = {
@@ -93,75 +47,48 @@ def simulate(config: SimulationConfig) -> Simulation:
         steps=tuple(step_times(run.spans[step], window) for step, window in enumerate(run.windows)),
         tokens=run.tokens,
         evicted=run.tracker.counts["evicted"],
-        queues={name: queue_depth(run.waits[name], total_s) for name in QUEUES},
-        busy={name: queue_depth(run.busy[name], total_s).mean / capacity[name] for name in QUEUES},
+        queues={name: queue_depth(run.waits[name], total_s) for name in STAGES},
+        busy={name: queue_depth(run.busy[name], total_s).mean / capacity[name] for name in STAGES},
         spans=tuple(span for spans in run.spans for span in spans),
     )
 
 
-def queue_depth(spans: Iterable[Interval], total_s: float) -> QueueDepth:
-    """Mean and largest number of `spans` open at a time in ``[0, total_s]``; one that ends makes room for the next."""
-    inside = [(start, min(end, total_s)) for start, end in spans if start < min(end, total_s)]
-    changes = sorted([(start, 1) for start, _ in inside] + [(end, -1) for _, end in inside])
-    depth = most = 0
-    for _, change in changes:
-        depth += change
-        most = max(most, depth)
-    return QueueDepth(mean=sum(end - start for start, end in inside) / total_s if total_s else 0.0, max=most)
-
-
-def draw(spread: Spread, rng: np.random.Generator) -> float:
-    """One value of `spread`."""
-    if spread.kind == "uniform":
-        return spread.mean * (1 + spread.spread * (2 * rng.random() - 1))
-    if spread.kind == "exponential":
-        return spread.mean * rng.standard_exponential()
-    if spread.kind == "observed":
-        return spread.mean * spread.shape[rng.integers(len(spread.shape))]
-    if spread.kind == "lognormal":
-        variance = math.log1p(spread.spread**2)
-        return spread.mean * math.exp(math.sqrt(variance) * rng.standard_normal() - variance / 2)
-    return spread.mean
-
-
 @dataclass(slots=True)
 class _Sample:
-    """One answer: its size, the seconds it takes a worker of its own, and when it came where."""
+    """One answer. `alone_s`: seconds it takes on an idle worker. `at`: when its current stage or wait began."""
 
     name: str
     step: int
-    """The step that it was issued for."""
     tokens: int
     alone_s: float
     at: float
-    """Since when it is where it is."""
     worker: int = 0
     version: int = 0
     spans: list[TraceSpan] = field(default_factory=list)
 
     def span(self, stage: str, track: str, end: float, **sizes: int) -> None:
-        """It was in `stage` until `end`."""
+        """Record the time in `stage`, from `at` to `end`."""
         self.spans.append(TraceSpan(stage, track, self.at, end, {"sample": f"{self.step}/{self.name}", **sizes}))
         self.at = end
 
 
 class _Run:
-    """The state of a run between two events."""
+    """State of a run between two events."""
 
     def __init__(self, config: SimulationConfig) -> None:
         self.config = config
         self.tracker = StalenessTracker(config.max_staleness, config.samples_per_step)
         self.spans: list[list[TraceSpan]] = [[] for _ in range(config.steps)]
         self.windows: list[Interval] = []
-        self.waits: dict[str, list[Interval]] = {name: [] for name in QUEUES}
-        self.busy: dict[str, list[Interval]] = {name: [] for name in QUEUES}
+        self.waits: dict[str, list[Interval]] = {name: [] for name in STAGES}
+        self.busy: dict[str, list[Interval]] = {name: [] for name in STAGES}
         self.tokens = 0
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
-        self._clocks = {name: StageClock() for name in QUEUES}
-        self._at_work = dict.fromkeys(QUEUES, 0)
-        """Answers in flight, replicas and ranks that compute."""
+        self._clocks = {name: StageClock() for name in STAGES}
+        self._at_work = dict.fromkeys(STAGES, 0)
+        """Number of answers in flight, of computing replicas and of computing ranks."""
         self._in_sync = False
         self._ready: dict[str, _Sample] = {}
         self._dispatch = Dispatch(config.rollout.concurrency)
@@ -175,48 +102,46 @@ class _Run:
         self._engine_version = 0
         self._to_score: deque[_Sample] = deque()
         self._idle = list(range(config.teacher.replicas))
-        """Replicas with nothing to do, the one that has been idle for longest first."""
+        """Idle replicas, the longest idle first."""
         self._replica_context: list[int | None] = [None] * config.teacher.replicas
         self._rank_free = [0.0] * config.learner.ranks
-        self._filler: MicroBatcher[_Sample] = MicroBatcher(
-            config.learner.ranks, config.learner.micro_batch_tokens
-        )
+        self._batcher: MicroBatcher[_Sample] = MicroBatcher(config.learner.ranks, config.learner.micro_batch_tokens)
 
     # --- events -----------------------------------------------------------------------------------------------------
 
-    def to_the_end(self) -> None:
-        """Every step of the run."""
+    def run(self) -> None:
+        """Process events until the last step ends."""
         self._fill()
         while len(self.windows) < self.config.steps:
             slowness = self._slowness()
-            first = min(QUEUES, key=lambda name: self._clocks[name].next(slowness[name]))
+            first = min(STAGES, key=lambda name: self._clocks[name].next(slowness[name]))
             when, order = self._events[0][:2] if self._events else (math.inf, 0)
             if self._clocks[first].next(slowness[first]) < (when - self._now, order):
-                self._go_to(self._now + self._clocks[first].next(slowness[first])[0], slowness)
+                self._advance(self._now + self._clocks[first].next(slowness[first])[0], slowness)
                 self._clocks[first].pop()()
             else:
-                self._go_to(when, slowness)
+                self._advance(when, slowness)
                 heapq.heappop(self._events)[2]()
 
     def _slowness(self) -> dict[str, float]:
-        """Of each stage: the others that are at work on the same cores."""
-        busy = {name: self._at_work[name] > 0 for name in QUEUES}
+        """Seconds per second of work of each stage, given the other stages at work on the same cores."""
+        busy = {name: self._at_work[name] > 0 for name in STAGES}
         busy["rollout"] = busy["rollout"] and not self._in_sync
         share, total = self.config.interference, sum(busy.values())
-        return {name: 1 + share * (total - busy[name]) for name in QUEUES}
+        return {name: 1 + share * (total - busy[name]) for name in STAGES}
 
-    def _go_to(self, when: float, slowness: dict[str, float]) -> None:
+    def _advance(self, when: float, slowness: dict[str, float]) -> None:
         for name, clock in self._clocks.items():
-            clock.go_on(when - self._now, slowness[name])
+            clock.advance(when - self._now, slowness[name])
         self._now = when
 
-    def _at(self, when: float, happen: Callable[[], None]) -> None:
-        """At a time that nothing slows down."""
+    def _schedule(self, when: float, happen: Callable[[], None]) -> None:
+        """Call `happen` at a time that no other stage delays."""
         self._count += 1
         heapq.heappush(self._events, (when, self._count, happen))
 
-    def _worked(self, stage: str, when: float, happen: Callable[[], None]) -> None:
-        """When the clock of `stage` is at `when`."""
+    def _schedule_work(self, stage: str, when: float, happen: Callable[[], None]) -> None:
+        """Call `happen` when the clock of `stage` reaches `when`."""
         self._count += 1
         self._clocks[stage].at(when, self._count, happen)
 
@@ -236,8 +161,8 @@ class _Run:
     def _sample(self, name: str) -> _Sample:
         rollout = self.config.rollout
         rng = np.random.default_rng([self.config.seed, int(name)])
-        tokens = max(1, round(draw(rollout.answer_tokens, rng)))
-        alone_s = rollout.answer_s + tokens * draw(rollout.token_s, rng)
+        tokens = max(1, round(rollout.answer_tokens.draw(rng)))
+        alone_s = rollout.answer_s + tokens * rollout.token_s.draw(rng)
         return _Sample(name, int(name) // self.config.samples_per_step, tokens, alone_s, at=self._now)
 
     def _start_waiting(self) -> None:
@@ -246,20 +171,22 @@ class _Run:
             if worker is None:
                 return
             sample = self._waiting.popleft()
-            self._wait_over("rollout", sample, self._now)
+            self._end_wait("rollout", sample, self._now)
             sample.worker, sample.version = worker, self._engine_version
             self._at_work["rollout"] += 1
             self._workers[worker].add(self._clocks["rollout"].now, sample.alone_s, sample)
             self._wake(worker)
 
     def _wake(self, worker: int) -> None:
-        """Look at `worker` when its next answer ends; what was planned before is void."""
+        """Schedule the end of the worker's next answer; this cancels the end scheduled before."""
         self._wakes[worker] += 1
-        plan, when = self._wakes[worker], self._workers[worker].next_end()
+        wake, when = self._wakes[worker], self._workers[worker].next_end()
         if when < math.inf:
-            self._worked("rollout", when, lambda: self._ended(worker) if plan == self._wakes[worker] else None)
+            self._schedule_work(
+                "rollout", when, lambda: self._answered(worker) if wake == self._wakes[worker] else None
+            )
 
-    def _ended(self, worker: int) -> None:
+    def _answered(self, worker: int) -> None:
         sample = self._workers[worker].pop(self._clocks["rollout"].now)
         self._at_work["rollout"] -= 1
         self._dispatch.end(worker, 1)
@@ -273,14 +200,14 @@ class _Run:
     # --- teacher ----------------------------------------------------------------------------------------------------
 
     def _score(self, sample: _Sample) -> None:
-        """Wait for a replica; one that is idle waits a moment for more."""
+        """Queue for a replica; an idle one waits `window_s` for more answers."""
         self._to_score.append(sample)
         if self._idle:
             replica = self._idle.pop(0)
-            self._at(self._now + self.config.teacher.window_s, lambda: self._serve(replica))
+            self._schedule(self._now + self.config.teacher.window_s, lambda: self._serve(replica))
 
     def _serve(self, replica: int) -> None:
-        """Start the next batch of a replica, in the order of arrival."""
+        """Start the next batch of a replica, in order of arrival."""
         teacher, batch, tokens = self.config.teacher, list[_Sample](), 0
         while self._to_score:
             more = self.config.prompt_tokens + self._to_score[0].tokens
@@ -288,7 +215,7 @@ class _Run:
                 break
             tokens += more
             batch.append(self._to_score.popleft())
-        if not batch:  # what it waited for went to another one
+        if not batch:  # another replica took the answers
             self._idle.append(replica)
             return
         version = self._engine_version if teacher.context_every_version else 0
@@ -296,17 +223,17 @@ class _Run:
             self._replica_context[replica] = version
             tokens += teacher.context_tokens
         for sample in batch:
-            self._wait_over("teacher", sample, self._now)
+            self._end_wait("teacher", sample, self._now)
         self._at_work["teacher"] += 1
         end = self._clocks["teacher"].now + tokens / teacher.tokens_per_s
-        self._worked("teacher", end, partial(self._served, batch, replica, self._now))
+        self._schedule_work("teacher", end, partial(self._served, batch, replica, self._now))
 
     def _served(self, batch: list[_Sample], replica: int, started: float) -> None:
         self._at_work["teacher"] -= 1
         self.busy["teacher"].append((started, self._now))
         for sample in batch:
-            self._at(self._now + self.config.teacher.request_s, partial(self._scored, sample, replica))
-        self._at(self._now, lambda: self._serve(replica))
+            self._schedule(self._now + self.config.teacher.request_s, partial(self._scored, sample, replica))
+        self._schedule(self._now, lambda: self._serve(replica))
 
     def _scored(self, sample: _Sample, replica: int) -> None:
         sample.span("score", f"teacher {replica}", self._now)
@@ -318,17 +245,17 @@ class _Run:
     # --- learner ----------------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        """Give what the step may take to the ranks; the last one closes the step."""
+        """Put the samples that the step may take into micro-batches; the last sample closes the step."""
         taken = self.tracker.take()
         for name in taken:
             sample = self._ready.pop(name)
             self.tokens += sample.tokens
-            for group in self._filler.add(self.config.prompt_tokens + sample.tokens, sample):
+            for group in self._batcher.add(self.config.prompt_tokens + sample.tokens, sample):
                 self._accumulate(group)
         if taken and not self.tracker.room():
-            for group in self._filler.flush():
+            for group in self._batcher.flush():
                 self._accumulate(group)
-            self._worked("learner", max(self._clocks["learner"].now, *self._rank_free), self._step)
+            self._schedule_work("learner", max(self._clocks["learner"].now, *self._rank_free), self._step)
 
     def _accumulate(self, group: list[list[_Sample]]) -> None:
         for rank, batch in enumerate(group):
@@ -338,14 +265,14 @@ class _Run:
             padded = sum(lengths) if self.config.learner.packed else len(batch) * max(lengths)
             start = max(self._clocks["learner"].now, self._rank_free[rank])
             end = self._rank_free[rank] = start + self._micro_batch_s(padded)
-            self._worked("learner", start, partial(self._begin_batch, rank, batch, padded, end))
+            self._schedule_work("learner", start, partial(self._begin_batch, rank, batch, padded, end))
 
     def _begin_batch(self, rank: int, batch: list[_Sample], padded_tokens: int, end: float) -> None:
         self._at_work["learner"] += 1
         for sample in batch:
-            self._wait_over("learner", sample, self._now)
+            self._end_wait("learner", sample, self._now)
             self.spans[self.tracker.version] += sample.spans
-        self._worked("learner", end, partial(self._end_batch, rank, padded_tokens, self._now))
+        self._schedule_work("learner", end, partial(self._end_batch, rank, padded_tokens, self._now))
 
     def _end_batch(self, rank: int, padded_tokens: int, started: float) -> None:
         self._at_work["learner"] -= 1
@@ -356,11 +283,11 @@ class _Run:
     def _step(self) -> None:
         self._at_work["learner"] += 1
         end = self._clocks["learner"].now + self.config.learner.step_s
-        self._worked("learner", end, partial(self._stepped, self._now))
+        self._schedule_work("learner", end, partial(self._stepped, self._now))
 
     def _stepped(self, started: float) -> None:
         self._at_work["learner"] -= 1
-        self._work("step", started, self._now)
+        self._controller_span("step", started, self._now)
         self.busy["learner"] += [(started, self._now)] * self.config.learner.ranks
         self._sync()
 
@@ -373,8 +300,8 @@ class _Run:
         for index, worker in enumerate(self._workers):
             worker.stop(self._clocks["rollout"].now)
             self._wake(index)
-        self._work("sync", self._now, self._now + sync.seconds)
-        self._at(self._now + sync.seconds, self._synced)
+        self._controller_span("sync", self._now, self._now + sync.seconds)
+        self._schedule(self._now + sync.seconds, self._synced)
 
     def _synced(self) -> None:
         self._engine_version += 1
@@ -383,8 +310,8 @@ class _Run:
             worker.resume(self._clocks["rollout"].now)
             self._wake(index)
         end = self._now + self.config.sync.parity_s
-        self._work("parity", self._now, end)
-        self._at(end + self.config.loop_s, self._step_over)
+        self._controller_span("parity", self._now, end)
+        self._schedule(end + self.config.loop_s, self._step_over)
 
     def _step_over(self) -> None:
         self.windows.append((self.windows[-1][1] if self.windows else 0.0, self._now))
@@ -396,11 +323,11 @@ class _Run:
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
-    def _work(self, stage: str, start: float, end: float) -> None:
+    def _controller_span(self, stage: str, start: float, end: float) -> None:
         version = self.tracker.version
         self.spans[version].append(TraceSpan(stage, "controller", start, end, {"version": version + 1}))
 
-    def _wait_over(self, queue: str, sample: _Sample, end: float) -> None:
+    def _end_wait(self, queue: str, sample: _Sample, end: float) -> None:
         if end > sample.at:
             self.waits[queue].append((sample.at, end))
             sample.span(QUEUE, f"{queue} queue", end)

@@ -19,7 +19,8 @@ from deploy.cli.main import app
 from deploy.simulator.config import SimulationConfig
 from deploy.simulator.file import load_simulation
 from deploy.simulator.fit import fit, served
-from deploy.simulator.simulate import Simulation, simulate
+from deploy.simulator.result import Simulation
+from deploy.simulator.simulate import simulate
 
 TRUTH: dict[str, Any] = {
     "steps": 6,
@@ -166,7 +167,7 @@ def test_contention_that_was_never_seen_is_said(tmp_path: Path) -> None:
     found = fit(tmp_path)
     assert found.simulation.rollout.contention == 0
     assert found.simulation.rollout.token_s.mean == pytest.approx(0.02, rel=0.03)
-    assert "could not be told" in found.notes[0]
+    assert "could not be determined" in found.notes[0]
 
 
 def test_batches_by_hand() -> None:
@@ -178,7 +179,7 @@ def test_batches_by_hand() -> None:
 
 
 def test_a_folder_that_is_no_measured_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+    with pytest.raises(ConfigError, match=r"without config\.yaml"):
         fit(tmp_path)
     left_behind(tmp_path, TRUTH)
     text = (tmp_path / "trace.json").read_text().replace("response_tokens", "x")
@@ -206,12 +207,12 @@ def test_a_measured_run_is_simulated_on_other_machines(tmp_path: Path) -> None:
     assert step_of(same.output) == pytest.approx(truth.step_s, rel=0.1)
     larger = command(config, "--from", str(tmp_path), "--workers", "64", "--ranks", "8", "--teachers", "4")
     assert step_of(larger.output) < 0.7 * step_of(same.output)
-    for part in ("64 workers", "8 ranks", "4 teachers", "bubble ratio", "queue: teacher", "busy: learner"):
+    for part in ("64 workers", "8 ranks", "4 teachers", "trainer idle ratio", "queue: teacher", "busy: learner"):
         assert part in larger.output
     twice = command(config, "rollout.batch_size=48", "--from", str(tmp_path))
     assert step_of(twice.output) > 1.5 * step_of(same.output)
     longer = command(config, "rollout.max_tokens=1024", "--from", str(tmp_path))
-    assert "answers that ended there are taken 1024 long" in longer.stderr
+    assert "answers of 512 tokens are assumed to have 1024" in longer.stderr
     slow = command(config, "simulation.sync.seconds=20", "--from", str(tmp_path))
     assert step_of(slow.output) == pytest.approx(step_of(same.output) + 19.4, rel=0.02)
 
@@ -242,8 +243,8 @@ def test_answers_that_were_cut_off_would_have_gone_on(tmp_path: Path) -> None:
 def test_what_cannot_be_simulated_is_refused_in_one_line(tmp_path: Path) -> None:
     left_behind(tmp_path, TRUTH)
     for arguments, reason in (
-        ([str(tmp_path / "config.yaml")], "not how fast they are"),
-        ([str(tmp_path / "config.yaml"), "--from", str(tmp_path / "other")], "there is no config.yaml"),
+        ([str(tmp_path / "config.yaml")], "gives sizes but no speeds"),
+        ([str(tmp_path / "config.yaml"), "--from", str(tmp_path / "other")], "without config.yaml"),
         ([str(tmp_path / "config.yaml"), "simulation.worker=1", "--from", str(tmp_path)], "unknown key worker"),
     ):
         result = command(*arguments)

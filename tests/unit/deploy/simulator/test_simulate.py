@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deploy.simulator.config import SimulationConfig, Spread
-from deploy.simulator.simulate import QueueDepth, Simulation, draw, queue_depth, simulate
+from deploy.simulator.result import QueueDepth, Simulation, queue_depth
+from deploy.simulator.simulate import simulate
 
 
 def run(steps: int = 1, samples: int = 1, **sections: Any) -> Simulation:
@@ -373,7 +374,7 @@ def test_a_large_cluster_is_simulated_in_seconds() -> None:
 )
 def test_draws_have_the_mean_and_spread_that_were_asked_for(spread: Spread) -> None:
     rng = np.random.default_rng(0)
-    values = np.array([draw(spread, rng) for _ in range(20_000)])
+    values = np.array([spread.draw(rng) for _ in range(20_000)])
     deviation = {"constant": 0, "uniform": 0.5 / np.sqrt(3), "exponential": 1, "lognormal": 0.7}[spread.kind]
     assert values.mean() == pytest.approx(3, rel=0.03)
     assert values.std() / 3 == pytest.approx(deviation, abs=0.04)
@@ -383,7 +384,7 @@ def test_draws_have_the_mean_and_spread_that_were_asked_for(spread: Spread) -> N
 def test_an_observed_distribution_is_drawn_as_it_was_seen() -> None:
     rng = np.random.default_rng(0)
     spread = Spread(kind="observed", mean=4, shape=(0.5, 0.5, 2.0))
-    values = Counter(draw(spread, rng) for _ in range(3000))
+    values = Counter(spread.draw(rng) for _ in range(3000))
     assert set(values) == {2.0, 8.0}
     assert values[8.0] == pytest.approx(1000, rel=0.1)
 
