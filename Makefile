@@ -4,11 +4,11 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# The interpreter .venv is made from: the newest supported one that is on PATH.
+# The interpreter for .venv: the first supported one on PATH.
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3 2>/dev/null))
-# Address of PyTorch's CPU package index, for machines whose pip would otherwise take the CUDA build.
+# Address of PyTorch's CPU package index, for machines on which pip would install the CUDA build.
 TORCH_INDEX ?=
-# Arguments handed to pytest, and the one benchmark to run (ONLY=teacher runs bench_teacher.py).
+# Arguments for pytest, and the benchmark to run (ONLY=teacher runs bench_teacher.py).
 ARGS ?=
 ONLY ?=
 
@@ -19,12 +19,12 @@ STAMP := $(VENV)/.setup-done
 LOCKS := deploy/requirements/cpu.txt deploy/requirements/cpu-nodeps.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-faults soak check format bench docs clean lock
+.PHONY: help setup demo test test-unit test-faults soak check format bench docs clean lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make .venv and install everything, pinned (done once)
+setup: $(STAMP) ## make .venv and install everything, pinned
 
 demo: setup models/smollm2/config.json ## distil four worked examples into SmolLM2 on CPU, end to end
 	$(BIN)/opcd train deploy/configs/demo.yaml
@@ -32,13 +32,16 @@ demo: setup models/smollm2/config.json ## distil four worked examples into SmolL
 test: setup ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
+test-unit: setup ## run the unit tests
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
 test-faults: setup ## kill every process of a run at every moment (about an hour)
 	$(BIN)/python -m pytest tests/faults -m "matrix or not matrix" $(ARGS)
 
 soak: setup ## load and fuzz the teacher server for minutes instead of seconds
 	$(BIN)/python -m pytest --long -s tests/integration/teacher_server/test_soak.py tests/integration/teacher_server/test_openapi.py tests/unit/teacher_server/http/test_fuzz.py $(ARGS)
 
-check: setup ## formatting, lint and types
+check: setup ## check formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -66,9 +69,9 @@ $(STAMP): $(LOCKS) pyproject.toml
 models/smollm2/config.json: | $(STAMP)
 	$(BIN)/opcd prepare smollm2 --out models/smollm2
 
-format: setup ## mend what ruff can of formatting and lint
+format: setup ## let ruff fix formatting and lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: ## rewrite the lock from the environment as it is: change .venv with pip, run the tests, then this
+lock: ## rewrite the lock from .venv: change .venv with pip and run the tests first
 	bash deploy/requirements/lock.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What `make setup` needs from the machine, checked before anything is downloaded. Usage: preflight.sh PYTHON
+# Checks the machine's Python and compiler before `make setup` downloads anything. Usage: preflight.sh PYTHON
 set -euo pipefail
 
 python=${1:-}

@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
 # opcd on CPU, at the versions of deploy/requirements/cpu.txt. From the repository's root:
 #   docker build --file deploy/docker/cpu.Dockerfile --tag opcd-cpu:0.1.0 .
-# Where pip would take PyTorch's CUDA build: --build-arg TORCH_INDEX=<address of PyTorch's CPU index>.
+# If pip would install PyTorch's CUDA build: --build-arg TORCH_INDEX=<address of PyTorch's CPU index>.
 ARG PYTHON=3.11-slim-bookworm
 
-# What changes rarely, and is large: a layer of its own.
+# A separate layer for the large packages, which rarely change.
 FROM python:${PYTHON} AS environment
 ARG TORCH_INDEX=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
@@ -20,7 +20,7 @@ COPY . .
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM python:${PYTHON}
-# g++: vLLM compiles a part of its sampler at first use. libnuma1: vLLM's kernels are linked to it.
+# g++: vLLM compiles a part of its sampler at first use. libnuma1: vLLM's kernels link to it.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libnuma1 \

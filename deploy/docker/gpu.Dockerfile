@@ -1,11 +1,11 @@
 # syntax=docker/dockerfile:1
 # opcd on NVIDIA GPUs, at the versions of deploy/requirements/gpu.txt. From the repository's root:
 #   docker build --file deploy/docker/gpu.Dockerfile --tag opcd-gpu:0.1.0 .
-# The machine brings the driver and NVIDIA's container toolkit. DeepSpeed and vLLM compile kernels at first use, so the
-# image keeps CUDA's compiler; it must be of the CUDA release that PyTorch was built with.
+# The machine needs the driver and NVIDIA's container toolkit. DeepSpeed and vLLM compile kernels at first use, so the
+# image keeps CUDA's compiler, of the CUDA release that PyTorch was built with.
 ARG CUDA=13.0.1-devel-ubuntu24.04
 
-# What changes rarely, and is large: a layer of its own.
+# A separate layer for the large packages, which rarely change.
 FROM nvidia/cuda:${CUDA} AS environment
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 DEBIAN_FRONTEND=noninteractive
 # hadolint ignore=DL3008

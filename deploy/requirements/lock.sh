@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Rewrites cpu.txt from the installed .venv (`make lock`); the file's header comment is kept.
-# Left out: what cpu-nodeps.txt installs, what breaks vLLM on CPU, pip itself, this project, and TRL, which is the
-# `bench` extra's.
+# Leaves out the packages of cpu-nodeps.txt, packages that break vLLM on CPU, pip, this project, and TRL (extra `bench`).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 lock=deploy/requirements/cpu.txt

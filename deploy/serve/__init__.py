@@ -1,0 +1,1 @@
+"""The teacher under Ray Serve. Imports `common` and `teacher_server.http.serve`."""

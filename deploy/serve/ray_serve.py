@@ -1,12 +1,12 @@
-"""The teacher under Ray Serve: the same application in several replicas, each request sent where its context is.
+"""The teacher under Ray Serve: several replicas, and requests with one context go to one replica.
 
-``serve run deploy.serve.ray_serve:teacher config=CONFIG`` starts it; ``deploy/configs/ray-serve.yaml`` is the same for
-``serve deploy`` and for a RayService of Kubernetes. Serve's own consistent-hash router reads the header that the client
-sets to the hash of the context, so a context's state is computed, and kept, by one replica. When replicas come or go,
-contexts move: the new replica answers ``unknown_context`` and the client puts them again.
+``serve run deploy.serve.ray_serve:teacher config=CONFIG`` starts the teacher; ``deploy/configs/ray-serve.yaml`` is for
+``serve deploy`` and for a RayService of Kubernetes. Serve's consistent-hash router reads the header in which the client
+sends the hash of the context, so one replica computes and keeps a context's state. When the number of replicas changes,
+contexts move: the new replica answers ``unknown_context``, and the client uploads the context again.
 """
 
-# No `from __future__ import annotations` here: Serve looks for the class of `args` in the annotation itself.
+# Without `from __future__ import annotations`, because Serve reads the class of `args` from the annotation.
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 REPLICA_HEADER = "X-Replica"
-"""Of every reply: which replica gave it."""
+"""Header of every reply with the replica's id."""
 
 MAX_ONGOING_REQUESTS = 1024
-"""Of a replica. Above any real load: a full teacher answers 429 itself, which its clients know how to wait out."""
+"""Limit per replica, above any real load: a full teacher answers 429 itself, and its clients wait and retry."""
 
 DRAIN_S = 600.0
-"""Longest wait for the requests of a replica that is taken away."""
+"""Longest wait for the requests of a replica that is being removed."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -45,42 +45,42 @@ class TeacherArgs(BaseModel):
     config: str
     """Path of the configuration, on the head node."""
     overrides: tuple[str, ...] = ()
-    """As on the command line, ``teacher.threads=4``."""
+    """Overrides as on the command line, ``teacher.threads=4``."""
     min_replicas: Annotated[int, Field(ge=1)] = 1
     max_replicas: Annotated[int, Field(ge=1)] = 4
     target_requests: Annotated[float, Field(gt=0)] = 8.0
-    """Requests per replica, running and queued, that autoscaling aims at."""
+    """Autoscaling's target of running and queued requests per replica."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 30.0
-    """How long there must be more requests than that before replicas are added; contexts move to them."""
+    """Time above the target before replicas are added; some contexts move to the new replicas."""
     downscale_delay_s: Annotated[float, Field(ge=0)] = 600.0
-    """How long there must be fewer before replicas go, and what they hold of contexts with them."""
+    """Time below the target before replicas are removed, together with the context states they hold."""
     cpus: Annotated[float, Field(ge=0)] = 1.0
-    """Of a replica; its GPUs are ``teacher.gpus``."""
+    """CPUs of a replica; its GPUs are ``teacher.gpus``."""
 
 
 class TeacherReplica:
-    """One replica. The model is loaded where the replica runs."""
+    """One replica. Loads the model in the replica's process."""
 
     def __init__(self, config: TeacherServerConfig) -> None:
         self._config = config
         self._service: TeacherService | None = None
 
     def __serve_build_asgi_app__(self) -> Asgi:
-        """What Serve calls for the application."""
+        """Build the ASGI application; Serve calls this."""
         from teacher_server.http.serve import build_app
 
-        app = build_app(self._config)
+        app = build_app(self._config.teacher)
         self._service = app.state.service
-        return signed(app, serve.get_replica_context().replica_id.unique_id)
+        return with_replica_header(app, serve.get_replica_context().replica_id.unique_id)
 
     def check_health(self) -> None:
-        """What Serve calls every few seconds; it replaces a replica where this raises: RuntimeError says why."""
+        """Raise RuntimeError if the service has failed; Serve calls this every few seconds and replaces the replica."""
         if self._service is not None and self._service.failure is not None:
             raise RuntimeError(f"this replica of the teacher must be replaced: {self._service.failure}")
 
 
 def teacher(args: TeacherArgs) -> serve.Application:
-    """The application that ``import_path: deploy.serve.ray_serve:teacher`` names; raises ConfigError."""
+    """Return the application that ``import_path: deploy.serve.ray_serve:teacher`` names. Raises ConfigError."""
     config = load_teacher_config(args.config, args.overrides)
     deployment = serve.deployment(
         serve.ingress()(TeacherReplica),
@@ -96,7 +96,7 @@ def teacher(args: TeacherArgs) -> serve.Application:
         ),
         request_router_config=RequestRouterConfig(
             request_router_class=ROUTER,
-            # Nobody else has the context: a busy replica is waited for.
+            # Wait for a busy replica, because no other replica has the context.
             request_router_kwargs={"num_fallback_replicas": 0},
         ),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
@@ -105,16 +105,16 @@ def teacher(args: TeacherArgs) -> serve.Application:
     return deployment.bind(config)
 
 
-def signed(app: Asgi, replica: str) -> Asgi:
-    """`app`, its replies marked with the replica's name."""
+def with_replica_header(app: Asgi, replica: str) -> Asgi:
+    """Add the replica's id to the replies of `app`."""
     header = (REPLICA_HEADER.lower().encode(), replica.encode())
 
-    async def marked(scope: Message, receive: Receive, send: Send) -> None:
-        async def mark(message: Message) -> None:
+    async def wrapped(scope: Message, receive: Receive, send: Send) -> None:
+        async def send_with_header(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
-        await app(scope, receive, mark)
+        await app(scope, receive, send_with_header)
 
-    return marked
+    return wrapped
