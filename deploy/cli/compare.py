@@ -52,7 +52,7 @@ def compare(
     words = ["opcd compare", config, *(overrides or ()), f"--methods {methods}", f"--seeds {seeds}"]
     words += [f"--vary {setting}" for setting in vary or ()]
     try:
-        table = comparison.compare(runs, chosen, root, " ".join(words), progress, comparison.train_apart)
+        table = comparison.compare(runs, chosen, root, " ".join(words), progress, comparison.train_in_process)
     except KeyboardInterrupt:
         progress.line("interrupted; repeat the command to continue")
         raise typer.Exit(130) from None

@@ -1,4 +1,4 @@
-"""Runs the methods of a comparison one after the other, each as an ordinary run in a process of its own."""
+"""Runs the methods of a comparison one after another, each as an ordinary run in a separate process."""
 
 from __future__ import annotations
 
@@ -12,67 +12,66 @@ from common.config.loader import dump_config
 from common.telemetry.run_files import Progress, write_json
 from deploy.compare.picture import picture
 from deploy.compare.plan import PlannedRun, can_resume, is_finished
-from deploy.compare.table import Failed, Outcome, compared, markdown, read
+from deploy.compare.table import Failed, Outcome, compared, markdown, read_outcome
 
 Train = Callable[[PlannedRun, Path, Callable[[str], None]], None]
-"""Does one run to its end, whatever that is; its lines go to the callback."""
+"""Executes one run until it finishes or fails, logs to the path, and passes each line to the callback."""
 
 
 def compare(
     runs: Sequence[PlannedRun], methods: Sequence[str], root: Path, command: str, progress: Progress, train: Train
 ) -> Path:
-    """Run what is not finished; after every run write ``compare.json``, ``compare.md`` and ``compare.svg`` anew.
+    """Execute all unfinished runs; after each, write ``compare.json``, ``compare.md`` and, if possible, ``compare.svg``.
 
-    Returns the path of the second; the third is there once there is something to draw.
-
-    A run that fails is a line of the result; the others go on. An interrupt ends all, and what is finished stays.
+    Returns the path of ``compare.md``. A failed run becomes a line of the result, and the next run starts. An interrupt
+    ends the comparison; results of finished runs stay.
     """
     root.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
-    for place, run in enumerate(runs, start=1):
-        outcomes.append(_outcome(run, f"[{place}/{len(runs)}] {run.name}", root, progress, train))
-        result = compared([*outcomes, *(Failed(later, "not run yet") for later in runs[place:])], methods)
+    for number, run in enumerate(runs, start=1):
+        outcomes.append(_outcome(run, f"[{number}/{len(runs)}] {run.name}", root, progress, train))
+        result = compared([*outcomes, *(Failed(later, "not run yet") for later in runs[number:])], methods)
         write_json(root / "compare.json", result)
         (root / "compare.md").write_text(markdown(result, command), encoding="utf-8")
-        if (drawn := picture(result)) is not None:
-            (root / "compare.svg").write_text(drawn, encoding="utf-8")
+        if (svg := picture(result)) is not None:
+            (root / "compare.svg").write_text(svg, encoding="utf-8")
     return root / "compare.md"
 
 
 def _outcome(run: PlannedRun, label: str, root: Path, progress: Progress, train: Train) -> Outcome:
     if run.config is None:
-        progress.line(f"{label}: cannot be run: {run.fault}")
+        progress.line(f"{label}: not possible: {run.fault}")
         return Failed(run, run.fault or "")
     if is_finished(run):
-        progress.line(f"{label}: finished already, {_result(read(run))}")
-        return read(run)
-    progress.line(f"{label}: {'goes on' if can_resume(run) else 'starts'}")
+        progress.line(f"{label}: already finished, {_result(read_outcome(run))}")
+        return read_outcome(run)
+    progress.line(f"{label}: {'resumes' if can_resume(run) else 'starts'}")
     (root / "logs").mkdir(exist_ok=True)
     started = time.time()
     train(run, root / "logs" / f"{run.name}.log", lambda text: progress.status(f"{label}: {text}"))
-    # What an earlier try left must not pass for the result of this one.
-    found = read(run) if is_finished(run) else Failed(run, _why(root / "logs" / f"{run.name}.log"))
+    # The result of an earlier attempt must not count as this one's.
+    found = read_outcome(run) if is_finished(run) else Failed(run, _reason(root / "logs" / f"{run.name}.log"))
     progress.line(f"{label}: {_result(found)} after {time.time() - started:.0f} s")
     return found
 
 
 def _result(outcome: Outcome) -> str:
     if isinstance(outcome, Failed):
-        return f"FAILED: {outcome.why}"
+        return f"FAILED: {outcome.reason}"
     return f"accuracy {outcome.summary['final']['accuracy']:.3f}"
 
 
-def _why(log: Path) -> str:
-    """The line in which a run says why it ended, else its last one."""
+def _reason(log: Path) -> str:
+    """The last ``opcd: …`` line of a log, which states why the run ended, else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = [line.removeprefix("opcd: ") for line in lines if line.startswith("opcd: ")]
-    return f"{(said or lines or ['it said nothing'])[-1]} ({log})"
+    errors = [line.removeprefix("opcd: ") for line in lines if line.startswith("opcd: ")]
+    return f"{(errors or lines or ['the log is empty'])[-1]} ({log})"
 
 
-def train_apart(run: PlannedRun, log: Path, hear: Callable[[str], None]) -> None:
-    """``python -m learner.train`` on the run's configuration; everything it prints is in `log`.
+def train_in_process(run: PlannedRun, log: Path, on_line: Callable[[str], None]) -> None:
+    """Execute ``python -m learner.train`` on the run's configuration; `log` holds all its output.
 
-    An interrupt of the terminal reaches the run too, and is raised here once it has ended in order.
+    An interrupt of the terminal also reaches the run; it is raised here after the run has ended.
     """
     assert run.config is not None
     file = log.with_suffix(".yaml")
@@ -87,7 +86,7 @@ def train_apart(run: PlannedRun, log: Path, hear: Callable[[str], None]) -> None
             for line in process.stdout:
                 stream.write(line)
                 stream.flush()
-                hear(line.strip())
+                on_line(line.strip())
         except KeyboardInterrupt:
             process.wait()
             raise

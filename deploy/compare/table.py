@@ -1,4 +1,4 @@
-"""The result of a comparison: a row for each method and setting, intervals over rows and seeds; Markdown and JSON."""
+"""Result of a comparison as JSON and Markdown: a row for each method and setting, intervals over rows and seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deploy.compare.plan import METHODS, TITLES, PlannedRun
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A run that came to its end: ``summary.json``, and ``accuracy.json`` (set -> row -> share of right answers)."""
+    """A finished run with ``summary.json`` and ``accuracy.json`` (set -> row -> fraction of right answers)."""
 
     run: PlannedRun
     summary: dict[str, Any]
@@ -24,17 +24,17 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A run that did not; `why` in one line."""
+    """A run without a result; `reason` is one line."""
 
     run: PlannedRun
-    why: str
+    reason: str
 
 
 Outcome = Finished | Failed
 
 
-def read(run: PlannedRun) -> Outcome:
-    """What a run left behind. One without a whole result has failed."""
+def read_outcome(run: PlannedRun) -> Outcome:
+    """Read the result of a run; a run without a complete result has failed."""
     if run.config is None:
         return Failed(run, run.fault or "")
     folder = run.config.run.path
@@ -48,7 +48,7 @@ def read(run: PlannedRun) -> Outcome:
 
 
 def compared(outcomes: Sequence[Outcome], methods: Sequence[str]) -> dict[str, Any]:
-    """The content of ``compare.json``. The first row is what the others are compared with, pair by pair."""
+    """The content of ``compare.json``. The first arm is the reference of the paired comparisons."""
     arms = list(dict.fromkeys(one.run.arm for one in sorted(outcomes, key=lambda one: METHODS.index(one.run.method))))
     reference = arms[0] if arms else ""
     return {
@@ -61,14 +61,14 @@ def compared(outcomes: Sequence[Outcome], methods: Sequence[str]) -> dict[str, A
 
 
 def _before(outcomes: Sequence[Outcome], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Accuracies before training, without and in context; once where all settings have the same."""
+    """Accuracies before training, without and in context; one row each if all settings have the same values."""
     found: dict[str, dict[str, Any]] = {}
     for settings in dict.fromkeys(one.run.settings for one in outcomes):
-        own = [one for one in outcomes if isinstance(one, Finished) and one.run.settings == settings]
-        by_seed = {one.run.seed: one for one in reversed(own)}
+        finished = [one for one in outcomes if isinstance(one, Finished) and one.run.settings == settings]
+        by_seed = {one.run.seed: one for one in reversed(finished)}
         for name, title in (("base", "without context, before"), ("in_context", TITLES["in_context"])):
-            asked = name == "base" or name in methods
-            if by_seed and asked and all(name in one.rows for one in by_seed.values()):
+            wanted = name == "base" or name in methods
+            if by_seed and wanted and all(name in one.rows for one in by_seed.values()):
                 result = _untrained([one.rows[name] for one in by_seed.values()])
                 found[", ".join([title, *settings])] = {"set": name, "title": title, **result}
     alike = all(
@@ -84,12 +84,12 @@ def _untrained(rows: Sequence[Rows]) -> dict[str, Any]:
     return {"accuracy": found.accuracy, "ci95": found.ci95, "n": found.n, "seeds": len(rows)}
 
 
-def _arm(own: Sequence[Outcome], reference: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    arm, title = own[0].run.arm, own[0].run.title
-    runs = {one.run.seed: one for one in own if isinstance(one, Finished)}
-    faults = [f"seed {one.run.seed}: {one.why}" for one in own if isinstance(one, Failed)]
+def _arm(arm_outcomes: Sequence[Outcome], reference: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    arm, title = arm_outcomes[0].run.arm, arm_outcomes[0].run.title
+    runs = {one.run.seed: one for one in arm_outcomes if isinstance(one, Finished)}
+    faults = [f"seed {one.run.seed}: {one.reason}" for one in arm_outcomes if isinstance(one, Failed)]
     if not runs:
-        return {"title": title, "runs": 0, "planned": len(own), "faults": faults}
+        return {"title": title, "runs": 0, "planned": len(arm_outcomes), "faults": faults}
     each = list(runs.values())
     final = accuracy_over_seeds([one.rows["final"] for one in each])
     gap, interval = None, None
@@ -99,7 +99,7 @@ def _arm(own: Sequence[Outcome], reference: str, outcomes: Sequence[Outcome]) ->
     return {
         "title": title,
         "runs": len(runs),
-        "planned": len(own),
+        "planned": len(arm_outcomes),
         "faults": faults,
         "accuracy": final.accuracy,
         "ci95": final.ci95,
@@ -114,7 +114,7 @@ def _arm(own: Sequence[Outcome], reference: str, outcomes: Sequence[Outcome]) ->
 
 
 def _against(reference: str, runs: Mapping[int, Finished], outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
-    """Accuracy minus that of the reference, over seeds that both have."""
+    """Accuracy minus the reference's, over the seeds that both have."""
     first = {o.run.seed: o for o in outcomes if isinstance(o, Finished) and o.run.arm == reference}
     seeds = sorted(runs.keys() & first.keys())
     if not seeds:
@@ -138,7 +138,7 @@ def _run(outcome: Outcome) -> dict[str, Any]:
     run = outcome.run
     shared = {"arm": run.arm, "seed": run.seed}
     if isinstance(outcome, Failed):
-        return {**shared, "outcome": outcome.why}
+        return {**shared, "outcome": outcome.reason}
     summary = outcome.summary
     return {
         **shared,
@@ -155,12 +155,16 @@ def _run(outcome: Outcome) -> dict[str, Any]:
 
 
 def markdown(result: Mapping[str, Any], command: str) -> str:
-    """The content of ``compare.md``: the table, its runs, and how to read it."""
+    """The content of ``compare.md``: the table, a reading guide, and the runs."""
     arms = result["arms"].values()
     tasks = sorted({name for one in arms for name in one.get("ood", {})})
     texts = sorted({name for one in arms for name in one.get("perplexity", {})})
     head = ["method", "runs", "accuracy", "gap closed", f"against {result['reference']}"]
-    head += [*(f"change on {name}" for name in tasks), *(f"{name}, nats a token" for name in texts), "seconds a run"]
+    head += [
+        *(f"change on {name}" for name in tasks),
+        *(f"{name}, nats per token" for name in texts),
+        "seconds per run",
+    ]
     width = len(head)
     rows = [[one["title"], "", _share(one["accuracy"], one["ci95"]), *[""] * (width - 3)] for one in result["before"]]
     rows += [_cells(one, tasks, texts, width) for one in arms]
@@ -170,11 +174,11 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
         "# Methods compared",
         f"`{command}`",
         _table(head, rows),
-        "Means over seeds and rows; brackets are 95% intervals that know of both (docs/evaluation.md). *Against* "
-        "another: accuracy minus its accuracy, paired by row and seed.",
+        "Means over seeds and rows; brackets are 95% intervals over both (docs/evaluation.md). *Against*: the difference "
+        "from that method's accuracy, paired by row and seed.",
         *(["## Runs without a result", "\n".join(faults)] if faults else []),
         "## Runs",
-        _table(["method", "seed", "accuracy", "gap closed", "divergence, first", "last", "seconds"], each),
+        _table(["method", "seed", "accuracy", "gap closed", "KL, first", "last", "seconds"], each),
     ]
     return "\n\n".join(parts) + "\n"
 

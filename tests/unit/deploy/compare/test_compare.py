@@ -16,10 +16,10 @@ import yaml
 from common.config.loader import dump_config
 from common.config.model import ConfigError
 from common.telemetry.run_files import Progress
-from deploy.compare.compare import compare, train_apart
+from deploy.compare.compare import compare, train_in_process
 from deploy.compare.picture import picture
 from deploy.compare.plan import PlannedRun, can_resume, is_finished, plan, root_of
-from deploy.compare.table import Failed, Outcome, compared, markdown, read
+from deploy.compare.table import Failed, Outcome, compared, markdown, read_outcome
 
 ALL = ("opcd", "offpolicy", "sequence", "pg", "in_context")
 
@@ -102,9 +102,9 @@ def test_a_method_that_the_configuration_does_not_allow_is_a_row_of_its_own(path
     ("methods", "seeds", "overrides", "named"),
     [
         (["ocpd"], [0], [], "unknown method 'ocpd': valid are opcd, offpolicy"),
-        (["opcd", "opcd"], [0], [], "--methods: each once"),
-        (["opcd"], [1, 1], [], "--seeds: each once, at least one; got 1, 1"),
-        (["opcd"], [], [], "--seeds: each once, at least one; got none"),
+        (["opcd", "opcd"], [0], [], "--methods: name at least one, each once"),
+        (["opcd"], [1, 1], [], "--seeds: name at least one, each once; got 1, 1"),
+        (["opcd"], [], [], "--seeds: name at least one, each once; got none"),
         (["in_context"], [0], [], "opcd evaluate"),
         (["opcd"], [0], ["data.eval=null"], r"data\.eval is not set"),
         (["opcd"], [0], ["learner.lr=-1"], r"learner\.lr"),
@@ -182,8 +182,8 @@ def test_a_row_never_names_a_value_that_the_method_replaces(
     [
         (["loss.top_k"], "KEY=VALUE,VALUE"),
         (["loss.top_k=1,"], "KEY=VALUE,VALUE"),
-        (["loss.top_k=1,1"], "of one name"),
-        (["student.model=a/b,a_b"], "of one name"),
+        (["loss.top_k=1,1"], "of the same name"),
+        (["student.model=a/b,a_b"], "of the same name"),
     ],
 )
 def test_settings_that_cannot_be_told_apart_are_refused(path: Path, varied: list[str], named: str) -> None:
@@ -262,7 +262,7 @@ def test_a_run_is_a_process_of_its_own_whose_lines_are_shown_and_kept(
 
     monkeypatch.setattr(subprocess, "Popen", fake)
     heard: list[str] = []
-    train_apart(run, tmp_path / "opcd-0.log", heard.append)
+    train_in_process(run, tmp_path / "opcd-0.log", heard.append)
     assert sorted(heard) == ["opcd: x", "step 1/2"]
     assert sorted((tmp_path / "opcd-0.log").read_text().splitlines()) == sorted(heard)
     assert asked == [[sys.executable, "-m", "learner.train", str(tmp_path / "opcd-0.yaml")]]
@@ -283,7 +283,7 @@ def outcomes(path: Path) -> list[Outcome]:
         text = right.get(run.method, ("", ""))[run.seed]
         if text:
             leave_result(run, text)
-        found.append(read(run) if text else Failed(run, "failed: RunError: no"))
+        found.append(read_outcome(run) if text else Failed(run, "failed: RunError: no"))
     return found
 
 
@@ -355,7 +355,7 @@ def test_settings_are_rows_compared_with_the_first(path: Path) -> None:
     runs = plan(path, [], ["opcd"], [0, 1], ["loss.top_k=1,16"])
     for run, right in zip(runs, ("1000", "1110", "1100", "1111"), strict=True):
         leave_result(run, right)
-    result = compared([read(run) for run in runs], ALL)
+    result = compared([read_outcome(run) for run in runs], ALL)
     first, second = result["arms"].values()
     assert result["reference"] == "opcd loss.top_k=1"
     assert (first["accuracy"], second["accuracy"]) == (pytest.approx(3 / 8), pytest.approx(7 / 8))
@@ -374,7 +374,7 @@ def test_settings_that_change_what_is_known_before_have_their_own_rows(path: Pat
     assert runs[1].config is not None
     rows = runs[1].config.run.path / "accuracy.json"
     rows.write_text(rows.read_text().replace('"in_context": {"row0": 1.0', '"in_context": {"row0": 0.0'))
-    before = compared([read(run) for run in runs], ALL)["before"]
+    before = compared([read_outcome(run) for run in runs], ALL)["before"]
     assert {one["title"]: one["accuracy"] for one in before if one["set"] == "in_context"} == {
         "in context, not trained, context.text=c": 1.0,
         "in context, not trained, context.text=d": 0.75,
@@ -393,9 +393,9 @@ def test_a_run_without_a_whole_result_has_failed(path: Path, name: str) -> None:
     leave_result(run, "1111")
     assert run.config is not None
     (run.config.run.path / name).unlink()
-    found = read(run)
+    found = read_outcome(run)
     assert isinstance(found, Failed)
-    assert name in found.why
+    assert name in found.reason
 
 
 def test_the_command_refuses_what_it_cannot_read_as_seeds(path: Path) -> None:
