@@ -113,10 +113,9 @@ class AnswerFile:
     def _refuse_other(self, found: Any, header: dict[str, Any]) -> None:
         if not isinstance(found, dict) or "format" not in found:
             raise RunError(f"{self.path} holds no stored answers: choose another rollout.answers_file")
-        names = sorted({*found, *header})
         different = [
             f"{name} is {found.get(name)}, here {header.get(name)}"
-            for name in names
+            for name in sorted({*found, *header})
             if found.get(name) != header.get(name)
         ]
         if different:

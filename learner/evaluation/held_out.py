@@ -9,7 +9,7 @@ from typing import Any
 from common.async_utils import run_in_background
 from common.config.model import Config
 from common.evaluation.accuracy import Accuracy, change
-from common.evaluation.perplexity import perplexity
+from common.evaluation.perplexity import Perplexity, perplexity
 from common.protocol.schema import Prompt
 from common.telemetry.run_files import Progress, RunFiles, write_json
 from learner.cluster.services import Services
@@ -101,7 +101,7 @@ class HeldOutEvaluator:
             results[name] = found
         return results
 
-    async def _perplexities(self, step: int) -> dict[str, Any]:
+    async def _perplexities(self, step: int) -> dict[str, Perplexity]:
         results = {}
         for name, chunks in self._inputs.texts.items():
             started = time.time()

@@ -14,15 +14,15 @@ TIMEOUT_S = 300.0
 
 
 @contextmanager
-def report_at_end(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Write the report of `folder` when the block ends, if it holds a run by then; `say` gets a failure's reason."""
+def report_at_end(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Write the report of `folder` when the block ends, if it holds a run by then; `warn` gets a failure's reason."""
     try:
         yield
     finally:
         if (folder / "config.yaml").is_file():
             error = write_report(folder)
             if error is not None:
-                say(f"WARNING: {error}")
+                warn(f"WARNING: {error}")
 
 
 def write_report(folder: Path) -> str | None:
