@@ -21,6 +21,7 @@ import ray
 from common.async_utils import run_in_background
 from common.config.loader import dump_config, load_config
 from common.config.model import Config, ConfigError
+from common.import_names import use_folder
 from common.openmp import share_cores
 from common.telemetry.environment import environment
 from common.telemetry.run_files import Progress, RunFiles, write_json
@@ -189,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     words = parser.parse_intermixed_args(arguments)
     try:
+        use_folder(Path.cwd())
         return run(load_config(words.config, words.overrides), resume=words.resume, accept_changes=words.accept_changes)
     except KNOWN_ERRORS as error:
         print(f"opcd: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Student rollouts: vLLM engines in Ray actors, and the evaluation that runs on them.
+"""Student rollouts: Ray actors (`actor.py`) around vLLM engines (`engine/`), and the driver's `pool/` of them.
 
-``engine.py`` computes (no Ray), ``actor.py`` runs it. Imports ``common`` only.
+Imports `common` only. Inside, `actor` may import every room, `environments` the engine, `engine` the plugin.
 """

@@ -1,4 +1,4 @@
-"""What the student can play in: an environment gives observations and rewards, the student answers.
+"""Environments that the student plays in, and episodes as training samples.
 
-`base` is the interface, `registry` makes one by name, `text_games` are TextArena's. Imports `common` only.
+`base` is the interface, `registry` makes an environment by name. Imports `common` and `rollout_workers.engine`.
 """

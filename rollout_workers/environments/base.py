@@ -7,12 +7,12 @@ from typing import Protocol, runtime_checkable
 
 
 class EpisodeError(RuntimeError):
-    """An environment that was used out of order: stepped before its reset, or after its end."""
+    """An environment was stepped before its reset or after its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one answer led to. When `done`, `observation` is the outcome in words; `reward` is this step's alone."""
+    """Result of one answer. When `done`, `observation` is the outcome in words; `reward` is for this step alone."""
 
     observation: str
     reward: float
@@ -21,15 +21,15 @@ class Step:
 
 @runtime_checkable
 class Environment(Protocol):
-    """Asynchronous, because many episodes share one event loop with an engine: whatever takes long must await.
+    """Asynchronous, because many episodes share one event loop with an engine: slow work must await.
 
-    An observation is text of a user turn. An equal seed and equal answers give equal observations and rewards.
+    An observation is the text of a user turn. The same seed and answers give the same observations and rewards.
     """
 
     async def reset(self, seed: int) -> str:
-        """Begin the episode of `seed`; its first observation."""
+        """Start the episode of `seed`; returns the first observation."""
         ...
 
     async def step(self, answer: str) -> Step:
-        """Take the student's answer, special tokens left out. Raises EpisodeError when there is no episode."""
+        """Take the student's answer, without special tokens. Raises EpisodeError if no episode is in progress."""
         ...

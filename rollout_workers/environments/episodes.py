@@ -1,7 +1,7 @@
-"""One episode of an environment as training samples. Pure: the engine is a callable, no Ray, no HTTP.
+"""Plays one episode of an environment and turns it into training samples. Pure: the engine is a callable.
 
-Answers stay the tokens that the engine made. Prompts are rendered by `common.data.rendering`, so the student never sees
-the context and the teacher does.
+Answers stay the tokens that the engine made. `common.data.rendering` renders the prompts, so only the teacher sees the
+context.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from rollout_workers.environments.base import Environment
 Array = TypeVar("Array", bound=NDArray[Any])
 
 SampleMode = Literal["observation", "chat", "conversation"]
-"""What becomes a sample. `observation` (as in the paper): each answer, its prompt the observation alone, which repeats
-what matters of the turns before. `chat`: each answer, its prompt the chat so far. `conversation`: the whole episode,
-what the environment said in it masked out of the loss."""
+"""Form of the samples. `observation` (the paper's): one sample a turn, its prompt the observation, which must repeat what
+matters from earlier turns. `chat`: one sample a turn, its prompt the chat so far. `conversation`: one sample an
+episode, with the environment's words masked out of the loss."""
 
 MAX_TURNS = 5
 
 
 class Generate(Protocol):
-    """Makes one answer to the student's tokens; `turn` counts from 0, for seeds and request names."""
+    """Answers the student's tokens; `turn` counts from 0, for seeds and request names."""
 
     def __call__(self, prompt_ids: Ids, turn: int, /) -> Awaitable[Generation]:
-        """The answer."""
+        """Generate one answer."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSample:
-    """What a trajectory is made of. ``loss_mask [T]`` is None where the student made every token of the response."""
+    """A prompt and its generation. ``loss_mask [T]`` is None if the student made every token of the response."""
 
     prompt: Prompt
     generation: Generation
@@ -49,7 +49,7 @@ class EpisodeSample:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One turn as text: what the student was shown and what it answered, special tokens left out."""
+    """One turn as text, without special tokens."""
 
     observation: str
     answer: str
@@ -57,8 +57,8 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """A finished episode. `reward` is the sum over its turns; `outcome` the environment's last words, empty where the
-    turns ran out first.
+    """A finished episode. `reward` is the sum over its turns; `outcome` is the environment's last observation, empty if
+    the turns ran out first.
     """
 
     episode_id: str
@@ -71,7 +71,7 @@ class Episode:
 
     @property
     def success(self) -> bool:
-        """Whether all that can be won was won; a part of a reward is none."""
+        """True for the full reward of 1; a partial reward is no success."""
         return self.reward == 1.0
 
 
@@ -86,10 +86,10 @@ async def play_episode(
     samples: SampleMode = "observation",
     in_context: bool = False,
 ) -> Episode:
-    """Play at most `max_turns` turns of the episode of `seed`; `in_context`: the player sees what the teacher sees.
+    """Play at most `max_turns` turns of the episode of `seed`; with `in_context` the player sees the context.
 
-    Prompts are named ``EPISODE_ID/TURN``. Raises what `generate` and the environment raise, and DataError where the
-    chat template cannot render a turn; an episode is never returned in part.
+    Prompts are named ``EPISODE_ID/TURN``. Raises what `generate` and the environment raise, and DataError if the chat
+    template cannot render a turn; never returns part of an episode.
     """
     talk = (
         _Conversation(renderer, episode_id, in_context)
@@ -118,7 +118,7 @@ async def play_episode(
 
 @dataclass
 class _Turns:
-    """Each answer is a sample."""
+    """Makes every answer a sample."""
 
     renderer: Renderer
     episode_id: str
@@ -146,14 +146,14 @@ class _Turns:
 
 @dataclass
 class _Conversation:
-    """The whole episode is a sample: its prompt is the first, its response all that follows."""
+    """Makes the whole episode one sample: the first prompt, and all that follows as the response."""
 
     renderer: Renderer
     episode_id: str
     in_context: bool
     _prompt: Prompt | None = None
-    _said: list[Ids] = field(default_factory=list)
-    """Before each answer but the first: the end of the turn before it, the observation, the head of the answer."""
+    _between: list[Ids] = field(default_factory=list)
+    """Tokens before each answer after the first: end of the last turn, observation, head of the answer."""
     _generations: list[Generation] = field(default_factory=list)
 
     def ask(self, observation: str) -> Ids:
@@ -163,18 +163,18 @@ class _Conversation:
             return _shown(self._prompt, self.renderer, self.in_context)
         between: Ids = as_ids(self.renderer.follow_up(observation))
         last = self._generations[-1].response_ids[-1]
-        # A turn that was ended by its own token must not be ended twice.
-        self._said.append(between[1:] if between[0] == last else between)
+        # A turn that ended with its own end token must not be ended twice.
+        self._between.append(between[1:] if between[0] == last else between)
         answers = [generation.response_ids for generation in self._generations]
         shown = _shown(self._prompt, self.renderer, self.in_context)
-        return as_ids(np.concatenate([shown, *_alternating(answers, self._said)]))
+        return as_ids(np.concatenate([shown, *_alternating(answers, self._between)]))
 
     def hear(self, generation: Generation, answer: str) -> None:
         self._generations.append(generation)
 
     def samples(self) -> tuple[EpisodeSample, ...]:
         assert self._prompt is not None
-        generation, mask = join(self._generations, self._said)
+        generation, mask = join(self._generations, self._between)
         return (EpisodeSample(self._prompt, generation, mask),)
 
 
@@ -182,22 +182,22 @@ def _shown(prompt: Prompt, renderer: Renderer, in_context: bool) -> Ids:
     return as_ids(teacher_sequence(prompt, renderer.contexts)) if in_context else prompt.student_ids
 
 
-def join(generations: Sequence[Generation], said: Sequence[Ids]) -> tuple[Generation, Mask]:
-    """Answers and what was said between them (one fewer) as one response; the mask is True in the answers.
+def join(generations: Sequence[Generation], between: Sequence[Ids]) -> tuple[Generation, Mask]:
+    """Join answers and the tokens `between` them (one item fewer) into one response; the mask is True in the answers.
 
-    Tokens that were said have placeholders for what only an engine knows: log-prob 0, the first ids as the top k (a
+    The environment's tokens get placeholders for the engine's values: log-prob 0, the first k ids as the top k (a
     teacher wants k different ones), the weight version of the answer before.
     """
     width = generations[0].topk_ids.shape[1]
-    ids = _alternating([g.response_ids for g in generations], said)
+    ids = _alternating([g.response_ids for g in generations], between)
     logprobs = _alternating(
-        [g.sampled_logprobs for g in generations], [np.zeros(len(s), dtype=np.float32) for s in said]
+        [g.sampled_logprobs for g in generations], [np.zeros(len(s), dtype=np.float32) for s in between]
     )
     topk = _alternating(
-        [g.topk_ids for g in generations], [np.tile(np.arange(width, dtype=np.uint32), (len(s), 1)) for s in said]
+        [g.topk_ids for g in generations], [np.tile(np.arange(width, dtype=np.uint32), (len(s), 1)) for s in between]
     )
     mask = _alternating(
-        [np.ones(len(g.response_ids), dtype=bool) for g in generations], [np.zeros(len(s), dtype=bool) for s in said]
+        [np.ones(len(g.response_ids), dtype=bool) for g in generations], [np.zeros(len(s), dtype=bool) for s in between]
     )
     versions: list[tuple[int, int]] = []
     starts = np.cumsum([0, *(len(part) for part in ids)])[::2]
@@ -216,6 +216,6 @@ def join(generations: Sequence[Generation], said: Sequence[Ids]) -> tuple[Genera
 
 
 def _alternating(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
-    """first[0], second[0], first[1], …; `second` may be one shorter."""
+    """Interleave: first[0], second[0], first[1], …; `second` may be one shorter."""
     pairs = zip_longest(first, second)
     return [part for pair in pairs for part in pair if part is not None]

@@ -1,4 +1,4 @@
-"""Games of a run: what one sample's episode becomes. Everything but `play_sample` is pure."""
+"""Plays the games of a run, and turns episodes into trajectories. All but `play_sample` is pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSummary:
-    """What the controller hears of an episode: sequences for the learner, answers, sum of rewards."""
+    """Totals of an episode, for the driver: sequences for the learner, answers, sum of rewards."""
 
     sequences: int
     turns: int
@@ -30,7 +30,7 @@ class EpisodeSummary:
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """An episode as text: what an evaluation writes down."""
+    """An episode as text, for evaluations."""
 
     exchanges: tuple[Exchange, ...]
     outcome: str
@@ -41,7 +41,7 @@ class Played:
 async def play_sample(
     engine: RolloutEngine, renderer: Renderer, settings: EnvironmentConfig, sample: Sample, *, in_context: bool = False
 ) -> Episode:
-    """Play the game of `sample.prompt`; every turn has a seed of its own."""
+    """Play the game of `sample.prompt`; every turn has its own seed."""
     game = sample.prompt.game
     assert game is not None
 
@@ -55,7 +55,7 @@ async def play_sample(
         renderer,
         episode_id=sample.sample_id,
         max_turns=settings.max_turns,
-        samples=settings.samples,
+        samples=settings.sample_format,
         in_context=in_context,
     )
 
@@ -91,12 +91,12 @@ def trajectories_of(episode: Episode, sample: Sample) -> list[Trajectory]:
 
 
 def student_tokens(trajectories: Sequence[Trajectory]) -> int:
-    """Response tokens that the student made; what an environment said between them is not counted."""
+    """Response tokens that the student made, without the environment's."""
     return sum(len(t.response_ids) if t.loss_mask is None else int(t.loss_mask.sum()) for t in trajectories)
 
 
 def spans_of(trajectories: Sequence[Trajectory]) -> tuple[tuple[int, int], ...]:
-    """Version spans over all responses, one behind the other: (first position, weight version)."""
+    """Version spans over the concatenated responses: (first position, weight version)."""
     spans: list[tuple[int, int]] = []
     start = 0
     for trajectory in trajectories:

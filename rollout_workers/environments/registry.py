@@ -1,4 +1,4 @@
-"""Environments by name: the ones that come along, and a user's own as ``package.module:Class``."""
+"""Makes environments by name: built-in ones, and a user's own as ``package.module:Class``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ENVIRONMENTS = {
     "FrozenLake": "rollout_workers.environments.text_games:FrozenLake",
     "Sokoban": "rollout_workers.environments.text_games:Sokoban",
 }
-"""Name -> where the class is; imported when asked for, since some need packages of an extra."""
+"""Name -> module and class; imported on first use, since some need the packages of an extra."""
 
 
 def make_environment(name: str, options: Mapping[str, Any] | None = None) -> Environment:
-    """A new environment; `options` are its constructor's arguments.
+    """Make a new environment; `options` are its constructor's arguments.
 
-    Raises ValueError, saying what would do, for an unknown name, a class that cannot be imported, options that its
-    constructor does not take, or a class without `reset` and `step`.
+    Raises ValueError, with the remedy, for an unknown name, a class that cannot be imported, options that its
+    constructor does not take, and a class without `reset` and `step`.
     """
     module, colon, attribute = ENVIRONMENTS.get(name, name).partition(":")
     if not colon:

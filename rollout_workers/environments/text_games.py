@@ -1,9 +1,8 @@
-"""TextArena's single-player grid games with the rules taken out of the prompt, as the paper plays them.
+"""TextArena's single-player grid games without the rules in the prompt, as the paper plays them.
 
-The student is told that it moves P and how to write a move, not what the symbols mean: that is what the context knows.
-The last move in square brackets counts. An answer without one, or a move into a wall, is illegal: the first is
-remarked on and costs a turn, a second in a row loses the game. Success is a reward of exactly 1.0; a lost game may
-have a part of it.
+The prompt says that the student moves P and how to write a move. Only the context says what the symbols mean. The last
+move in square brackets counts. An answer without one, or a move into a wall, is illegal: the first costs a turn, a
+second in a row loses the game. Success is a reward of exactly 1.0; a lost game may have a partial reward.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ NO_MOVE = "no valid action"
 
 _MOVE = re.compile(r"\[\s*(up|down|left|right|w|a|s|d)\s*\]", re.IGNORECASE)
 _ONE_AT_A_TIME = threading.Lock()
-"""TextArena seeds Python's global generator and makes rooms in module variables."""
+"""TextArena seeds Python's global generator and builds rooms in module variables."""
 
 
 def last_move(answer: str) -> str | None:
@@ -42,8 +41,8 @@ def last_move(answer: str) -> str | None:
 class TextGame:
     """A TextArena game as an `Environment`.
 
-    With `history` an observation repeats everything since the start, so it stands alone as a prompt; without, it holds
-    what is new, for conversations.
+    With `history` an observation repeats everything since the start, so it can be a prompt alone; without, it holds only
+    the news, for conversations.
     """
 
     def __init__(self, game: Any, *, history: bool) -> None:
@@ -53,15 +52,15 @@ class TextGame:
         self._playing = False
 
     async def reset(self, seed: int) -> str:
-        """The board of `seed`."""
-        # A room of several boxes takes a large part of a second to make: not on the engine's event loop.
+        """Start the game of `seed`; returns the board."""
+        # A room of several boxes takes most of a second to build, too long for the engine's event loop.
         await asyncio.to_thread(self._reset, seed)
         self._playing = True
         self._log = []
         return self._observe()
 
     async def step(self, answer: str) -> Step:
-        """Make the move that `answer` ends with."""
+        """Make the last move in `answer`."""
         if not self._playing:
             raise EpisodeError("this game is over, or was never reset")
         done, _ = self._game.step(f"[{last_move(answer) or NO_MOVE}]")
@@ -80,7 +79,7 @@ class TextGame:
                 random.setstate(state)
 
     def _observe(self) -> str:
-        """What TextArena has to say since the last time, its rules left out."""
+        """TextArena's messages since the last observation, without its rules."""
         first = not self._log
         _, messages = self._game.get_observation()
         new = [
@@ -95,14 +94,14 @@ class TextGame:
 
 
 class FrozenLake(TextGame):
-    """From the top left to the bottom right of a frozen lake with holes; the paper's is 3 by 3 with two of them."""
+    """A walk from the top left to the bottom right of a frozen lake with holes; the paper's is 3 by 3 with two holes."""
 
     def __init__(self, *, size: int = 3, holes: int = 2, history: bool = True) -> None:
         super().__init__(FrozenLakeEnv(size=size, num_holes=holes), history=history)
 
 
 class Sokoban(TextGame):
-    """Pushing boxes onto targets; the paper's room is 6 by 6 with one box."""
+    """A room in which boxes must be pushed onto targets; the paper's is 6 by 6 with one box."""
 
     def __init__(self, *, size: int = 6, boxes: int = 1, history: bool = True) -> None:
         super().__init__(SokobanEnv(dim_room=(size, size), num_boxes=boxes), history=history)

@@ -1,4 +1,4 @@
-"""What vLLM loads in every one of its processes (entry point group ``vllm.general_plugins``)."""
+"""Plugin that vLLM loads in each of its processes (entry point group ``vllm.general_plugins``)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
-    """Make this project's weight transfer known, and let vLLM's children die with the process that started them.
+    """Register this project's weight transfer, and make vLLM's child processes die with their parent.
 
-    Called once or more per process. An actor that is killed cannot shut its engine down; without this its engine
-    would live on and hold the memory.
+    Runs once or more per process. A killed actor cannot shut its engine down: without the signal the engine would
+    live on and hold its memory.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 

@@ -1,4 +1,4 @@
-"""What a weight sync needs to know in vLLM's processes, as the plain fields that travel there."""
+"""Arguments of a weight sync as plain fields, which vLLM passes to its worker processes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from common.config.model import SyncConfig
 from common.weight_sync.manifest import SyncManifest
 
 WEIGHT_TRANSFER = "opcd"
-"""Name under which vLLM knows the weight transfer engine of this project, whatever ``sync.backend`` is."""
+"""Name of this project's weight transfer engine in vLLM, for every ``sync.backend``."""
 
 
 def init_info(sync: SyncConfig, host: str, port: int, rank: int, world_size: int) -> dict[str, Any]:
-    """Where the weight group meets, and the first rank of the engine's workers in it."""
+    """Address of the weight group, and the first rank of the engine's workers in it."""
     return {
         "master_address": host,
         "master_port": port,
@@ -24,7 +24,7 @@ def init_info(sync: SyncConfig, host: str, port: int, rank: int, world_size: int
 
 
 def update_info(manifest: SyncManifest) -> dict[str, Any]:
-    """A manifest and the digest that it has here."""
+    """A manifest and its digest."""
     return {
         "tensors": [asdict(tensor) for tensor in manifest.tensors],
         "bucket_bytes": manifest.bucket_bytes,
