@@ -21,10 +21,10 @@ Train = Callable[[PlannedRun, Path, Callable[[str], None]], None]
 def compare(
     runs: Sequence[PlannedRun], methods: Sequence[str], root: Path, command: str, progress: Progress, train: Train
 ) -> Path:
-    """Execute all unfinished runs; after each, write ``compare.json``, ``compare.md`` and, if possible, ``compare.svg``.
+    """Execute all unfinished runs; after each, write ``compare.json``, ``compare.md`` and ``compare.svg``.
 
-    Returns the path of ``compare.md``. A failed run becomes a line of the result, and the next run starts. An interrupt
-    ends the comparison; results of finished runs stay.
+    Returns the path of ``compare.md``. The picture needs at least one accuracy with an interval. A failed run becomes a
+    line of the result, and the next run starts. An interrupt ends the comparison; results of finished runs stay.
     """
     root.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []

@@ -174,8 +174,8 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
         "# Methods compared",
         f"`{command}`",
         _table(head, rows),
-        "Means over seeds and rows; brackets are 95% intervals over both (docs/evaluation.md). *Against*: the difference "
-        "from that method's accuracy, paired by row and seed.",
+        "Means over seeds and rows; brackets are 95% intervals over both (docs/evaluation.md). *Against* a method: the "
+        "difference from its accuracy, paired by row and seed.",
         *(["## Runs without a result", "\n".join(faults)] if faults else []),
         "## Runs",
         _table(["method", "seed", "accuracy", "gap closed", "KL, first", "last", "seconds"], each),
