@@ -1,8 +1,8 @@
 """Closed models of the custom resources in deploy/kuberay, for checks without a cluster.
 
-Fields as the API references document them: KubeRay ``ray.io/v1`` (1.5 and later) and the Prometheus operator's
-PodMonitor. Only those in use here are listed, so that a new one is looked up once before it is written. Pod templates
-are left to the Kubernetes schemas.
+Fields follow the API references of KubeRay ``ray.io/v1`` (1.5 and later) and of the Prometheus operator's PodMonitor.
+The models list only fields in use, so that a new field is looked up before it is written. The Kubernetes schemas check
+pod templates.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=47)]
-"""KubeRay appends to the names of its objects, so they must stay below Kubernetes' 63."""
+"""KubeRay appends suffixes to names, so they must stay well below Kubernetes' limit of 63 characters."""
 Count = Annotated[int, Field(ge=0)]
 
 
 class Closed(BaseModel):
-    """No unknown field, no silent conversion."""
+    """Base without unknown fields or silent conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -58,7 +58,7 @@ class RayClusterSpec(Closed):
     workerGroupSpecs: list[WorkerGroup] = []
 
     def templates(self) -> list[dict[str, Any]]:
-        """Every pod template."""
+        """Return every pod template."""
         return [self.headGroupSpec.template, *(group.template for group in self.workerGroupSpecs)]
 
 

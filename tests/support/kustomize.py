@@ -1,7 +1,7 @@
-"""What ``kubectl kustomize`` makes of a folder, for the part of it that deploy/kuberay uses; anything else is refused.
+"""Renders a folder like ``kubectl kustomize``, for the features that deploy/kuberay uses; refuses all others.
 
-Resources, JSON patches (RFC 6902: the other kind replaces whole lists in custom resources), ConfigMaps from files
-under their plain names, image names.
+Resources, JSON patches (RFC 6902; strategic merge patches replace whole lists in custom resources), ConfigMaps from
+files under their plain names, image names. PyPI and Debian have no current kustomize; a test compares with kubectl's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Kustomization(Closed):
 
 
 def render(folder: Path) -> list[Manifest]:
-    """The objects of a folder. Raises pydantic's error for what is unknown, KeyError for a patch that hits nothing."""
+    """Return the objects of a folder. Raises ValidationError for an unknown field, KeyError for a patch of nothing."""
     plan = Kustomization.model_validate(yaml.safe_load((folder / "kustomization.yaml").read_text()))
     if (plan.apiVersion, plan.kind) != ("kustomize.config.k8s.io/v1beta1", "Kustomization"):
         raise ValueError(f"{folder}: no kustomization")
@@ -85,35 +85,35 @@ def render(folder: Path) -> list[Manifest]:
 
 
 def load_manifests(path: Path) -> list[Manifest]:
-    """All documents of a file."""
+    """Return all documents of a file."""
     return [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
 
 
 def patched(document: Manifest, operations: list[dict[str, Any]]) -> Manifest:
-    """`add` and `replace` of RFC 6902. Raises KeyError or IndexError where the place is not there."""
+    """Apply `add` and `replace` operations (RFC 6902). Raises KeyError or IndexError for a path that does not exist."""
     result = deepcopy(document)
     for operation in operations:
         if set(operation) != {"op", "path", "value"} or operation["op"] not in ("add", "replace"):
             raise ValueError(f"not an add or replace with a value: {operation}")
         *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
-        place: Any = result
+        node: Any = result
         for part in parents:
-            place = place[int(part)] if isinstance(place, list) else place[part]
+            node = node[int(part)] if isinstance(node, list) else node[part]
         value = deepcopy(operation["value"])
-        if isinstance(place, list):
+        if isinstance(node, list):
             if operation["op"] == "replace":
-                place[int(last)] = value
+                node[int(last)] = value
             else:
-                place.insert(len(place) if last == "-" else int(last), value)
-        elif operation["op"] == "replace" and last not in place:
+                node.insert(len(node) if last == "-" else int(last), value)
+        elif operation["op"] == "replace" and last not in node:
             raise KeyError(operation["path"])
         else:
-            place[last] = value
+            node[last] = value
     return result
 
 
 def _rename(node: Any, image: Image) -> None:
-    """Containers of this image, wherever they are."""
+    """Set the image of all containers with this image's name."""
     if isinstance(node, list):
         for item in node:
             _rename(item, image)

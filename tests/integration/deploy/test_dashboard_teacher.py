@@ -1,4 +1,4 @@
-"""A teacher exports what the Grafana dashboard asks of it."""
+"""A teacher exports the metrics that the Grafana dashboard shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples of the documentation, as a user runs them: each in a process of its own, on a tiny model."""
+"""Runs the documentation's examples as a user does: each in a separate process, on a tiny model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(name: str, *arguments: str | Path) -> str:
 
 
 def test_answers_are_scored_by_a_shared_teacher(tiny_model: Path) -> None:
-    """What is printed is the reverse KL by the definition: the top 64 and one bucket for the rest, no context."""
+    """The printed value is the reverse KL by definition: the top 64 and one bucket for the rest, no context."""
     config = TeacherConfig(model=str(tiny_model), threads=1)
     server = start_in_thread(build_service(config), config, Authenticator())
     try:

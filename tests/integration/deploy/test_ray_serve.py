@@ -18,7 +18,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from common.config.loader import load_teacher_config
-from common.config.model import TeacherConfig, TeacherServerConfig
+from common.config.model import TeacherConfig
 from common.protocol.codec import encode_context
 from common.protocol.schema import Context, ItemScore, TeacherInfo, as_ids, context_hash
 from common.protocol.scoring import TeacherError
@@ -70,12 +70,12 @@ def contexts_of(info: TeacherInfo) -> list[Context]:
 
 
 def headers(tenant: str, context: Context) -> dict[str, str]:
-    """Of a request about a context."""
+    """Headers of a request about a context."""
     return {ROUTE_HEADER: context.hash, "Authorization": f"Bearer {KEYS[tenant]}"}
 
 
 async def replica_of(url: str, context: Context) -> str:
-    """Which replica answers for a context."""
+    """Return the replica that answers for a context."""
     async with httpx.AsyncClient(trust_env=False) as http:
         body = encode_context(Context(context.hash, context.ids))
         reply = await http.put(
@@ -206,7 +206,7 @@ async def test_replicas_come_with_the_load_and_go_with_it(url: str, config: str,
 async def test_a_replica_that_computes_nothing_any_more_fails_its_health_check(
     config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Serve replaces it then; it would answer 503 for ever."""
+    """Serve then replaces the replica, which would answer only 503."""
     name = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: name)
     replica = TeacherReplica(load_teacher_config(config, ()))
@@ -235,7 +235,7 @@ def test_nobody_is_anonymous_behind_serves_proxy(host: str, monkeypatch: pytest.
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     section = TeacherConfig(model="is not loaded", host=host, allow_anonymous=True)
     with pytest.raises(TeacherError, match=r"allow_anonymous is refused under Ray Serve.*set teacher.server_keys_file"):
-        build_app(TeacherServerConfig(teacher=section))
+        build_app(section)
 
 
 def test_the_example_is_what_serve_reads(config: str) -> None:

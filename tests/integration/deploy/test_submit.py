@@ -48,7 +48,7 @@ STOPPED = """
 import signal, sys, time
 
 def end(number, frame):
-    time.sleep(3.5)  # longer than Ray waits by itself
+    time.sleep(3.5)  # longer than Ray waits by default
     print("ENDED IN ORDER", flush=True)
     sys.exit(0)
 
@@ -66,7 +66,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareCluster]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is submitted: a run whose training file has a mistake that only the job finds."""
+    """The submitted folder: a run whose training file has a mistake that only the job finds."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "train.jsonl").write_text('{"id": "a", "prompt": "Q"}\n{"id": "a", "prompt": "Q"}\n')
     (folder / "probe.py").write_text(PROBE)
@@ -84,7 +84,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script_job(project: Path, wheel: Path, name: str) -> Job:
-    """A script of the folder in a run's place."""
+    """A job that runs a script of the folder instead of a run."""
     job = plan(
         config=project / "run.yaml",
         overrides=[],
@@ -144,12 +144,16 @@ def test_runs_on_nodes_that_have_not_installed_opcd(
 def test_a_run_that_is_submitted_trains_to_its_end(
     cluster: BareCluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With a grader in a module of the submitted folder."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     project = tmp_path / "project"
     project.mkdir()
-    write_run(project, tiny_model, learner={"steps": 2}, eval={"every": 0}, data={"valid": None})
+    (project / "my_task.py").write_text("def grade(answer, expected):\n    return answer == expected\n")
+    write_run(
+        project, tiny_model, learner={"steps": 2}, eval={"every": 0, "grader": "my_task:grade"}, data={"valid": None}
+    )
     monkeypatch.chdir(project)
     run = opcd(cluster, "submit", "run.yaml", f"run.dir={tmp_path / 'runs'}", "--id", "whole", "--follow")
     assert run.exit_code == 0, run.output

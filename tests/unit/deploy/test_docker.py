@@ -1,4 +1,4 @@
-"""The images' recipes and the compose file, without a Docker engine: lint, what they copy, what they start."""
+"""The Dockerfiles and the compose file without a Docker engine: lint, copied files, started commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HADOLINT = Path(sys.executable).with_name("hadolint")
 
 
 def instructions(recipe: Path) -> list[tuple[str, str]]:
-    """(instruction, arguments), lines joined."""
+    """Return (instruction, arguments) with continued lines joined."""
     joined = re.sub(r"\\\n", " ", "\n".join(x for x in recipe.read_text().splitlines() if not x.startswith("#")))
     return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in joined.splitlines() if line.strip()]
 
@@ -32,7 +32,7 @@ def lint(recipe: Path) -> str:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_free_of_what_hadolint_finds(recipe: Path) -> None:
+def test_hadolint_finds_nothing(recipe: Path) -> None:
     assert lint(recipe) == ""
 
 
@@ -64,7 +64,7 @@ def test_packages_come_from_the_locks_alone(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_what_is_copied_is_in_the_context(recipe: Path) -> None:
+def test_copied_files_are_in_the_context(recipe: Path) -> None:
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     for kind, line in instructions(recipe):
         sources = [] if kind != "COPY" or "--from" in line else line.split()[:-1]
@@ -73,7 +73,7 @@ def test_what_is_copied_is_in_the_context(recipe: Path) -> None:
             assert source == "." or source.split("/")[0] in kept
 
 
-def test_the_context_holds_what_the_wheel_is_made_of() -> None:
+def test_the_context_holds_the_files_of_the_wheel() -> None:
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert all((ROOT / name).exists() for name in kept)
     assert kept >= {"common", "rollout_workers", "teacher_server", "learner", "deploy", "pyproject.toml"}
@@ -81,7 +81,7 @@ def test_the_context_holds_what_the_wheel_is_made_of() -> None:
 
 
 class Closed(BaseModel):
-    """A part of the Compose Specification, as far as it is used; no unknown field."""
+    """Base of the part of the Compose Specification in use; no unknown field."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -146,7 +146,7 @@ def test_every_field_of_the_compose_file_is_known() -> None:
         Service.model_validate({**services()["teacher"], "healthchecks": {}})
 
 
-def test_what_is_started_is_what_the_commands_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_started_commands_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # as in the image, whose folder has deploy/configs
     command, path, *overrides = services()["run"]["command"]
     assert command == "train"

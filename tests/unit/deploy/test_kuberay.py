@@ -1,4 +1,4 @@
-"""The Kubernetes manifests, without a cluster: schemas, references between objects, and the room that a run needs."""
+"""The Kubernetes manifests without a cluster: schemas, references between objects, resources for a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FOLDERS = ("storage", "monitoring", *(f"overlays/{name}" for name in OVERLAYS))
 KUBERNETES = "1.34"
 CUSTOM = {"RayJob": RayJob, "RayService": RayService, "PodMonitor": PodMonitor}
 SECRETS_MADE_BY_HAND = {"opcd-team-key", "opcd-teacher-keys"}
-"""What docs/kubernetes.md tells to make: only references to them are in the repository."""
+"""Secrets that a user makes by docs/kubernetes.md; the repository only refers to them."""
 
 
 @cache
@@ -38,7 +38,7 @@ def rendered(folder: str) -> tuple[Manifest, ...]:
 
 
 def check(manifest: Manifest) -> None:
-    """Raises for what is unknown to the API."""
+    """Raise for a field that the API does not have."""
     model = CUSTOM.get(manifest["kind"])
     if model is None:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
@@ -131,9 +131,7 @@ def test_a_patch_must_hit_something() -> None:
         patched(claim, [{"op": "move", "path": "/spec", "from": "/metadata"}])
 
 
-@pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="kubectl is not installed: only its own reading is compared"
-)
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_kubectl_renders_the_same(folder: str) -> None:
     done = subprocess.run(["kubectl", "kustomize", KUBERAY / folder], capture_output=True, text=True, check=True)
@@ -147,7 +145,7 @@ def repr_of(manifest: Manifest) -> str:
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_what_is_referred_to_is_there(name: str) -> None:
+def test_references_resolve(name: str) -> None:
     manifests = [*rendered(f"overlays/{name}"), *rendered("storage")]
     names = {kind: {one["metadata"]["name"] for one in manifests if one["kind"] == kind} for kind in ("ConfigMap",)}
     for template in templates(manifests):
@@ -180,8 +178,8 @@ def test_pods_are_unprivileged() -> None:
             assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
-def test_ray_containers_have_probes_of_their_own() -> None:
-    """KubeRay's own call `wget`, which the images need not have."""
+def test_ray_containers_define_their_probes() -> None:
+    """KubeRay's default probes need `wget`, which the images may lack."""
     for template in templates(everything()):
         for container in template["spec"]["containers"]:
             assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
@@ -210,12 +208,12 @@ def test_a_run_fits_into_its_pods(name: str, tmp_path: Path) -> None:
     config = load_config(config_file(manifests, "run.yaml", tmp_path))
     (job,) = [RayJob.model_validate(one) for one in manifests if one["kind"] == "RayJob"]
     pods = job.spec.rayClusterSpec.templates()
-    there = [
+    gpus = [
         float(container["resources"]["limits"].get("nvidia.com/gpu", 0))
         for pod in pods
         for container in containers(pod)
     ]
-    assert sum(bundle.gpus for bundle in bundles_of(config)) == sum(there)
+    assert sum(bundle.gpus for bundle in bundles_of(config)) == sum(gpus)
     assert config.run.metrics_port in {
         port["containerPort"] for pod in pods for container in containers(pod) for port in container.get("ports", [])
     }
@@ -227,7 +225,7 @@ def test_a_run_fits_into_its_pods(name: str, tmp_path: Path) -> None:
 
 
 def config_file(manifests: Any, name: str, folder: Path) -> Path:
-    """A ConfigMap's file, as a pod would see it."""
+    """Write a ConfigMap's file as a pod sees it."""
     (text,) = [one["data"][name] for one in manifests if one["kind"] == "ConfigMap" and name in one["data"]]
     path = folder / name
     path.write_text(text)
@@ -250,19 +248,19 @@ def test_the_shared_teacher_fits_into_its_pods(tmp_path: Path) -> None:
     module, _, name = application.import_path.partition(":")
     builder = getattr(importlib.import_module(module), name)
     (arguments,) = inspect.signature(builder, eval_str=True).parameters.values()
-    asked = arguments.annotation.model_validate(application.args)
+    args = arguments.annotation.model_validate(application.args)
     (pods,) = service.spec.rayClusterConfig.workerGroupSpecs
     (container,) = pods.template["spec"]["containers"]
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-    assert str(Path(asked.config).parent) in mounts
-    config = load_teacher_config(config_file(manifests, Path(asked.config).name, tmp_path), asked.overrides).teacher
+    assert str(Path(args.config).parent) in mounts
+    config = load_teacher_config(config_file(manifests, Path(args.config).name, tmp_path), args.overrides).teacher
     assert config.server_keys_file is not None
     assert str(config.server_keys_file.parent) in mounts
     assert str(config.model).startswith("/data/")
     limits = container["resources"]["limits"]
-    assert (config.gpus, asked.min_replicas, asked.max_replicas) == (
+    assert (config.gpus, args.min_replicas, args.max_replicas) == (
         float(limits["nvidia.com/gpu"]),
         pods.minReplicas,
         pods.maxReplicas,
     )
-    assert asked.cpus <= float(limits["cpu"])
+    assert args.cpus <= float(limits["cpu"])

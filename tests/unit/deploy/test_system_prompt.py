@@ -1,4 +1,4 @@
-"""The system prompt on a laptop: the demo's rows as chat, none of them among the prompt's examples."""
+"""The small system-prompt configuration: the demo's rows as chat; no row is an example of the prompt."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_the_runs_data_says_whether_prompts_are_turns(run: Path, tmp_path: Path)
     rows.write_text('{"id": "a", "messages": [{"role": "user", "content": "x"}]}\n')
     as_chat = config.model_copy(update={"data": config.data.model_copy(update={"train": rows})})
     assert not asks_raw(as_chat, tokenizer)
-    rows.unlink()  # what is left to go by is the chat template
+    rows.unlink()  # only the chat template is left to decide
     assert not asks_raw(as_chat, tokenizer)
     tokenizer.chat_template = None
     assert asks_raw(as_chat, tokenizer)

@@ -43,7 +43,7 @@ class Game:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder with a run, and Python's path as it is before the test."""
+    """A user's folder with a run. Restores sys.path after the test."""
     (tmp_path / "train.jsonl").write_text('{"id": "a", "prompt": "Q"}\n')
     (tmp_path / "run.yaml").write_text(
         "run: {name: mine, dir: /shared/runs}\nstudent: {model: /shared/m}\ncontext: {text: c}\n"

@@ -1,4 +1,4 @@
-"""The ``opcd`` command line: what it prints, what it refuses, with which exit status. Nothing heavy is started."""
+"""The ``opcd`` command line: output, refusals and exit statuses. Starts no engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration page says what the models say."""
+"""The configuration page agrees with the models."""
 
 from __future__ import annotations
 

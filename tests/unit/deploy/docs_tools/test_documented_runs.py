@@ -1,4 +1,4 @@
-"""Commands of the documentation that cost seconds are run here as they stand; for the others it is said where."""
+"""Runs the documentation's commands that take seconds; other tests pass the options of the longer ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FIRST_RUNS = [
 
 @pytest.mark.parametrize("command", FIRST_RUNS, ids=str)
 def test_a_run_of_ones_own_passes_its_check(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder with the files that the page says one writes, and the clone's `deploy`."""
+    """Runs in a folder with the files that the page tells to write, and the clone's `deploy/configs`."""
     shutil.copytree(ROOT / "deploy/configs", tmp_path / "deploy/configs")
     (tmp_path / "context.txt").write_text("Q: dog\nA: dogs\n")
     (tmp_path / "train.jsonl").write_text('{"id": "1", "prompt": "Q: cat\\nA:"}\n')
@@ -42,8 +42,8 @@ def test_a_run_of_ones_own_passes_its_check(command: Command, tmp_path: Path, mo
     assert yaml.safe_load(result.stdout)["run"]["name"] == "mine"
 
 
-def test_what_is_checked_is_what_is_then_run() -> None:
-    """The quickstart gives both commands: they differ in ``--dry-run`` alone."""
+def test_the_dry_run_checks_the_command_that_follows() -> None:
+    """Both commands of the quickstart differ only in ``--dry-run``."""
     checked, run = [one.words for one in commands(DOCS / "index.md") if "run.name=mine" in one.words]
     assert tuple(word for word in checked if word != "--dry-run") == run
 
@@ -78,7 +78,7 @@ def test_by_hand_the_same_is_installed_as_by_make() -> None:
 
 
 def test_every_documented_option_is_passed_by_a_test() -> None:
-    """Of the commands that any machine can run: a test that names the command and passes the option."""
+    """A test passes each option of the commands that any machine can run."""
     asked = [command for page in PAGES for command in (*commands(page), *inline_commands(page)) if not command.marked]
     options = {
         (command.words[1], word)
@@ -98,7 +98,7 @@ def test_every_documented_option_is_passed_by_a_test() -> None:
 
 
 def texts_of_tests() -> Iterator[str]:
-    """Every test file except those of the documentation, each after the helpers that start its runs."""
+    """Yield the text of every test file except the documentation's, each after the helpers that start runs."""
     lead = (ROOT / "tests/support/runs.py").read_text(encoding="utf-8")
     lead += (ROOT / "tests/e2e/conftest.py").read_text(encoding="utf-8")
     for folder in ("unit", "integration", "e2e", "faults"):

@@ -1,4 +1,4 @@
-"""What `opcd doctor` makes of machines of many kinds."""
+"""`opcd doctor` on machines of many kinds."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_the_command_shows_a_row(path: Path) -> None:
     assert ["0", "-", "context", *lines_of("B")] in lines
     assert ["20", "0", "prompt", *lines_of("Q")] in lines  # behind the context's 20 bytes
     assert ["30", "10", "response", "x", *lines_of("c")] in lines  # its blank is the one that the loss skips
-    assert "'['" in result.stdout  # as it is, not as a colour
+    assert "'['" in result.stdout  # not read as markup
 
 
 def lines_of(text: str) -> list[str]:

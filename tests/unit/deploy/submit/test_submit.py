@@ -84,7 +84,7 @@ def test_each_flag_is_its_own(folder: Path, flag: str, word: str) -> None:
 
 
 def test_the_folder_is_named_whatever_the_path_to_it(folder: Path) -> None:
-    """Ray's command would read a relative one from where it is called."""
+    """Ray's command reads a relative path from its current folder."""
     assert job_of(folder, working_dir=Path()).working_dir == folder
 
 

@@ -1,4 +1,4 @@
-"""Rows of the tasks with worked examples: apart from each other, answered right, and what the configurations name."""
+"""The task ``few-shot``: disjoint sets, right answers, and the files that the configurations name."""
 
 from __future__ import annotations
 

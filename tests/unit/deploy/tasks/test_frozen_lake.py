@@ -102,7 +102,7 @@ async def test_the_texts_are_the_environments(holes: int) -> None:
 
 
 def test_the_boards_do_not_tell_the_world() -> None:
-    """The same in all worlds, and there are few: what the configuration says of its splits."""
+    """All worlds share the few boards, as the configuration says about its splits."""
     counts = [sum(row.count("H") for row in board) for board in boards()]
     assert [counts.count(count) for count in HOLES] == [7, 19, 18]
     assert len(set(boards())) == len(boards())
