@@ -23,8 +23,8 @@ from rollout_workers.environments.base import Environment
 Array = TypeVar("Array", bound=NDArray[Any])
 
 SampleMode = Literal["observation", "chat", "conversation"]
-"""Form of the samples. `observation` (the paper's): one sample a turn, its prompt the observation, which must repeat what
-matters from earlier turns. `chat`: one sample a turn, its prompt the chat so far. `conversation`: one sample an
+"""Form of the samples. `observation` (the paper's): one sample a turn, its prompt the observation, which must repeat
+what matters from earlier turns. `chat`: one sample a turn, its prompt the chat so far. `conversation`: one sample an
 episode, with the environment's words masked out of the loss."""
 
 MAX_TURNS = 5

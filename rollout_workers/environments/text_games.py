@@ -41,8 +41,8 @@ def last_move(answer: str) -> str | None:
 class TextGame:
     """A TextArena game as an `Environment`.
 
-    With `history` an observation repeats everything since the start, so it can be a prompt alone; without, it holds only
-    the news, for conversations.
+    With `history` an observation repeats everything since the start, so it can be a prompt alone; without, it holds
+    only the news, for conversations.
     """
 
     def __init__(self, game: Any, *, history: bool) -> None:
@@ -94,7 +94,7 @@ class TextGame:
 
 
 class FrozenLake(TextGame):
-    """A walk from the top left to the bottom right of a frozen lake with holes; the paper's is 3 by 3 with two holes."""
+    """A walk over a frozen lake with holes, from top left to bottom right; the paper's is 3 by 3 with two holes."""
 
     def __init__(self, *, size: int = 3, holes: int = 2, history: bool = True) -> None:
         super().__init__(FrozenLakeEnv(size=size, num_holes=holes), history=history)

@@ -43,7 +43,7 @@ async def test_an_extra_worker_that_goes_costs_no_restart_and_is_asked_for_again
     for expected in (2, 3, 4):
         await asyncio.wait_for(pool.next_ready(), 30)
         (extra,) = pool.ready
-        assert (extra.number, extra.seat) == (expected, 2)
+        assert (extra.number, extra.slot) == (expected, 2)
         pool.admit(extra)
         running = asyncio.create_task(pool.run("row", 10, call(0.3)))
         await asyncio.sleep(0.1)
