@@ -43,8 +43,11 @@ async def test_an_error_of_the_block_is_raised_itself_after_the_coroutines_ended
         finally:
             ended.set()
 
-    with pytest.raises(KeyError):
+    async def block() -> None:
         async with run_in_background(background()):
             await asyncio.sleep(0)
             raise KeyError("block")
+
+    with pytest.raises(KeyError):
+        await block()
     assert ended.is_set()
