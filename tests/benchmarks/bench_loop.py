@@ -1,4 +1,4 @@
-"""The loop without models: how much of the stages overlaps, and what the controller costs per trajectory."""
+"""The loop without models: how much of the stages overlaps, and what the loop costs per trajectory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import ray
 
 from learner.cluster.services import Services
-from learner.loop.controller import Controller
+from learner.loop.training_loop import TrainingLoop
+from learner.loop.weight_publisher import WeightPublisher
 from tests.benchmarks.stub_services import Latencies, install, prompts, stub_config
 
 ANSWERS, STEPS = 32, 7
@@ -83,15 +84,17 @@ async def _timed_steps(config: Any, count: int) -> list[tuple[float, float]]:
         scorer = await services.teachers.connect({}, tokenizer_fingerprint="1" * 64, longest_tokens=64)
         await services.start_workers("none", scorer, config.rollout.workers)
         await services.wait_ranks(ranks)
-        controller = Controller(config, services, prompts(64), lambda _: None)
-        await controller.begin_parity()
-        await controller.begin(0)
+        rows = prompts(64)
+        publisher = WeightPublisher(config, services, lambda _: None)
+        await publisher.begin(rows)
+        loop = TrainingLoop(config, services, publisher, rows, lambda _: None)
+        await loop.begin(0)
         seconds = []
         for step in range(count):
             wall, cpu = time.perf_counter(), time.thread_time()
-            await controller.step(step)
+            await loop.step(step)
             seconds.append((time.perf_counter() - wall, time.thread_time() - cpu))
-        await controller.close()
+        await loop.close()
         return seconds
     finally:
         services.close()

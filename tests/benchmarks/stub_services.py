@@ -73,7 +73,7 @@ class StubEngine:
         self._asked += 1
         await asyncio.sleep(latencies.rollout * place / latencies.answers)
         ids = as_ids(np.arange(TOKENS))
-        topk = as_ids(np.tile(np.arange(max(sampling.top_k, 1)), (TOKENS, 1)))
+        topk = as_ids(np.tile(np.arange(max(sampling.top_logprobs, 1)), (TOKENS, 1)))
         return Generation(ids, np.full(TOKENS, -1.0, np.float32), topk, "length", ((0, self.weight_version),))
 
     async def logprobs(self, sequences: Sequence[TokenSequence]) -> list[Any]:
@@ -116,7 +116,7 @@ class StubRank(LearnerRank):
         started, latencies = time.time(), Latencies.here()
         time.sleep(latencies.train * len(scored) / latencies.answers)
         tokens = sum(len(item.trajectory.response_ids) for item in scored)
-        return AccumulateReport(len(scored), tokens, tokens, tokens, 1, started, time.time())
+        return AccumulateReport(len(scored), tokens, started, time.time())
 
     def finish_step(self, tokens: int, sequences: int) -> StepReport:
         time.sleep(Latencies.here().step)

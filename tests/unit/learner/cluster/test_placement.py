@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_named_with_the_numbers() -> None:
 
 
 def parts(*gpus: float) -> list[Bundle]:
-    return [Bundle(((f"worker {seat}", part),)) for seat, part in enumerate(gpus)]
+    return [Bundle(((f"worker {slot}", part),)) for slot, part in enumerate(gpus)]
 
 
 def test_a_part_of_a_gpu_lies_on_one() -> None:
