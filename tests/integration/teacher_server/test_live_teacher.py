@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from common.config.model import SyncConfig, TeacherConfig, TeacherServerConfig
-from common.protocol.schema import ItemScore, ScoreItem, ScoreRequest, as_ids, context_hash
+from common.config.model import SyncConfig, TeacherConfig
+from common.protocol.codec import decode_response
+from common.protocol.schema import Context, ItemScore, ScoreItem, ScoreRequest, TeacherInfo, as_ids, context_hash
 from common.weight_sync.collective import SyncError
 from learner.publishing.sender import open_sender
 from teacher_server.actor import TeacherActor
@@ -24,6 +27,7 @@ from teacher_server.backends.hf.live_weights import LiveWeights
 from teacher_server.scoring.checks import RequestRefused
 from teacher_server.scoring.service import TeacherService, TokenizerIdentity
 from tests.support.teacher_oracle import Oracle, assert_score, random_item
+from tests.support.teacher_running import post, put, request_of
 from tests.support.weight_groups import HOST, free_port, manifest_of, together
 
 CONTEXT = as_ids(np.random.default_rng(5).integers(0, 256, 40))
@@ -47,32 +51,49 @@ def oracle_of(folder: Path, weights: dict[str, Tensor]) -> Oracle:
     return oracle
 
 
-def item_with_context(service: TeacherService) -> ScoreItem:
-    """Put `CONTEXT`, and return an item with it."""
-    item = random_item(np.random.default_rng(1), prompt=6, response=9)
-    name = context_hash(service.info().tokenizer_fingerprint, CONTEXT)
-    service.put_context("run", name, CONTEXT, None)
-    return ScoreItem(name, item.prompt_ids, item.response_ids, item.topk_ids)
-
-
 class Server:
-    """A teacher actor in this process, and calls of its service on its own event loop."""
+    """A teacher actor in this process and HTTP requests to it."""
 
     def __init__(self, model: Path, kind: str, decay: float = 0.9) -> None:
         self.sync = SyncConfig(timeout_s=20)
         section = TeacherConfig(model=str(model), kind=kind, ema_decay=decay, threads=1)
-        self.actor = TeacherActor(TeacherServerConfig(teacher=section), "key", self.sync)
-        self.actor.start()
-        assert self.actor._service is not None
-        self.service = self.actor._service
+        self.actor = TeacherActor(section, "key", self.sync)
+        self.url = self.actor.start()
+
+    def _http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, headers={"Authorization": "Bearer key"}, trust_env=False)
+
+    def info(self) -> TeacherInfo:
+        async def get() -> TeacherInfo:
+            async with self._http() as http:
+                return TeacherInfo.model_validate_json((await http.get("/v1/info")).content)
+
+        return asyncio.run(get())
+
+    def ready(self) -> bool:
+        return httpx.get(self.url + "/readyz", trust_env=False).status_code == 200
+
+    def item_with_context(self) -> ScoreItem:
+        """Put `CONTEXT`, and return an item with it."""
+        item = random_item(np.random.default_rng(1), prompt=6, response=9)
+        context = Context(context_hash(self.info().tokenizer_fingerprint, CONTEXT), CONTEXT)
+
+        async def send() -> None:
+            async with self._http() as http:
+                assert (await put(http, context)).status_code == 200
+
+        asyncio.run(send())
+        return replace(item, context=context.hash)
+
+    def post(self, item: ScoreItem) -> httpx.Response:
+        async def send() -> httpx.Response:
+            async with self._http() as http:
+                return await post(http, request_of([item], k=0))
+
+        return asyncio.run(send())
 
     def score(self, item: ScoreItem) -> tuple[ItemScore, int]:
-        request = ScoreRequest("r", "run", "at_ids", 1.0, 0, (item,))
-        scheduler = self.service._scheduler
-        assert scheduler is not None
-        assert scheduler._loop_task is not None
-        loop = scheduler._loop_task.get_loop()
-        response = asyncio.run_coroutine_threadsafe(self.service.score("run", request), loop).result(60)
+        response = decode_response(self.post(item).content)
         assert isinstance(response.results[0], ItemScore), response.results[0]
         return response.results[0], response.weight_version
 
@@ -109,11 +130,11 @@ def test_a_live_teacher_scores_with_every_version_and_recomputes_its_cached_cont
     served: Any, tiny_model: Path
 ) -> None:
     server = served("live")
-    item = item_with_context(server.service)
+    item = server.item_with_context()
     before, version = server.score(item)
     assert version == 0
     assert_score(before, Oracle.load(tiny_model).logprobs(CONTEXT, item.prompt_ids, item.response_ids), item)
-    fingerprint = server.service.info().model_fingerprint
+    fingerprint = server.info().model_fingerprint
     sender = server.join()
     for version in (1, 2):
         weights = weights_of(tiny_model, seed=version)
@@ -123,7 +144,7 @@ def test_a_live_teacher_scores_with_every_version_and_recomputes_its_cached_cont
         logprobs = oracle_of(tiny_model, weights).logprobs(CONTEXT, item.prompt_ids, item.response_ids)
         assert_score(score, logprobs, item)
         assert np.abs(score.sampled_logprob - before.sampled_logprob).max() > 0.1  # old keys and values would show
-    info = server.service.info()
+    info = server.info()
     assert (info.kind, info.weight_version, info.model_fingerprint) == ("live", 2, fingerprint)
     sender.close()
 
@@ -132,7 +153,7 @@ def test_an_ema_teacher_holds_the_closed_form_and_takes_a_repeated_version_once(
     served: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
     server = served("ema")
-    item = item_with_context(server.service)
+    item = server.item_with_context()
     sender = server.join()
     versions = [weights_of(tiny_model, seed) for seed in (None, 1, 2, 3)]
     for version in (1, 2, 2, 3):
@@ -152,7 +173,7 @@ def test_an_ema_teacher_holds_the_closed_form_and_takes_a_repeated_version_once(
     again.actor.load_state(str(tmp_path / "state"))
     other = again.join()
     again.publish(other, versions[3], 3)
-    item_with_context(again.service)
+    again.item_with_context()
     resumed, stamp = again.score(item)
     assert stamp == 3
     np.testing.assert_array_equal(resumed.logprobs, score.logprobs)
@@ -162,7 +183,7 @@ def test_an_ema_teacher_holds_the_closed_form_and_takes_a_repeated_version_once(
 
 def test_a_teacher_with_incomplete_weights_refuses_all_requests(served: Any, tiny_model: Path) -> None:
     server = served("live")
-    item = item_with_context(server.service)
+    item = server.item_with_context()
     sender = server.join()
     weights = weights_of(tiny_model, seed=1)
     manifest = manifest_of(weights, bucket_bytes=40_000, version=1)
@@ -175,9 +196,10 @@ def test_a_teacher_with_incomplete_weights_refuses_all_requests(served: Any, tin
 
     results = together(lambda: sender.send(breaks_off(), manifest), lambda: server.actor.receive_weights(manifest, 1))
     assert all(isinstance(one, SyncError) for one in results)
-    with pytest.raises(RequestRefused, match="weights of version 1 did not arrive whole"):
-        server.score(item)
-    assert not server.service.ready
+    refused = server.post(item)
+    assert refused.status_code == 503
+    assert "weights of version 1 did not arrive whole" in refused.json()["message"]
+    assert not server.ready()
 
 
 def test_a_request_during_an_update_is_scored_with_one_version(tiny_model: Path) -> None:

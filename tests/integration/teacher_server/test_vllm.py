@@ -12,7 +12,6 @@ import pytest
 
 from common.protocol.schema import ItemError, ItemScore, ScoreItem, ScoreMode
 from common.protocol.scoring import TeacherError
-from teacher_server.backends.vllm.backend import VllmBackend
 from teacher_server.client.handshake import handshake
 from tests.support.processes import alive, command_of, descendants
 from tests.support.teacher_oracle import Oracle, assert_score
@@ -101,16 +100,15 @@ async def test_both_backends_agree(
 
 async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine reads the context from its cache for every item of the tenant, and for no other tenant."""
-    backend = teacher.gate._backend
-    assert isinstance(backend, VllmBackend)
-    run, cached = backend.engine.run, []
+    engine = teacher.gate.engine
+    run, cached = engine.run, []
 
     def watched(requests):
         outputs = run(requests)
         cached.append([output.num_cached_tokens for output in outputs])
         return outputs
 
-    monkeypatch.setattr(backend.engine, "run", watched)
+    monkeypatch.setattr(engine, "run", watched)
     context = teacher.context(tokens(12, 300))
     batch = bare(items(31, 4, context=context.hash))
     for tenant in ("red", "blue"):
@@ -120,7 +118,7 @@ async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.
                 assert not isinstance(result, ItemError)
     prefill_red, red, prefill_blue, blue = cached
     assert prefill_red == prefill_blue == [0]
-    block = backend.engine.block_tokens
+    block = engine.block_tokens
     assert red == blue == [300 // block * block] * 4
 
 

@@ -174,8 +174,10 @@ def test_every_context_is_known_before_the_first_sample() -> None:
 
 
 def test_a_context_unknown_to_the_teachers_is_refused() -> None:
-    sampler, _ = sampler_over([chat("a", "Hi")])
-    sampler._turns = [FirstTurn(chat("b", "Ho", system="Be a bot."))]  # only a fault in the code leads here
+    turns = [FirstTurn(chat("a", "Hi"))]
+    renderer = Renderer(make_tokenizer(), TEXTS["other"], StudentConfig(model="unused"))
+    sampler = ContextSampler(POOL, renderer, 0, turns)
+    turns[0] = FirstTurn(chat("b", "Ho", system="Be a bot."))  # only a fault in the code leads here
     with pytest.raises(DataError, match="did not get when the run began"):
         sampler(0, "0")
 
