@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over its own DevTools protocol: as much of it as looking at a page needs."""
+"""A headless Chromium, driven over its DevTools protocol."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def find_browser() -> str | None:
 
 
 class Tab:
-    """One page. What it complains of is collected in `complaints`."""
+    """One page. `errors` collects exceptions and warnings, `requests` the requested URLs."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
         self._numbers = itertools.count(1)
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
         self.requests: list[str] = []
         self._events: list[str] = []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: Any) -> Mapping[str, Any]:
-        """Call a method of the protocol and wait for its result; raises AssertionError where it fails."""
+        """Call a method of the protocol and wait for its result; raises AssertionError if it fails."""
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
@@ -55,16 +55,16 @@ class Tab:
         name, details = event["method"], event["params"]
         self._events.append(name)
         if name == "Runtime.exceptionThrown":
-            self.complaints.append(str(details["exceptionDetails"]))
+            self.errors.append(str(details["exceptionDetails"]))
         elif name == "Runtime.consoleAPICalled" and details["type"] in ("error", "warning", "assert"):
-            self.complaints.append(str(details["args"]))
+            self.errors.append(str(details["args"]))
         elif name == "Log.entryAdded" and details["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(str(details["entry"]))
+            self.errors.append(str(details["entry"]))
         elif name == "Network.requestWillBeSent":
             self.requests.append(details["request"]["url"])
 
     def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Load a file in a window of that size, and wait until it is there."""
+        """Load a file in a window of that size and wait for its load event."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.resize(width, height)
@@ -74,11 +74,11 @@ class Tab:
             self._note(json.loads(self._socket.recv(timeout=REPLY_S)))
 
     def resize(self, width: int, height: int) -> None:
-        """Give the window another size."""
+        """Resize the window."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression comes to, as JSON values."""
+        """Evaluate a JavaScript expression to JSON values."""
         found = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
@@ -88,7 +88,7 @@ class Tab:
         for kind in ("rawKeyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
-    def picture(self, path: Path, *, whole: bool = False) -> Path:
+    def screenshot(self, path: Path, *, whole: bool = False) -> Path:
         """A PNG of the window, or of the whole page."""
         found = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))
@@ -97,7 +97,7 @@ class Tab:
 
 @contextmanager
 def browser_tab(program: str, profile: Path) -> Iterator[Tab]:
-    """A page of a browser of its own, which ends with the block."""
+    """Start a browser with one page; it ends with the block."""
     command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
     command += ["--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -106,15 +106,17 @@ def browser_tab(program: str, profile: Path) -> Iterator[Tab]:
         with connect(_page_address(process, profile), max_size=None, proxy=None) as socket:
             yield Tab(socket)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # a distribution's browser is a script around the program
+        os.killpg(process.pid, signal.SIGKILL)  # a distribution's browser is a script that starts the program
         process.wait(timeout=20)
 
 
 def _page_address(process: subprocess.Popen[bytes], profile: Path) -> str:
-    """Where the browser's first page listens; it writes its port into its profile."""
+    """The WebSocket address of the browser's first page; the browser writes its port into its profile."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
-        lines = (profile / "DevToolsActivePort").read_text().split() if _is_there(profile) else []
+        lines = (
+            (profile / "DevToolsActivePort").read_text().split() if (profile / "DevToolsActivePort").is_file() else []
+        )
         if lines:
             pages = httpx.get(f"http://127.0.0.1:{lines[0]}/json/list", trust_env=False, timeout=REPLY_S).json()
             found = [page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page"]
@@ -122,7 +124,3 @@ def _page_address(process: subprocess.Popen[bytes], profile: Path) -> str:
                 return str(found[0])
         time.sleep(0.05)
     raise AssertionError(f"{process.args} did not start within {START_S:.0f} s (exit status {process.poll()})")
-
-
-def _is_there(profile: Path) -> bool:
-    return (profile / "DevToolsActivePort").is_file()

@@ -1,4 +1,4 @@
-"""The Grafana dashboard's queries, read by a PromQL parser, against what services export."""
+"""Compares the Grafana dashboard's queries, read by a PromQL parser, with the exported metrics."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.support.paths import ROOT
 
 DASHBOARD = json.loads((ROOT / "deploy/dashboards/opcd.json").read_text())
 TARGET_LABELS = {"instance", "job"}
-"""That Prometheus adds to every series."""
+"""Labels that Prometheus adds to every series."""
 
 Selector = tuple[str, frozenset[str]]
-"""(metric name or pattern, labels that are asked for)."""
+"""(metric name or pattern, queried labels)."""
 
 
 def panels() -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def queries() -> list[str]:
 
 
 def selectors(query: str) -> list[Selector]:
-    """Every vector that a query reads. Raises ValueError where it is no PromQL."""
+    """Every vector that a query reads. Raises ValueError for invalid PromQL."""
     query = re.sub(r"\$__(rate_)?interval", "5m", query)
     return list(_walk(promql.parse(query), frozenset()))
 
@@ -57,13 +57,13 @@ def _walk(node: Any, grouped: frozenset[str]) -> Iterator[Selector]:
         case promql.NumberLiteral() | promql.StringLiteral():
             return
         case _:
-            raise TypeError(f"not read: {type(node).__name__}")
+            raise TypeError(f"unsupported PromQL node: {type(node).__name__}")
 
 
-def missing(asked: list[Selector], exported: dict[str, set[str]]) -> list[str]:
-    """What is asked for and not exported, in words."""
+def missing(queried: list[Selector], exported: dict[str, set[str]]) -> list[str]:
+    """Names and labels that are queried but not exported."""
     found = []
-    for name, labels in asked:
+    for name, labels in queried:
         matching = [known for known in exported if re.fullmatch(name, known)]
         if not matching:
             found.append(name)
@@ -74,7 +74,7 @@ def missing(asked: list[Selector], exported: dict[str, set[str]]) -> list[str]:
 
 
 def exported_by(text: str) -> dict[str, set[str]]:
-    """Labels by series name of a page in Prometheus' format."""
+    """Labels by series name of a Prometheus text exposition."""
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

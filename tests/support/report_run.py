@@ -1,4 +1,4 @@
-"""A run's folder as a run leaves it, made in a moment: what the pages of `deploy.report` are tested on."""
+"""Writes the folder of a small finished or unfinished run, for tests of the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTEXT = "Q: apple\nA: apples\nQ: child\nA: children\n"
 
 
 def write_run(folder: Path, *, steps: int = 12, finished: bool = True, lr: float = 2e-5) -> Path:
-    """A run of plural nouns that closed five sixths of the gap; `finished`: with its summary and final answers."""
+    """Write a run on plurals that closed five sixths of the gap; a finished one has a summary and final answers."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(_config(folder, steps, lr)))
     _lines(folder / "metrics.jsonl", _metrics(steps, finished))

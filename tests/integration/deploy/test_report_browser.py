@@ -1,6 +1,6 @@
-"""The report in a real browser: it loads without a word, fits the window, and the keyboard gets everywhere.
+"""The report in a real browser: it loads without errors, fits the window, and the keyboard reaches every part.
 
-``OPCD_SCREENSHOTS=FOLDER`` keeps the pictures.
+``OPCD_SCREENSHOTS=FOLDER`` keeps the screenshots.
 """
 
 from __future__ import annotations
@@ -31,53 +31,53 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A finished run with hostile text in it, an unfinished one, both compared; a very long run, and one that failed at
-    once for a reason without a blank.
+    """Pages of a finished run with hostile text, an unfinished run, their comparison, a very long run, and a failed run
+    with a long reason without spaces.
     """
     folder = tmp_path_factory.mktemp("pages")
-    done, going = write_run(folder / "plurals"), write_run(folder / "going", finished=False, steps=5)
+    finished, unfinished = write_run(folder / "plurals"), write_run(folder / "going", finished=False, steps=5)
     for name in ("samples.jsonl", "tokens.jsonl", "texts.jsonl"):
-        text = (done / name).read_text().replace("leaf", "<script>window.attacked = 1</script><img src=x>")
-        (done / name).write_text(text)
+        text = (finished / name).read_text().replace("leaf", "<script>window.attacked = 1</script><img src=x>")
+        (finished / name).write_text(text)
     failed = folder / "failed"
     failed.mkdir()
-    (failed / "config.yaml").write_text((done / "config.yaml").read_text())
+    (failed / "config.yaml").write_text((finished / "config.yaml").read_text())
     (failed / "summary.json").write_text(json.dumps({"outcome": "failed: OSError: /" + "x" * 600, "steps": 0}))
     return {
         "long": write_report(write_run(folder / "long", steps=20_000)),
         "failed": write_report(failed),
-        "run": write_report(done),
-        "unfinished": write_report(going),
-        "comparison": write_comparison([done, going], folder / "comparison.html"),
+        "run": write_report(finished),
+        "unfinished": write_report(unfinished),
+        "comparison": write_comparison([finished, unfinished], folder / "comparison.html"),
     }
 
 
-def picture(tab: Tab, folder: Path, name: str) -> Path:
+def screenshot(tab: Tab, folder: Path, name: str) -> Path:
     kept = os.environ.get("OPCD_SCREENSHOTS")
-    return tab.picture((Path(kept) if kept else folder) / f"{name}.png", whole=True)
+    return tab.screenshot((Path(kept) if kept else folder) / f"{name}.png", whole=True)
 
 
 @pytest.mark.parametrize("name", ["run", "unfinished", "comparison", "long", "failed"])
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_page_loads_in_silence_and_fits_the_window(
+def test_a_page_loads_without_errors_and_fits_the_window(
     tab: Tab, pages: dict[str, Path], tmp_path: Path, name: str, width: int, dark: bool
 ) -> None:
-    tab.complaints.clear()
+    tab.errors.clear()
     tab.requests.clear()
     tab.open(pages[name], width=width, dark=dark)
-    assert tab.complaints == []
+    assert tab.errors == []
     assert {url.partition(":")[0] for url in tab.requests} <= {"file", "data"}
     assert len([url for url in tab.requests if url.startswith("file:")]) == 1
     assert tab.value("window.attacked === undefined")
     assert tab.value("document.documentElement.scrollWidth") <= width
     background = tab.value("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(19, 21, 25)") is dark
-    shot = picture(tab, tmp_path, f"{name}-{width}-{'dark' if dark else 'light'}")
+    shot = screenshot(tab, tmp_path, f"{name}-{width}-{'dark' if dark else 'light'}")
     assert shot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_twenty_thousand_steps_are_a_page_like_another(pages: dict[str, Path]) -> None:
+def test_a_page_of_twenty_thousand_steps_stays_small(pages: dict[str, Path]) -> None:
     assert pages["long"].stat().st_size < 500_000
 
 
@@ -97,7 +97,7 @@ def test_charts_are_drawn_in_their_colours(tab: Tab, pages: dict[str, Path]) -> 
 
 
 def focused(tab: Tab) -> str:
-    """A word for what has the focus."""
+    """Tag, classes and text of the focused element."""
     return str(
         tab.value(
             "(({tagName, classList, textContent}) => [tagName, ...classList, textContent.slice(0, 30)].join(' '))"
@@ -124,7 +124,7 @@ def test_the_keyboard_reaches_every_section(tab: Tab, pages: dict[str, Path]) ->
     assert seen == ["result", "curves", "times", "tokens", "answers", "config", "versions"]
 
 
-def test_what_has_the_focus_is_outlined(tab: Tab, pages: dict[str, Path]) -> None:
+def test_the_focused_element_is_outlined(tab: Tab, pages: dict[str, Path]) -> None:
     tab.open(pages["run"], width=1280)
     for _ in range(2):
         tab.press(*TAB)
@@ -151,12 +151,12 @@ def test_the_arrow_keys_walk_through_tokens(tab: Tab, pages: dict[str, Path]) ->
     tab.press(*END)
     assert tab.value(readout).startswith("4: ")
     assert "not in the loss" in tab.value(readout)
-    tab.press(*RIGHT)  # there is no fifth
+    tab.press(*RIGHT)  # the answer has four tokens
     assert tab.value(readout).startswith("4: ")
     assert tab.value("document.querySelectorAll('#tokens article:first-of-type .tok[tabindex=\"0\"]').length") == 1
 
 
-def test_the_accessibility_tree_names_what_there_is(tab: Tab, pages: dict[str, Path]) -> None:
+def test_the_accessibility_tree_names_every_element(tab: Tab, pages: dict[str, Path]) -> None:
     tab.open(pages["run"], width=1280)
     nodes = tab.send("Accessibility.getFullAXTree")["nodes"]
     named: dict[str, list[str]] = {}

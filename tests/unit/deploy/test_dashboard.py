@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks only for what is exported. Teachers and runs: tests/integration and tests/e2e."""
+"""The Grafana dashboard queries only exported metrics. Teachers and runs: tests/integration and tests/e2e."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.support.dashboard import DASHBOARD, asked_of, missing, panels, querie
 RAY_PANELS = ("default_dashboard_panels", "serve_dashboard_panels", "serve_deployment_dashboard_panels")
 
 
-def test_every_query_reads_one_of_the_three() -> None:
+def test_every_query_reads_a_run_a_teacher_or_ray() -> None:
     known = ("opcd_run_", "opcd_teacher_", "ray_")
     assert len(queries()) > 40
     assert [name for query in queries() for name, _ in selectors(query) if not name.startswith(known)] == []
     assert all(asked_of(prefix) for prefix in known)
 
 
-def test_ray_exports_what_is_asked_of_it() -> None:
-    """By the queries of the dashboards that Ray itself ships."""
+def test_ray_exports_every_queried_metric() -> None:
+    """Compares with the queries of the dashboards that Ray ships."""
     exported: dict[str, set[str]] = {}
     for module in RAY_PANELS:
         panels = importlib.import_module(f"ray.dashboard.modules.metrics.dashboards.{module}")
@@ -35,7 +35,7 @@ def test_ray_exports_what_is_asked_of_it() -> None:
     assert missing(asked_of("ray_"), exported) == []
 
 
-def test_what_is_not_exported_is_seen() -> None:
+def test_a_query_of_a_missing_metric_is_found() -> None:
     exported = {"a_total": {"run"}, "b": {"le"}}
     assert missing(selectors("sum by (run) (rate(a_total[$__rate_interval])) / on () b"), exported) == []
     assert missing(selectors("sum by (runs) (rate(a_total[1m])) + b{x='1'} + c"), exported) == [
@@ -48,7 +48,7 @@ def test_what_is_not_exported_is_seen() -> None:
         selectors("sum by (run rate(a[5m]))")
 
 
-def test_variables_and_panels_are_whole() -> None:
+def test_variables_and_panels_are_consistent() -> None:
     known = {variable["name"] for variable in DASHBOARD["templating"]["list"]} | {"__rate_interval"}
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD)))
     assert used <= known
@@ -56,8 +56,8 @@ def test_variables_and_panels_are_whole() -> None:
     assert len(set(ids)) == len(ids)
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
-        place = panel["gridPos"]
-        cells = {(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])}
+        box = panel["gridPos"]
+        cells = {(box["x"] + i, box["y"] + j) for i in range(box["w"]) for j in range(box["h"])}
         assert not cells & taken
         assert max(x for x, _ in cells) < 24
         taken |= cells

@@ -1,4 +1,4 @@
-"""Comparing methods: which runs that takes, what is done again after an interrupt, and what the table says."""
+"""Comparison of methods: its runs, its behaviour after an interrupt, its table and picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALL = ("opcd", "offpolicy", "sequence", "pg", "in_context")
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A configuration whose runs are never really started."""
+    """A configuration whose runs are never started."""
     settings = {
         "run": {"name": "small", "dir": str(tmp_path / "runs")},
         "student": {"model": "m"},
@@ -39,8 +39,8 @@ def path(tmp_path: Path) -> Path:
     return file
 
 
-def leave_result(run: PlannedRun, right: str, *, outcome: str = "finished") -> None:
-    """What a run leaves behind: `right` says which of four rows its final answers got right."""
+def write_result(run: PlannedRun, right: str, *, outcome: str = "finished") -> None:
+    """Write the result of a run; `right` holds a digit for each of four rows, 1 if the final answer is right."""
     assert run.config is not None
     folder = run.config.run.path
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,26 +110,26 @@ def test_a_method_that_the_configuration_does_not_allow_is_a_row_of_its_own(path
         (["opcd"], [0], ["learner.lr=-1"], r"learner\.lr"),
     ],
 )
-def test_a_comparison_that_makes_no_sense_is_refused(
+def test_an_invalid_comparison_is_refused(
     path: Path, methods: list[str], seeds: list[int], overrides: list[str], named: str
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         plan(path, overrides, methods, seeds)
 
 
-def test_only_a_run_that_ended_under_this_very_configuration_is_finished(path: Path) -> None:
+def test_only_a_run_with_exactly_this_configuration_is_finished(path: Path) -> None:
     (run,) = plan(path, [], ["opcd"], [0])
     assert not is_finished(run)
-    leave_result(run, "1100", outcome="interrupted")
+    write_result(run, "1100", outcome="interrupted")
     assert not is_finished(run)
-    leave_result(run, "1100")
+    write_result(run, "1100")
     assert is_finished(run)
     assert not is_finished(plan(path, ["learner.lr=1e-3"], ["opcd"], [0])[0])
 
 
-def test_a_run_that_was_cut_off_goes_on_from_its_own_checkpoint_only(path: Path) -> None:
+def test_an_interrupted_run_resumes_only_from_a_checkpoint_of_its_configuration(path: Path) -> None:
     (run,) = plan(path, [], ["opcd"], [0])
-    leave_result(run, "1100", outcome="interrupted")
+    write_result(run, "1100", outcome="interrupted")
     assert not can_resume(run)
     assert run.config is not None
     manifest = run.config.run.path / "checkpoints/step-000002/manifest.json"
@@ -149,11 +149,11 @@ def test_every_method_under_every_setting_is_an_arm(path: Path) -> None:
         (k, lr) for k in (1, 16) for lr in (1e-3, 1e-4)
     }
     assert len({run.config.run.path for run in runs if run.config}) == 16
-    # What the teacher answers may depend on what is varied.
+    # The teacher's answers may depend on the varied key.
     assert len({run.config.answers_path for run in runs if run.config and run.method == "sequence"}) == 8
 
 
-def test_a_setting_is_there_before_a_method_looks_at_the_configuration(path: Path) -> None:
+def test_a_method_sees_the_varied_setting(path: Path) -> None:
     kinds = {run.settings: run for run in plan(path, [], ["offpolicy"], [0], ["teacher.kind=frozen,base"])}
     supports = {s: run.config.loss.support if run.config else run.fault for s, run in kinds.items()}
     assert supports[("teacher.kind=frozen",)] == "teacher"
@@ -186,7 +186,7 @@ def test_a_row_never_names_a_value_that_the_method_replaces(
         (["student.model=a/b,a_b"], "of the same name"),
     ],
 )
-def test_settings_that_cannot_be_told_apart_are_refused(path: Path, varied: list[str], named: str) -> None:
+def test_settings_with_equal_names_are_refused(path: Path, varied: list[str], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         plan(path, [], ["opcd"], [0], varied)
 
@@ -200,14 +200,14 @@ def run_all(runs: list[PlannedRun], root: Path, train: Callable[[PlannedRun, Pat
     return json.loads((root / "compare.json").read_text())
 
 
-def test_what_is_finished_is_not_run_again_and_what_failed_is(path: Path, tmp_path: Path) -> None:
+def test_finished_runs_are_skipped_and_failed_ones_repeated(path: Path, tmp_path: Path) -> None:
     runs, started = plan(path, [], ["opcd", "pg"], [0, 1]), list[str]()
 
-    def train(run: PlannedRun, log: Path, hear: Any) -> None:
+    def train(run: PlannedRun, log: Path, on_line: Any) -> None:
         started.append(run.name)
         log.write_text("step 1/2\nopcd: out of memory\nbye\n")
         if run.method == "opcd":
-            leave_result(run, "1110")
+            write_result(run, "1110")
 
     result = run_all(runs, tmp_path / "root", train)
     assert started == ["opcd-0", "pg-0", "opcd-1", "pg-1"]
@@ -219,11 +219,11 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is(path: Path, tmp_pa
     assert started == ["pg-0", "pg-1"]
 
 
-def test_what_an_earlier_try_left_is_not_taken_for_a_result(path: Path, tmp_path: Path) -> None:
+def test_the_result_of_another_configuration_does_not_count(path: Path, tmp_path: Path) -> None:
     (old,) = plan(path, ["learner.lr=1e-3"], ["opcd"], [0])
-    leave_result(old, "1111")
+    write_result(old, "1111")
     (run,) = plan(path, [], ["opcd"], [0])
-    result = run_all([run], tmp_path / "root", lambda run, log, hear: log.write_text("opcd: no GPU\n") and None)
+    result = run_all([run], tmp_path / "root", lambda run, log, on_line: log.write_text("opcd: no GPU\n") and None)
     found = result["arms"]["opcd"]
     assert (found["runs"], found["planned"], found["faults"]) == (0, 1, [f"seed 0: no GPU ({_log(tmp_path)})"])
 
@@ -232,13 +232,13 @@ def _log(folder: Path) -> Path:
     return folder / "root/logs/opcd-0.log"
 
 
-def test_the_table_is_there_after_every_run(path: Path, tmp_path: Path) -> None:
+def test_the_table_is_written_after_every_run(path: Path, tmp_path: Path) -> None:
     runs = plan(path, [], ["opcd", "pg"], [0])
 
-    def train(run: PlannedRun, log: Path, hear: Any) -> None:
+    def train(run: PlannedRun, log: Path, on_line: Any) -> None:
         if run.method == "pg":
             raise KeyboardInterrupt
-        leave_result(run, "1110")
+        write_result(run, "1110")
 
     with pytest.raises(KeyboardInterrupt):
         run_all(runs, tmp_path / "root", train)
@@ -247,25 +247,25 @@ def test_the_table_is_there_after_every_run(path: Path, tmp_path: Path) -> None:
     assert result["arms"]["pg"]["faults"] == ["seed 0: not run yet"]
 
 
-def test_a_run_is_a_process_of_its_own_whose_lines_are_shown_and_kept(
+def test_a_run_is_a_process_whose_lines_are_shown_and_logged(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run,) = plan(path, [], ["opcd"], [0])
-    asked: list[list[str]] = []
+    commands: list[list[str]] = []
     popen = subprocess.Popen
 
     def fake(command: list[str], **kwargs: Any) -> Any:
-        asked.append(command)
+        commands.append(command)
         return popen(
             [sys.executable, "-c", "import sys; print('step 1/2'); print('opcd: x', file=sys.stderr)"], **kwargs
         )
 
     monkeypatch.setattr(subprocess, "Popen", fake)
-    heard: list[str] = []
-    train_in_process(run, tmp_path / "opcd-0.log", heard.append)
-    assert sorted(heard) == ["opcd: x", "step 1/2"]
-    assert sorted((tmp_path / "opcd-0.log").read_text().splitlines()) == sorted(heard)
-    assert asked == [[sys.executable, "-m", "learner.train", str(tmp_path / "opcd-0.yaml")]]
+    shown: list[str] = []
+    train_in_process(run, tmp_path / "opcd-0.log", shown.append)
+    assert sorted(shown) == ["opcd: x", "step 1/2"]
+    assert sorted((tmp_path / "opcd-0.log").read_text().splitlines()) == sorted(shown)
+    assert commands == [[sys.executable, "-m", "learner.train", str(tmp_path / "opcd-0.yaml")]]
     assert run.config is not None
     assert (tmp_path / "opcd-0.yaml").read_text() == dump_config(run.config)
 
@@ -282,7 +282,7 @@ def outcomes(path: Path) -> list[Outcome]:
     for run in runs:
         text = right.get(run.method, ("", ""))[run.seed]
         if text:
-            leave_result(run, text)
+            write_result(run, text)
         found.append(read_outcome(run) if text else Failed(run, "failed: RunError: no"))
     return found
 
@@ -308,7 +308,7 @@ def test_means_are_over_seeds_and_rows(outcomes: list[Outcome]) -> None:
     assert [one["set"] for one in compared(outcomes, ["opcd"])["before"]] == ["base"]
 
 
-def test_the_page_has_a_line_for_every_method_and_says_what_failed(outcomes: list[Outcome]) -> None:
+def test_the_table_has_a_line_for_every_method_and_names_failures(outcomes: list[Outcome]) -> None:
     page = markdown(json.loads(json.dumps(compared(outcomes, ALL))), "opcd compare run.yaml")
     lines = page.splitlines()
     table = [line for line in lines if line.startswith("| ")]
@@ -324,11 +324,11 @@ def test_the_page_has_a_line_for_every_method_and_says_what_failed(outcomes: lis
     assert "`opcd compare run.yaml`" in lines
 
 
-def test_the_picture_has_the_rows_of_the_table_at_their_places(outcomes: list[Outcome]) -> None:
+def test_the_picture_shows_the_rows_of_the_table(outcomes: list[Outcome]) -> None:
     result = compared(outcomes, ALL)
-    drawn = picture(result)
-    assert drawn is not None
-    svg = ElementTree.fromstring(drawn)  # well-formed, style included
+    text = picture(result)
+    assert text is not None
+    svg = ElementTree.fromstring(text)  # well-formed, including the style
     space = {"": "http://www.w3.org/2000/svg"}
     rows = svg.findall("g", space)
     titles = [row.findtext("text", namespaces=space) for row in rows]
@@ -340,21 +340,21 @@ def test_the_picture_has_the_rows_of_the_table_at_their_places(outcomes: list[Ou
     assert dot is not None
     assert whisker is not None
 
-    def place(share: float) -> float:
+    def position(share: float) -> float:
         return ticks["0 %"] + share * (ticks["100 %"] - ticks["0 %"])
 
-    assert float(dot.get("cx", "")) == pytest.approx(place(7 / 8), abs=0.01)
-    assert float(whisker.get("x1", "")) == pytest.approx(place(result["arms"]["opcd"]["ci95"][0]), abs=0.01)
+    assert float(dot.get("cx", "")) == pytest.approx(position(7 / 8), abs=0.01)
+    assert float(whisker.get("x1", "")) == pytest.approx(position(result["arms"]["opcd"]["ci95"][0]), abs=0.01)
 
 
-def test_a_result_without_figures_has_no_picture(path: Path) -> None:
+def test_a_result_without_accuracies_has_no_picture(path: Path) -> None:
     assert picture(compared([Failed(run, "no") for run in plan(path, [], ["opcd"], [0])], ["opcd"])) is None
 
 
 def test_settings_are_rows_compared_with_the_first(path: Path) -> None:
     runs = plan(path, [], ["opcd"], [0, 1], ["loss.top_k=1,16"])
     for run, right in zip(runs, ("1000", "1110", "1100", "1111"), strict=True):
-        leave_result(run, right)
+        write_result(run, right)
     result = compared([read_outcome(run) for run in runs], ALL)
     first, second = result["arms"].values()
     assert result["reference"] == "opcd loss.top_k=1"
@@ -367,10 +367,10 @@ def test_settings_are_rows_compared_with_the_first(path: Path) -> None:
     assert "| on-policy context distillation, loss.top_k=16 | 2/2 | 0.875 [" in page
 
 
-def test_settings_that_change_what_is_known_before_have_their_own_rows(path: Path) -> None:
+def test_settings_that_change_the_accuracy_before_training_have_separate_rows(path: Path) -> None:
     runs = plan(path, [], ["opcd"], [0], ["context.text=c,d"])
     for run in runs:
-        leave_result(run, "1000")
+        write_result(run, "1000")
     assert runs[1].config is not None
     rows = runs[1].config.run.path / "accuracy.json"
     rows.write_text(rows.read_text().replace('"in_context": {"row0": 1.0', '"in_context": {"row0": 0.0'))
@@ -381,16 +381,16 @@ def test_settings_that_change_what_is_known_before_have_their_own_rows(path: Pat
     }
 
 
-def test_a_result_of_only_failures_is_a_table_too(path: Path) -> None:
+def test_a_result_of_only_failures_is_a_table(path: Path) -> None:
     result = compared([Failed(run, "no") for run in plan(path, [], ALL, [0])], ALL)
     assert result["before"] == []
     assert markdown(result, "x").count("| failed |") == 4
 
 
 @pytest.mark.parametrize("name", ["summary.json", "accuracy.json"])
-def test_a_run_without_a_whole_result_has_failed(path: Path, name: str) -> None:
+def test_a_run_without_a_complete_result_has_failed(path: Path, name: str) -> None:
     (run,) = plan(path, [], ["opcd"], [0])
-    leave_result(run, "1111")
+    write_result(run, "1111")
     assert run.config is not None
     (run.config.run.path / name).unlink()
     found = read_outcome(run)
@@ -398,7 +398,7 @@ def test_a_run_without_a_whole_result_has_failed(path: Path, name: str) -> None:
     assert name in found.reason
 
 
-def test_the_command_refuses_what_it_cannot_read_as_seeds(path: Path) -> None:
+def test_the_command_refuses_invalid_seeds(path: Path) -> None:
     from typer.testing import CliRunner
 
     from deploy.cli.main import app
@@ -408,16 +408,16 @@ def test_the_command_refuses_what_it_cannot_read_as_seeds(path: Path) -> None:
     assert "--seeds '0,x': expected whole numbers separated by commas" in result.stderr
 
 
-def test_the_command_compares_what_it_is_asked_to(path: Path) -> None:
-    """Every run of the comparison is finished, so none is started: methods, seeds and settings found their way."""
+def test_the_command_passes_methods_seeds_and_settings(path: Path) -> None:
+    """Every run of the comparison is finished, so none is started."""
     from typer.testing import CliRunner
 
     from deploy.cli.main import app
 
     for run in plan(path, [], ["opcd", "pg"], [4], ["loss.top_k=1,16"]):
-        leave_result(run, "1110")
-    asked = ["--methods", "opcd,pg", "--seeds", "4", "--vary", "loss.top_k=1,16"]
-    result = CliRunner().invoke(app, ["compare", str(path), *asked])
+        write_result(run, "1110")
+    options = ["--methods", "opcd,pg", "--seeds", "4", "--vary", "loss.top_k=1,16"]
+    result = CliRunner().invoke(app, ["compare", str(path), *options])
     assert result.exit_code == 0, result.output
     for setting in ("loss.top_k=1 ", "loss.top_k=16 "):
         assert setting in result.output

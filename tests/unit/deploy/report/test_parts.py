@@ -44,7 +44,7 @@ def test_numbers(value: object, text: str) -> None:
     assert number(value) == text
 
 
-def test_a_number_that_is_none_is_named() -> None:
+def test_values_that_are_no_finite_numbers() -> None:
     assert (number(math.nan), fixed(math.inf, 2), fixed(True, 2), percent(None)) == ("nan", "inf", "–", "–")
 
 
@@ -96,7 +96,7 @@ def drawn(chart: Chart) -> ElementTree.Element:
     return ElementTree.fromstring(svg_of(chart))  # raises if it is not well-formed
 
 
-def test_a_line_stands_where_its_numbers_say() -> None:
+def test_a_line_is_at_its_values() -> None:
     svg = drawn(line_chart("x", [Series("a", "student", [(0.0, 0.0), (10.0, 2.0)])]))
     (line,) = svg.iter("polyline")
     (x0, y0), (x1, y1) = (map(float, pair.split(",")) for pair in line.get("points", "").split())
@@ -106,7 +106,7 @@ def test_a_line_stands_where_its_numbers_say() -> None:
     assert y0 > y1
 
 
-def test_a_gap_parts_a_line() -> None:
+def test_a_gap_splits_a_line() -> None:
     values = [1.0, 2.0, math.nan, 3.0, 4.0]
     svg = drawn(line_chart("x", [Series("a", "student", [(float(x), y) for x, y in enumerate(values)])]))
     assert len(list(svg.iter("polyline"))) == 2
@@ -132,7 +132,7 @@ def test_intervals_reach_from_end_to_end() -> None:
     assert float(whisker.get("x2", "nan")) == pytest.approx(at["100 %"])
 
 
-def test_stacks_stand_on_each_other() -> None:
+def test_parts_of_a_bar_are_stacked() -> None:
     svg = drawn(stacked_bars("x", [Bar("1", [("a", 1.0), ("b", 3.0)], "t")], y_label="s"))
     lower, upper = svg.iter("rect")
     height = {one: float(one.get("height", "nan")) for one in (lower, upper)}

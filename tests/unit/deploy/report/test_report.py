@@ -1,4 +1,4 @@
-"""Pages of runs: what they say of finished, unfinished and damaged runs, and that nothing of a run becomes markup."""
+"""Pages of finished, unfinished and damaged runs; no text of a run becomes markup."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def run(tmp_path: Path) -> Path:
 
 
 def words(markup: str) -> str:
-    """What a reader sees: no tags, no style, no script, blanks in one."""
+    """The visible text, without tags, style and script, with single spaces."""
     text = re.sub(r"<(style|script)>.*?</\1>", " ", markup, flags=re.DOTALL)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text))
 
 
 class Outline(HTMLParser):
-    """Elements of a page; raises where one is closed that was not open."""
+    """Elements of a page; fails on an end tag without its start tag."""
 
     VOID = ("meta", "link", "br", "line", "rect", "circle", "polyline", "path", "col", "hr")
 
@@ -66,7 +66,7 @@ def outline(markup: str) -> Outline:
     return parsed
 
 
-def test_the_page_says_what_the_run_came_to(run: Path) -> None:
+def test_the_page_states_the_result(run: Path) -> None:
     text = words(run_page(read_run(run)))
     assert "83.3 %" in text
     assert "95 % interval 50.0 % to 100.0 %" in text
@@ -79,13 +79,13 @@ def test_the_page_says_what_the_run_came_to(run: Path) -> None:
     assert "could not be read" not in text
 
 
-def test_the_page_says_what_was_forgotten(run: Path) -> None:
+def test_the_page_states_forgetting(run: Path) -> None:
     text = words(run_page(read_run(run)))
     assert "sums, accuracy 0.750 0.625 -0.125 -0.250 to 0.010" in text
     assert "prose, nats per token 3.000 3.250 0.250 –" in text
 
 
-def test_the_page_needs_nothing_from_elsewhere(run: Path) -> None:
+def test_the_page_loads_nothing_external(run: Path) -> None:
     page = run_page(read_run(run))
     for name, attributes in outline(page).found:
         for key in ("src", "href", "xlink:href", "action"):
@@ -111,14 +111,14 @@ ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 
 
 def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
-    """The same elements with a hostile text in every place as with a harmless one."""
+    """Hostile text in every field gives the same elements as harmless text."""
 
     def elements(text: str, folder: Path) -> list[tuple[str, set[str]]]:
         write_run(folder)
         for name in ("config.yaml", "samples.jsonl", "tokens.jsonl", "texts.jsonl", "summary.json", "environment.json"):
             path = folder / name
             content = path.read_text()
-            for place in (
+            for marker in (
                 "eval-leaf",
                 " The leaf is",
                 "train-leaf",
@@ -129,7 +129,7 @@ def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
                 "finished",
                 "smollm2",
             ):
-                content = content.replace(place, place + json.dumps(text)[1:-1])
+                content = content.replace(marker, marker + json.dumps(text)[1:-1])
             path.write_text(content)
         markup = run_page(read_run(folder))
         assert markup.count("Q: leaf") >= 2
@@ -157,7 +157,7 @@ def test_numbers_behind_every_curve(run: Path) -> None:
         assert "<table>" in figure, words(figure)[:60]
 
 
-# --- what is missing --------------------------------------------------------------------------------------------------
+# --- missing and damaged files ----------------------------------------------------------------------------------------
 
 
 def test_an_unfinished_run_has_a_page(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_an_unfinished_run_has_a_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["failed: TeacherError: no answer", "interrupted"])
-def test_a_run_that_ended_early_says_so(run: Path, outcome: str) -> None:
+def test_a_failed_or_interrupted_run_has_a_page(run: Path, outcome: str) -> None:
     summary = json.loads((run / "summary.json").read_text())
     summary |= {"outcome": outcome, "final": None, "gap_closed": None, "gap_closed_ci95": None}
     (run / "summary.json").write_text(json.dumps(summary))
@@ -186,7 +186,7 @@ def test_a_run_that_ended_early_says_so(run: Path, outcome: str) -> None:
     assert text.index(reason) < text.index("not measured: student after, without context")
 
 
-def test_a_step_that_was_done_again_counts_once(run: Path) -> None:
+def test_a_repeated_step_counts_once(run: Path) -> None:
     """A killed run may leave a step's line, and the resumed one writes its own."""
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 12, "kl/lower_bound": 0.5}\n')
@@ -195,7 +195,7 @@ def test_a_step_that_was_done_again_counts_once(run: Path) -> None:
     assert steps[-1]["kl/lower_bound"] == 0.5
 
 
-def test_the_barest_folder_has_a_page(tmp_path: Path) -> None:
+def test_a_folder_with_only_a_configuration_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("run: {name: bare}\nlearner: 3\nteacher: [x]\n")
     outline(run_page(read_run(tmp_path)))
 
@@ -225,12 +225,12 @@ def wrong_values(keys: list[str]) -> Iterator[dict[str, Any]]:
     for shift in range(len(WRONG)):
         for part in range(3):
             chosen = keys[part::3]
-            yield {key: WRONG[(shift + place) % len(WRONG)] for place, key in enumerate(chosen)}
+            yield {key: WRONG[(shift + index) % len(WRONG)] for index, key in enumerate(chosen)}
 
 
 @pytest.mark.parametrize("name", ["summary.json", "config.yaml", "environment.json"])
 def test_values_of_any_kind_make_a_page(run: Path, name: str) -> None:
-    """A summary of another version, or one that was edited."""
+    """A file of another version, or an edited one."""
     path, whole = run / name, read_run(run)
     values = {"summary.json": whole.summary, "config.yaml": whole.config, "environment.json": whole.environment}[name]
     for wrong in wrong_values(list(values)):
@@ -246,7 +246,7 @@ def test_lines_of_any_kind_make_a_page(run: Path, name: str) -> None:
         run_page(read_run(run))
 
 
-# --- what is computed -------------------------------------------------------------------------------------------------
+# --- computed values --------------------------------------------------------------------------------------------------
 
 
 def test_the_parts_of_a_step_sum_to_it(run: Path) -> None:
@@ -280,7 +280,7 @@ def test_the_timeline_shows_the_step_of_median_length() -> None:
     assert step_lanes([], {1: 1.0}) is None
 
 
-def test_answers_are_grouped_by_what_became_of_them() -> None:
+def test_answers_are_grouped_by_their_change() -> None:
     verdicts = {"a": (False, True), "b": (True, False), "c": (False, False), "d": (True, True)}
     samples = [
         {"set": name, "id": row, "right": right}
@@ -314,11 +314,11 @@ def test_the_hardest_tokens_are_listed_first(run: Path) -> None:
     assert "90 %" in rows[0]  # e ** -0.1
 
 
-def test_the_context_stands_beside_the_answer(run: Path) -> None:
+def test_the_page_shows_the_context_of_an_answer(run: Path) -> None:
     assert words(CONTEXT).strip() in words(run_page(read_run(run)))
 
 
-def test_only_what_is_not_the_default_is_listed() -> None:
+def test_only_changed_keys_are_listed() -> None:
     found = changed({"learner": {"steps": 50, "lr": 3e-4}, "run": {"name": "x", "seed": 0}, "new": {"key": True}})
     assert [key for key, _, _ in found] == ["learner.lr", "run.name", "new.key"]
     assert found[0] == ("learner.lr", "0.0003", "1e-06")
@@ -367,7 +367,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     assert result.stderr == f"opcd: {tmp_path / 'nowhere'}: no such folder\n"
 
 
-def test_writing_again_leaves_no_half_page(run: Path) -> None:
+def test_writing_again_leaves_no_partial_page(run: Path) -> None:
     write_report(run)
     write_report(run)
     assert [path.name for path in run.iterdir() if "report" in path.name] == ["report.html"]

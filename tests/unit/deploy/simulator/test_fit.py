@@ -1,4 +1,4 @@
-"""Fits give back what a run was made of; what was not seen is said, not guessed."""
+"""Fits recover the configuration of a simulated run; undetermined parameters become notes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TRUTH: dict[str, Any] = {
 
 
 def config_of(truth: dict[str, Any]) -> Config:
-    """The run's configuration that says of sizes what `truth` says."""
+    """The run's configuration with the sizes of `truth`."""
     rollout, teacher = truth["rollout"], truth["teacher"]
     settings = {
         "run": {"name": "measured"},
@@ -66,8 +66,8 @@ def config_of(truth: dict[str, Any]) -> Config:
     return validate(Config, settings)
 
 
-def left_behind(folder: Path, truth: dict[str, Any]) -> Simulation:
-    """The files that a run made of `truth` leaves in `folder`."""
+def write_run_files(folder: Path, truth: dict[str, Any]) -> Simulation:
+    """Write the files of a run simulated from `truth`."""
     simulation = simulate(SimulationConfig.model_validate(truth))
     (folder / "config.yaml").write_text(dump_config(config_of(truth)))
     with TraceFile(folder / "trace.json") as trace:
@@ -81,9 +81,9 @@ def left_behind(folder: Path, truth: dict[str, Any]) -> Simulation:
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])  # at 1 answers are evicted, which the timeline does not show
-def test_a_fit_gives_back_what_the_run_was_made_of(tmp_path: Path, max_staleness: int) -> None:
-    slots = 8 if max_staleness == 0 else 64  # where all are always taken, nothing tells what contention costs
-    left_behind(tmp_path, merged(TRUTH, {"max_staleness": max_staleness, "rollout": {"concurrency": slots}}))
+def test_a_fit_recovers_the_configuration(tmp_path: Path, max_staleness: int) -> None:
+    slots = 8 if max_staleness == 0 else 64  # with all slots always taken the run does not determine the contention
+    write_run_files(tmp_path, merged(TRUTH, {"max_staleness": max_staleness, "rollout": {"concurrency": slots}}))
     found = fit(tmp_path)
     simulation = found.simulation
     assert not found.notes
@@ -113,8 +113,8 @@ def test_a_fit_gives_back_what_the_run_was_made_of(tmp_path: Path, max_staleness
         {"learner": {"micro_batch_tokens": 2048}},
     ],
 )
-def test_a_fit_predicts_runs_that_it_was_not_made_of(tmp_path: Path, change: dict[str, Any]) -> None:
-    left_behind(tmp_path, TRUTH)
+def test_a_fit_predicts_other_runs(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_run_files(tmp_path, TRUTH)
     other = simulate(SimulationConfig.model_validate(merged(TRUTH, change)))
     fitted = fit(tmp_path).simulation.model_dump()
     predicted = simulate(SimulationConfig.model_validate(merged(fitted, change)))
@@ -123,7 +123,7 @@ def test_a_fit_predicts_runs_that_it_was_not_made_of(tmp_path: Path, change: dic
 
 def test_packed_micro_batches_cost_their_tokens(tmp_path: Path) -> None:
     packed = merged(TRUTH, {"learner": {"packed": True}})
-    truth = left_behind(tmp_path, packed)
+    truth = write_run_files(tmp_path, packed)
     found = fit(tmp_path).simulation
     assert found.learner.packed
     assert found.learner.tokens_per_s == pytest.approx(900, rel=0.02)
@@ -133,9 +133,9 @@ def test_packed_micro_batches_cost_their_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interference", [0.3, 0.6, 1.0])
-def test_what_stages_on_the_same_cores_cost_each_other_is_told(tmp_path: Path, interference: float) -> None:
+def test_interference_is_recovered(tmp_path: Path, interference: float) -> None:
     shared = merged(TRUTH, {"interference": interference})
-    left_behind(tmp_path, shared)
+    write_run_files(tmp_path, shared)
     found = fit(tmp_path).simulation
     assert found.interference == pytest.approx(interference, abs=0.15)
     assert found.learner.tokens_per_s == pytest.approx(900, rel=0.1)
@@ -155,15 +155,15 @@ def merged(tree: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return {**tree, **deeper}
 
 
-def test_noise_does_not_lead_the_fit_astray(tmp_path: Path) -> None:
+def test_noise_does_not_mislead_the_fit(tmp_path: Path) -> None:
     noisy = merged(TRUTH, {"rollout": {"token_s": {"kind": "lognormal", "spread": 0.2}}})
-    truth = left_behind(tmp_path, noisy)
+    truth = write_run_files(tmp_path, noisy)
     assert simulate(fit(tmp_path).simulation).step_s == pytest.approx(truth.step_s, rel=0.1)
 
 
-def test_contention_that_was_never_seen_is_said(tmp_path: Path) -> None:
-    """One at a time: nothing tells how answers slow each other down."""
-    left_behind(tmp_path, merged(TRUTH, {"rollout": {"concurrency": 1}}))
+def test_undetermined_contention_is_a_note(tmp_path: Path) -> None:
+    """With one answer at a time the run does not determine the contention."""
+    write_run_files(tmp_path, merged(TRUTH, {"rollout": {"concurrency": 1}}))
     found = fit(tmp_path)
     assert found.simulation.rollout.contention == 0
     assert found.simulation.rollout.token_s.mean == pytest.approx(0.02, rel=0.03)
@@ -178,10 +178,10 @@ def test_batches_by_hand() -> None:
     assert served(arrivals, tokens, rate=10, batch_tokens=40, window_s=0.1) == pytest.approx([1.1, 2.1, 6.1, 6.1, 10.1])
 
 
-def test_a_folder_that_is_no_measured_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_measurements_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"without config\.yaml"):
         fit(tmp_path)
-    left_behind(tmp_path, TRUTH)
+    write_run_files(tmp_path, TRUTH)
     text = (tmp_path / "trace.json").read_text().replace("response_tokens", "x")
     (tmp_path / "trace.json").write_text(text)
     with pytest.raises(ConfigError, match="response_tokens"):
@@ -200,7 +200,7 @@ def step_of(output: str) -> float:
 
 
 def test_a_measured_run_is_simulated_on_other_machines(tmp_path: Path) -> None:
-    truth = left_behind(tmp_path, TRUTH)
+    truth = write_run_files(tmp_path, TRUTH)
     config = str(tmp_path / "config.yaml")
     same = command(config, "--from", str(tmp_path))
     assert same.exit_code == 0, same.output
@@ -217,21 +217,21 @@ def test_a_measured_run_is_simulated_on_other_machines(tmp_path: Path) -> None:
     assert step_of(slow.output) == pytest.approx(step_of(same.output) + 19.4, rel=0.02)
 
 
-def test_a_simulation_of_its_own_needs_no_run(tmp_path: Path) -> None:
+def test_a_simulation_file_needs_no_run(tmp_path: Path) -> None:
     path, trace = tmp_path / "plan.yaml", tmp_path / "trace.json"
     path.write_text(yaml.safe_dump({"simulation": TRUTH}))
     result = command(str(path), "--trace", str(trace))
     assert result.exit_code == 0, result.output
     expected = simulate(SimulationConfig.model_validate(TRUTH))
     assert step_of(result.output) == pytest.approx(expected.step_s, rel=0.01)
-    drawn = [event for event in read_trace(trace) if event["ph"] == "X"]
-    assert Counter(event["name"] for event in drawn) == Counter(span.stage for span in expected.spans)
+    events = [event for event in read_trace(trace) if event["ph"] == "X"]
+    assert Counter(event["name"] for event in events) == Counter(span.stage for span in expected.spans)
 
 
-def test_answers_that_were_cut_off_would_have_gone_on(tmp_path: Path) -> None:
+def test_cut_answers_reach_the_new_limit(tmp_path: Path) -> None:
     """Half of them end at 512, half at 51."""
     answers = {"kind": "observed", "mean": 281.5, "spread": 0, "shape": [512 / 281.5, 51 / 281.5]}
-    left_behind(tmp_path, merged(TRUTH, {"steps": 12, "rollout": {"answer_tokens": answers}}))
+    write_run_files(tmp_path, merged(TRUTH, {"steps": 12, "rollout": {"answer_tokens": answers}}))
     found = load_simulation(tmp_path / "config.yaml", ["rollout.max_tokens=1024"], tmp_path)
     assert "512 in the measured run" in found.notes[-1]
     lengths = found.simulation.rollout.answer_tokens
@@ -240,8 +240,8 @@ def test_answers_that_were_cut_off_would_have_gone_on(tmp_path: Path) -> None:
     assert less.simulation.rollout.answer_tokens.mean == 20
 
 
-def test_what_cannot_be_simulated_is_refused_in_one_line(tmp_path: Path) -> None:
-    left_behind(tmp_path, TRUTH)
+def test_an_invalid_simulation_is_refused_in_one_line(tmp_path: Path) -> None:
+    write_run_files(tmp_path, TRUTH)
     for arguments, reason in (
         ([str(tmp_path / "config.yaml")], "gives sizes but no speeds"),
         ([str(tmp_path / "config.yaml"), "--from", str(tmp_path / "other")], "without config.yaml"),

@@ -1,4 +1,4 @@
-"""The simulator against steps worked out by hand, and what more or faster machines must never do."""
+"""The simulator against steps calculated by hand; more or faster machines never slow a run."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def run(steps: int = 1, samples: int = 1, **sections: Any) -> Simulation:
 
 
 def seconds(simulation: Simulation) -> list[float]:
-    """Of each step."""
+    """Seconds of each step."""
     return [step.total_s for step in simulation.steps]
 
 
 def stages(rollout_s: float, teacher_s: float, learner_s: float, *, slots: int = 1) -> dict[str, Any]:
-    """One worker, replica and rank that take so long for each answer, one answer a micro-batch."""
+    """One worker, replica and rank with these seconds for each answer, one answer in a micro-batch."""
     return {
         "prompt_tokens": 0,
         "rollout": {"answer_tokens": {"mean": 10}, "token_s": {"mean": rollout_s / 10}, "concurrency": slots},
@@ -37,11 +37,11 @@ def stages(rollout_s: float, teacher_s: float, learner_s: float, *, slots: int =
     }
 
 
-# --- by hand --------------------------------------------------------------------------------------------------------
+# --- calculated by hand -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("follows", "second"), [(False, 8.0), (True, 10.0)])
-def test_one_of_each_takes_the_sum(follows: bool, second: float) -> None:
+def test_one_answer_takes_the_sum_of_its_stages(follows: bool, second: float) -> None:
     simulation = run(
         steps=2,
         prompt_tokens=5,
@@ -88,14 +88,14 @@ def test_answers_in_flight_slow_each_other_down() -> None:
 
 @pytest.mark.parametrize(("interference", "expected"), [(0.0, 3.0), (0.5, 3.5), (1.0, 4.0)])
 def test_stages_that_share_cores_slow_each_other_down(interference: float, expected: float) -> None:
-    """The second answer is made while the first is trained on; what is before and after has the cores to itself."""
+    """Only the second rollout and the first training overlap."""
     simulation = run(samples=2, interference=interference, **stages(1.0, 1e-9, 1.0))
     assert simulation.step_s == pytest.approx(expected)
     rollouts = sorted((span.start, span.end) for span in simulation.spans if span.stage == "rollout")
     assert rollouts == [pytest.approx((0, 1)), pytest.approx((1, expected - 1))]
 
 
-def test_of_three_stages_on_the_same_cores_each_gets_a_third() -> None:
+def test_three_stages_on_the_same_cores_get_a_third_each() -> None:
     simulation = run(samples=3, interference=1.0, **stages(1.0, 1.0, 1.0))
     # One alone, two at a time, three at a time, two, one: work of nine seconds, never more than the machine can.
     assert simulation.step_s == pytest.approx(9)
@@ -110,7 +110,7 @@ def test_the_rest_of_an_answer_is_faster_alone() -> None:
     assert ends == pytest.approx([2 * short, 2 * short + (long - short)])
 
 
-def test_an_answer_that_joins_finds_the_others_where_they_are() -> None:
+def test_a_joining_answer_keeps_the_progress_of_the_others() -> None:
     sections = stages(1.0, 1e-9, 1e-9, slots=3)
     sections["rollout"] |= {"contention": 1.0, "token_s": {"kind": "exponential", "mean": 0.1}}
     *three, joining = _alone_s(sections, 4)
@@ -125,7 +125,7 @@ def test_an_answer_that_joins_finds_the_others_where_they_are() -> None:
 
 
 def _alone_s(sections: dict[str, Any], count: int) -> list[float]:
-    """What each answer takes with the worker to itself: read off runs of one slot."""
+    """Seconds of each answer on an idle worker, from runs with one slot."""
     one = {**sections, "rollout": {**sections["rollout"], "concurrency": 1}}
     spans = [span for span in run(samples=count, **one).spans if span.stage == "rollout"]
     return [span.end - span.start for span in spans]
@@ -140,7 +140,7 @@ def test_rollouts_that_run_ahead_hide_behind_training() -> None:
     assert ahead.evicted == 0
 
 
-def test_answers_in_flight_stand_still_during_a_sync() -> None:
+def test_answers_in_flight_pause_during_a_sync() -> None:
     sections = {**stages(2.0, 1e-9, 1.0), "sync": {"seconds": 2}}
     simulation = run(steps=3, samples=1, max_staleness=1, **sections)
     # 0-2 answer 0; trained 2-3; sync 3-5 stops answer 1 (begun at 2), which ends at 6; answer 2 is issued at 5, begins
@@ -192,7 +192,7 @@ def _trains(stage: str) -> bool:
     return stage == "accumulate"
 
 
-def test_queues_are_seen() -> None:
+def test_queues_are_measured() -> None:
     # Two slots for four answers of 1 s; the teacher takes 3 s for each: answers arrive 2 at 1, 2 at 2.
     simulation = run(samples=4, **stages(1.0, 3.0, 1e-9, slots=2))
     assert simulation.step_s == pytest.approx(13)
@@ -209,7 +209,7 @@ def test_depth_of_a_queue() -> None:
     assert queue_depth([], 10) == QueueDepth(0.0, 0)
 
 
-# --- whatever the numbers -------------------------------------------------------------------------------------------
+# --- properties -------------------------------------------------------------------------------------------------------
 
 latencies = st.sampled_from(
     [
@@ -269,7 +269,7 @@ def test_every_run_trains_each_answer_once_and_keeps_its_bounds(config: dict[str
     assert simulation.evicted == 0 or config["max_staleness"] > 0
     for step in simulation.steps:
         assert sum(step.wait_s.values()) == pytest.approx(step.trainer_idle_s)
-        assert step.wait_s["other"] == pytest.approx(0, abs=1e-9)  # somebody is always at work
+        assert step.wait_s["other"] == pytest.approx(0, abs=1e-9)  # a stage is always at work
     total = simulation.total.total_s
     assert total >= simulation.slowest_stage_s * config["steps"] - 1e-9
     assert all(0 <= share <= 1 + 1e-9 for share in simulation.busy.values())
@@ -278,7 +278,7 @@ def test_every_run_trains_each_answer_once_and_keeps_its_bounds(config: dict[str
 
 @settings(max_examples=40, deadline=None)
 @given(configs, st.sampled_from([0.5, 4.0]))
-def test_a_slower_world_has_the_same_shape(config: dict[str, Any], factor: float) -> None:
+def test_time_scales_with_every_speed(config: dict[str, Any], factor: float) -> None:
     slow = {
         **config,
         "rollout": {
@@ -326,7 +326,7 @@ def equal_answers(config: dict[str, Any]) -> dict[str, Any]:
 )
 def test_more_and_faster_machines_are_never_slower(config: dict[str, Any], change: tuple[str, str, Any]) -> None:
     section, key, better = change
-    if key == "replicas":  # a replica that nobody needed would still have to compute the context
+    if key == "replicas":  # an unused replica would still compute the context
         config = {**config, "teacher": {**config["teacher"], "context_tokens": 0}}
     improved = {**config, section: {**config[section], key: better(config[section][key])}}
     for before, after in zip(seconds(run(**config)), seconds(run(**improved)), strict=True):
@@ -345,7 +345,7 @@ def test_running_ahead_is_never_slower_where_nothing_is_evicted(config: dict[str
     assert all(after <= before + 1e-9 for before, after in pairwise(totals))
 
 
-# --- the rest -------------------------------------------------------------------------------------------------------
+# --- the rest ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_large_cluster_is_simulated_in_seconds() -> None:
@@ -372,7 +372,7 @@ def test_a_large_cluster_is_simulated_in_seconds() -> None:
         Spread(kind="lognormal", mean=3, spread=0.7),
     ],
 )
-def test_draws_have_the_mean_and_spread_that_were_asked_for(spread: Spread) -> None:
+def test_draws_have_the_configured_mean_and_spread(spread: Spread) -> None:
     rng = np.random.default_rng(0)
     values = np.array([spread.draw(rng) for _ in range(20_000)])
     deviation = {"constant": 0, "uniform": 0.5 / np.sqrt(3), "exponential": 1, "lognormal": 0.7}[spread.kind]
@@ -381,7 +381,7 @@ def test_draws_have_the_mean_and_spread_that_were_asked_for(spread: Spread) -> N
     assert values.min() > 0
 
 
-def test_an_observed_distribution_is_drawn_as_it_was_seen() -> None:
+def test_an_observed_distribution_is_reproduced() -> None:
     rng = np.random.default_rng(0)
     spread = Spread(kind="observed", mean=4, shape=(0.5, 0.5, 2.0))
     values = Counter(spread.draw(rng) for _ in range(3000))
@@ -399,6 +399,6 @@ def test_an_observed_distribution_is_drawn_as_it_was_seen() -> None:
         {"mean": 0},
     ],
 )
-def test_a_spread_that_means_nothing_is_refused(spread: dict[str, Any]) -> None:
+def test_an_invalid_spread_is_refused(spread: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Spread.model_validate(spread)
