@@ -1,4 +1,4 @@
-"""The line of progress that a run prints after each step, and the one that the quickstart shows."""
+"""Progress line of a step, equal to the one in the quickstart, and the final table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METRICS = {
 }
 
 
-def test_the_quickstarts_line_is_what_a_run_prints() -> None:
+def test_the_quickstart_shows_the_line_that_a_run_prints() -> None:
     metrics = {**METRICS, **speeds(83, {"rollout": 1.9, "score": 1.1, "accumulate": 1.2, "step": 0.5})}
     line = step_line(3, 20, metrics, left_s=104.2)
     assert line in (ROOT / "docs/index.md").read_text()
@@ -39,7 +39,7 @@ def test_a_stage_that_did_nothing_has_no_speed() -> None:
     assert speeds(80, {"rollout": 2.0, "score": 0.0}) == {"tokens_per_s/rollout": 40.0}
 
 
-def test_the_last_table_names_the_bubble_and_what_it_waited_for_the_largest_first() -> None:
+def test_the_final_table_lists_the_trainers_waits_largest_first() -> None:
     spans = [
         TraceSpan("rollout", "worker 0", 0.0, 2.0, {}),
         TraceSpan("score", "teacher", 2.0, 7.0, {}),
