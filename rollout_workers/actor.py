@@ -56,7 +56,7 @@ Output = Literal["trajectory", "scored", "text"]
 class WorkerInfo:
     """Facts about a running engine."""
 
-    limit_tokens: int
+    max_sequence_tokens: int
     weight_version: int
 
 
@@ -205,7 +205,7 @@ class RolloutWorker:
     async def ready(self) -> WorkerInfo:
         """Start the engine, once."""
         engine = await self._on_loop(self._running())
-        return WorkerInfo(engine.limit_tokens, engine.weight_version)
+        return WorkerInfo(engine.max_sequence_tokens, engine.weight_version)
 
     @ray.method(concurrency_group=CONTROL)
     async def node(self) -> str:

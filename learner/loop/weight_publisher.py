@@ -41,7 +41,7 @@ class WeightPublisher:
         assert services.worker_info is not None
         chosen = prompts[: sync.probe_prompts]
         # Scoring takes the whole sequence as a prompt, and an engine needs room for one more token.
-        room = services.worker_info.limit_tokens - 1 - max(len(prompt.student_ids) for prompt in chosen)
+        room = services.worker_info.max_sequence_tokens - 1 - max(len(prompt.student_ids) for prompt in chosen)
         sampling = Sampling(max_tokens=min(sync.probe_tokens, room), temperature=1.0, seed=self._config.run.seed)
         answers = await services.generate([(prompt.student_ids.tolist(), sampling) for prompt in chosen])
         self._probe = [

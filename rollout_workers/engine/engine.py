@@ -42,12 +42,12 @@ class Generation:
 class RolloutEngine:
     """A running vLLM engine with one model: create it with `start`, always `close` it."""
 
-    def __init__(self, engine: Any, tokenizer: Any, limit_tokens: int, sync: SyncConfig) -> None:
+    def __init__(self, engine: Any, tokenizer: Any, max_sequence_tokens: int, sync: SyncConfig) -> None:
         self._engine = engine
         self._sync = sync
         self._tokenizer = tokenizer
         self._stop_tokens: dict[tuple[str, ...], StopTokens] = {}
-        self.limit_tokens = limit_tokens
+        self.max_sequence_tokens = max_sequence_tokens
         self.weight_version = 0
 
     @classmethod
@@ -103,10 +103,10 @@ class RolloutEngine:
 
         prompt = [int(i) for i in prompt_ids]
         longest = len(prompt) + sampling.max_tokens
-        if longest > self.limit_tokens:
+        if longest > self.max_sequence_tokens:
             raise RolloutError(
                 f"{request_id}: {len(prompt)} prompt tokens + {sampling.max_tokens} of answer are {longest}, the "
-                f"engine takes {self.limit_tokens}: raise student.max_sequence_tokens or lower rollout.max_tokens"
+                f"engine takes {self.max_sequence_tokens}: raise student.max_sequence_tokens or lower rollout.max_tokens"
             )
         stops = self._resolve_stops(sampling.stop)
         params = SamplingParams(

@@ -59,7 +59,7 @@ def install(latencies: Latencies) -> None:
 class StubEngine:
     """`rollout_workers.engine.engine.RolloutEngine` with sleeps."""
 
-    limit_tokens = 4096
+    max_sequence_tokens = 4096
     weight_version = 0
 
     def __init__(self) -> None:
