@@ -1,4 +1,5 @@
 """The teacher: a FastAPI server that returns log-probabilities under a context, and its client.
 
-``app.py`` serves, ``backends/`` compute, ``client.py`` is what others use. Imports ``common`` only.
+``http/`` serves, ``scoring/`` queues and batches, ``backends/`` run the model, ``client/`` is for callers, ``actor.py``
+runs the server in Ray. Imports ``common`` only.
 """

@@ -1,4 +1,4 @@
-"""The teacher of one run, as a plain class for ``ray.remote``: the same server, inside an actor's process."""
+"""The teacher of one run: a plain class for ``ray.remote`` that runs the HTTP server inside the actor's process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config.model import SyncConfig, TeacherServerConfig
+from common.config.model import SyncConfig, TeacherConfig
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest
 from teacher_server.http.auth import authenticator, single_key
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def end_process(why: str) -> None:
-    """End this process at once, from whichever thread: an exception would end the thread only."""
-    log.critical("the teacher's process ends: %s", why)
+def end_process(reason: str) -> None:
+    """End this process at once, from any thread. An exception would end only its thread."""
+    log.critical("the teacher's process ends: %s", reason)
     logging.shutdown()
     os._exit(1)
 
 
 class TeacherActor:
-    """Serves from a thread of the actor's process, so that it lives and dies with the run.
+    """Serves from a thread of the actor's process, so the server ends with the run.
 
-    The process ends when nothing is computed any more: whoever watches the actor then starts another.
+    The process ends when the service breaks. The run watches the actor and then starts another one.
     """
 
-    def __init__(self, config: TeacherServerConfig, api_key: str | None = None, sync: SyncConfig | None = None) -> None:
-        """Serves who has `api_key`; without one, anybody who reaches ``teacher.host``, then a loopback address."""
-        self._config = config.teacher
+    def __init__(self, config: TeacherConfig, api_key: str | None = None, sync: SyncConfig | None = None) -> None:
+        """Serves clients with `api_key`; without a key, all clients, but only on a loopback ``teacher.host``."""
+        self._config = config
         self._api_key = api_key
         self._sync = sync
         self._server: RunningServer | None = None
@@ -44,9 +44,9 @@ class TeacherActor:
         self._receiver: Receiver | None = None
 
     def start(self) -> str:
-        """Load the model and serve; returns the address. Raises TeacherError."""
+        """Load the model and serve. Returns the address. Raises TeacherError."""
         if self._server is None:
-            # Here and not above: the driver names this class and needs neither torch nor transformers for it.
+            # The driver imports this module and needs neither torch nor transformers.
             from teacher_server.http.serve import build_service, start_in_thread
 
             host, key = self._config.host, self._api_key
@@ -56,37 +56,40 @@ class TeacherActor:
         return self._server.url
 
     def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
-        """Join the run's weight group as its member `rank`, in place of the one joined before. Raises SyncError."""
+        """Join the run's weight group as member `rank`; leaves an earlier group. Raises SyncError."""
         from common.weight_sync.receiver import open_receiver
 
         if self._sync is None:
-            raise SyncError("this teacher was started without sync settings: it takes no weights")
+            raise SyncError("this teacher was started without sync settings, so it takes no weights")
         if self._receiver is not None:
             self._receiver.close()
-        self._receiver = open_receiver(self._sync, host, port, rank, world_size, self._running.device)
+        self._receiver = open_receiver(self._sync, host, port, rank, world_size, self.service.device)
 
     def receive_weights(self, manifest: SyncManifest, version: int) -> None:
-        """Take the weights of `version` between two batches. Raises SyncError; it scores nothing any more then."""
+        """Load the weights of `version` between two batches.
+
+        Raises SyncError. The teacher then refuses every request: its weights are a mixture of two versions.
+        """
         if self._receiver is None:
-            raise SyncError("the teacher was asked to receive weights before it joined the weight group")
-        self._running.load_weights(self._receiver.receive(manifest.at(version)), version)
+            raise SyncError("receive_weights was called before join_sync")
+        self.service.load_weights(self._receiver.receive(manifest.at(version)), version)
 
     def save_state(self, path: str) -> None:
-        """Write what a resumed run needs of this teacher: an average and its version."""
-        self._running.save_state(Path(path))
+        """Write the averaged weights and their version, for a resumed run."""
+        self.service.save_state(Path(path))
 
     def load_state(self, path: str) -> None:
-        """Go on from `save_state`."""
-        self._running.load_state(Path(path))
+        """Read the file of `save_state`."""
+        self.service.load_state(Path(path))
 
     def node_id(self) -> str:
-        """The cluster node this runs on; also the sign that it lives."""
+        """Id of the actor's cluster node. The run also calls this to see that the actor is alive."""
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
 
     def stop(self) -> None:
-        """Finish what was begun, then stop serving."""
+        """Finish the requests in progress, then stop serving."""
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
@@ -95,7 +98,8 @@ class TeacherActor:
             self._server = None
 
     @property
-    def _running(self) -> TeacherService:
+    def service(self) -> TeacherService:
+        """The scoring service. Raises RuntimeError before `start`."""
         if self._service is None:
             raise RuntimeError("the teacher was called before start")
         return self._service

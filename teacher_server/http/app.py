@@ -1,4 +1,4 @@
-"""The HTTP face of the teacher. Bodies are in the binary form of ``common.protocol.codec``, errors in JSON."""
+"""HTTP routes of the teacher. Bodies use the binary form of ``common.protocol.codec``, refusals are JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common.protocol.codec import MEDIA_TYPE, CodecError, decode_context, decode
 from common.protocol.schema import ItemError, ItemScore, ScoreRequest, TeacherInfo
 from teacher_server.backends.wire_size import reply_bytes
 from teacher_server.http.auth import Authenticator, NotAuthorised
-from teacher_server.http.bodies import BodyBudget
+from teacher_server.http.bodies import ByteBudget, read_body
 from teacher_server.http.headers import DEADLINE_HEADER, ROUTE_HEADER
 from teacher_server.http.openapi import KEY, REFUSALS, Stored, binary_body, binary_reply, refusals, text_reply
 from teacher_server.http.replies import Conflict, Replies
@@ -27,32 +27,32 @@ from teacher_server.scoring.service import TeacherService
 T = TypeVar("T")
 
 INLINE_BYTES = 256 * 1024
-"""Bodies above this are decoded and encoded in a thread, so that the event loop goes on."""
+"""Bodies above this size are decoded and encoded in a thread, so that the event loop stays free."""
 
-BODIES_AT_ONCE = 4
-"""Of the largest size: what all requests in progress may hold together, and once more for their replies."""
+MAX_BODIES = 4
+"""Memory bound in bodies of the largest size: for all requests in progress, and again for their replies."""
 
 REPLY_CACHE_BYTES = 64 * 1024 * 1024
-"""Replies kept for requests that are sent again."""
+"""Bound on the replies kept for repeated requests."""
 
-LONGEST_DEADLINE_S = 3600.0
+MAX_DEADLINE_S = 3600.0
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class TeacherApi:
-    """The routes' common parts: who asks, reading, answering."""
+    """Handlers of the routes: authenticate, read, compute, reply."""
 
     def __init__(self, service: TeacherService, auth: Authenticator) -> None:
         self.service = service
         self.auth = auth
-        self.limit = service.info().max_body_bytes
-        self.budget = BodyBudget(BODIES_AT_ONCE * self.limit)
-        self.reply_budget = BodyBudget(BODIES_AT_ONCE * self.limit)
+        self.max_body_bytes = service.info().max_body_bytes
+        self.body_budget = ByteBudget(MAX_BODIES * self.max_body_bytes)
+        self.reply_budget = ByteBudget(MAX_BODIES * self.max_body_bytes)
         self.replies = Replies(REPLY_CACHE_BYTES)
 
     def tenant(self, request: Request) -> str:
-        """Before anything else of a request is looked at."""
+        """Authenticate a request; call this before reading anything else of it. Raises RequestRefused (401)."""
         try:
             return self.auth.tenant(request.headers.get("authorization"))
         except NotAuthorised as error:
@@ -60,23 +60,23 @@ class TeacherApi:
             raise RequestRefused(401, "unauthorised", str(error)) from None
 
     async def put_context(self, name: str, request: Request) -> Response:
-        """Decode and store."""
+        """Decode and store a context."""
         tenant = self.tenant(request)
         if not _HASH.fullmatch(name):
             raise RequestRefused(422, "hash", "a context's name is 64 lowercase hex digits")
-        async with self.budget.read(request, tenant, self.limit) as body:
+        async with read_body(request, self.body_budget, tenant, self.max_body_bytes) as body:
             self.service.metrics.context_bytes_in.labels(tenant).inc(len(body))
             parent, ids = await _off_loop(decode_context, body, len(body))
             context = self.service.put_context(tenant, name, ids, parent)
         return JSONResponse({"hash": context.hash, "tokens": int(context.ids.size)})
 
     async def score(self, request: Request) -> Response:
-        """Decode, compute once per request id, give up when the client is gone."""
+        """Decode a request, compute its reply once per request id, cancel the computation if the client leaves."""
         tenant = self.tenant(request)
         metrics = self.service.metrics
         label = metrics.known(tenant, "")
         try:
-            async with self.budget.read(request, tenant, self.limit) as body:
+            async with read_body(request, self.body_budget, tenant, self.max_body_bytes) as body:
                 try:
                     decoded = await _off_loop(decode_request, body, len(body))
                     label = metrics.known(tenant, decoded.run)
@@ -84,58 +84,54 @@ class TeacherApi:
                     label = metrics.run(tenant, decoded.run)
                 finally:
                     metrics.bytes_in.labels(label).inc(len(body))
-                digest = await _off_loop(_digest, body, len(body))
-                deadline = _deadline(request)
-                del body  # its arrays are copies
+                digest = await _off_loop(xxhash.xxh3_128_digest, body, len(body))
+                deadline_s = _deadline_s(request)
+                del body  # the decoded arrays are copies
                 reply = await _while_connected(
                     request,
                     self.replies.once(
                         (tenant, decoded.run, decoded.request_id),
                         digest,
-                        lambda: self._compute(tenant, decoded, deadline),
+                        lambda: self._compute(tenant, decoded, deadline_s),
                         metrics.repeated.labels(label).inc,
                     ),
                 )
-        except Conflict as error:
-            raise self._count(RequestRefused(409, "request_id", str(error)), label) from error
-        except CodecError as error:
-            raise self._count(RequestRefused(400, "body", str(error)), label) from error
-        except RequestRefused as error:
-            raise self._count(error, label) from error
+        except (Conflict, CodecError, RequestRefused) as error:
+            refusal = _as_refusal(error)
+            metrics.rejected.labels(label, refusal.code).inc()
+            metrics.requests.labels(label, str(refusal.status)).inc()
+            raise refusal from error
         metrics.bytes_out.labels(label).inc(len(reply))
         metrics.requests.labels(label, "200").inc()
         return Response(reply, media_type=MEDIA_TYPE)
 
     async def _compute(self, tenant: str, request: ScoreRequest, deadline_s: float) -> tuple[bytes, bool]:
         expected = sum(reply_bytes(item, request.mode, request.k) for item in request.items)
-        async with self.reply_budget.room(tenant, expected):
+        async with self.reply_budget.hold(tenant, expected):
             response = await self.service.score(tenant, request, deadline_s=deadline_s)
             size = sum(result.logprobs.nbytes for result in response.results if isinstance(result, ItemScore))
-            # What may be otherwise next time is not kept: the same request can be sent again.
-            passing = any(
+            # A reply with a temporary error is not kept: a repeated request may succeed.
+            temporary = any(
                 isinstance(result, ItemError) and result.code in ("internal", "unknown_context")
                 for result in response.results
             )
-            return await _off_loop(encode_response, response, size), not passing
-
-    def _count(self, error: RequestRefused, label: str) -> RequestRefused:
-        self.service.metrics.rejected.labels(label, error.code).inc()
-        self.service.metrics.requests.labels(label, str(error.status)).inc()
-        return error
+            return await _off_loop(encode_response, response, size), not temporary
 
     def metrics(self, request: Request) -> Response:
-        """Prometheus text, for the operator."""
+        """Prometheus text, for the tenant `operator`."""
         if not self.auth.may_read_metrics(self.tenant(request)):
-            raise RequestRefused(403, "forbidden", "metrics show all tenants' runs: they need a key of `operator`")
-        self.service.metrics.body_bytes.set(self.budget.held)
+            raise RequestRefused(
+                403, "forbidden", "metrics show the runs of all tenants: use a key of the tenant `operator`"
+            )
+        self.service.metrics.body_bytes.set(self.body_budget.held)
         self.service.metrics.reply_bytes.set(self.replies.nbytes)
         return Response(self.service.render_metrics(), media_type="text/plain; version=0.0.4")
 
 
 def create_app(service: TeacherService, auth: Authenticator | None = None) -> FastAPI:
-    """The application around a service; it starts and drains the service with its own lifespan.
+    """Build the application of a service. Its lifespan starts and stops the service.
 
-    Without `auth` everybody is served as one tenant.
+    Without `auth` all clients are one tenant.
     """
 
     @asynccontextmanager
@@ -144,21 +140,21 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
         yield
         await service.stop()
 
-    face = TeacherApi(service, auth or Authenticator())
+    api = TeacherApi(service, auth or Authenticator())
     app = FastAPI(title="opcd teacher", version="1", lifespan=lifespan)
     app.state.service = service
     keyed = [Security(KEY)]
     app.add_exception_handler(RequestRefused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(CodecError, _undecodable)  # type: ignore[arg-type]
 
-    @app.get("/healthz", response_model=None, responses={503: {"description": "Nothing is computed any more."}})
+    @app.get("/healthz", response_model=None, responses={503: {"description": "The server is broken: restart it."}})
     async def healthz() -> Response:
-        """Whether the process is of use: 200, or 503 where it must be started again."""
+        """Liveness: 200, or 503 if the server must be restarted."""
         return JSONResponse({"status": "ok" if service.alive else "failed"}, 200 if service.alive else 503)
 
     @app.get("/readyz", response_model=None, responses={503: {"description": REFUSALS[503]}})
     async def readyz() -> Response:
-        """Whether requests are taken: 200, or 503 while starting and draining."""
+        """Readiness: 200, or 503 while the server starts, drains or is broken."""
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
     @app.get(
@@ -168,13 +164,13 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
         dependencies=keyed,
     )
     async def metrics(request: Request) -> Response:
-        """Prometheus text; a key of the tenant `operator` where there are tenants."""
-        return face.metrics(request)
+        """Prometheus text. A server with keys requires a key of the tenant `operator`."""
+        return api.metrics(request)
 
     @app.get("/v1/info", responses=refusals(401), dependencies=keyed)
     async def info(request: Request) -> TeacherInfo:
-        """Who this teacher is and what it can do."""
-        face.tenant(request)
+        """The teacher's model, modes and bounds."""
+        api.tenant(request)
         return service.info()
 
     @app.put(
@@ -185,8 +181,8 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
         responses=refusals(400, 401, 404, 408, 413, 422, 429, 503),
     )
     async def put_context(name: str, request: Request) -> Response:
-        """Store a context under its hash. Putting it again changes nothing."""
-        return await face.put_context(name, request)
+        """Store a context under its hash. Putting a context again changes nothing."""
+        return await api.put_context(name, request)
 
     @app.post(
         "/v1/score",
@@ -196,10 +192,16 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
         responses={**binary_reply("a score response"), **refusals(400, 401, 408, 409, 413, 429, 503, 504)},
     )
     async def score(request: Request) -> Response:
-        """Log-probabilities of given responses under their contexts."""
-        return await face.score(request)
+        """Score responses under their contexts."""
+        return await api.score(request)
 
     return app
+
+
+def _as_refusal(error: Conflict | CodecError | RequestRefused) -> RequestRefused:
+    if isinstance(error, Conflict):
+        return RequestRefused(409, "request_id", str(error))
+    return error if isinstance(error, RequestRefused) else RequestRefused(400, "body", str(error))
 
 
 async def _refused(_: Request, error: RequestRefused) -> JSONResponse:
@@ -213,47 +215,44 @@ async def _refused(_: Request, error: RequestRefused) -> JSONResponse:
     return JSONResponse({"error": error.code, "message": str(error)}, error.status, headers)
 
 
-async def _undecodable(_: Request, error: CodecError) -> JSONResponse:
-    return JSONResponse({"error": "body", "message": str(error)}, 400)
+async def _undecodable(request: Request, error: CodecError) -> JSONResponse:
+    return await _refused(request, _as_refusal(error))
 
 
-def _deadline(request: Request) -> float:
+def _deadline_s(request: Request) -> float:
     text = request.headers.get(DEADLINE_HEADER)
     if text is None:
-        return LONGEST_DEADLINE_S
+        return MAX_DEADLINE_S
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
         raise RequestRefused(400, "deadline", f"{DEADLINE_HEADER} must be a positive number of seconds")
-    return min(seconds, LONGEST_DEADLINE_S)
+    return min(seconds, MAX_DEADLINE_S)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away."""
+    """Return the result of `work`; cancel it if the client closes the connection."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise RequestRefused(499, "gone", "the client closed the connection")
         return task.result()
     finally:
-        gone.cancel()
+        disconnected.cancel()
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
 
 
-async def _disconnected(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _digest(body: bytes) -> bytes:
-    return xxhash.xxh3_128_digest(body)
-
-
 async def _off_loop(convert: Callable[..., T], value: object, size: int) -> T:
+    """Convert a value of `size` bytes, in a thread if it is large."""
     return convert(value) if size <= INLINE_BYTES else await asyncio.to_thread(convert, value)

@@ -1,7 +1,7 @@
-"""Names of the headers that clients and servers of scores agree on."""
+"""Names of the protocol's HTTP headers."""
 
 DEADLINE_HEADER = "X-Deadline-S"
-"""Seconds that the client will wait; without it, an hour."""
+"""Seconds that the client waits, by default an hour."""
 
 ROUTE_HEADER = "X-Session-Id"
-"""Holds the hash of the context that a request is about: Ray Serve routes by it, a single server ignores it."""
+"""Hash of the request's context. Ray Serve routes by it, a single server ignores it."""

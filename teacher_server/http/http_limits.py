@@ -1,6 +1,4 @@
-"""Limits below the application: headers that come too slowly, or never end, and replies that are not read, end the
-connection.
-"""
+"""Limits below the application: the connection ends if headers are slow or endless, or if a reply is not read."""
 
 from __future__ import annotations
 
@@ -10,105 +8,96 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADERS_TIMEOUT_S = 10.0
-"""From the opening of a connection, or the first byte of a later request, to the end of its headers."""
+"""Time for the headers, from the opening of a connection or from the first byte of a later request."""
 
 LINGER_S = 5.0
-"""How long the rest of a refused body is read and thrown away."""
+"""Time for which the rest of a refused body is read and thrown away."""
 
 UNREAD_S = 30.0
-"""What of a reply the kernel does not take at once, n bytes, may take this and n over `SLOWEST_BYTES_PER_S` to be read;
-its memory is held until then. The kernel takes megabytes, which are read first: they are what this time is for.
+"""A client may leave n bytes of a reply unread for `UNREAD_S` + n / `MIN_BYTES_PER_S`.
+
+n counts what the kernel does not buffer. The kernel buffers megabytes, which the client reads first: hence 30 s.
 """
 
-SLOWEST_BYTES_PER_S = 256 * 1024
+MIN_BYTES_PER_S = 256 * 1024
+"""Slowest average rate of a body or of a reply."""
 
 MAX_HEADER_BYTES = 32 * 1024
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which itself limits neither the time nor the size of headers, nor the time of a reply."""
+    """uvicorn's protocol, which limits neither the size and time of headers nor the time of a reply."""
 
-    headers_timeout_s = HEADERS_TIMEOUT_S
-    unread_s = UNREAD_S
-    _timer: asyncio.TimerHandle | None = None
-    _unread_timer: asyncio.TimerHandle | None = None
+    _receiving: asyncio.TimerHandle | None = None
+    _sending: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
-        """Start the clock: a connection must say something."""
+        """Start the timer of the first headers."""
         super().connection_made(transport)
-        # `pause_writing` comes with the first byte that the peer does not take, `resume_writing` when it took the last.
-        transport.set_write_buffer_limits(high=1, low=0)  # of 0, TLS makes a pause of every empty buffer
-        self._start_timer()
+        # `pause_writing` then comes with the first byte that the client does not take, `resume_writing` with the last.
+        transport.set_write_buffer_limits(high=1, low=0)  # TLS would pause at every empty buffer with high=0
+        self._limit_receiving(HEADERS_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks."""
-        self._stop_timer()
-        self._stop_unread_timer()
+        """Stop the timers."""
+        self._limit_receiving(None)
+        self._limit_sending(None)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Start the clock of what was just written: the next is written only after it was read."""
+        """Start the timer of the unread bytes. uvicorn writes the next ones only after the client took these."""
         super().pause_writing()
-        self._stop_unread_timer()
-        seconds = self.unread_s + self.transport.get_write_buffer_size() / SLOWEST_BYTES_PER_S
-        self._unread_timer = self.loop.call_later(seconds, self.transport.abort)
+        self._limit_sending(UNREAD_S + self.transport.get_write_buffer_size() / MIN_BYTES_PER_S)
 
     def resume_writing(self) -> None:
-        """All of it was read."""
-        self._stop_unread_timer()
+        """The client took all bytes."""
+        self._limit_sending(None)
         super().resume_writing()
 
     def on_message_begin(self) -> None:
-        """Start the clock of this request's headers."""
+        """Start the timer of this request's headers."""
         super().on_message_begin()
-        self._start_timer()
+        self._limit_receiving(HEADERS_TIMEOUT_S)
 
     def on_headers_complete(self) -> None:
-        """Headers are in: from here on the application's own limits hold."""
-        self._stop_timer()
+        """The application limits the body."""
+        self._limit_receiving(None)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """The body is in, or was thrown away to its end."""
-        self._stop_timer()
+        """The body is complete, read or thrown away."""
+        self._limit_receiving(None)
         super().on_message_complete()
         self.cycle.more_body = False
 
     def on_response_complete(self) -> None:
-        """ScoredRollout before the body's end (it was refused): the rest is thrown away, for a while.
+        """Throw away the rest of a refused body for a while.
 
-        Closing at once would reset the connection under a client that is still sending and has not read the answer.
+        Closing at once would reset the connection: a client that still sends could not read the reply.
         """
         if self.cycle.more_body and not self.transport.is_closing():
-            self._start_timer(LINGER_S)
+            self._limit_receiving(LINGER_S)
         super().on_response_complete()
 
     def data_received(self, data: bytes) -> None:
-        """Count what came while headers are still open; a body that follows them is not counted."""
+        """Count the bytes of incomplete headers."""
         super().data_received(data)
         in_body = self.cycle is not None and self.cycle.more_body
-        if self._timer is None or in_body:
+        if self._receiving is None or in_body:
             self._header_bytes = 0
             return
         self._header_bytes += len(data)
         if self._header_bytes > MAX_HEADER_BYTES:
             self.transport.abort()
 
-    def _start_timer(self, seconds: float | None = None) -> None:
-        self._stop_timer()
-        self._timer = self.loop.call_later(self.headers_timeout_s if seconds is None else seconds, self._cut)
+    def _limit_receiving(self, seconds: float | None) -> None:
+        self._receiving = self._restart(self._receiving, seconds)
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _limit_sending(self, seconds: float | None) -> None:
+        self._sending = self._restart(self._sending, seconds)
 
-    def _stop_unread_timer(self) -> None:
-        if self._unread_timer is not None:
-            self._unread_timer.cancel()
-            self._unread_timer = None
-
-    def _cut(self) -> None:
-        self._timer = None
-        self.transport.abort()
+    def _restart(self, timer: asyncio.TimerHandle | None, seconds: float | None) -> asyncio.TimerHandle | None:
+        if timer is not None:
+            timer.cancel()
+        return None if seconds is None else self.loop.call_later(seconds, self.transport.abort)

@@ -1,6 +1,4 @@
-"""What the OpenAPI page says of keys, headers, bodies and refusals; the bytes inside are laid out in
-docs/teacher-api.md.
-"""
+"""OpenAPI descriptions of keys, headers, bodies and refusals. docs/teacher-api.md describes the bytes of a body."""
 
 from __future__ import annotations
 
@@ -14,22 +12,22 @@ from common.protocol.codec import MEDIA_TYPE
 from teacher_server.http.headers import DEADLINE_HEADER, ROUTE_HEADER
 
 REFUSALS: Mapping[int, str] = {
-    400: "The request is wrong: `error` says in which part.",
-    401: "A bearer key of this teacher is needed.",
-    403: "This key may not.",
-    404: "The parent is not here: put it first.",
+    400: "The request is invalid: `error` names the part.",
+    401: "A valid bearer key is required.",
+    403: "The key of the tenant `operator` is required.",
+    404: "The parent is not stored: put the parent first.",
     408: "The body came too slowly.",
-    409: "The request id was used for another request.",
-    413: "Too many bytes or items for one request.",
+    409: "The request id was used with another body.",
+    413: "Too many bytes, items or tokens for one request.",
     422: "The context cannot be stored under this name.",
-    429: "Too much at a time: wait `Retry-After` seconds, then send it again.",
-    503: "Shutting down, or not up yet: connect again.",
-    504: "Not scored in the time that the client allowed.",
+    429: "The server is busy: send the request again after `Retry-After` seconds.",
+    503: "The server is starting, stopping or broken: connect again.",
+    504: "Not scored within the deadline of the request.",
 }
 
 
 class Refusal(BaseModel):
-    """The body of every answer that is not 2xx."""
+    """Body of every refusal."""
 
     error: str
     """Machine-readable."""
@@ -37,47 +35,47 @@ class Refusal(BaseModel):
 
 
 class Stored(BaseModel):
-    """A context that is here now."""
+    """A stored context."""
 
     hash: str
     tokens: int
 
 
-Documented = dict[int | str, dict[str, Any]]
+Responses = dict[int | str, dict[str, Any]]
 
 
-def refusals(*statuses: int) -> Documented:
-    """``responses=`` of a route that may refuse with `statuses`."""
+def refusals(*statuses: int) -> Responses:
+    """``responses=`` of a route that refuses with `statuses`."""
     return {status: {"model": Refusal, "description": REFUSALS[status]} for status in statuses}
 
 
-def binary_reply(what: str) -> Documented:
-    """``responses=`` of a route that answers with a message."""
-    return {200: {"description": f"msgpack: {what}", "content": _message()}}
+def binary_reply(message: str) -> Responses:
+    """``responses=`` of a route that replies with a msgpack message."""
+    return {200: {"description": f"msgpack: {message}", "content": _message()}}
 
 
-def text_reply(what: str) -> Documented:
-    """``responses=`` of a route that answers with text."""
-    return {200: {"description": what, "content": {"text/plain": {"schema": {"type": "string"}}}}}
+def text_reply(description: str) -> Responses:
+    """``responses=`` of a route that replies with text."""
+    return {200: {"description": description, "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
-KEY = HTTPBearer(scheme_name="key", description="A key of this teacher, where it has keys.", auto_error=False)
-"""Declares the scheme only: `Authenticator` checks it."""
+KEY = HTTPBearer(scheme_name="key", description="A tenant's key. A teacher without keys ignores it.", auto_error=False)
+"""Declares the scheme. `Authenticator` checks the keys."""
 
 _HEADERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     DEADLINE_HEADER: (
-        "Seconds that the client will wait, by default an hour: what is not scored by then is refused with 504.",
+        "Seconds that the client waits, by default an hour. A request not scored by then is refused with 504.",
         {"type": "number", "exclusiveMinimum": 0},
     ),
     ROUTE_HEADER: (
-        "The hash of the context that the request is about: a server of several replicas routes by it.",
+        "Hash of the request's context. A server of several replicas routes by it.",
         {"type": "string"},
     ),
 }
 
 
-def binary_body(what: str, *headers: str) -> dict[str, Any]:
-    """``openapi_extra=`` of a route that takes a message, and `headers` beside it."""
+def binary_body(message: str, *headers: str) -> dict[str, Any]:
+    """``openapi_extra=`` of a route that takes a msgpack message and `headers`."""
     return {
         "parameters": [
             {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
@@ -85,7 +83,7 @@ def binary_body(what: str, *headers: str) -> dict[str, Any]:
         ],
         "requestBody": {
             "required": True,
-            "description": f"msgpack: {what}, laid out as docs/teacher-api.md says",
+            "description": f"msgpack: {message}, in the layout of docs/teacher-api.md",
             "content": _message(),
         },
     }

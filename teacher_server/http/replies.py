@@ -1,4 +1,4 @@
-"""A repeated request is computed once: the second asker waits for the first one's reply, or gets it from a cache."""
+"""Replies of repeated requests: a request is computed once, its copies wait for the reply or get it from a cache."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 ENTRY_BYTES = 1024
-"""Counted for each kept reply beside its own bytes: of small ones, names and bookkeeping are most."""
+"""Overhead counted for each kept reply: a small reply takes less memory than its name and bookkeeping."""
 
 Name = tuple[str, str, str]
 """(tenant, run, request id)."""
 
 
 class Conflict(ValueError):
-    """The same request id came with another body."""
+    """The request id was used with another body."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,9 +26,9 @@ class _Entry:
 
 
 class Replies:
-    """Encoded replies by request, in progress and done; the done ones bounded in bytes, least recently used first out.
+    """Encoded replies, running and done, by request. Done replies are bounded in bytes; the least recently used leaves.
 
-    A computation is cancelled when nobody waits for it any more.
+    A computation is cancelled when its last waiter leaves.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -44,15 +44,15 @@ class Replies:
         compute: Callable[[], Awaitable[tuple[bytes, bool]]],
         on_repeat: Callable[[], None] = lambda: None,
     ) -> bytes:
-        """The reply to `name`; `compute` gives (reply, whether it may be given again).
+        """Return the reply to `name`. `compute` returns (reply, True if the reply may be kept).
 
-        `digest` is of the request's body; raises Conflict where `name` came with another one. `on_repeat` is called
-        where nothing is computed for this caller.
+        `digest` identifies the request's body. `on_repeat` is called if the reply of an earlier request is used. A
+        request without an id is always computed. Raises Conflict if `name` came with another body.
         """
         if not name[2]:
             return (await compute())[0]
         if (done := self._done.get(name)) is not None:
-            self._same(done[0], digest)
+            self._require_same(done[0], digest)
             self._done.move_to_end(name)
             on_repeat()
             return done[1]
@@ -61,7 +61,7 @@ class Replies:
             entry = _Entry(digest, asyncio.ensure_future(self._compute(name, digest, compute)))
             self._running[name] = entry
         else:
-            self._same(entry.digest, digest)
+            self._require_same(entry.digest, digest)
             on_repeat()
         entry.waiters += 1
         try:
@@ -78,8 +78,8 @@ class Replies:
         try:
             reply, keep = await compute()
         finally:
-            # Failures are not kept: whoever asks again gets another try. (After a cancellation the name may be
-            # another computation's already.)
+            # A failure is not kept: the next request tries again. After a cancellation the name may already belong to
+            # another computation.
             entry = self._running.get(name)
             if entry is not None and entry.task is asyncio.current_task():
                 del self._running[name]
@@ -92,6 +92,6 @@ class Replies:
         return reply, keep
 
     @staticmethod
-    def _same(known: bytes, digest: bytes) -> None:
+    def _require_same(known: bytes, digest: bytes) -> None:
         if known != digest:
-            raise Conflict("this request id was used for another request: ids must be fresh")
+            raise Conflict("this request id was used with another body: use a new id for each request")

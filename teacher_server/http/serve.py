@@ -1,4 +1,4 @@
-"""Starts a teacher in this process: loads the model, binds the address, runs uvicorn until it is told to stop."""
+"""Starts a teacher in this process: loads the model, binds the address and runs uvicorn."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoTokenizer
 
-from common.config.model import TeacherConfig, TeacherServerConfig
+from common.config.model import TeacherConfig
 from common.data.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
+from common.data.model_lookup import require_model
 from common.protocol.scoring import TeacherError
 from teacher_server.backends.base import Backend, BackendError
 from teacher_server.backends.hf.backend import TransformersBackend
@@ -31,22 +32,23 @@ from teacher_server.scoring.service import TeacherService, TokenizerIdentity
 log = logging.getLogger(__name__)
 
 DRAIN_S = 600
-"""Longest wait for requests in progress after SIGTERM; those that are left then are dropped."""
+"""Longest wait for requests in progress after SIGTERM. The server drops the remaining ones."""
 
 AFTER_DROPPING_S = 30
-"""For what served the dropped ones to end."""
+"""Time for the handlers of dropped requests to end."""
 
 
 def build_service(config: TeacherConfig, *, on_failure: Callable[[str], None] = lambda _: None) -> TeacherService:
-    """Load the model and its tokenizer; raises TeacherError where the model cannot be a teacher.
+    """Load the model and its tokenizer. Raises TeacherError if the model cannot be a teacher.
 
-    `on_failure` is called with the reason when the service computes nothing any more.
+    `on_failure` is called with the reason when the service breaks.
     """
     if config.model is None:
-        raise TeacherError("teacher.model is missing: name the folder or hub name of the model that scores")
-    set_threads = _thread_setup(config.threads)
+        raise TeacherError("teacher.model is missing: set it to the folder or hub name of the model that scores")
+    set_threads = _thread_setter(config.threads)
     set_threads()
     try:
+        require_model(config.model)
         tokenizer = AutoTokenizer.from_pretrained(config.model)
         backend, on_stop = _backend(config, config.model)
     except (BackendError, OSError, ValueError) as error:
@@ -56,11 +58,11 @@ def build_service(config: TeacherConfig, *, on_failure: Callable[[str], None] = 
 
 
 def _backend(config: TeacherConfig, model: str) -> tuple[Backend, Callable[[], None] | None]:
-    """The backend, and what ends what it started."""
+    """Load the backend; returns it with a function that stops its processes, if it has any."""
     if config.kind == "base":
-        raise TeacherError("teacher.kind `base` is the learner itself: there is nothing to serve")
+        raise TeacherError("teacher.kind=base means that the learner scores: there is no server to start")
     if config.backend == "vllm":
-        # Here and not above: vLLM takes seconds to import, and need not be installed.
+        # vLLM takes seconds to import and may not be installed.
         from teacher_server.backends.vllm.backend import VllmBackend
 
         engine = VllmBackend.load(model, config)
@@ -76,25 +78,24 @@ def _backend(config: TeacherConfig, model: str) -> tuple[Backend, Callable[[], N
     return backend, None
 
 
-def build_app(config: TeacherServerConfig) -> FastAPI:
-    """The application around a loaded model, for Ray Serve; its ``state.service`` is the service.
+def build_app(config: TeacherConfig) -> FastAPI:
+    """Build the application for Ray Serve. Its ``state.service`` is the service.
 
-    Raises TeacherError, also where there are no keys: Serve's proxy listens, on an address that nothing tells here.
+    Raises TeacherError, also without keys: Serve's proxy listens on an address that the teacher does not know.
     """
-    section = config.teacher
-    if section.allow_anonymous and section.server_keys_file is None and KEYS_VARIABLE not in os.environ:
+    if config.allow_anonymous and config.server_keys_file is None and KEYS_VARIABLE not in os.environ:
         raise TeacherError(
             "teacher.allow_anonymous is refused under Ray Serve: its proxy listens on the address of Serve's "
-            f"http_options, not on teacher.host={section.host}; set teacher.server_keys_file or {KEYS_VARIABLE} "
+            f"http_options, not on teacher.host={config.host}; set teacher.server_keys_file or {KEYS_VARIABLE} "
             "(`opcd key TENANT` makes a key)"
         )
-    auth = authenticator(section.host, section.server_keys_file, allow_anonymous=False)
-    return create_app(build_service(section), auth)
+    auth = authenticator(config.host, config.server_keys_file, allow_anonymous=False)
+    return create_app(build_service(config), auth)
 
 
 @dataclass
 class RunningServer:
-    """A uvicorn server in a thread of its own, for callers that have a thread of control already."""
+    """A uvicorn server in its own thread."""
 
     url: str
     _server: _Server
@@ -102,12 +103,12 @@ class RunningServer:
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """Drain, then stop."""
-        self._server.leave()
+        self._server.drain()
         self._thread.join(timeout_s)
 
 
 def start_in_thread(service: TeacherService, config: TeacherConfig, auth: Authenticator) -> RunningServer:
-    """Serve `service` from a new thread; returns when requests are taken. Raises TeacherError."""
+    """Serve `service` in a new thread; returns when the server takes requests. Raises TeacherError."""
     listener = _listen(config)
     server = _server(service, config, auth)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="teacher-http", daemon=True)
@@ -115,52 +116,51 @@ def start_in_thread(service: TeacherService, config: TeacherConfig, auth: Authen
     while not server.started:
         thread.join(0.01)
         if not thread.is_alive():
-            raise TeacherError("the teacher's HTTP server stopped while it was starting; its log says why")
+            raise TeacherError("the teacher's HTTP server stopped during its start: its log has the reason")
     return RunningServer(_url(config, listener), server, thread)
 
 
-def serve(config: TeacherServerConfig, *, announce: Callable[[str], None] = print) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what was begun and return. Port 0 takes a free one.
+def serve(config: TeacherConfig, *, announce: Callable[[str], None] = print) -> None:
+    """Serve until SIGTERM or SIGINT, then finish the requests in progress and return. Port 0 takes a free port.
 
-    Raises TeacherError, also where what was begun was not finished in `DRAIN_S`.
+    Raises TeacherError, also if requests are unfinished after `DRAIN_S`.
     """
-    section = config.teacher
-    auth = authenticator(section.host, section.server_keys_file, allow_anonymous=section.allow_anonymous)
-    service = build_service(section)
-    listener = _listen(section)
-    server = _server(service, section, auth)
+    auth = authenticator(config.host, config.server_keys_file, allow_anonymous=config.allow_anonymous)
+    service = build_service(config)
+    listener = _listen(config)
+    server = _server(service, config, auth)
     info = service.info()
-    announce(f"teacher {info.model} ({info.backend}, {info.dtype}) at {_url(section, listener)}")
+    announce(f"teacher {info.model} ({info.backend}, {info.dtype}) at {_url(config, listener)}")
 
-    def leave(_: int, __: FrameType | None) -> None:
-        server.leave()
+    def on_signal(_: int, __: FrameType | None) -> None:
+        server.drain()
 
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, leave)
+        signal.signal(name, on_signal)
     server.run(sockets=[listener])
     if server.dropped:
         raise TeacherError(
-            f"{server.dropped} requests were dropped: they were not answered within {DRAIN_S} s of the signal to stop; "
-            "their clients send them again, to whoever serves next"
+            f"{server.dropped} requests were dropped: they were unfinished {DRAIN_S} s after the signal to stop. Their "
+            "clients retry, so start a teacher at the same address"
         )
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals alone: uvicorn would raise them again after draining, and the exit code would not be 0."""
+    """A uvicorn server with a bounded drain. `serve` handles signals: uvicorn would end with an exit code above 0."""
 
     def __init__(self, config: uvicorn.Config, service: TeacherService) -> None:
         super().__init__(config)
         self._service = service
         self.dropped = 0
-        """Requests that were not answered while draining."""
+        """Requests that were unfinished at the end of the drain."""
 
-    def leave(self) -> None:
-        """Take nothing more, from here on; finish what was begun, then end."""
+    def drain(self) -> None:
+        """Refuse new requests from now on, finish those in progress, then end."""
         self._service.drain()
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the listener and the idle connections, wait for the others."""
+        """Close the listener and the idle connections, then wait for the others."""
         limit = asyncio.get_running_loop().call_later(DRAIN_S, self._drop)
         try:
             await super().shutdown(sockets)
@@ -168,16 +168,16 @@ class _Server(uvicorn.Server):
             limit.cancel()
 
     def _drop(self) -> None:
-        """Only connections with a request, or with a reply that is not read, are left; each of them ends its own."""
+        """Close the remaining connections: those with a request in progress or with an unread reply."""
         connections = list(self.server_state.connections)
         self.dropped = len(connections)
-        log.error("%d requests were not answered in %g s and are dropped", self.dropped, DRAIN_S)
+        log.error("dropping %d requests: unfinished after a drain of %g s", self.dropped, DRAIN_S)
         for connection in connections:
             connection.transport.abort()
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
-        """Nothing to capture."""
+        """Capture none."""
         yield
 
 
@@ -222,8 +222,8 @@ def _url(config: TeacherConfig, listener: socket.socket) -> str:
     return f"{'http' if config.tls_certificate is None else 'https'}://{name}:{listener.getsockname()[1]}"
 
 
-def _thread_setup(threads: int | None) -> Callable[[], None]:
-    """torch keeps its number of OpenMP threads per calling thread: each thread that computes must set it."""
+def _thread_setter(threads: int | None) -> Callable[[], None]:
+    """Return a function that sets torch's OpenMP threads. torch keeps this number for each calling thread."""
 
     def setup() -> None:
         if threads is not None:

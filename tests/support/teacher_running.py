@@ -126,11 +126,11 @@ def process(
     """
     section = {"model": str(model), "port": port, "threads": 1, "allow_anonymous": True, **settings}
     code = (
-        "from common.config.model import TeacherConfig, TeacherServerConfig\n"
+        "from common.config.model import TeacherConfig\n"
         "from teacher_server.http.serve import serve\n"
         f"{before}\n"
         f"config = TeacherConfig.model_validate({section!r})\n"
-        "serve(TeacherServerConfig(teacher=config), announce=lambda line: print(line, flush=True))\n"
+        "serve(config, announce=lambda line: print(line, flush=True))\n"
     )
     started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:

@@ -1,4 +1,4 @@
-"""schemathesis against the OpenAPI page over loopback: what it says is what the server does, whatever is sent."""
+"""schemathesis against the OpenAPI page over loopback: the server keeps to the page for any request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.teacher_running import KEYS, running
 
 @schemathesis.serializer(MEDIA_TYPE)
 def binary(_: schemathesis.SerializationContext, value: object) -> bytes:
-    """Generated bodies travel as they are."""
+    """Send generated bodies unchanged."""
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
 
 
@@ -73,7 +73,7 @@ def test_any_request_is_answered_as_documented(
     key = {} if tenant is None else {"Authorization": f"Bearer {KEYS[tenant]}"}
     long = pytestconfig.getoption("--long")
 
-    # The page says of bodies that they are bytes, not which: that most bytes are refused is no fault.
+    # The page declares a body as any bytes, so most generated bodies are rightly refused.
     excluded = [positive_data_acceptance]
 
     @settings(max_examples=2000 if long else 25, deadline=None, suppress_health_check=list(HealthCheck), database=None)

@@ -1,4 +1,4 @@
-"""The teacher as a process or an actor: stopped, drained, killed, started again, and starts that fail."""
+"""The teacher as a process or an actor: drained, killed, restarted, and with a start that fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import httpx
 import pytest
 import ray
 
-from common.config.model import TeacherConfig, TeacherServerConfig
+from common.config.model import TeacherConfig
 from common.protocol.codec import encode_request
 from common.protocol.schema import (
     Context,
@@ -26,6 +26,8 @@ from common.protocol.schema import (
 )
 from common.protocol.scoring import TeacherError
 from teacher_server.actor import TeacherActor
+from teacher_server.backends.base import BackendLost
+from teacher_server.backends.hf.backend import TransformersBackend
 from teacher_server.client import TeacherClient, TeacherScorerFactory
 from tests.support.teacher_oracle import Oracle, assert_score
 from tests.support.teacher_running import KEYS, free_port, items, process, request_of, tokens, trajectory
@@ -36,7 +38,7 @@ def large(count: int, context: str | None) -> list[ScoreItem]:
 
 
 async def until_it_waits(url: str) -> None:
-    """Until tokens wait in the teacher's queue, behind a batch that it has begun."""
+    """Wait until tokens wait in the teacher's queue behind a running batch."""
     async with httpx.AsyncClient() as plain:
         for _ in range(2000):
             series = (await plain.get(f"{url}/metrics")).text
@@ -138,7 +140,7 @@ async def test_killed_in_mid_batch_and_started_again(tiny_model: Path) -> None:
 
 
 async def test_actor_starts_and_stops(tiny_model: Path) -> None:
-    config = TeacherServerConfig(teacher=TeacherConfig(model=str(tiny_model), threads=1))
+    config = TeacherConfig(model=str(tiny_model), threads=1)
     actor = TeacherActor(config, api_key="mine")
     url = await asyncio.to_thread(actor.start)
     assert await asyncio.to_thread(actor.start) == url
@@ -154,23 +156,20 @@ async def test_actor_starts_and_stops(tiny_model: Path) -> None:
 
 
 class Breakable(TeacherActor):
-    """An actor whose scheduler can be made to fail, as by an engine that dies."""
+    """An actor whose backend can be made to die."""
 
     def break_it(self) -> None:
-        assert self._service is not None
-        assert self._service._scheduler is not None
+        def dies(*_: object) -> None:
+            raise BackendLost("the engine died")
 
-        def faulty(_: object) -> None:
-            raise KeyError("a series that is not there")
-
-        self._service._scheduler._on_batch = faulty
+        TransformersBackend.score = dies
 
 
-def test_an_actor_that_computes_nothing_any_more_dies(tiny_model: Path) -> None:
-    """What `Teachers.watch` of a run waits for, to start it again: a `RayActorError` of `node_id`."""
+def test_a_broken_actor_dies(tiny_model: Path) -> None:
+    """`node_id` raises RayActorError: `Teachers.watch` of a run waits for this and starts another actor."""
     ray.init("local", num_cpus=1, log_to_driver=False, include_dashboard=False)
     try:
-        config = TeacherServerConfig(teacher=TeacherConfig(model=str(tiny_model), threads=1))
+        config = TeacherConfig(model=str(tiny_model), threads=1)
         actor = ray.remote(Breakable).remote(config, KEYS["red"])
         url = ray.get(actor.start.remote())
         assert ray.get(actor.node_id.remote())
@@ -192,7 +191,7 @@ def test_an_actor_that_computes_nothing_any_more_dies(tiny_model: Path) -> None:
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    actor = TeacherActor(TeacherServerConfig(teacher=TeacherConfig(model=str(tmp_path / "nothing"))))
+    actor = TeacherActor(TeacherConfig(model=str(tmp_path / "nothing")))
     with pytest.raises(TeacherError, match=r"teacher.model .* cannot be loaded"):
         actor.start()
 
@@ -204,4 +203,4 @@ def test_a_port_that_is_taken(tiny_model: Path) -> None:
         port = taken.getsockname()[1]
         config = TeacherConfig(model=str(tiny_model), port=port, threads=1)
         with pytest.raises(TeacherError, match=r"teacher.port"):
-            TeacherActor(TeacherServerConfig(teacher=config)).start()
+            TeacherActor(config).start()

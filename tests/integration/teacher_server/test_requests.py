@@ -1,11 +1,11 @@
-"""A teacher server under repeated, slow, large and broken-off requests: what is computed once, cut off or refused."""
+"""A teacher server under repeated, slow, large, unread and cancelled requests."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,44 +66,54 @@ async def test_one_of_two_askers_leaves(teacher: Running) -> None:
 
 
 async def test_a_cancelled_request_leaves_the_queue(teacher: Running) -> None:
-    scheduler = teacher.service._scheduler
-    assert scheduler is not None
     async with teacher.http() as http:
         with teacher.gate.held():
-            running_now = asyncio.create_task(post(http, request_of(items(1, 1))))
-            await until(lambda: scheduler.running_items == 1)
+            running_now = await begin_batch(teacher, http)
             async with teacher.http() as impatient:
                 queued = asyncio.create_task(post(impatient, request_of(items(2, 5))))
-                await until(lambda: len(scheduler.queue) == 5)
+                await until(lambda: queued_tokens(teacher) == 5 * 14)
                 queued.cancel()
                 await asyncio.gather(queued, return_exceptions=True)
-            await until(lambda: len(scheduler.queue) == 0)
+            await until(lambda: queued_tokens(teacher) == 0)
         assert (await running_now).status_code == 200
     assert [len(batch) for batch in teacher.gate.batches[-1:]] == [1]
 
 
 async def test_a_late_request_leaves_the_queue(teacher: Running) -> None:
-    scheduler = teacher.service._scheduler
-    assert scheduler is not None
     async with teacher.http() as http:
         with teacher.gate.held():
-            running_now = asyncio.create_task(post(http, request_of(items(1, 1))))
-            await until(lambda: scheduler.running_items == 1)
+            running_now = await begin_batch(teacher, http)
             late = await post(http, request_of(items(2, 5)), **{"X-Deadline-S": "0.1"})
             assert (late.status_code, late.json()["error"]) == (504, "deadline")
-            assert len(scheduler.queue) == 0
+            assert queued_tokens(teacher) == 0
         await running_now
         bad = await post(http, request_of(items(1, 1)), **{"X-Deadline-S": "soon"})
         assert bad.status_code == 400
 
 
-async def until(condition: object) -> None:
-    """Wait for something another thread will bring about."""
+async def begin_batch(teacher: Running, http: httpx.AsyncClient) -> asyncio.Task[httpx.Response]:
+    """Send one item; returns when the gate holds its batch."""
+    while teacher.gate.entered.acquire(blocking=False):
+        pass  # batches of earlier tests
+    running_now = asyncio.create_task(post(http, request_of(items(1, 1))))
+    assert await asyncio.to_thread(teacher.gate.entered.acquire, timeout=10)
+    return running_now
+
+
+def queued_tokens(teacher: Running) -> float:
+    (line,) = (
+        line for line in teacher.service.render_metrics().splitlines() if line.startswith(b"opcd_teacher_queued")
+    )
+    return float(line.split()[1])
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition that another thread makes true."""
     for _ in range(1000):
         if condition():
             return
         await asyncio.sleep(0.005)
-    raise AssertionError("it did not come about")
+    raise AssertionError("the condition stayed false for 5 s")
 
 
 # --- slow and malformed HTTP ----------------------------------------------------------------------------------------
@@ -121,7 +131,7 @@ async def raw(teacher: Running, data: bytes, *, hold_s: float) -> bytes:
 
 
 async def test_slow_headers_are_cut_off(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_server.http.http_limits.LimitedHttpProtocol.headers_timeout_s", 0.2)
+    monkeypatch.setattr("teacher_server.http.http_limits.HEADERS_TIMEOUT_S", 0.2)
     for start in (b"", b"GET /v1/info HTTP/1.1\r\nHost: x\r\nX-Slow: "):
         assert await raw(teacher, start, hold_s=5) == b""
 
@@ -139,8 +149,9 @@ async def test_a_slow_body_is_cut_off(teacher: Running, monkeypatch: pytest.Monk
 
 
 def read_after_a_while(teacher: Running) -> tuple[int, int]:
-    """Ask for a reply of nearly the largest size, read the rest of it 1.5 s after its beginning: bytes of its body that
-    came, and that were announced.
+    """Ask for a reply of nearly the largest size and read its rest 1.5 s after its beginning.
+
+    Returns the received and the announced bytes of its body.
     """
     body = encode_request(
         request_of([replace(item, topk_ids=None) for item in items(0, 40, response=40)], mode="teacher_topk", k=512)
@@ -162,8 +173,8 @@ def read_after_a_while(teacher: Running) -> tuple[int, int]:
 
 
 async def test_a_reply_that_nobody_reads_is_thrown_away(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_server.http.http_limits.LimitedHttpProtocol.unread_s", 0.2)
-    monkeypatch.setattr("teacher_server.http.http_limits.SLOWEST_BYTES_PER_S", 1 << 30)
+    monkeypatch.setattr("teacher_server.http.http_limits.UNREAD_S", 0.2)
+    monkeypatch.setattr("teacher_server.http.http_limits.MIN_BYTES_PER_S", 1 << 30)
 
     read, length = await asyncio.to_thread(read_after_a_while, teacher)
     assert read < length
@@ -171,15 +182,15 @@ async def test_a_reply_that_nobody_reads_is_thrown_away(teacher: Running, monkey
 
 async def test_a_reply_that_is_read_slowly_arrives_whole(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time it may take grows with its size."""
-    monkeypatch.setattr("teacher_server.http.http_limits.LimitedHttpProtocol.unread_s", 0.2)
-    monkeypatch.setattr("teacher_server.http.http_limits.SLOWEST_BYTES_PER_S", 32 * 1024)
+    monkeypatch.setattr("teacher_server.http.http_limits.UNREAD_S", 0.2)
+    monkeypatch.setattr("teacher_server.http.http_limits.MIN_BYTES_PER_S", 32 * 1024)
     read, length = await asyncio.to_thread(read_after_a_while, teacher)
     assert read == length > 3 << 20
 
 
 @contextmanager
 def two_largest_bodies(teacher: Running) -> Iterator[Callable[[], None]]:
-    """Half of what all bodies may hold, declared by one tenant and never sent; the function lets one of them go."""
+    """One tenant declares bodies of half of the budget and sends none. The function closes one of their connections."""
     lines = ["POST /v1/score HTTP/1.1", "Host: x", f"Authorization: Bearer {KEYS['red']}", f"Content-Length: {4 << 20}"]
     host, port = teacher.url.removeprefix("http://").split(":")
     held = [socket.create_connection((host, int(port))) for _ in range(2)]
@@ -192,10 +203,27 @@ def two_largest_bodies(teacher: Running) -> Iterator[Callable[[], None]]:
             connection.close()
 
 
+async def test_a_body_of_unknown_length_counts_as_the_largest(
+    teacher: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teacher_server.http.bodies.WAIT_S", 0.2)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield encode_request(request_of(items(1, 1)))
+
+    async with teacher.http("red") as http:
+        with two_largest_bodies(teacher):
+            await asyncio.sleep(0.1)
+            refused = await http.post("/v1/score", content=chunks())
+            assert (refused.status_code, refused.json()["error"]) == (429, "memory")
+        await asyncio.sleep(0.1)
+        assert (await http.post("/v1/score", content=chunks())).status_code == 200
+
+
 async def test_memory_of_bodies_is_bounded_before_it_is_taken(
     teacher: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tenant's third body of the largest size gets no room by what it declares; other tenants do."""
+    """A tenant's third body is refused by its declared size; other tenants are served."""
     monkeypatch.setattr("teacher_server.http.bodies.WAIT_S", 0.2)
     with two_largest_bodies(teacher):
         await asyncio.sleep(0.1)
@@ -208,7 +236,7 @@ async def test_memory_of_bodies_is_bounded_before_it_is_taken(
 
 
 async def test_a_body_waits_for_room(teacher: Running, caplog: pytest.LogCaptureFixture) -> None:
-    """The same third body is served as soon as one of the others is gone, and nobody left is an error of ours."""
+    """The third body is served as soon as one of the others is gone. The server logs no error for closed clients."""
     with two_largest_bodies(teacher) as let_one_go:
         await asyncio.sleep(0.1)
         async with teacher.http("red") as http:
@@ -224,7 +252,7 @@ async def test_a_body_waits_for_room(teacher: Running, caplog: pytest.LogCapture
 async def test_memory_of_replies_is_bounded_before_it_is_taken(
     teacher: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two small requests of one tenant, with replies of nearly the largest size: for a third there is no room."""
+    """Two small requests of one tenant have replies of nearly the largest size: a third one finds no room."""
     monkeypatch.setattr("teacher_server.http.bodies.WAIT_S", 0.2)
     many = [replace(item, topk_ids=None) for item in items(0, 50, response=30)]
     request = request_of(many, mode="teacher_topk", k=512)

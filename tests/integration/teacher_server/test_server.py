@@ -1,4 +1,4 @@
-"""The whole teacher over HTTP on loopback: a real server, a real tiny model, the oracle in this process."""
+"""The whole teacher over HTTP on loopback: a real server, a tiny real model, and the oracle in this process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from common.protocol.codec import encode_context, encode_request
 from common.protocol.schema import ItemError, ItemScore, ScoreRequest, as_ids
+from teacher_server.backends.base import BackendLost
 from teacher_server.client import TeacherClient
 from tests.support.teacher_oracle import Oracle, assert_score
 from tests.support.teacher_running import KEYS, Running, items, post, put, request_of, running, scored, tokens
@@ -109,18 +110,18 @@ async def test_a_backend_that_fails_takes_only_the_item_along(teacher: Running) 
     assert isinstance(third, ItemScore)
 
 
-async def test_a_server_that_computes_nothing_any_more_says_so(tiny_model: Path) -> None:
+async def test_a_broken_server_refuses_and_fails_its_checks(tiny_model: Path) -> None:
     with running(tiny_model) as broken:
 
-        def faulty(_: object) -> None:
-            raise KeyError("a series that is not there")
+        def engine_dies(_: object) -> bool:
+            raise BackendLost("the engine died")
 
-        broken.service._scheduler._on_batch = faulty
+        broken.gate.fails = engine_dies
         async with broken.http() as http:
-            for _ in ("what meets the fault", "what comes after it"):
+            for _ in ("meets the fault", "comes after it"):
                 reply = await post(http, request_of(items(1, 1)))
                 assert (reply.status_code, reply.json()["error"]) == (503, "broken")
-                assert "a series that is not there" in reply.json()["message"]
+                assert "the engine died" in reply.json()["message"]
             assert (await http.get("/readyz")).status_code == 503
             assert (await http.get("/healthz")).status_code == 503
 
@@ -245,12 +246,9 @@ async def test_tenants_do_not_see_each_others_contexts(teacher: Running) -> None
         never = await put(blue, type(child)(child.hash, child.ids, "3" * 64))
         assert stranger.status_code == never.status_code == 404
         assert stranger.json()["message"].replace(context.hash, "") == never.json()["message"].replace("3" * 64, "")
-        scheduler = teacher.service._scheduler
-        assert scheduler is not None
-        before = scheduler.cache.counts.computed_tokens
         await put(blue, context)
-        assert isinstance((await scored(blue, item)).results[0], ItemScore)
-        assert scheduler.cache.counts.computed_tokens - before == 64
+        assert isinstance((await scored(blue, item, run="own")).results[0], ItemScore)
+        assert b'opcd_teacher_context_tokens_computed_total{run="blue/own"} 64.0' in teacher.service.render_metrics()
 
 
 async def test_metrics_are_the_operators(teacher: Running) -> None:

@@ -1,4 +1,4 @@
-"""Sixty-four clients of four runs for ten seconds (two minutes with ``--long``): nothing fails, nothing grows."""
+"""Sixty-four clients of four runs for ten seconds (two minutes with ``--long``): no failure, no growth of memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.support.teacher_running import items, process, tokens
 
 RUNS, CLIENTS = 4, 64
 GROWTH_BYTES = 24 * 1024 * 1024
-"""What allocators may do; a leak of one body or one reply a request would be hundreds of megabytes."""
+"""Allowance for allocators. A leak of one body or reply per request would be hundreds of megabytes."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """An item and what a plain forward pass says to it."""
+    """An item and its log-probs by a plain forward pass."""
 
     item: ScoreItem
     logprobs: Tensor
@@ -44,7 +44,7 @@ def questions(model: Path, contexts: list[Context]) -> list[Question]:
 
 
 async def ask(client: TeacherClient, pool: list[Question], seed: int, until: float) -> int:
-    """Batches of random questions, one after the other, each answer checked; how many answers."""
+    """Ask batches of random questions one after the other and check each answer. Returns the number of answers."""
     rng = np.random.default_rng(seed)
     answers = 0
     while time.monotonic() < until:
@@ -81,7 +81,7 @@ async def test_many_clients_of_many_runs(tiny_model: Path, pytestconfig: pytest.
         resident = psutil.Process(server.pid).memory_info
 
         async def held() -> float:
-            """Resident memory without the replies that are kept on purpose, up to their bound."""
+            """Resident memory without the replies in the cache, which is bounded."""
             return resident().rss - (await asyncio.to_thread(series, url))["opcd_teacher_reply_bytes"]
 
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""HTTPS with a certificate of one's own: who trusts it scores, who does not is told what to set."""
+"""HTTPS with a private certificate: clients that trust it score, the others get an error that names the setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room for bodies: who waits, who goes first, and that nothing stays taken."""
+"""The byte budget: order of admission, shares of tenants, and release of everything."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import asyncio
 
 import pytest
 
-from teacher_server.http.bodies import BodyBudget
+from teacher_server.http.bodies import ByteBudget
+from teacher_server.scoring.checks import RequestRefused
 
 
-async def hold(budget: BodyBudget, tenant: str, size: int, order: list[str], name: str, go: asyncio.Event) -> None:
-    async with budget.room(tenant, size):
+async def hold(budget: ByteBudget, tenant: str, size: int, order: list[str], name: str, go: asyncio.Event) -> None:
+    async with budget.hold(tenant, size):
         order.append(name)
         await go.wait()
 
 
+async def all_of_it_is_free(budget: ByteBudget) -> None:
+    """Two tenants can hold one half each."""
+    async with budget.hold("x", 50), budget.hold("y", 50):
+        assert budget.held == 100
+
+
 async def test_first_come_first_served_within_a_tenants_half() -> None:
-    budget, order = BodyBudget(100), []
+    budget, order = ByteBudget(100), []
     events = {name: asyncio.Event() for name in ("a1", "a2", "b1", "c1", "c2")}
     sizes = {"a1": 50, "a2": 10, "b1": 40, "c1": 30, "c2": 5}
     tasks = []
@@ -34,32 +41,39 @@ async def test_first_come_first_served_within_a_tenants_half() -> None:
     for event in events.values():
         event.set()
     await asyncio.gather(*tasks)
-    assert (budget.held, budget._by_tenant, budget._waiting) == (0, {}, [])
+    assert budget.held == 0
+    await all_of_it_is_free(budget)
 
 
-async def test_one_body_larger_than_all_room_is_taken_alone() -> None:
-    budget, order, go = BodyBudget(100), [], asyncio.Event()
-    tasks = [asyncio.create_task(hold(budget, tenant, 150, order, tenant, go)) for tenant in "ab"]
-    await asyncio.sleep(0.01)
-    assert order == ["a"]
+async def test_no_room_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refused one leaves the queue: the one behind it is admitted."""
+    monkeypatch.setattr("teacher_server.http.bodies.WAIT_S", 0.05)
+    budget, order, go = ByteBudget(100), [], asyncio.Event()
+    tasks = [asyncio.create_task(hold(budget, tenant, 50, order, tenant, go)) for tenant in "ab"]
+    await asyncio.sleep(0)
+    with pytest.raises(RequestRefused, match="too many bytes") as caught:
+        await hold(budget, "c", 10, order, "c", go)
+    assert (caught.value.status, caught.value.retry_after_s) == (429, 1.0)
     go.set()
     await asyncio.gather(*tasks)
-    assert order == ["a", "b"]
+    await all_of_it_is_free(budget)
 
 
 async def test_who_leaves_the_queue_makes_room_for_those_behind() -> None:
-    budget, order, go = BodyBudget(100), [], asyncio.Event()
-    first = asyncio.create_task(hold(budget, "a", 60, order, "first", go))
+    budget, order, go = ByteBudget(100), [], asyncio.Event()
+    tasks = [asyncio.create_task(hold(budget, "a", 50, order, "first", go))]
+    tasks.append(asyncio.create_task(hold(budget, "b", 20, order, "second", go)))
     await asyncio.sleep(0)
-    large = asyncio.create_task(hold(budget, "b", 50, order, "large", go))
-    small = asyncio.create_task(hold(budget, "c", 10, order, "small", go))
+    large = asyncio.create_task(hold(budget, "c", 50, order, "large", go))
+    tasks.append(asyncio.create_task(hold(budget, "d", 10, order, "small", go)))
     await asyncio.sleep(0.01)
-    assert order == ["first"]
+    assert order == ["first", "second"]
     large.cancel()
     await asyncio.sleep(0.01)
-    assert order == ["first", "small"]
+    assert order == ["first", "second", "small"]
     go.set()
-    await asyncio.gather(first, small)
+    await asyncio.gather(*tasks)
     with pytest.raises(asyncio.CancelledError):
         await large
-    assert (budget.held, budget._waiting) == (0, [])
+    assert budget.held == 0
+    await all_of_it_is_free(budget)
