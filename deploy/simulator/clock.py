@@ -1,10 +1,10 @@
-"""Clocks of a simulation: a stage that shares cores with others, a worker whose answers slow each other down."""
+"""Time in a simulation: events, stages that share cores with others, workers whose answers slow each other down."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -40,6 +40,54 @@ class StageClock:
         when, _, happen = heapq.heappop(self._due)
         self.now = max(self.now, when)  # rounding must not leave a remainder
         return happen
+
+
+class Schedule:
+    """Events in order of time. Work on a stage slows down by `interference` for each other active stage."""
+
+    def __init__(self, stages: Sequence[str], interference: float) -> None:
+        self.now = 0.0
+        self.clocks = {name: StageClock() for name in stages}
+        self.active = dict.fromkeys(stages, 0)
+        """Number of answers in flight, of busy replicas and of busy ranks."""
+        self.paused: set[str] = set()
+        """Stages that are at a standstill, whatever is in flight."""
+        self._interference = interference
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+
+    def at(self, when: float, happen: Callable[[], None]) -> None:
+        """Call `happen` at a time that no stage delays."""
+        self._count += 1
+        heapq.heappush(self._events, (when, self._count, happen))
+
+    def at_work(self, stage: str, when: float, happen: Callable[[], None]) -> None:
+        """Call `happen` when the clock of `stage` reaches `when`."""
+        self._count += 1
+        self.clocks[stage].at(when, self._count, happen)
+
+    def next(self) -> None:
+        """Advance to the next event and execute it."""
+        slowness = self._slowness()
+        first = min(self.clocks, key=lambda name: self.clocks[name].next(slowness[name]))
+        seconds, order = self.clocks[first].next(slowness[first])
+        when, event_order = self._events[0][:2] if self._events else (math.inf, 0)
+        if (seconds, order) < (when - self.now, event_order):
+            self._advance(self.now + seconds, slowness)
+            self.clocks[first].pop()()
+        else:
+            self._advance(when, slowness)
+            heapq.heappop(self._events)[2]()
+
+    def _slowness(self) -> dict[str, float]:
+        """Real seconds per second of undisturbed work, by stage."""
+        busy = {name: count > 0 and name not in self.paused for name, count in self.active.items()}
+        return {name: 1 + self._interference * (sum(busy.values()) - busy[name]) for name in busy}
+
+    def _advance(self, when: float, slowness: Mapping[str, float]) -> None:
+        for name, clock in self.clocks.items():
+            clock.advance(when - self.now, slowness[name])
+        self.now = when
 
 
 class WorkerClock(Generic[T]):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from deploy.simulator.config import (
     SimulationConfig,
     Spread,
 )
-from deploy.simulator.run import F64, Measured, measured, without_interference
+from deploy.simulator.run import F64, Measured, without_interference
 
 SHAPE_POINTS = 64
 """Maximum number of values of an observed distribution."""
@@ -39,11 +38,6 @@ class Fit:
 
     simulation: SimulationConfig
     notes: tuple[str, ...]
-
-
-def fit(folder: Path) -> Fit:
-    """Fit the run in `folder`. Raises ConfigError if its files hold nothing to fit."""
-    return fitted(measured(folder))
 
 
 def fitted(run: Measured) -> Fit:

@@ -12,10 +12,8 @@ differ only in machines are compared on the same answers.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,7 +22,7 @@ import numpy as np
 from common.telemetry.intervals import Interval
 from common.telemetry.step_times import QUEUE, step_times
 from common.telemetry.trace import TraceSpan
-from deploy.simulator.clock import StageClock, WorkerClock
+from deploy.simulator.clock import Schedule, WorkerClock
 from deploy.simulator.config import SimulationConfig
 from deploy.simulator.result import STAGES, Simulation, queue_depth
 from learner.loop.micro_batcher import MicroBatcher
@@ -83,13 +81,7 @@ class _Run:
         self.waits: dict[str, list[Interval]] = {name: [] for name in STAGES}
         self.busy: dict[str, list[Interval]] = {name: [] for name in STAGES}
         self.tokens = 0
-        self._now = 0.0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._count = 0
-        self._clocks = {name: StageClock() for name in STAGES}
-        self._at_work = dict.fromkeys(STAGES, 0)
-        """Number of answers in flight, of computing replicas and of computing ranks."""
-        self._in_sync = False
+        self._time = Schedule(STAGES, config.interference)
         self._ready: dict[str, _Sample] = {}
         self._dispatch = Dispatch(config.rollout.concurrency)
         self._workers: list[WorkerClock[_Sample]] = [
@@ -107,53 +99,21 @@ class _Run:
         self._rank_free = [0.0] * config.learner.ranks
         self._batcher: MicroBatcher[_Sample] = MicroBatcher(config.learner.ranks, config.learner.micro_batch_tokens)
 
-    # --- events -----------------------------------------------------------------------------------------------------
-
     def run(self) -> None:
         """Process events until the last step ends."""
         self._fill()
         while len(self.windows) < self.config.steps:
-            slowness = self._slowness()
-            first = min(STAGES, key=lambda name: self._clocks[name].next(slowness[name]))
-            when, order = self._events[0][:2] if self._events else (math.inf, 0)
-            if self._clocks[first].next(slowness[first]) < (when - self._now, order):
-                self._advance(self._now + self._clocks[first].next(slowness[first])[0], slowness)
-                self._clocks[first].pop()()
-            else:
-                self._advance(when, slowness)
-                heapq.heappop(self._events)[2]()
-
-    def _slowness(self) -> dict[str, float]:
-        """Seconds per second of work of each stage, given the other stages at work on the same cores."""
-        busy = {name: self._at_work[name] > 0 for name in STAGES}
-        busy["rollout"] = busy["rollout"] and not self._in_sync
-        share, total = self.config.interference, sum(busy.values())
-        return {name: 1 + share * (total - busy[name]) for name in STAGES}
-
-    def _advance(self, when: float, slowness: dict[str, float]) -> None:
-        for name, clock in self._clocks.items():
-            clock.advance(when - self._now, slowness[name])
-        self._now = when
-
-    def _schedule(self, when: float, happen: Callable[[], None]) -> None:
-        """Call `happen` at a time that no other stage delays."""
-        self._count += 1
-        heapq.heappush(self._events, (when, self._count, happen))
-
-    def _schedule_work(self, stage: str, when: float, happen: Callable[[], None]) -> None:
-        """Call `happen` when the clock of `stage` reaches `when`."""
-        self._count += 1
-        self._clocks[stage].at(when, self._count, happen)
+            self._time.next()
 
     # --- rollout ----------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
         for _ in range(self.tracker.may_issue()):
-            evicted = self.tracker.evicted()
-            name = evicted[0] if evicted else str(self.tracker.counts["issued"])
-            if evicted:
+            if evicted := self.tracker.evicted():
+                name = evicted[0]
                 self.tracker.reissue(name)
             else:
+                name = str(self.tracker.counts["issued"])
                 self.tracker.issue(name)
             self._waiting.append(self._sample(name))
         self._start_waiting()
@@ -163,7 +123,7 @@ class _Run:
         rng = np.random.default_rng([self.config.seed, int(name)])
         tokens = max(1, round(rollout.answer_tokens.draw(rng)))
         alone_s = rollout.answer_s + tokens * rollout.token_s.draw(rng)
-        return _Sample(name, int(name) // self.config.samples_per_step, tokens, alone_s, at=self._now)
+        return _Sample(name, int(name) // self.config.samples_per_step, tokens, alone_s, at=self._time.now)
 
     def _start_waiting(self) -> None:
         while self._waiting:
@@ -171,10 +131,10 @@ class _Run:
             if worker is None:
                 return
             sample = self._waiting.popleft()
-            self._end_wait("rollout", sample, self._now)
+            self._end_wait("rollout", sample)
             sample.worker, sample.version = worker, self._engine_version
-            self._at_work["rollout"] += 1
-            self._workers[worker].add(self._clocks["rollout"].now, sample.alone_s, sample)
+            self._time.active["rollout"] += 1
+            self._workers[worker].add(self._time.clocks["rollout"].now, sample.alone_s, sample)
             self._wake(worker)
 
     def _wake(self, worker: int) -> None:
@@ -182,17 +142,15 @@ class _Run:
         self._wakes[worker] += 1
         wake, when = self._wakes[worker], self._workers[worker].next_end()
         if when < math.inf:
-            self._schedule_work(
-                "rollout", when, lambda: self._answered(worker) if wake == self._wakes[worker] else None
-            )
+            self._time.at_work("rollout", when, lambda: self._answered(worker) if wake == self._wakes[worker] else None)
 
     def _answered(self, worker: int) -> None:
-        sample = self._workers[worker].pop(self._clocks["rollout"].now)
-        self._at_work["rollout"] -= 1
+        sample = self._workers[worker].pop(self._time.clocks["rollout"].now)
+        self._time.active["rollout"] -= 1
         self._dispatch.end(worker, 1)
-        self.busy["rollout"].append((sample.at, self._now))
+        self.busy["rollout"].append((sample.at, self._time.now))
         sizes = {"prompt_tokens": self.config.prompt_tokens, "response_tokens": sample.tokens}
-        sample.span("rollout", f"worker {worker}", self._now, **sizes)
+        sample.span("rollout", f"worker {worker}", self._time.now, **sizes)
         self._wake(worker)
         self._start_waiting()
         self._score(sample)
@@ -204,7 +162,7 @@ class _Run:
         self._to_score.append(sample)
         if self._idle:
             replica = self._idle.pop(0)
-            self._schedule(self._now + self.config.teacher.window_s, lambda: self._serve(replica))
+            self._time.at(self._time.now + self.config.teacher.window_s, lambda: self._serve(replica))
 
     def _serve(self, replica: int) -> None:
         """Start the next batch of a replica, in order of arrival."""
@@ -223,20 +181,20 @@ class _Run:
             self._replica_context[replica] = version
             tokens += teacher.context_tokens
         for sample in batch:
-            self._end_wait("teacher", sample, self._now)
-        self._at_work["teacher"] += 1
-        end = self._clocks["teacher"].now + tokens / teacher.tokens_per_s
-        self._schedule_work("teacher", end, partial(self._served, batch, replica, self._now))
+            self._end_wait("teacher", sample)
+        self._time.active["teacher"] += 1
+        end = self._time.clocks["teacher"].now + tokens / teacher.tokens_per_s
+        self._time.at_work("teacher", end, partial(self._served, batch, replica, self._time.now))
 
     def _served(self, batch: list[_Sample], replica: int, started: float) -> None:
-        self._at_work["teacher"] -= 1
-        self.busy["teacher"].append((started, self._now))
+        self._time.active["teacher"] -= 1
+        self.busy["teacher"].append((started, self._time.now))
         for sample in batch:
-            self._schedule(self._now + self.config.teacher.request_s, partial(self._scored, sample, replica))
-        self._schedule(self._now, lambda: self._serve(replica))
+            self._time.at(self._time.now + self.config.teacher.request_s, partial(self._scored, sample, replica))
+        self._time.at(self._time.now, lambda: self._serve(replica))
 
     def _scored(self, sample: _Sample, replica: int) -> None:
-        sample.span("score", f"teacher {replica}", self._now)
+        sample.span("score", f"teacher {replica}", self._time.now)
         if self.tracker.finish(sample.name, ((0, sample.version),), sample.tokens) is Verdict.READY:
             self._ready[sample.name] = sample
         self._train()
@@ -255,66 +213,64 @@ class _Run:
         if taken and not self.tracker.room():
             for group in self._batcher.flush():
                 self._accumulate(group)
-            self._schedule_work("learner", max(self._clocks["learner"].now, *self._rank_free), self._step)
+            self._time.at_work("learner", max(self._time.clocks["learner"].now, *self._rank_free), self._step)
 
     def _accumulate(self, group: list[list[_Sample]]) -> None:
+        learner = self.config.learner
         for rank, batch in enumerate(group):
             if not batch:
                 continue
             lengths = [self.config.prompt_tokens + sample.tokens for sample in batch]
-            padded = sum(lengths) if self.config.learner.packed else len(batch) * max(lengths)
-            start = max(self._clocks["learner"].now, self._rank_free[rank])
-            end = self._rank_free[rank] = start + self._micro_batch_s(padded)
-            self._schedule_work("learner", start, partial(self._begin_batch, rank, batch, padded, end))
+            padded = sum(lengths) if learner.packed else len(batch) * max(lengths)
+            start = max(self._time.clocks["learner"].now, self._rank_free[rank])
+            end = self._rank_free[rank] = start + learner.micro_batch_s + padded / learner.tokens_per_s
+            self._time.at_work("learner", start, partial(self._begin_batch, rank, batch, padded, end))
 
     def _begin_batch(self, rank: int, batch: list[_Sample], padded_tokens: int, end: float) -> None:
-        self._at_work["learner"] += 1
+        self._time.active["learner"] += 1
         for sample in batch:
-            self._end_wait("learner", sample, self._now)
+            self._end_wait("learner", sample)
             self.spans[self.tracker.version] += sample.spans
-        self._schedule_work("learner", end, partial(self._end_batch, rank, padded_tokens, self._now))
+        self._time.at_work("learner", end, partial(self._end_batch, rank, padded_tokens, self._time.now))
 
     def _end_batch(self, rank: int, padded_tokens: int, started: float) -> None:
-        self._at_work["learner"] -= 1
-        self.busy["learner"].append((started, self._now))
+        self._time.active["learner"] -= 1
+        self.busy["learner"].append((started, self._time.now))
         args = {"version": self.tracker.version, "padded_tokens": padded_tokens}
-        self.spans[self.tracker.version].append(TraceSpan("accumulate", f"rank {rank}", started, self._now, args))
+        self.spans[self.tracker.version].append(TraceSpan("accumulate", f"rank {rank}", started, self._time.now, args))
 
     def _step(self) -> None:
-        self._at_work["learner"] += 1
-        end = self._clocks["learner"].now + self.config.learner.step_s
-        self._schedule_work("learner", end, partial(self._stepped, self._now))
+        self._time.active["learner"] += 1
+        end = self._time.clocks["learner"].now + self.config.learner.step_s
+        self._time.at_work("learner", end, partial(self._stepped, self._time.now))
 
     def _stepped(self, started: float) -> None:
-        self._at_work["learner"] -= 1
-        self._controller_span("step", started, self._now)
-        self.busy["learner"] += [(started, self._now)] * self.config.learner.ranks
+        self._time.active["learner"] -= 1
+        self._controller_span("step", started, self._time.now)
+        self.busy["learner"] += [(started, self._time.now)] * self.config.learner.ranks
         self._sync()
-
-    def _micro_batch_s(self, padded_tokens: int) -> float:
-        return self.config.learner.micro_batch_s + padded_tokens / self.config.learner.tokens_per_s
 
     def _sync(self) -> None:
         sync = self.config.sync
-        self._in_sync = True
+        self._time.paused.add("rollout")
         for index, worker in enumerate(self._workers):
-            worker.stop(self._clocks["rollout"].now)
+            worker.stop(self._time.clocks["rollout"].now)
             self._wake(index)
-        self._controller_span("sync", self._now, self._now + sync.seconds)
-        self._schedule(self._now + sync.seconds, self._synced)
+        self._controller_span("sync", self._time.now, self._time.now + sync.seconds)
+        self._time.at(self._time.now + sync.seconds, self._synced)
 
     def _synced(self) -> None:
         self._engine_version += 1
-        self._in_sync = False
+        self._time.paused.remove("rollout")
         for index, worker in enumerate(self._workers):
-            worker.resume(self._clocks["rollout"].now)
+            worker.resume(self._time.clocks["rollout"].now)
             self._wake(index)
-        end = self._now + self.config.sync.parity_s
-        self._controller_span("parity", self._now, end)
-        self._schedule(end + self.config.loop_s, self._step_over)
+        end = self._time.now + self.config.sync.parity_s
+        self._controller_span("parity", self._time.now, end)
+        self._time.at(end + self.config.loop_s, self._step_over)
 
     def _step_over(self) -> None:
-        self.windows.append((self.windows[-1][1] if self.windows else 0.0, self._now))
+        self.windows.append((self.windows[-1][1] if self.windows else 0.0, self._time.now))
         for name in self.tracker.advance():
             del self._ready[name]
         if len(self.windows) < self.config.steps:
@@ -327,7 +283,7 @@ class _Run:
         version = self.tracker.version
         self.spans[version].append(TraceSpan(stage, "controller", start, end, {"version": version + 1}))
 
-    def _end_wait(self, queue: str, sample: _Sample, end: float) -> None:
-        if end > sample.at:
-            self.waits[queue].append((sample.at, end))
-            sample.span(QUEUE, f"{queue} queue", end)
+    def _end_wait(self, queue: str, sample: _Sample) -> None:
+        if self._time.now > sample.at:
+            self.waits[queue].append((sample.at, self._time.now))
+            sample.span(QUEUE, f"{queue} queue", self._time.now)

@@ -112,11 +112,9 @@ def browser_tab(program: str, profile: Path) -> Iterator[Tab]:
 
 def _page_address(process: subprocess.Popen[bytes], profile: Path) -> str:
     """The WebSocket address of the browser's first page; the browser writes its port into its profile."""
-    deadline = time.monotonic() + START_S
+    deadline, port_file = time.monotonic() + START_S, profile / "DevToolsActivePort"
     while time.monotonic() < deadline and process.poll() is None:
-        lines = (
-            (profile / "DevToolsActivePort").read_text().split() if (profile / "DevToolsActivePort").is_file() else []
-        )
+        lines = port_file.read_text().split() if port_file.is_file() else []
         if lines:
             pages = httpx.get(f"http://127.0.0.1:{lines[0]}/json/list", trust_env=False, timeout=REPLY_S).json()
             found = [page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page"]

@@ -18,8 +18,9 @@ from common.telemetry.trace import TraceFile, read_trace
 from deploy.cli.main import app
 from deploy.simulator.config import SimulationConfig
 from deploy.simulator.file import load_simulation
-from deploy.simulator.fit import fit, served
+from deploy.simulator.fit import Fit, fitted, served
 from deploy.simulator.result import Simulation
+from deploy.simulator.run import measured
 from deploy.simulator.simulate import simulate
 
 TRUTH: dict[str, Any] = {
@@ -80,6 +81,10 @@ def write_run_files(folder: Path, truth: dict[str, Any]) -> Simulation:
     return simulation
 
 
+def fit(folder: Path) -> Fit:
+    return fitted(measured(folder))
+
+
 @pytest.mark.parametrize("max_staleness", [0, 2])  # at 1 answers are evicted, which the timeline does not show
 def test_a_fit_recovers_the_configuration(tmp_path: Path, max_staleness: int) -> None:
     slots = 8 if max_staleness == 0 else 64  # with all slots always taken the run does not determine the contention
@@ -116,8 +121,8 @@ def test_a_fit_recovers_the_configuration(tmp_path: Path, max_staleness: int) ->
 def test_a_fit_predicts_other_runs(tmp_path: Path, change: dict[str, Any]) -> None:
     write_run_files(tmp_path, TRUTH)
     other = simulate(SimulationConfig.model_validate(merged(TRUTH, change)))
-    fitted = fit(tmp_path).simulation.model_dump()
-    predicted = simulate(SimulationConfig.model_validate(merged(fitted, change)))
+    model = fit(tmp_path).simulation.model_dump()
+    predicted = simulate(SimulationConfig.model_validate(merged(model, change)))
     assert predicted.step_s == pytest.approx(other.step_s, rel=0.1)
 
 
