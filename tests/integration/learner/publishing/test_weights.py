@@ -196,7 +196,7 @@ def test_a_deterministic_step_does_not_see_the_order_of_arrival(one: Ranks, tiny
     ((a, report, _),) = one.call(step, config, [[scored[:3], scored[3:]]])
     ((b, again, reports),) = one.call(step, config, [[scored[5:], scored[4::-1]]])
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert replace(report, tokens=()) == replace(again, tokens=())
+    assert replace(report, token_records=()) == replace(again, token_records=())
     assert [kept.values for kept in report.token_records] == [kept.values for kept in again.token_records]
     assert [r.sequences for r in reports] == [2, 5]
     ((usual, _, _),) = one.call(step, learner_config(tiny_model), [[scored]])
