@@ -65,7 +65,7 @@ class ByteBudget:
             self._admit()
 
     def _admit(self) -> None:
-        """Admit waiters in order. A waiter over its tenant's half blocks nobody; the first other misfit blocks all."""
+        """Admit waiters in order; stop at the first one that does not fit. Skip waiters above their tenant's half."""
         for waiter in list(self._waiters):
             if self._held[waiter.tenant] + waiter.size > self._max_bytes / 2:
                 continue

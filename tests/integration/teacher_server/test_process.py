@@ -66,7 +66,7 @@ async def test_sigterm_finishes_what_was_begun_and_exits_0(tiny_model: Path) -> 
 
 
 async def test_intake_ends_with_the_signal_while_what_was_begun_is_finished(tiny_model: Path) -> None:
-    """Half a request on the way gets 503 `draining`, an idle connection is closed, a new one is refused."""
+    """A half-sent request gets 503 `draining`, an idle connection is closed, a new connection is refused."""
     body = encode_request(request_of(items(1, 1)))
     head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with process(tiny_model) as (server, url):

@@ -29,7 +29,7 @@ def teacher(tiny_model: Path) -> Iterator[Running]:
 
 
 async def test_a_repeated_request_is_computed_once(teacher: Running) -> None:
-    """While the first is still being computed, and after it was answered."""
+    """While the first request is computed, and after its reply."""
     request = request_of(items(1, 2), request_id="again")
     async with teacher.http() as http:
         before = len(teacher.gate.batches)
@@ -120,7 +120,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def raw(teacher: Running, data: bytes, *, hold_s: float) -> bytes:
-    """Send bytes as they are, keep the connection, return what comes back until the server closes."""
+    """Send raw bytes and return the reply until the server closes the connection."""
     host, port = teacher.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
@@ -181,7 +181,7 @@ async def test_a_reply_that_nobody_reads_is_thrown_away(teacher: Running, monkey
 
 
 async def test_a_reply_that_is_read_slowly_arrives_whole(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time it may take grows with its size."""
+    """The allowed time grows with the size."""
     monkeypatch.setattr("teacher_server.http.http_limits.UNREAD_S", 0.2)
     monkeypatch.setattr("teacher_server.http.http_limits.MIN_BYTES_PER_S", 32 * 1024)
     read, length = await asyncio.to_thread(read_after_a_while, teacher)

@@ -149,7 +149,7 @@ async def test_requests_out_of_bounds(teacher: Running, change: dict[str, object
 
 
 async def test_a_reply_that_would_be_too_large_is_refused_before_anything_is_computed(teacher: Running) -> None:
-    """A few kilobytes can ask for hundreds of megabytes of the teacher's own ids: by that a tenant ends a server."""
+    """A request of kilobytes can ask for hundreds of megabytes of the teacher's top-k ids."""
     many = [replace(item, topk_ids=None) for item in items(0, 60, response=30)]
     request = request_of(many, mode="teacher_topk", k=512)
     assert len(encode_request(request)) < 20_000
@@ -182,7 +182,7 @@ async def test_bodies_that_are_no_message(teacher: Running, body: bytes) -> None
 
 
 async def test_a_body_that_is_too_large(teacher: Running) -> None:
-    """By its declared length before a byte of it is taken, or as soon as it has grown too large."""
+    """Refused by its declared length before it is read, or as soon as it exceeds the limit."""
 
     async def endless() -> object:
         for _ in range(10_000):
@@ -232,7 +232,7 @@ async def test_a_key_is_needed(teacher: Running) -> None:
 
 
 async def test_tenants_do_not_see_each_others_contexts(teacher: Running) -> None:
-    """Not as a context, not as a parent, not by a cache that is warm already."""
+    """Neither as a context, nor as a parent, nor by the time that a warm cache saves."""
     context = teacher.context(tokens(5, 64))
     child = teacher.context(tokens(5, 70), context)
     item = items(1, 1, context=context.hash)
@@ -264,7 +264,7 @@ async def test_metrics_are_the_operators(teacher: Running) -> None:
 
 
 async def test_a_run_is_known_by_its_first_request_that_can_be_answered(teacher: Running) -> None:
-    """Refused requests leave no series of made-up names behind."""
+    """Refused requests with invented names leave no series."""
     async with teacher.http("blue") as blue, teacher.http("operator") as operator:
         for run in ("made-up-1", "made-up-2"):
             assert (await post(blue, request_of(items(1, 1), run=run, mode="teacher_topk", k=0))).status_code == 400

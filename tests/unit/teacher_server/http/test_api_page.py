@@ -1,4 +1,4 @@
-"""docs/teacher-api.md is the protocol: its bytes are what the codec writes and reads, its names are the schema's."""
+"""docs/teacher-api.md against the code: example bytes, names and numbers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_handshake_example_is_one() -> None:
 
 
 def test_metrics_are_all_listed_with_their_labels() -> None:
-    """Each series with the labels that it has, and none that is not there."""
+    """The page lists each series with its labels, and no other series."""
     listed: dict[str, set[str]] = {}
     table = PAGE.partition("## Metrics")[2].partition("\n## ")[0]
     for row in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE):

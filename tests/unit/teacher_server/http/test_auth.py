@@ -1,4 +1,4 @@
-"""Keys: who is let in as whom, and what a key file may hold."""
+"""Keys: the tenant of each key, and the syntax of key files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_nobody_scores_anonymously_by_accident(tmp_path: Path) -> None:
 
 
 def test_keys_of_the_environment(tmp_path: Path) -> None:
-    """The lines of a key file, in a variable; without a doubt which of the two counts."""
+    """A variable may hold the lines of a key file. A file and a variable together are refused."""
     (red, red_digest), (blue, blue_digest) = new_key(), new_key()
     for between in ("\n", ",", " ,\n"):
         environ = {KEYS_VARIABLE: f"red {red_digest}{between}blue {blue_digest}"}
@@ -76,7 +76,7 @@ def test_keys_of_the_environment(tmp_path: Path) -> None:
         assert (auth.tenant(f"Bearer {red}"), auth.tenant(f"Bearer {blue}")) == ("red", "blue")
     with pytest.raises(TeacherError, match="both set"):
         authenticator("0.0.0.0", write(tmp_path, f"red {red_digest}"), allow_anonymous=False, environ=environ)
-    for empty in ("", " ,", "# red"):  # a variable that is there and holds nothing lets nobody in
+    for empty in ("", " ,", "# red"):  # an empty variable refuses every client
         with pytest.raises(TeacherError, match="holds no key"):
             authenticator("127.0.0.1", None, allow_anonymous=True, environ={KEYS_VARIABLE: empty})
     with pytest.raises(TeacherError, match=f"{KEYS_VARIABLE}:2:") as caught:

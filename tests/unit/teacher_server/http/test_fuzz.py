@@ -1,4 +1,4 @@
-"""Thousands of bodies that no client would send, against every route: never a 5xx, never a crash, never growth."""
+"""Thousands of invalid bodies on every route: no 5xx, no crash, no growth of memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROUTES = [
     ("DELETE", "/v1/score"),
 ]
 SCALE = 20 if "--long" in sys.argv else 1
-"""Hypothesis wants the number of examples when this file is imported."""
+"""Hypothesis reads the number of examples at import."""
 
 KEY = {"Authorization": "Bearer key-of-red"}
 
@@ -52,7 +52,7 @@ trees = st.recursive(
 
 
 class Server:
-    """The application in this process, without a socket, so that thousands of requests take seconds."""
+    """The application in this process without a socket: thousands of requests take seconds."""
 
     def __init__(self, model: Path) -> None:
         config = TeacherConfig(model=str(model), threads=1, batch_window_ms=0, max_body_bytes=1 << 20)
@@ -101,7 +101,7 @@ def test_anything_on_any_route(
 
 @st.composite
 def nearly_right(draw: st.DrawFn) -> bytes:
-    """A right request with up to three nodes replaced by others, or by what stands elsewhere in it."""
+    """A valid request with up to three nodes replaced by random ones or by other nodes of the request."""
     mode = draw(st.sampled_from(["at_ids", "union", "teacher_topk", "sampled"]))
     base = items(draw(st.integers(0, 3)), 2, response=draw(st.integers(0, 3)))
     message: Any = msgpack.unpackb(encode_request(ScoreRequest("", "run", mode, 1.0, 4, tuple(base))))
@@ -154,7 +154,7 @@ def test_one_byte_changed(server: Server, data: st.DataObject) -> None:
 
 
 def test_no_growth(server: Server) -> None:
-    """Two thousand refused requests of made-up runs leave nothing behind."""
+    """Two thousand refused requests with invented run names leave no memory behind."""
 
     def flood(first: int) -> None:
         for n in range(first, first + 1000):

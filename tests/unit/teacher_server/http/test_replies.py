@@ -1,4 +1,4 @@
-"""Requests that come again: what is computed once, what is kept, and what is not."""
+"""Repeated requests: computed once, kept within bounds, and never after a failure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DIGEST = b"of a body"
 
 
 class Work:
-    """A computation that can be held; counts how often it was begun and how often it was cancelled."""
+    """A computation that can be held. Counts its starts and cancellations."""
 
     def __init__(self, reply: bytes = b"reply", *, keep: bool = True) -> None:
         self.reply, self.keep = reply, keep
@@ -36,7 +36,7 @@ async def ask(replies: Replies, work: Work, name: tuple[str, str, str] = NAME, d
 
 
 async def begin(replies: Replies, work: Work, count: int) -> list[asyncio.Task[bytes]]:
-    """That many askers of one held computation."""
+    """Start `count` waiters of one held computation."""
     work.open.clear()
     tasks = [asyncio.create_task(ask(replies, work)) for _ in range(count)]
     await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""What a teacher's section makes of a model, before anything is served."""
+"""Loading a model by the teacher's section of a configuration."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_device_that_is_not_there_is_named(tiny_model: Path) -> None:
 
 
 def test_a_model_that_does_not_fit_its_devices_is_refused(tiny_untied_model: Path) -> None:
-    """What `auto` does where GPUs are too small: layers are fetched in every forward pass."""
+    """With GPUs that are too small, `auto` would fetch layers in every forward pass."""
     spread: Any = {"model": "cpu", "lm_head": "disk"}
     with pytest.raises(BackendError, match=r"does not fit.*1 of its tensors"):
         TransformersBackend.load(str(tiny_untied_model), device_map=spread)

@@ -1,4 +1,4 @@
-"""Batches, fairness and failures of the scheduler, with a backend that computes nothing but can be held."""
+"""Batches, fairness and failures of the scheduler, with a stub backend that a test can hold."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from teacher_server.scoring.scheduler import BatchReport, QueueFull, Scheduler, 
 
 
 class Held:
-    """Answers at once while open; remembers its batches."""
+    """A backend that answers at once while open. Records its batches."""
 
     weight_version = 0
 
@@ -136,7 +136,7 @@ async def test_the_window_gathers_what_comes_close_together() -> None:
 
 
 async def test_a_flood_delays_a_single_request_by_one_batch() -> None:
-    """Three runs with everything the queue takes; the quiet run's request is in the very next batch."""
+    """Three runs fill the queue. The quiet run's request is in the next batch."""
     backend = Held()
     async with scheduler_of(backend, max_queued_tokens=100_000) as scheduler:
         first = await hold(backend, scheduler)
@@ -210,7 +210,7 @@ async def test_a_full_queue_refuses_and_names_a_time() -> None:
 
 
 async def test_a_run_leaves_room_for_others() -> None:
-    """A quarter of the queue for a run, half for a tenant, once they have something waiting."""
+    """A run with waiting items may fill a quarter of the queue, a tenant half."""
     backend = Held()
     async with scheduler_of(backend) as scheduler:
         first = await hold(backend, scheduler)
@@ -235,7 +235,7 @@ async def test_one_bad_item_is_alone_with_its_failure() -> None:
     assert numbers(results) == [1, "internal", 2]
 
 
-async def test_a_backend_that_is_lost_ends_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_dead_backend_stops_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise items would fail one by one behind a health check that passes."""
     backend = Held()
 
@@ -275,7 +275,7 @@ async def test_contexts_that_do_not_fit_together_take_several_passes() -> None:
 
 
 async def test_contexts_to_be_computed_count_for_the_budget() -> None:
-    """A batch does not take on several long contexts at once: those who wait behind it would wait for all of them."""
+    """A batch takes one long context at a time: the items behind it would wait for all of them."""
     backend = Held()
     async with scheduler_of(backend) as scheduler:
         first = await hold(backend, scheduler)
@@ -311,8 +311,8 @@ async def test_a_backend_that_loses_a_result_gives_nobody_anothers_score() -> No
     assert numbers(results) == [4, "internal", 6]
 
 
-async def test_whoever_waits_hears_that_no_batches_are_made_any_more() -> None:
-    """The computed, the queued and the next to come: none may wait for a loop that is gone."""
+async def test_every_waiter_gets_the_fault_of_the_batch_loop() -> None:
+    """The computed, the queued and the next items all fail: none waits for a loop that has ended."""
     backend = Held()
 
     def faulty(report: BatchReport) -> None:
