@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from common.config.model import Config
 from common.data.rendering import teacher_sequence
 from common.evaluation.accuracy import Accuracy, pass_at_1
 from common.protocol.schema import Prompt, Sampling
 from common.telemetry.run_files import RunFiles
+from learner.cluster.services import Services
 from learner.data.inputs import Inputs
 from learner.data.samples import sample_seed
 
@@ -18,20 +19,8 @@ Requested = list[tuple[Prompt, int]]
 """(row, answer number) of each answer to generate."""
 
 
-class EvaluationServices(Protocol):
-    """The part of `learner.cluster.services.Services` that an evaluation uses."""
-
-    async def generate(self, prompts: Sequence[tuple[Sequence[int], Sampling]], /) -> list[Any]:
-        """Answer token prompts."""
-        ...
-
-    async def play(self, games: Sequence[tuple[Prompt, Sampling]], /, *, in_context: bool) -> list[Any]:
-        """Play games."""
-        ...
-
-
 async def evaluate_rows(
-    services: EvaluationServices,
+    services: Services,
     config: Config,
     inputs: Inputs,
     rows: Sequence[Prompt],
@@ -79,7 +68,7 @@ def _labels(row: Prompt, number: int, labels: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _answer(
-    services: EvaluationServices,
+    services: Services,
     config: Config,
     inputs: Inputs,
     requested: Requested,
@@ -108,7 +97,7 @@ async def _answer(
 
 
 async def _play(
-    services: EvaluationServices,
+    services: Services,
     config: Config,
     requested: Requested,
     labels: dict[str, Any],

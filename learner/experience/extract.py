@@ -19,10 +19,10 @@ from common.data.rendering import Renderer, load_tokenizer
 from common.data.rows import Message, Row, read_rows
 from common.protocol.schema import Prompt, Sampling
 from common.telemetry.run_files import Progress
+from learner.cluster.services import Services
 from learner.data.games import environment_error
 from learner.data.inputs import Inputs, read_inputs
 from learner.data.samples import sample_seed
-from learner.evaluation.evaluate import EvaluationServices
 from learner.experience.prompts import Templates, answer_trace, game_trace, load_templates, parse_items, problem_text
 from learner.experience.stage_files import EXTRACTED, SOLVED, StageFile, experience_folder
 
@@ -95,7 +95,7 @@ class Extraction:
         """True when no problem is missing."""
         return not self._missing(self._extracted)
 
-    async def run(self, services: EvaluationServices, progress: Progress) -> None:
+    async def run(self, services: Services, progress: Progress) -> None:
         """Solve the missing problems, then extract the missing insights."""
         await self._solve(services, progress)
         await self._extract(services, progress)
@@ -112,7 +112,7 @@ class Extraction:
         self._solved.close()
         self._extracted.close()
 
-    async def _solve(self, services: EvaluationServices, progress: Progress) -> None:
+    async def _solve(self, services: Services, progress: Progress) -> None:
         missing = self._missing(self._solved)
         for done, group in enumerate(_groups(missing, self._config.rollout.batch_size)):
             progress.status(f"solving: {done * self._config.rollout.batch_size} of {len(missing)} problems")
@@ -123,7 +123,7 @@ class Extraction:
             answered = iter(await services.generate(texts) if texts else ())
             self._solved.add(_solved_line(one, next(answered if one.prompt.game is None else played)) for one in group)
 
-    async def _extract(self, services: EvaluationServices, progress: Progress) -> None:
+    async def _extract(self, services: Services, progress: Progress) -> None:
         solved = {(line["seed"], line["position"]): line for line in self._solved.rows}
         missing = self._missing(self._extracted)
         for done, group in enumerate(_groups(missing, self._config.rollout.batch_size)):

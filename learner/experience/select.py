@@ -12,9 +12,10 @@ from common.config.model import Config, ConfigError, ContextConfig, ExperienceCo
 from common.data.contexts import read_pool
 from common.data.rows import read_rows
 from common.telemetry.run_files import Progress, RunFiles
+from learner.cluster.services import Services
 from learner.data.games import first_turn
 from learner.data.inputs import read_inputs
-from learner.evaluation.evaluate import EvaluationServices, evaluate_rows
+from learner.evaluation.evaluate import evaluate_rows
 from learner.experience.stage_files import POOL, SCORES, SELECTED, StageFile, experience_folder, write_lines
 
 
@@ -73,7 +74,7 @@ class Selection:
         """True when every candidate has a score."""
         return set(self._candidates) <= self._accuracies().keys()
 
-    async def run(self, services: EvaluationServices, files: RunFiles, progress: Progress) -> None:
+    async def run(self, services: Services, files: RunFiles, progress: Progress) -> None:
         """Evaluate the candidates that have no score yet."""
         sampler = self._inputs.context_sampler
         assert sampler is not None

@@ -72,7 +72,7 @@ class TeacherClient:
             info = TeacherInfo.model_validate_json(reply.content)
         except ValueError as error:
             raise TeacherError(
-                f"{self.url} does not answer as a teacher of protocol {PROTOCOL_VERSION}: {_first_line(error)}"
+                f"{self.url} does not answer as a teacher of protocol {PROTOCOL_VERSION}: {str(error).splitlines()[0]}"
             ) from error
         self._limits = RequestLimits.of(info)
         return info
@@ -202,7 +202,3 @@ def _check_url(url: str) -> None:
         raise TeacherError(f"teacher.url {url!r} is not an address: {error}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise TeacherError(f"teacher.url {url!r} is not an address: write it as http://HOST:PORT or https://HOST:PORT")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

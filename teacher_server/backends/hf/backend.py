@@ -138,7 +138,6 @@ class TransformersBackend:
         return [results[i] for i in range(len(batch))]
 
     def embeds(self, ids: Ids) -> bool:
-        """Return True if the model has an input embedding for every id."""
         return int(ids.max(initial=0)) < self._embedded
 
     def prefix_bytes(self, tokens: int) -> int:
@@ -201,7 +200,7 @@ class TransformersBackend:
         rows = torch.cat(hidden).to(self._output_layer.weight.device)
         ids = None
         if first.mode in ("at_ids", "union"):
-            ids = _ids_tensor([_support(work.item) for work in works], rows.device)
+            ids = _ids_tensor([work.item.topk_ids for work in works if work.item.topk_ids is not None], rows.device)
         values = score_hidden(
             rows,
             self._output_layer,
@@ -261,11 +260,6 @@ def _groups_of_equal_settings(batch: Sequence[Work]) -> list[list[int]]:
         width = 0 if work.item.topk_ids is None else work.item.topk_ids.shape[1]
         groups.setdefault((work.mode, work.temperature, work.k, width), []).append(i)
     return list(groups.values())
-
-
-def _support(item: ScoreItem) -> Ids:
-    assert item.topk_ids is not None
-    return item.topk_ids
 
 
 def _ids_tensor(arrays: list[Ids], device: torch.device) -> Tensor:

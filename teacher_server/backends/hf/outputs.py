@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,15 +59,9 @@ def score_hidden(
         )
         for start in range(0, hidden.shape[0], rows)
     ]
-    return PositionScores(
-        logprobs=torch.cat([part.logprobs for part in parts]),
-        sampled=torch.cat([part.sampled for part in parts]),
-        tail=torch.cat([part.tail for part in parts]),
-        ids=None if parts[0].ids is None else torch.cat([part.ids for part in parts if part.ids is not None]),
-        floored=torch.cat([part.floored for part in parts]),
-        finite=torch.cat([part.finite for part in parts]),
-        repeated=torch.cat([part.repeated for part in parts]),
-    )
+    columns = [[getattr(part, column.name) for part in parts] for column in fields(PositionScores)]
+    merged: Any = (None if column[0] is None else torch.cat(column) for column in columns)
+    return PositionScores(*merged)
 
 
 def score_logits(

@@ -96,7 +96,6 @@ class VllmBackend:
         return tokens * self.engine.token_bytes
 
     def embeds(self, ids: Ids) -> bool:
-        """Return True if the model has an input embedding for every id."""
         return int(ids.max(initial=0)) < self.vocab_size
 
     def prefill(self, ids: Ids, parent: VllmPrefix | None) -> VllmPrefix:
