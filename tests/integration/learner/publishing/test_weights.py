@@ -245,7 +245,7 @@ def test_ranks_as_ray_actors(tiny_model: Path, tmp_path: Path) -> None:
     reports = ray.get([ranks[0].accumulate.remote(*refs[:3]), ranks[1].accumulate.remote(refs[3])])
     assert [report.sequences for report in reports] == [3, 1]
     steps = ray.get([rank.finish_step.remote(*totals(scored)) for rank in ranks])
-    assert replace(steps[0], tokens=()) == replace(steps[1], tokens=())
+    assert replace(steps[0], token_records=()) == replace(steps[1], token_records=())
     ray.get([rank.save.remote(str(tmp_path / "out")) for rank in ranks])
     after, before = weights_of(tmp_path / "out"), weights_of(tiny_model)
     change = {name: after[name] - before[name] for name in before}
