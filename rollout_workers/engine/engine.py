@@ -105,8 +105,9 @@ class RolloutEngine:
         longest = len(prompt) + sampling.max_tokens
         if longest > self.max_sequence_tokens:
             raise RolloutError(
-                f"{request_id}: {len(prompt)} prompt tokens + {sampling.max_tokens} of answer are {longest}, the engine "
-                f"takes {self.max_sequence_tokens}: raise student.max_sequence_tokens or lower rollout.max_tokens"
+                f"{request_id}: {len(prompt)} prompt tokens + {sampling.max_tokens} of answer are {longest}, the "
+                f"engine takes {self.max_sequence_tokens}: raise student.max_sequence_tokens or lower "
+                "rollout.max_tokens"
             )
         stops = self._resolve_stops(sampling.stop)
         params = SamplingParams(
