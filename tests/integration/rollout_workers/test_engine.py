@@ -1,4 +1,4 @@
-"""A real vLLM engine against plain transformers: what it samples, what it reports, and its weights after syncs."""
+"""A real vLLM engine against plain transformers: sampling, reported log-probs, weights after syncs."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ async def test_engine_follows_the_learner_through_three_syncs(pair: Pair) -> Non
 async def test_an_answer_in_flight_across_a_sync_has_a_span_of_each_version(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It waits where it is and goes on under the new weights; what is asked afterwards sees nothing of the old ones."""
+    """It pauses and continues with the new weights; later requests see no trace of the old ones."""
     long = PROMPT * 15  # more than the 128 tokens that a block of the prefix cache has on CPU
     before = await pair.engine.generate(long, Sampling(8, 0.0), "fills the prefix cache")
     old = copy.deepcopy(pair.model)
@@ -325,7 +325,7 @@ async def join_anew(pair: Pair, sync: SyncConfig) -> None:
 
 
 async def follows(pair: Pair) -> None:
-    """Is the engine where the model is, and not where it was?"""
+    """Assert that the engine has the model's new weights, not its old ones."""
     probe = await probe_of(pair)
     before = pair.logprobs(probe)
     pair.train(lr=1e-3)
