@@ -87,7 +87,7 @@ class LearnerRank:
     def prepare(self, *trajectories: Trajectory) -> list[Any]:
         """Add what the learner must compute before training: its top-k ids, or the base model's scores.
 
-        Returns [PrepareReport, the completed trajectories]; call it with ``num_returns`` of one more than `trajectories`.
+        Returns [PrepareReport, *completed trajectories]; call it with ``num_returns=len(trajectories) + 1``.
         """
         started, agreements = time.time(), tuple[float | None, ...]([None] * len(trajectories))
         prepared: Sequence[Any] = trajectories
