@@ -24,7 +24,8 @@ import numpy as np
 from common.protocol.schema import Context, Ids, ItemScore, ScoreItem, as_ids, context_hash
 from teacher_server.client import TeacherClient
 from tests.benchmarks.bench_teacher import MODEL, THREADS, Figures, K, figure, make_items
-from tests.support.teacher_running import free_port, process
+from tests.support.processes import free_port
+from tests.support.teacher_running import process
 
 SAMPLES, CONTEXT = 16, 1024
 ROUNDS = 3

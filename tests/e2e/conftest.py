@@ -1,8 +1,7 @@
-"""A whole run of a tiny model as a configuration file."""
+"""The configuration file of a tiny model's run, and a teacher server."""
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -13,12 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.processes import free_port
 from tests.support.runs import write_run
 
 
 @pytest.fixture
 def write_config(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
-    """Writes a run's file into the test's folder; keyword arguments are sections to change."""
+    """Writes a run's file into the test's folder; keyword arguments are changed sections."""
 
     def write(**sections: dict[str, Any]) -> Path:
         return write_run(tmp_path, tiny_model, **sections)
@@ -26,35 +26,28 @@ def write_config(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def teacher_process(tmp_path: Path) -> Iterator[Callable[[Path], tuple[str, int]]]:
+@pytest.fixture(scope="module")
+def teacher_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], tuple[str, int]]]:
     """Starts ``opcd teacher`` on a configuration file and waits until it is ready: (address, process id)."""
     started: list[subprocess.Popen[bytes]] = []
+    output = tmp_path_factory.mktemp("teacher") / "teacher.log"
 
     def start(config: Path) -> tuple[str, int]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         url = f"http://127.0.0.1:{port}"
-        command = [
-            sys.executable,
-            "-m",
-            "deploy.cli.main",
-            "teacher",
-            str(config),
-            f"teacher.port={port}",
-            "teacher.allow_anonymous=true",
-        ]
-        with (tmp_path / "teacher.log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        command = [sys.executable, "-m", "deploy.cli.main", "teacher", str(config)]
+        with output.open("wb") as log:
+            process = subprocess.Popen(
+                [*command, f"teacher.port={port}", "teacher.allow_anonymous=true"], stdout=log, stderr=log
+            )
         started.append(process)
         while process.poll() is None:
             try:
                 if httpx.get(f"{url}/readyz").status_code == 200:
                     return url, process.pid
             except httpx.TransportError:
-                time.sleep(0.2)
-        raise AssertionError((tmp_path / "teacher.log").read_text())
+                time.sleep(0.1)
+        raise AssertionError(output.read_text())
 
     yield start
     for process in started:

@@ -26,7 +26,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_from_problems_to_a_run_that_takes_what_was_learned(write_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_from_problems_to_a_run_that_takes_what_was_learned(
+    write_config: Callable[..., Path], tmp_path: Path, shared_cluster: dict[str, str]
+) -> None:
     folder = tmp_path / "runs/tiny/experience"
     config = write_config(
         context={"text": None, "pool": str(folder / "selected.jsonl")},
@@ -39,6 +41,7 @@ def test_from_problems_to_a_run_that_takes_what_was_learned(write_config: Callab
         text=True,
         timeout=240,
         check=False,
+        env=shared_cluster,
     )
     assert done.returncode == 0, done.stderr
     assert "0 items from 4 problems (4 gave none, 0 were too long)" in done.stdout  # the model is random

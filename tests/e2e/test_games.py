@@ -1,16 +1,16 @@
-"""Whole runs on games: what is played is what is trained, counted and evaluated."""
+"""Whole runs on games: the played episodes are trained on, counted and evaluated."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.data.contexts import context_index
-from tests.support.runs import metric_lines, started_run
+from tests.support.runs import finish, metric_lines, started_run
 from tests.support.verdicts import accuracy_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -23,18 +23,17 @@ def write_games(folder: Path, options: dict[str, Any]) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def finished(config: Path, run: Path) -> list[dict[str, float]]:
-    """Lines of metrics of the steps, once the run has come to its end."""
-    with started_run(config) as process:
-        _, errors = process.communicate()
-    assert process.returncode == 0, errors
+def finished(config: Path, run: Path, environment: Mapping[str, str]) -> list[dict[str, float]]:
+    """Run to the end; returns the steps' lines of metrics."""
+    with started_run(config, environment=environment) as process:
+        finish(process)
     return [line for line in metric_lines(run) if "env/turns" in line]
 
 
 def test_whole_conversations_of_older_weights_weighted_by_their_ratio(
-    write_config: Callable[..., Path], tmp_path: Path
+    write_config: Callable[..., Path], tmp_path: Path, shared_cluster: dict[str, str]
 ) -> None:
-    """What the game said is in the sequences and not in the loss, whose weights are those of prefixes."""
+    """The game's messages are in the sequences and not in the loss, whose weights are those of prefixes."""
     config = write_config(
         context={"text": "P is you, G the goal, H a hole."},
         rollout={"batch_size": 4, "max_tokens": 8, "stop": [], "max_staleness": 1},
@@ -45,7 +44,7 @@ def test_whole_conversations_of_older_weights_weighted_by_their_ratio(
     )
     write_games(tmp_path, {"history": False})
     run = tmp_path / "runs/tiny"
-    lines = finished(config, run)
+    lines = finished(config, run, shared_cluster)
     trace = json.loads((run / "trace.json").read_text())
     rollouts = [event["args"] for event in trace if event["name"] == "rollout" and event["ph"] == "X"]
     in_sequences = sum(one["response_tokens"] for one in rollouts)
@@ -54,7 +53,7 @@ def test_whole_conversations_of_older_weights_weighted_by_their_ratio(
     assert {line["staleness/max_age"] for line in lines} == {0, 1}
     for line in lines:
         assert 1 < line["env/turns"] <= 3
-        # Four games of answers of eight tokens at most: what the game said is in the sequences and not counted.
+        # Four games of answers of at most eight tokens: the game's messages are in the sequences and not counted.
         assert 0 < line["rollout/tokens"] <= 4 * 8 * line["env/turns"]
         assert line["rollout/mean_tokens"] == line["rollout/tokens"] / 4
         assert 0 < line["importance/mean"] <= 1.5
@@ -67,7 +66,9 @@ def test_whole_conversations_of_older_weights_weighted_by_their_ratio(
     assert summary["final"]["n"] == 3
 
 
-def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_on_frozen_lake(
+    write_config: Callable[..., Path], tmp_path: Path, shared_cluster: dict[str, str]
+) -> None:
     config = write_config(
         context={"text": None, "pool": str(tmp_path / "pool.jsonl")},
         rollout={"batch_size": 4, "max_tokens": 8, "stop": []},
@@ -81,7 +82,7 @@ def test_a_run_on_frozen_lake(write_config: Callable[..., Path], tmp_path: Path)
     )
     write_games(tmp_path, {"history": True})
     run = tmp_path / "runs/tiny"
-    lines = finished(config, run)
+    lines = finished(config, run, shared_cluster)
     assert [line["weight_version"] for line in lines] == [1, 2]
     for line in lines:
         assert 1 <= line["env/turns"] <= 3

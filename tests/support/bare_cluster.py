@@ -18,8 +18,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.processes import alive, descendants
-from tests.support.teacher_running import free_port
+from tests.support.processes import alive, descendants, free_port
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""A run in which one process is killed at one moment: ``python -m tests.support.fault_driver VICTIM PHASE CONFIG``.
+"""``python -m learner.train`` with faults: ``python -m tests.support.fault_driver FAULTS CONFIG [key=value ...]``.
 
-It is ``python -m learner.train`` with one change: a call of the loop, in the second step, sends SIGKILL to the victim a
-moment after it was made. Nothing of the run knows of it. ``disk checkpoint CONFIG``: nobody is killed, but the files
-that the learner writes for the second checkpoint may not grow beyond `FULL_BYTES`. ``extra worker CONFIG``: the first
-step does not end before an extra worker is up, and in the second one Ray is told to drain its node.
+FAULTS is a comma-separated list of ``VICTIM:PHASE:STEP``: the call that begins PHASE of STEP (from 1) sends SIGKILL to
+the victim a moment later. Two faults kill no process. ``disk:checkpoint:STEP`` limits the size of the files that the
+learner writes for that checkpoint to `MAX_FILE_BYTES`. ``extra:worker:STEP`` ends the step before STEP only when an
+extra worker is up, and makes Ray drain the extra worker's node in STEP.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 from learner.cluster.services import Services
@@ -27,23 +28,77 @@ VICTIMS = {
     "driver": "",
     "node": "",
 }
-"""What a process is called that runs it; the driver is this process, and of a node its raylet dies."""
+"""Start of each victim's command line. The driver is this process; a node dies with its raylet."""
 
 PHASES = {
-    "rollout": ("rollout_scored", 0.02),
-    "scoring": ("rollout_scored", 0.6),
+    "rollout": ("rollout", 0.02),
+    "scoring": ("rollout", 0.6),
     "accumulation": ("accumulate", 0.02),
     "step": ("finish_step", 0.02),
     "sync": ("publish", 0.02),
     "checkpoint": ("save_state", 0.02),
 }
-"""The call of `Services` that the phase begins with, and how long after it the victim dies. (The tests' teacher waits
-half a second for more requests before it scores: at 0.6 s answers are there and scores are not.)"""
+"""Method of `Services` that begins the phase, and seconds from its call to the kill. With `SLOW_SCORING` there are
+answers and no scores after 0.6 s."""
+SLOW_SCORING = "teacher.batch_window_ms=500"
 
-FULL_BYTES = 64 * 1024
-"""Less than a state has, more than a log."""
-STEP = 1
-"""The step (from 0) in which it happens."""
+MAX_FILE_BYTES = 64 * 1024
+"""Less than the learner's state, more than a log."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of FAULTS."""
+
+    victim: str
+    phase: str
+    step: int
+
+
+class Faults:
+    """Watches the calls of `Services` and starts each fault once, at its call."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        self._waiting = faults
+        self._version = 0
+
+    def watch(self) -> None:
+        """Replace the methods of `Services` that begin a phase or take part in a fault."""
+        for method in {method for method, _ in PHASES.values()}:
+            setattr(Services, method, self._watched(method, getattr(Services, method)))
+
+    def _watched(self, method: str, original: Any) -> Any:
+        def call(services: Services, *arguments: Any, **options: Any) -> Any:
+            if method == "publish":
+                (self._version,) = arguments
+            if method == "rollout" and "scored" not in arguments:  # of an evaluation
+                return original(services, *arguments, **options)
+            for fault in [fault for fault in self._waiting if self._due(fault, method)]:
+                if fault.victim == "disk":
+                    self._waiting.remove(fault)
+                    return with_small_files(original(services, *arguments, **options))
+                if fault.victim == "extra":
+                    return self._come_and_go(fault, services, original(services, *arguments, **options))
+                self._waiting.remove(fault)
+                threading.Timer(PHASES[fault.phase][1], kill_one, [fault.victim]).start()
+            return original(services, *arguments, **options)
+
+        return call
+
+    def _due(self, fault: Fault, method: str) -> bool:
+        if fault.victim == "extra":
+            return method == "finish_step" and self._version in (fault.step - 2, fault.step - 1)
+        published = method in ("publish", "save_state")
+        return method == PHASES[fault.phase][0] and self._version == (fault.step if published else fault.step - 1)
+
+    async def _come_and_go(self, fault: Fault, services: Services, finish_step: Any) -> Any:
+        if self._version == fault.step - 2:
+            await services.pool.next_ready()
+        else:
+            self._waiting.remove(fault)
+            for node in services.pool.nodes.values():
+                drain(node)
+        return await finish_step
 
 
 def victims(name: str) -> list[int]:
@@ -57,87 +112,28 @@ def victims(name: str) -> list[int]:
 
 
 def kill_one(name: str) -> None:
-    """SIGKILL to the victim with the lowest process id; to that with the highest for a name like ``last rank``."""
+    """Send SIGKILL to the victim with the lowest process id, or with the highest for a name like ``last rank``."""
     pid = (max if name.startswith("last ") else min)(victims(name))
     print(f"killed {name} {pid}", flush=True)
+    if name == "driver":
+        print("processes of the driver:", *descendants(pid), flush=True)
     os.kill(pid, signal.SIGKILL)
 
 
-def arm(victim: str, phase: str) -> None:
-    """Make the call that begins `phase` of step `STEP` the victim's last."""
-    method, delay_s = PHASES[phase]
-    original = getattr(Services, method)
-    calls_of: dict[str, int] = {"finish_step": 0, method: 0}
-    fired = threading.Event()
-
-    def due() -> bool:
-        """The steps before are over: `finish_step` ends one."""
-        return calls_of["finish_step"] == STEP + (method in ("publish", "save_state"))
-
-    def wrapped(self: Services, *arguments: Any) -> Any:
-        if due() and not fired.is_set():
-            fired.set()
-            threading.Timer(delay_s, kill_one, [victim]).start()
-        if method == "finish_step":
-            calls_of["finish_step"] += 1
-        return original(self, *arguments)
-
-    setattr(Services, method, wrapped)
-    if method != "finish_step":
-        finish = Services.finish_step
-
-        async def counted(self: Services, tokens: int, sequences: int) -> Any:
-            calls_of["finish_step"] += 1
-            return await finish(self, tokens, sequences)
-
-        Services.finish_step = counted
-
-
-def fill_the_disk() -> None:
-    """While the second checkpoint is written."""
-    original = Services.save_state
-    folders: list[str] = []
-
-    async def limited(self: Services, folder: str) -> None:
-        folders.append(folder)
-        if len(folders) != STEP + 1:
-            return await original(self, folder)
-        rank = min(victims("rank"))
-        before = resource.prlimit(rank, resource.RLIMIT_FSIZE)
-        resource.prlimit(rank, resource.RLIMIT_FSIZE, (FULL_BYTES, before[1]))
-        try:
-            await original(self, folder)
-        finally:
-            resource.prlimit(rank, resource.RLIMIT_FSIZE, before)
-
-    Services.save_state = limited
-
-
-def come_and_go() -> None:
-    """An extra worker has joined when the second step begins, and leaves at its end."""
-    original = Services.finish_step
-    steps = 0
-
-    async def finish_step(self: Services, tokens: int, sequences: int) -> Any:
-        nonlocal steps
-        if steps == STEP - 1:
-            await self.pool.next_ready()
-        if steps == STEP:
-            for node in self.pool.nodes.values():
-                drain(node)
-        steps += 1
-        return await original(self, tokens, sequences)
-
-    Services.finish_step = finish_step
+async def with_small_files(save_state: Any) -> None:
+    """Run `save_state` while no file of the learner may grow beyond `MAX_FILE_BYTES`."""
+    rank = min(victims("rank"))
+    before = resource.prlimit(rank, resource.RLIMIT_FSIZE)
+    resource.prlimit(rank, resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, before[1]))
+    try:
+        await save_state
+    finally:
+        resource.prlimit(rank, resource.RLIMIT_FSIZE, before)
 
 
 if __name__ == "__main__":
     from learner.train import main
 
-    if sys.argv[1] == "disk":
-        fill_the_disk()
-    elif sys.argv[1] == "extra":
-        come_and_go()
-    else:
-        arm(sys.argv[1], sys.argv[2])
-    sys.exit(main(sys.argv[3:]))
+    parsed = [fault.split(":") for fault in sys.argv[1].split(",")]
+    Faults([Fault(victim, phase, int(step)) for victim, phase, step in parsed]).watch()
+    sys.exit(main(sys.argv[2:]))

@@ -1,7 +1,9 @@
-"""What a process left behind, read from /proc."""
+"""Processes of this machine, read from /proc, and its ports."""
 
 from __future__ import annotations
 
+import socket
+import time
 from pathlib import Path
 
 
@@ -23,7 +25,7 @@ def descendants(root: int) -> set[int]:
 
 
 def alive(pids: set[int]) -> set[int]:
-    """Those of `pids` that still run (zombies do not)."""
+    """The ones of `pids` that still run; zombies do not."""
     left = set()
     for pid in pids:
         try:
@@ -35,14 +37,37 @@ def alive(pids: set[int]) -> set[int]:
     return left
 
 
+def wait_until_gone(pids: set[int], seconds: float) -> bool:
+    """Wait until none of `pids` runs; False if one still does after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while alive(pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def assert_nothing_left(pids: set[int]) -> None:
+    """All of `pids`, of which there is at least one, end within 20 s."""
+    assert pids
+    assert wait_until_gone(pids, 20), {pid: command_of(pid) for pid in alive(pids)}
+
+
 def parent_of(pid: int) -> int:
     """Process id of the parent."""
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process, empty where it is gone."""
+    """Command line of a process; empty if it ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
     except OSError:
         return ""
+
+
+def free_port() -> int:
+    """A port of the loopback address that no process listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,7 +1,7 @@
-"""A Ray cluster on this machine: a head, and three nodes with room for a rollout worker each, one of them to spare.
+"""Ray clusters on this machine: a head, and worker nodes with room for one rollout worker each.
 
-The nodes say that they have a GPU, which nobody uses: workers ask for it, so no two share a node. The learner and the
-teacher may lie anywhere.
+The worker nodes claim to have a GPU, which is never used: rollout workers ask for it, so no two share a node. The
+learner and the teacher may be placed on any node.
 """
 
 from __future__ import annotations
@@ -17,46 +17,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.processes import alive, command_of, descendants, parent_of
-from tests.support.teacher_running import free_port
+from common.openmp import share_cores
+from tests.support.processes import alive, command_of, descendants, free_port, parent_of, wait_until_gone
 
-WORKER_NODES = 3
-SETTING = "rollout.gpus_per_worker=1"
+ONE_WORKER_A_NODE = "rollout.gpus_per_worker=1"
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
 
 
 @contextmanager
-def worker_nodes() -> Iterator[dict[str, str]]:
-    """The cluster; gives the environment variables of a driver that is to join it. Nothing of it is left behind."""
-    gcs, scratch = free_port(), tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets lie in it: a short path
+def ray_cluster(worker_nodes: int = 0) -> Iterator[dict[str, str]]:
+    """Start a cluster; yields the environment variables of a driver that joins it, and ends all of its processes."""
+    gcs, scratch = free_port(), tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     variables["RAY_AUTH_MODE"] = "disabled"
+    share_cores(variables)
     head = ["--head", f"--port={gcs}", f"--temp-dir={scratch}", "--include-dashboard=false", "--num-gpus=0"]
     other = [f"--address=127.0.0.1:{gcs}", "--num-gpus=1"]
     started: list[subprocess.Popen[bytes]] = []
+    log = Path(scratch, "start.log")
     try:
-        for options in (head, *[other] * WORKER_NODES):
-            command = [*START, *options, "--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}"]
-            with Path(scratch, "start.log").open("ab") as log:
-                started.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log))
-            _wait_for_raylet(started[-1], Path(scratch, "start.log"))
+        for group in ([head], [other] * worker_nodes):  # the head comes first
+            begun = []
+            for options in group:
+                command = [*START, *options, "--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}"]
+                with log.open("ab") as output:
+                    begun.append(subprocess.Popen(command, env=variables, stdout=output, stderr=output))
+            started += begun
+            for node in begun:
+                _wait_for_raylet(node, log)
         yield {**variables, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
     finally:
-        pids = {one.pid for one in started}.union(*(descendants(one.pid) for one in started))
-        for one in reversed(started):
-            one.terminate()
-        deadline = time.monotonic() + 10
-        while alive(pids) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        pids = {node.pid for node in started}.union(*(descendants(node.pid) for node in started))
+        for node in reversed(started):
+            node.terminate()
+        wait_until_gone(pids, 10)
         for pid in alive(pids):
             os.kill(pid, signal.SIGKILL)
-        for one in started:
-            one.wait(10)
+        for node in started:
+            node.wait(10)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def raylet_of_a_remote_worker() -> int:
-    """Process id of the raylet under a rollout worker that shares its node with no part of the learner."""
+    """Process id of the raylet of a node with a rollout worker and without a rank of the learner."""
     workers = [pid for pid in descendants(1) if command_of(pid).startswith("ray::RolloutWorker")]
     ranks = [pid for pid in descendants(1) if command_of(pid).startswith("ray::LearnerRank")]
     of_learner = {parent_of(pid) for pid in ranks}
@@ -64,7 +67,7 @@ def raylet_of_a_remote_worker() -> int:
 
 
 def drain(node: str) -> None:
-    """Tell Ray that `node` will be taken away in an hour. Its actors go on meanwhile; no new ones are placed there."""
+    """Tell Ray that `node` goes away in an hour. Its actors keep running; Ray places no new ones there."""
     reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test", "--deadline-remaining-seconds=3600"]
     address = f"--address={os.environ['RAY_ADDRESS']}"
     subprocess.run(
@@ -73,10 +76,10 @@ def drain(node: str) -> None:
 
 
 def _wait_for_raylet(started: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(300):
+    for _ in range(1200):
         if any("raylet/raylet" in command_of(pid) for pid in descendants(started.pid)):
             return
         if started.poll() is not None:
             break
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise AssertionError(log.read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -157,13 +156,6 @@ def wait_until_ready(url: str) -> None:
             pass
         time.sleep(0.05)
     raise AssertionError("the teacher did not come up")
-
-
-def free_port() -> int:
-    """A port that nothing listens on, for a server that is started on it twice."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def request_of(

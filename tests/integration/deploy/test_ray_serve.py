@@ -28,8 +28,9 @@ from teacher_server.http.auth import KEYS_VARIABLE, key_digest
 from teacher_server.http.headers import ROUTE_HEADER
 from teacher_server.http.serve import build_app
 from teacher_server.scoring.checks import RequestRefused
+from tests.support.processes import free_port
 from tests.support.teacher_oracle import Oracle, assert_score
-from tests.support.teacher_running import KEYS, free_port, items, request_of, tokens
+from tests.support.teacher_running import KEYS, items, request_of, tokens
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -29,8 +29,9 @@ from teacher_server.actor import TeacherActor
 from teacher_server.backends.base import BackendLost
 from teacher_server.backends.hf.backend import TransformersBackend
 from teacher_server.client import TeacherClient, TeacherScorerFactory
+from tests.support.processes import free_port
 from tests.support.teacher_oracle import Oracle, assert_score
-from tests.support.teacher_running import KEYS, free_port, items, process, request_of, tokens, trajectory
+from tests.support.teacher_running import KEYS, items, process, request_of, tokens, trajectory
 
 
 def large(count: int, context: str | None) -> list[ScoreItem]:
