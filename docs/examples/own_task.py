@@ -1,7 +1,7 @@
-"""A task of your own: an environment that is played and a grader. Named in data and configuration by its path,
-``own_task:HigherOrLower`` and ``own_task:close_enough``.
+"""Your own task: an environment to play and a grader. Data and configuration name them ``own_task:HigherOrLower`` and
+``own_task:close_enough``.
 
-The folder of this file must be on Python's path, on every node: PYTHONPATH=docs/examples opcd train …
+`opcd train` finds this module in the folder that it starts in. For another folder set PYTHONPATH, on every node.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from rollout_workers.environments.registry import make_environment
 
 
 class HigherOrLower:
-    """Find a hidden number. Equal seeds and answers give equal episodes; the model is not told the rules."""
+    """Find a hidden number. Equal seeds and answers give equal episodes; the prompt leaves out the rules."""
 
     def __init__(self, highest: int = 100) -> None:
         self.highest = highest
@@ -26,7 +26,7 @@ class HigherOrLower:
 
     async def step(self, answer: str) -> Step:
         if self.hidden is None:
-            raise EpisodeError("step before reset")
+            raise EpisodeError("step was called before reset")
         try:
             guess = int(answer.strip())
         except ValueError:
@@ -38,7 +38,7 @@ class HigherOrLower:
 
 
 def close_enough(answer: str, expected: str) -> bool:
-    """A grader: whether a model's answer counts, here within a tenth of the expected number."""
+    """Grade an answer: right if it is within a tenth of the expected number."""
     try:
         return abs(float(answer) - float(expected)) <= 0.1 * abs(float(expected))
     except ValueError:
@@ -46,7 +46,7 @@ def close_enough(answer: str, expected: str) -> bool:
 
 
 def write_rows(path: str, rows: int) -> None:
-    """`data.train`: an episode a row."""
+    """Write rows for `data.train`, one episode each."""
     with open(path, "w", encoding="utf-8") as stream:
         for seed in range(rows):
             row = {"id": f"hidden-{seed}", "environment": "own_task:HigherOrLower", "options": {"highest": 20}}
@@ -54,7 +54,7 @@ def write_rows(path: str, rows: int) -> None:
 
 
 async def play(seed: int) -> float:
-    """One episode by bisection, as a check of the environment: its return."""
+    """Play one episode by bisection, to check the environment; returns the sum of rewards."""
     environment = make_environment("own_task:HigherOrLower", {"highest": 20})
     print(await environment.reset(seed))
     low, high, total, done = 1, 20, 0.0, False

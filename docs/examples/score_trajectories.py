@@ -1,7 +1,7 @@
-"""Score answers of your own with a shared teacher: python score_trajectories.py MODEL URL [KEY_FILE].
+"""Score your own answers with a shared teacher: python score_trajectories.py MODEL URL [KEY_FILE].
 
-MODEL is the student, a folder or hub name; the teacher at URL must have its tokenizer. Prints the reverse KL of each
-answer, nats a token, between the student without the context and the teacher with it.
+MODEL is the student, a folder or hub name; the teacher at URL must have the same tokenizer. Prints the reverse KL of
+each answer, in nats per token, between the student without the context and the teacher with it.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ async def main(model: str, url: str, key_file: str | None = None) -> None:
     teacher = TeacherClient(url, run="example", timeout_s=60, api_key=read_key(key_file) if key_file else None)
     info = await teacher.info()
 
-    # A context travels once; from then on it is named by its hash, for all runs of the team.
+    # A context is sent once; later requests of all runs with this key name it by its hash.
     context_ids = as_ids(tokenizer.encode(CONTEXT, add_special_tokens=False))
     context = Context(context_hash(info.tokenizer_fingerprint, context_ids), context_ids)
     await teacher.put_context(context)
 
-    # Any trajectories will do, from any engine: token ids, and the ids that the teacher is to be asked about.
+    # Trajectories of any engine will do: token ids, and for each position the ids that the teacher shall score.
     items, student_views = [], []
     for prompt, answer in ANSWERS.items():
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)

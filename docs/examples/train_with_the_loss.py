@@ -1,7 +1,7 @@
 """The loss in a plain torch loop, nothing distributed: python train_with_the_loss.py MODEL [STEPS].
 
 Each step the student answers without the context, a frozen copy of it scores the answers with the context, and the
-student follows the teacher on its own top k. Prints the divergence of each step, nats a token, on the CPU.
+student learns to agree with the teacher on its own top k. Prints each step's divergence in nats per token. Runs on CPU.
 """
 
 import copy
@@ -23,7 +23,7 @@ def main(folder: str, steps: int = 10) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     teacher = copy.deepcopy(student).eval()
-    # Logits are made 256 positions at a time, with their gradient: no [tokens, vocabulary] tensor is kept.
+    # Computes logits and their gradient 256 positions at a time, so no [tokens, vocabulary] tensor stays in memory.
     head = OutputLayer(student.get_output_embeddings(), logit_transform(student.config), chunk_tokens=256)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
     context = tokenizer(CONTEXT, add_special_tokens=False, return_tensors="pt").input_ids
