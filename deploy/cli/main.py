@@ -156,7 +156,7 @@ def simulate(
 
 @app.command()
 def prepare(
-    task: Annotated[Task, typer.Argument(help="Name of the model or task.")],
+    task: Annotated[Task, typer.Argument(metavar="TASK", help="Name of the model or task.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: models/TASK.")] = None,
 ) -> None:
     """Write the model and the rows of a small task into a folder, once. Downloads nothing.
@@ -199,7 +199,7 @@ def _prepare(task: Task, folder: Path) -> bool:
 
 @app.command()
 def key(
-    tenant: Annotated[str, typer.Argument(help="Name of the team that uses the key.")],
+    tenant: Annotated[str, typer.Argument(metavar="TEAM", help="Name of the team that uses the key.")],
     out: Annotated[
         Path | None,
         typer.Option(help="New file for the key (a run's teacher.client_key_file); default: print the key."),
