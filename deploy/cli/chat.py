@@ -15,7 +15,6 @@ from deploy.cli.errors import known_errors
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from common.config.model import Config
     from deploy.inspect.chat import Conversation
 
 
@@ -74,11 +73,11 @@ def open_conversation(
     return Conversation(
         config=config,
         student=student,
-        context=context_text(config, context),
+        context=context_text(config.context, context),
         decoding=Decoding(
             max_tokens or config.eval.max_tokens or config.rollout.max_tokens, temperature, config.rollout.stop
         ),
-        keep_both=not one_at_a_time and _both_fit(config, student, device),
+        keep_both=not one_at_a_time and _both_fit(Path(config.student.model), student, device),
         device=device,
     )
 
@@ -89,7 +88,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _both_fit(config: Config, student: Path, device: str) -> bool:
+def _both_fit(base: Path, student: Path, device: str) -> bool:
     """Return True if the weights of both models take at most half of the free memory."""
     import torch
 
@@ -97,7 +96,7 @@ def _both_fit(config: Config, student: Path, device: str) -> bool:
     from deploy.inspect.machine import available_memory_bytes
 
     free = available_memory_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
-    return 2 * (weight_bytes(Path(config.student.model)) + weight_bytes(student)) <= free
+    return 2 * (weight_bytes(base) + weight_bytes(student)) <= free
 
 
 def questions(prompt: str | None, talk: Conversation) -> Iterator[str]:

@@ -14,6 +14,7 @@ from deploy.cli.errors import known_errors
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from common.config.inputs import ContextConfig, DataConfig
     from common.config.model import Config
     from common.data.rows import Row
     from deploy.inspect.inspection import InspectedRow, InspectedToken
@@ -50,9 +51,9 @@ def _inspect(config: Config, row_id: str | None, context_id: str | None, respons
     from common.data.rendering import Renderer, load_tokenizer
     from deploy.inspect.inspection import inspect_row
 
-    row = find_row(config, row_id)
+    row = find_row(config.data, row_id)
     tokenizer = load_tokenizer(config.student.model)
-    renderer = Renderer(tokenizer, context_text(config, context_id), config.student, config.context.placement)
+    renderer = Renderer(tokenizer, context_text(config.context, context_id), config.student, config.context.placement)
     prompt = renderer.render(row)
     text = response if response is not None else row.answer or ""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -61,7 +62,7 @@ def _inspect(config: Config, row_id: str | None, context_id: str | None, respons
     return inspect_row(tokenizer, prompt, renderer.contexts, ids, config.loss.skip_first_tokens)
 
 
-def find_row(config: Config, row_id: str | None) -> Row:
+def find_row(data: DataConfig, row_id: str | None) -> Row:
     """Find a row in data.train, data.valid or data.eval by its id; None means the first row of data.train.
 
     Raises DataError for an unknown id and for a row of a game.
@@ -69,8 +70,8 @@ def find_row(config: Config, row_id: str | None) -> Row:
     from common.data.rows import DataError, read_rows
 
     known: list[str] = []
-    for source in (config.data.train, config.data.valid, config.data.eval):
-        for row in [] if source is None else read_rows(source, config.data):
+    for source in (data.train, data.valid, data.eval):
+        for row in [] if source is None else read_rows(source, data):
             if row_id is None or row.id == row_id:
                 if row.environment is not None:
                     raise DataError(f"row {row.id!r} is a game: the environment makes its prompts while it is played")
@@ -80,22 +81,22 @@ def find_row(config: Config, row_id: str | None) -> Row:
     raise DataError(f"no row {row_id!r} in train, valid or eval{f'; did you mean {close[0]!r}?' if close else ''}")
 
 
-def context_text(config: Config, context_id: str | None) -> str:
+def context_text(config: ContextConfig, context_id: str | None) -> str:
     """Return the run's context; from a pool, the one with that id, or the first. Raises ConfigError."""
     from common.config.model import ConfigError
     from common.data.contexts import read_pool
 
-    if config.context.pool is None:
+    if config.pool is None:
         if context_id is not None:
             raise ConfigError("--context needs context.pool, and this run has a single context")
-        return config.context.read()
-    pool = {context.id: context.text for context in read_pool(Path(config.context.pool))}
+        return config.read()
+    pool = {context.id: context.text for context in read_pool(Path(config.pool))}
     if context_id is None:
         return next(iter(pool.values()))
     if context_id not in pool:
         close = difflib.get_close_matches(context_id, pool, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"no context {context_id!r} in {config.context.pool}{hint}")
+        raise ConfigError(f"no context {context_id!r} in {config.pool}{hint}")
     return pool[context_id]
 
 
