@@ -1,9 +1,9 @@
 """``python -m tests.benchmarks [ONLY ...]``: run benchmarks, keep their figures, print them against their targets.
 
-A benchmark is a module ``tests/benchmarks/bench_NAME.py`` with ``run() -> dict[str, Measurement]``. Each runs in a
-process of its own (a vLLM engine or a process group of one must not colour the next), one after the other. Figures are
-merged into ``runs/bench/results.json`` by name, so one benchmark can be repeated without losing the others. Those that
-take a quarter of an hour each (`BY_NAME`) run only where they are named.
+A benchmark is a module ``tests/benchmarks/bench_NAME.py`` with ``run() -> dict[str, Measurement]``. They
+run one after the other, each in a new process: a vLLM engine or a process group must not affect the next benchmark.
+Figures are merged into ``runs/bench/results.json`` by name, so one benchmark can be repeated without losing the others.
+The benchmarks of `BY_NAME` take a quarter of an hour each and run only by name.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 RESULTS = Path("runs/bench/results.json")
 BY_NAME = frozenset({"e2e_accuracy", "e2e_trl"})
-"""Benchmarks that are run only when asked for."""
+"""Benchmarks that run only by name."""
 KEYS = {"value", "unit", "target", "ok", "how"}
-"""Of a measurement: the figure, its unit, the target as text (or None), whether it is met, how it was taken."""
+"""Keys of a measurement: figure, unit, target as text or None, target met, method."""
 
 _CHILD = """
 import importlib, json, sys
@@ -40,7 +40,7 @@ Measurements = dict[str, dict[str, Any]]
 
 
 class BenchmarkError(Exception):
-    """A benchmark that gave no figures; the text is the reason."""
+    """A benchmark without figures, or an unknown one; the text is the reason."""
 
 
 def known(folder: Path = FOLDER) -> list[str]:
@@ -49,7 +49,7 @@ def known(folder: Path = FOLDER) -> list[str]:
 
 
 def choose(only: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The benchmarks asked for, all but `BY_NAME` where none is; raises BenchmarkError for a name that is none."""
+    """Choose the benchmarks of `only`; if it is empty, all but `BY_NAME`. Raises BenchmarkError for an unknown name."""
     unknown = sorted(set(only) - set(names))
     if unknown:
         raise BenchmarkError(f"no benchmark {', '.join(unknown)}; there are: {', '.join(names) or 'none'}")
@@ -67,7 +67,7 @@ def measure(module: str, root: Path = ROOT) -> Measurements:
 
 
 def checked(figures: Any) -> Measurements:
-    """`figures` as they are, if every one has exactly the keys of a measurement; raises BenchmarkError."""
+    """Return `figures` if each has exactly the keys of a measurement; raises BenchmarkError."""
     if not isinstance(figures, dict) or not figures:
         raise BenchmarkError("gave no figures")
     for name, figure in figures.items():
@@ -96,7 +96,7 @@ def table(figures: Measurements) -> Table:
 
 
 def main(only: Sequence[str]) -> int:
-    """0 if every benchmark gave figures, 1 if one did not, 2 for an unknown name; a missed target is shown."""
+    """Return 0 if every benchmark gave figures, 1 if one did not, 2 for an unknown name. A missed target is printed."""
     try:
         names = choose(only, known())
     except BenchmarkError as error:

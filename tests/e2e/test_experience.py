@@ -53,10 +53,10 @@ def test_from_problems_to_a_run_that_takes_what_was_learned(
     refused = opcd("experience", "accumulate", config)
     assert refused.exit_code == 2
     assert "no answer has a line `- EXPERIENCE ITEM: ...`" in refused.stderr
-    # Between two stages a file may be edited: what a model that can write would have written.
+    # A file may be edited between two stages: here with the items that a trained model would have written.
     head, *rest = (folder / "extracted.jsonl").read_text().splitlines()
-    told = [json.dumps({**json.loads(line), "items": [f"know {number}"]}) for number, line in enumerate(rest)]
-    (folder / "extracted.jsonl").write_text("\n".join([head, *told]) + "\n")
+    edited = [json.dumps({**json.loads(line), "items": [f"know {number}"]}) for number, line in enumerate(rest)]
+    (folder / "extracted.jsonl").write_text("\n".join([head, *edited]) + "\n")
     for stage in ("accumulate", "select"):
         later = opcd("experience", stage, config)
         assert later.exit_code == 0, later.output

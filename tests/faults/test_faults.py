@@ -45,7 +45,7 @@ def assert_killed(output: str, *victims: str) -> None:
 
 
 def assert_only_agents_left(output: str) -> None:
-    """Of a killed driver's processes, only Ray's two agents outlive it.
+    """Only Ray's two agents outlive a killed driver.
 
     They hold neither a device nor a model, and end by themselves a minute later.
     """

@@ -1,4 +1,4 @@
-"""A pool of two stand-ins for rollout workers, on a Ray of its own."""
+"""A pool of two stand-ins for rollout workers, on a separate Ray cluster."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import ray
 
-from rollout_workers.actor import GROUPS
-from rollout_workers.pool.pool import WorkerPool
-from tests.support.pool_workers import Echo
+from rollout_workers.pool.pool import START_TIMEOUT_S, WorkerPool
+from tests.support.pool_workers import Maker
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +19,15 @@ def pool_cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-async def pool(pool_cluster: None) -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool(max_in_flight=4, max_restarts=2)
-    actor = ray.remote(concurrency_groups=GROUPS)(Echo)
-    first = await pool.start(lambda number, slot: actor.options(num_cpus=0, max_concurrency=8).remote(number), 2)
+def maker() -> Maker:
+    return Maker()
+
+
+@pytest.fixture
+async def pool(pool_cluster: None, maker: Maker, request: pytest.FixtureRequest) -> AsyncIterator[WorkerPool]:
+    """A pool of two workers that `maker` makes; a parameter is its `start_timeout_s`."""
+    pool = WorkerPool(max_in_flight=4, max_restarts=2, start_timeout_s=getattr(request, "param", START_TIMEOUT_S))
+    first = await pool.start(maker, 2)
     assert first == "worker 0"
     yield pool
     handles = pool.handles()

@@ -23,7 +23,7 @@ from tests.support.processes import alive, descendants, free_port
 
 @dataclass(frozen=True)
 class BareCluster:
-    """Where it is reached."""
+    """Address, token and processes of the cluster."""
 
     address: str
     token_file: Path

@@ -25,7 +25,7 @@ HEAVY = (*ENGINES, "torch", "transformers")
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement: where it stands, what it names, whether it runs when the module is imported."""
+    """One import statement: its line, the imported name, and whether it runs when the module is imported."""
 
     file: str
     line: int
@@ -68,7 +68,7 @@ def _walk(node: ast.AST, file: str, *, at_module_level: bool) -> Iterator[Import
 
 
 def _base(statement: ast.ImportFrom, file: str) -> str:
-    """The absolute name of what a ``from`` import reads from."""
+    """The absolute module name of a ``from`` import."""
     if not statement.level:
         return statement.module or ""
     package = list(Path(file).parent.parts)

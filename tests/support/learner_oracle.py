@@ -55,7 +55,7 @@ def expected_gradients(config: Config, scored: Sequence[ScoredTrajectory], *, sh
 
 
 def expected_change(config: Config, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What one step of the smooth optimiser does to the weights, after clipping."""
+    """Change of the weights in one step of the smooth optimiser, after clipping."""
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     factor = (config.learner.grad_clip / (norm + 1e-6)).clamp(max=1.0)
     return {name: -config.learner.lr * g * factor / ((g * factor).abs() + 1.0) for name, g in gradients.items()}

@@ -1,4 +1,4 @@
-"""Learner engines in processes of their own, one world of one rank and one of two: what the learner's tests share."""
+"""Learner engines in separate processes, one world of one rank and one of two, shared by the learner's tests."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import ray
 
+from rollout_workers.actor import GROUPS
+
 
 def die_once(trap: Path) -> None:
     """End the process if the file is still there: of those that find it only the one that takes it away."""
@@ -83,7 +85,7 @@ class Echo:
 
 
 class NeverUp:
-    """A replacement that finds no place, or loads for ever."""
+    """A replacement that finds no node, or never finishes loading."""
 
     async def ready(self) -> None:
         await asyncio.sleep(3600)
@@ -111,3 +113,17 @@ class DiesStarting:
 
 def call(*arguments: Any) -> Any:
     return lambda handle: tuple(handle.work.options(num_returns=2).remote(*arguments))
+
+
+class Maker:
+    """Makes the actors of a pool; a test changes `kind` or `options` for those to come."""
+
+    def __init__(self) -> None:
+        self.kind: type = Echo
+        self.options: dict[str, Any] = {}
+
+    def __call__(self, number: int, slot: int) -> Any:
+        if self.kind is not Echo:
+            return ray.remote(self.kind).options(num_cpus=0, **self.options).remote()
+        actor = ray.remote(concurrency_groups=GROUPS)(Echo)
+        return actor.options(num_cpus=0, max_concurrency=8, **self.options).remote(number)

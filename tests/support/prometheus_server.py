@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes a page, where one is installed (Debian: ``prometheus``)."""
+"""A real Prometheus that scrapes a page, if it is installed (Debian: ``prometheus``)."""
 
 from __future__ import annotations
 

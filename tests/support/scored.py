@@ -1,4 +1,4 @@
-"""Scored trajectories made up from a seed: what the learner's tests train on."""
+"""Scored trajectories made from a seed, on which the learner's tests train."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def config_of(**rollout: Any) -> Config:
 
 @dataclass
 class StubServices:
-    """Answers in the order that `hold` allows; remembers what it was asked."""
+    """Answers samples at once, except `slow` ones, which wait for `release`; keeps the requests."""
 
     version: int = 0
     slow: set[str] = field(default_factory=set)
@@ -81,7 +81,7 @@ class StubServices:
 
 
 class TakesTurns(StubServices):
-    """Notes the order of what the loop asks for."""
+    """Keeps the order of the loop's calls."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -76,7 +77,11 @@ class Gate:
         try:
             yield
         finally:
-            self._open.set()
+            self.release()
+
+    def release(self) -> None:
+        """Let batches through."""
+        self._open.set()
 
 
 @dataclass
@@ -97,7 +102,7 @@ class Running:
         return Context(name, ids, None if parent is None else parent.hash)
 
     def http(self, tenant: str | None = "red") -> httpx.AsyncClient:
-        """A bare client, for what the project's own client would not do."""
+        """A bare client, for requests that the project's client never sends."""
         headers = {} if tenant is None else {"Authorization": f"Bearer {KEYS[tenant]}"}
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=30, trust_env=False)
 
@@ -106,13 +111,19 @@ class Running:
 def running(model: Path, *, keys: bool = True, **settings: Any) -> Iterator[Running]:
     """The server in a thread of this process, around `model`; `settings` are of `TeacherConfig`."""
     config = TeacherConfig(model=str(model), threads=1, **settings)
-    service = build_service(config)
-    gate = service._backend = Gate(service._backend)
+    gates: list[Gate] = []
+
+    def gated_service(backend: Any, *arguments: Any, **options: Any) -> TeacherService:
+        gates.append(Gate(backend))
+        return TeacherService(gates[0], *arguments, **options)
+
+    with mock.patch("teacher_server.http.serve.TeacherService", gated_service):
+        service = build_service(config)
     server = start_in_thread(service, config, authenticator() if keys else Authenticator())
     try:
-        yield Running(server.url, service, gate)
+        yield Running(server.url, service, gates[0])
     finally:
-        gate._open.set()
+        gates[0].release()
         server.stop()
 
 
@@ -120,7 +131,7 @@ def running(model: Path, *, keys: bool = True, **settings: Any) -> Iterator[Runn
 def process(
     model: Path, port: int = 0, *, before: str = "", **settings: Any
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A teacher in a process of its own: (process, address). One anonymous tenant unless `settings` say otherwise.
+    """A teacher in a separate process: (process, address). One anonymous tenant unless `settings` say otherwise.
     `before` are lines of Python that it runs first.
     """
     section = {"model": str(model), "port": port, "threads": 1, "allow_anonymous": True, **settings}

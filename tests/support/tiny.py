@@ -1,4 +1,4 @@
-"""Small real models with a tokenizer of their own, made in a second: what the integration tests run on."""
+"""Small real models with a tokenizer, made in a second, for the integration tests."""
 
 from __future__ import annotations
 

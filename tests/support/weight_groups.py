@@ -34,7 +34,7 @@ def manifest_of(tensors: dict[str, Tensor], bucket_bytes: int = 60, version: int
 
 
 def together(*works: Callable[[], Any]) -> list[Any]:
-    """What each returns, all running at once; SyncErrors are results."""
+    """Run all calls at once; returns their results, SyncErrors included."""
 
     def guarded(work: Callable[[], Any]) -> Any:
         try:

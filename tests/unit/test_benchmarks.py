@@ -1,4 +1,4 @@
-"""The benchmark runner: who is run, what counts as a figure, what a failure does."""
+"""The benchmark runner: chosen benchmarks, valid figures, failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIGURE = {"value": 1.5, "unit": "s", "target": "<= 2", "ok": True, "how": "once"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository of its own whose benchmarks a test writes."""
+    """The benchmarks of a temporary repository, which a test writes."""
     home = tmp_path / "tests" / "benchmarks"
     home.mkdir(parents=True)
     for name in (home.parent, home):
@@ -44,7 +44,7 @@ def test_figures_are_kept_and_shown(folder: Path, capsys: pytest.CaptureFixture[
         assert part in output
 
 
-def test_each_benchmark_has_a_process_of_its_own(folder: Path) -> None:
+def test_each_benchmark_has_a_new_process(folder: Path) -> None:
     for name in ("one", "two"):
         write(folder, name, f"return {{'{name}': {{**{FIGURE!r}, 'value': os.getpid()}}}}")
     assert benchmarks.main([]) == 0

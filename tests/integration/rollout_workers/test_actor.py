@@ -1,4 +1,4 @@
-"""The rollout worker as a Ray actor: calls beside each other, samples that cannot be scored, what a kill leaves."""
+"""The rollout worker as a Ray actor: concurrent calls, samples that cannot be scored, a kill that leaves no process."""
 
 from __future__ import annotations
 

@@ -8,21 +8,20 @@ import pytest
 import ray
 
 from common.async_utils import value_of
-from rollout_workers.actor import GROUPS
 from rollout_workers.pool.pool import MAX_EXTRA_STARTS, PoolError, WorkerPool
-from tests.support.pool_workers import DiesStarting, Echo, NotHere, call
+from tests.support.pool_workers import DiesStarting, Maker, NotHere, call
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def place_extra(pool: WorkerPool) -> None:
-    """From here on workers are placed where there is `room`: for one of them."""
-    actor = ray.remote(concurrency_groups=GROUPS)(Echo)
-    pool._make = lambda number, slot: actor.options(num_cpus=0, resources={"room": 1}, max_concurrency=8).remote(number)
+ROOM = {"resources": {"room": 1}}
+"""Options of actors that need `room`, of which the cluster has enough for one actor."""
 
 
-async def test_an_extra_worker_comes_when_there_is_room_and_answers_when_it_is_admitted(pool: WorkerPool) -> None:
-    place_extra(pool)
+async def test_an_extra_worker_comes_when_there_is_room_and_answers_when_it_is_admitted(
+    pool: WorkerPool, maker: Maker
+) -> None:
+    maker.options = ROOM
     pool.invite([2, 3])  # there is room for one
     await asyncio.wait_for(pool.next_ready(), 30)
     await asyncio.sleep(0.5)
@@ -37,8 +36,10 @@ async def test_an_extra_worker_comes_when_there_is_room_and_answers_when_it_is_a
     assert pool.restarts == pool.failures == 0
 
 
-async def test_an_extra_worker_that_goes_costs_no_restart_and_is_asked_for_again(pool: WorkerPool) -> None:
-    place_extra(pool)
+async def test_an_extra_worker_that_goes_costs_no_restart_and_is_asked_for_again(
+    pool: WorkerPool, maker: Maker
+) -> None:
+    maker.options = ROOM
     pool.invite([2])
     for expected in (2, 3, 4):
         await asyncio.wait_for(pool.next_ready(), 30)
@@ -54,9 +55,9 @@ async def test_an_extra_worker_that_goes_costs_no_restart_and_is_asked_for_again
 
 
 async def test_an_extra_worker_whose_engine_cannot_start_is_not_asked_for_again(
-    pool: WorkerPool, caplog: pytest.LogCaptureFixture
+    pool: WorkerPool, maker: Maker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool._make = lambda number, slot: ray.remote(NotHere).options(num_cpus=0).remote()
+    maker.kind = NotHere
     pool.invite([2])
     with pytest.raises(PoolError, match="none is being started"):
         await asyncio.wait_for(pool.next_ready(), 30)
@@ -65,23 +66,22 @@ async def test_an_extra_worker_whose_engine_cannot_start_is_not_asked_for_again(
     assert (pool.failures, len(pool.handles())) == (1, 2)
 
 
-async def test_an_extra_worker_that_keeps_dying_while_it_starts_is_given_up(pool: WorkerPool) -> None:
-    pool._make = lambda number, slot: ray.remote(DiesStarting).options(num_cpus=0).remote()
+async def test_an_extra_worker_that_keeps_dying_while_it_starts_is_given_up(pool: WorkerPool, maker: Maker) -> None:
+    maker.kind = DiesStarting
     pool.invite([2])
     with pytest.raises(PoolError, match="none is being started"):
         await asyncio.wait_for(pool.next_ready(), 60)
     assert (pool.failures, pool.restarts, len(pool.handles())) == (MAX_EXTRA_STARTS, 0, 2)
 
 
-async def test_a_pool_that_closes_withdraws_whom_it_waits_for(pool: WorkerPool) -> None:
-    place_extra(pool)
+async def test_a_pool_that_closes_withdraws_whom_it_waits_for(pool: WorkerPool, maker: Maker) -> None:
+    maker.options = ROOM
     pool.invite([2, 3])
     await asyncio.wait_for(pool.next_ready(), 30)
     handles = pool.handles()
     pool.close()
     for handle in handles:
         ray.kill(handle)
-    assert pool._make is not None
-    holder = pool._make(9, 9)
-    assert await asyncio.wait_for(value_of(holder.ready.remote()), 30) == "worker 9"  # nobody waits for the room
+    holder = maker(9, 9)
+    assert await asyncio.wait_for(value_of(holder.ready.remote()), 30) == "worker 9"  # no actor waits for the room
     ray.kill(holder)

@@ -12,16 +12,16 @@ import ray
 
 from common.async_utils import value_of
 from rollout_workers.pool.pool import PoolError, WorkerPool
-from tests.support.pool_workers import Asked, NeverUp, call
+from tests.support.pool_workers import Asked, Maker, NeverUp, call
 
 pytestmark = pytest.mark.timeout(120)
 
 
 async def test_answers_are_dealt_out_and_wait_for_a_slot(pool: WorkerPool) -> None:
     started = time.monotonic()
-    done = await asyncio.gather(*(pool.run(f"row{i}", 10, call(0.5)) for i in range(16)))
+    done = await asyncio.gather(*(pool.run(f"row{i}", 10, call(0.2)) for i in range(16)))
     assert sorted(number for number, _ in done) == [0] * 8 + [1] * 8
-    assert time.monotonic() - started >= 1.0  # eight at a time
+    assert time.monotonic() - started >= 0.4  # eight at a time
 
 
 async def test_what_a_dead_worker_was_answering_is_answered_by_another(pool: WorkerPool, tmp_path: Any) -> None:
@@ -49,14 +49,14 @@ async def test_where_nobody_is_left_answers_wait_for_the_replacement(pool: Worke
     assert (await asyncio.wait_for(waiting, 10))[0] in (2, 3)
 
 
-async def test_the_last_to_answer_may_die_after_its_replacement_is_up(pool: WorkerPool) -> None:
+async def test_the_last_to_answer_may_die_after_its_replacement_is_up(pool: WorkerPool, maker: Maker) -> None:
     first, second = pool.members
     pool.lose(first, "killed by the test")
     await pool.next_ready()
     waiting = asyncio.create_task(pool.only_replacements())
     await asyncio.sleep(0.2)
     assert not waiting.done()  # the second still answers
-    pool._make = lambda number, slot: ray.remote(NeverUp).options(num_cpus=0).remote()
+    maker.kind = NeverUp
     pool.lose(second, "killed by the test")
     await asyncio.wait_for(waiting, 10)  # the next replacement, which would wake it too, never comes
 
@@ -73,9 +73,9 @@ async def test_a_pool_settles_when_every_replacement_is_up(pool: WorkerPool) -> 
         await asyncio.wait_for(pool.wait_started(), 30)
 
 
-async def test_a_replacement_that_does_not_come_up_in_time_is_lost_too(pool: WorkerPool) -> None:
-    pool._start_timeout_s = 1.0
-    pool._make = lambda number, slot: ray.remote(NeverUp).options(num_cpus=0).remote()
+@pytest.mark.parametrize("pool", [1.0], indirect=True)
+async def test_a_replacement_that_does_not_come_up_in_time_is_lost_too(pool: WorkerPool, maker: Maker) -> None:
+    maker.kind = NeverUp
     for worker in pool.members:
         pool.lose(worker, "killed by the test")
     with pytest.raises(PoolError, match=r"worker [23] is lost \(its engine was not up within 1 s: no node has room"):

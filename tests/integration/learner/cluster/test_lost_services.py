@@ -1,4 +1,4 @@
-"""Ranks, teachers and nodes that die, as real actors of a real cluster: the run goes back to its last checkpoint."""
+"""Ranks, teachers and nodes that die, as real actors of a real cluster: the run restarts from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from common.config.model import TeacherConfig
+from learner.cluster.placement import Placement
 from learner.cluster.services import Services
 from learner.cluster.teachers import Teacher, Teachers
 from learner.errors import ServiceLost
 from learner.loop.checkpoints import Checkpoints
 from learner.loop.run import Run, user_facing_error
 from learner.loop.user_errors import unwrap_ray_error
-from learner.trainer.distributed import free_port
+from tests.support.processes import free_port
 from tests.support.stub_loop import config_of
 
 pytestmark = pytest.mark.timeout(240)
@@ -29,7 +29,10 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    # A dead node is noticed after a second instead of a quarter of a minute.
+    checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
+    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": checks}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
@@ -37,7 +40,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Rank:
-    """A rank without a model: what it does with the others is torch's all_reduce over gloo, as a real one's."""
+    """A rank without a model. It computes torch's all_reduce over gloo with the other rank, as a real one does."""
 
     def address(self) -> tuple[str, int]:
         return "127.0.0.1", 0
@@ -98,27 +101,27 @@ async def test_what_a_rank_raises_by_itself_stays_what_it_is(ranks: list[Any]) -
 async def test_a_rank_that_dies_while_the_state_is_written_is_no_full_disk(
     ranks: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    services, said, config = services_with(ranks), list[str](), config_of()
+    services, lines, config = services_with(ranks), list[str](), config_of()
 
     async def save_state(folder: str) -> None:
-        await ranks[0].save_state.remote(folder)  # whose error is the first to come
+        await ranks[0].save_state.remote(folder)  # its error is the first to arrive
 
     monkeypatch.setattr(services, "save_state", save_state)
     monkeypatch.setattr("learner.loop.run.Manifest", lambda **_: SimpleNamespace(step=1))
     run: Any = Run.__new__(Run)
     run._config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 1})})
     run._services, run._checkpoints = services, Checkpoints(tmp_path, keep=1)
-    run._progress = SimpleNamespace(status=said.append, line=said.append)
-    run._controller, run._identity = SimpleNamespace(position=dict), lambda teachers: None
+    run._progress = SimpleNamespace(status=lines.append, line=lines.append)
+    run._loop, run._identity = SimpleNamespace(position=dict), lambda teachers: None
     run.summary = SimpleNamespace(state=dict, failed_checkpoints=0, add_seconds=lambda seconds: None)
     ranks[1].reduce.remote(True)
     with pytest.raises(ServiceLost, match="rank 1 of 2"):
-        await run._keep(1)
-    assert not any("going on without it" in line for line in said)
+        await run._checkpoint(1)
+    assert not any("goes on without it" in line for line in lines)
 
 
 def head() -> str:
-    """Id of the node that no test takes away."""
+    """Id of the node that no test removes."""
     return str(ray.get_runtime_context().get_node_id())
 
 
@@ -126,14 +129,14 @@ def head() -> str:
 
 
 class Maker:
-    """A worker: its answers are objects of the node that it is on, owned by whoever asked."""
+    """A worker: its answers lie in its node's object store."""
 
     def make(self) -> tuple[str, bytes]:
         return "made", b"x" * 1_000_000
 
 
 class Taker:
-    """A rank that gets an answer by reference."""
+    """A rank, which gets an answer by reference."""
 
     def take(self, answer: bytes) -> int:
         return len(answer)
@@ -151,11 +154,11 @@ async def test_answers_that_a_node_took_with_it_send_the_run_back(cluster: Clust
         await asyncio.wait_for(taker.take.remote(answer), 120)
     found = unwrap_ray_error(raised.value)
     assert isinstance(found, ServiceLost)
-    assert str(found).startswith("a node is gone, and with it answers")
+    assert str(found).startswith("a node is gone, and answers of this step with it")
 
 
 class StubTeacher:
-    """Comes up at an address that is its process's."""
+    """Comes up at an address that contains its process id."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -167,39 +170,47 @@ class StubTeacher:
         return ray.get_runtime_context().get_node_id()
 
 
+class OnNode(Placement):
+    """Places every actor on one node."""
+
+    def __init__(self, node: str) -> None:
+        super().__init__([])
+        self._node = node
+
+    def options(self, name: str) -> dict[str, Any]:
+        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(self._node, soft=False)}
+
+
 @pytest.fixture
 def teachers(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Teachers:
     monkeypatch.setattr("learner.cluster.teachers.TeacherActor", StubTeacher)
+    monkeypatch.setattr("learner.cluster.teachers.WATCH_EVERY_S", 0.2)
     return Teachers(config_of())
 
 
 async def placed(teachers: Teachers, node: str) -> Teacher:
-    teacher = Teacher("default", TeacherConfig(model="m"), key="key", node=node)
-    teachers._place(teacher)
+    teachers.begin(OnNode(node))
+    (teacher,) = teachers.all.values()
     teacher.url = await teacher.started
     teacher.node = await teacher.handle.node_id.remote()
     return teacher
 
 
-async def test_a_teacher_whose_node_is_gone_sends_the_run_back(
-    cluster: Cluster, teachers: Teachers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_teacher_whose_node_is_gone_sends_the_run_back(cluster: Cluster, teachers: Teachers) -> None:
     node = cluster.add_node(num_cpus=1)
     teacher = await placed(teachers, node.node_id)
     assert teacher.node == node.node_id
     cluster.remove_node(node, allow_graceful=False)
-    monkeypatch.setattr("learner.cluster.teachers.WATCH_EVERY_S", 0.5)  # its process outlives the raylet for a moment
-    teachers.all["default"] = teacher
-    with pytest.raises(ServiceLost, match=r"teacher 'default' died and cannot be started again where it was"):
+    with pytest.raises(ServiceLost, match=r"teacher 'default' died and cannot be started again on its node"):
         await asyncio.wait_for(teachers.watch(), 120)
 
 
 async def test_a_teacher_that_comes_up_elsewhere_sends_the_run_back(teachers: Teachers) -> None:
     teacher = await placed(teachers, head())
+    url = teacher.url
     ray.kill(teacher.handle)
-    await asyncio.sleep(1)
-    with pytest.raises(ServiceLost, match=rf"came up at http://here:\d+, .* it was at {teacher.url}"):
-        await asyncio.wait_for(teachers._revive(teacher), 60)
+    with pytest.raises(ServiceLost, match=rf"died and came up at http://here:\d+; scorers look for it at {url}"):
+        await asyncio.wait_for(teachers.watch(), 60)
     ray.kill(teacher.handle)
 
 
@@ -207,9 +218,8 @@ async def test_a_teacher_that_does_not_come_up_in_time_sends_the_run_back(
     teachers: Teachers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = await placed(teachers, head())
-    ray.kill(teacher.handle)
-    await asyncio.sleep(1)
     monkeypatch.setattr("learner.cluster.teachers.START_TIMEOUT_S", 0.01)
-    with pytest.raises(ServiceLost, match=r"cannot be started again where it was: it was not up within 0 s"):
-        await asyncio.wait_for(teachers._revive(teacher), 60)
+    ray.kill(teacher.handle)
+    with pytest.raises(ServiceLost, match=r"cannot be started again on its node: it was not up within 0 s"):
+        await asyncio.wait_for(teachers.watch(), 60)
     ray.kill(teacher.handle)

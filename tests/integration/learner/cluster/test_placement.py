@@ -1,4 +1,4 @@
-"""Places on a real cluster that says it has GPUs (none is used)."""
+"""Placement on a real cluster that claims to have GPUs, which are not used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_actors_get_the_places_that_were_reserved_and_give_them_back(cluster: No
     held = [ray.get(one.gpus.remote()) for one in (worker, rank, cpu_only)]
     assert [len(gpus) for gpus in held] == [2, 1, 0]
     assert not set(held[0]) & set(held[1])
-    ray.kill(worker)  # its replacement sits in the same place
+    ray.kill(worker)  # its replacement gets the same GPUs
     again = actor.options(**placement.options("worker 0")).remote()
     assert len(ray.get(again.gpus.remote(), timeout=30)) == 2
     placement.release()
@@ -47,26 +47,26 @@ def test_actors_get_the_places_that_were_reserved_and_give_them_back(cluster: No
 def test_a_run_that_goes_on_waits_until_those_that_died_let_go(cluster: None) -> None:
     config = config_of(rollout={"gpus_per_worker": 3})
     before = Placement.reserve(config, placement_timeout_s=30)  # the test before has just let go
-    threading.Timer(1.5, before.release).start()
+    threading.Timer(0.5, before.release).start()
     with pytest.raises(PlacementError):
         Placement.reserve(config)
     Placement.reserve(config, placement_timeout_s=30).release()
 
 
 def test_a_run_that_has_patience_shows_its_demand_while_it_waits(cluster: None) -> None:
-    """What an autoscaler goes by: a placement group that is pending."""
+    """An autoscaler sees a pending placement group."""
     seen: list[str] = []
 
     def look() -> None:
         groups = ray.util.placement_group_table().values()
         seen.extend(group["state"] for group in groups if {"GPU": 4.0} in group["bundles"].values())
 
-    threading.Timer(1.5, look).start()
+    threading.Timer(0.7, look).start()
     config = config_of(rollout={"gpus_per_worker": 4})
     with pytest.raises(
-        PlacementError, match=r"4 GPUs were not .* within 3 s \(run.placement_timeout_s\): .* free are 3 \("
+        PlacementError, match=r"4 GPUs were not .* within 2 s \(run.placement_timeout_s\): .* free are 3 \("
     ):
-        Placement.reserve(config, placement_timeout_s=3)
+        Placement.reserve(config, placement_timeout_s=2)
     assert seen == ["PENDING"]
     services = Services(config_of(run={"name": "r", "placement_timeout_s": 1}, rollout={"gpus_per_worker": 4}))
     with pytest.raises(PlacementError, match="within 1 s"):
