@@ -150,7 +150,8 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
     @app.get("/healthz", response_model=None, responses={503: {"description": "The server is broken: restart it."}})
     async def healthz() -> Response:
         """Liveness: 200, or 503 if the server must be restarted."""
-        return JSONResponse({"status": "ok" if service.alive else "failed"}, 200 if service.alive else 503)
+        broken = service.failure is not None
+        return JSONResponse({"status": "failed" if broken else "ok"}, 503 if broken else 200)
 
     @app.get("/readyz", response_model=None, responses={503: {"description": REFUSALS[503]}})
     async def readyz() -> Response:

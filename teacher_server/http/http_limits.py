@@ -16,7 +16,7 @@ LINGER_S = 5.0
 UNREAD_S = 30.0
 """A client may leave n bytes of a reply unread for `UNREAD_S` + n / `MIN_BYTES_PER_S`.
 
-n counts what the kernel does not buffer. The kernel buffers megabytes, which the client reads first: hence 30 s.
+n leaves out the bytes in the kernel's buffers. The kernel buffers megabytes, which the client reads first: hence 30 s.
 """
 
 MIN_BYTES_PER_S = 256 * 1024

@@ -37,7 +37,7 @@ class BatchSizer:
         self.active_runs()  # clients choose the names: none is kept longer than it counts
 
     def record_batch(self, tokens: int, seconds: float) -> None:
-        """Update the speed by what a batch took."""
+        """Update the speed with one batch."""
         if tokens and seconds > 0:
             self.tokens_per_s += 0.2 * (tokens / seconds - self.tokens_per_s)
 
@@ -49,7 +49,7 @@ class BatchSizer:
         return len(self._requested_at)
 
     def tokens(self, waiting_runs: int) -> int:
-        """Token budget of the next batch: at most the configured bound, and what the duration above allows."""
+        """Token budget of the next batch: what the measured speed computes in its duration, within the bounds."""
         several = BATCH_S if self.active_runs() > 1 else ALONE_BATCH_S
         seconds = SHARED_BATCH_S if waiting_runs > 1 else several
         return min(self._max_tokens, max(MIN_BATCH_TOKENS, int(self.tokens_per_s * seconds)))

@@ -72,7 +72,6 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._root: _Flow[T] = _Flow()
-        self._count = 0
 
     @property
     def tokens(self) -> int:
@@ -99,11 +98,10 @@ class FairQueue(Generic[T]):
         queue.items.append((item, tokens))
         for flow in (self._root, owner, queue):
             flow.tokens += tokens
-        self._count += 1
 
     def pop(self, max_tokens: float = math.inf) -> T | None:
         """Remove and return the next item; None if the queue is empty or the item has more than `max_tokens`."""
-        if not self._count:
+        if not self.tokens:
             return None
         owner = self._root.head()
         queue = owner.head()
@@ -113,8 +111,7 @@ class FairQueue(Generic[T]):
         queue.items.popleft()
         for flow in (self._root, owner, queue):
             flow.serve(tokens)
-        self._count -= 1
-        if not self._count:
+        if not self.tokens:
             self._root = _Flow()  # no tenant waits, so none is owed tokens
         return item
 
@@ -135,10 +132,6 @@ class FairQueue(Generic[T]):
         unwanted = set(map(id, items))
         kept = deque(entry for entry in queue.items if id(entry[0]) not in unwanted)
         tokens = queue.tokens - sum(tokens for _, tokens in kept)
-        self._count -= len(queue.items) - len(kept)
         queue.items = kept
         for flow in (self._root, owner, queue):
             flow.tokens -= tokens
-
-    def __len__(self) -> int:
-        return self._count

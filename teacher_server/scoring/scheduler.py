@@ -135,7 +135,7 @@ class Scheduler:
         self._admit(tenant, run, sum(work.own_tokens for work, _ in works))
         self._sizer.record_request(tenant, run)
         loop = asyncio.get_running_loop()
-        if not self.queue:
+        if not self.queue.tokens:
             self._waiting_since = time.monotonic()
         jobs = [Job(tenant, run, work, context, loop.create_future()) for work, context in works]
         for job in jobs:
@@ -155,7 +155,7 @@ class Scheduler:
         )
         # An empty queue takes any request: an item larger than the queue must be admitted at some time. The service
         # limits a request of several items to a run's share.
-        if full and self.queue:
+        if full and self.queue.tokens:
             raise QueueFull(retry_after_s=min(60.0, max(0.1, self.queue.tokens / self._sizer.tokens_per_s / 2)))
 
     async def _run(self) -> None:
@@ -191,7 +191,7 @@ class Scheduler:
 
     async def _wait_for_work(self) -> bool:
         """Wait for an item, then a short window for more unless a batch is full. False: stop."""
-        while not self.queue:
+        while not self.queue.tokens:
             if self._stopping:
                 return False
             self._arrived.clear()

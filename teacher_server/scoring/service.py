@@ -99,16 +99,11 @@ class TeacherService:
     @property
     def ready(self) -> bool:
         """True while requests are taken."""
-        return self._scheduler is not None and self.alive and not self._draining and self._broken is None
-
-    @property
-    def alive(self) -> bool:
-        """False after a fault that only a new process repairs."""
-        return self.failure is None
+        return self._scheduler is not None and self.failure is None and not self._draining and self._broken is None
 
     @property
     def failure(self) -> str | None:
-        """The fault that ended the batch loop, or None."""
+        """The fault that ended the batch loop, which only a new process repairs; None without a fault."""
         return None if self._scheduler is None else self._scheduler.failure
 
     def load_weights(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:

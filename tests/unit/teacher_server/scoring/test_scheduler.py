@@ -329,4 +329,4 @@ async def test_every_waiter_gets_the_fault_of_the_batch_loop() -> None:
                 await asyncio.wait_for(waiting, 5)
         with pytest.raises(SchedulerStopped):
             await scheduler.submit("t", "r", [work(1)])
-        assert len(scheduler.queue) == 0
+        assert scheduler.queue.tokens == 0
