@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 GLOSSARY = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in GLOSSARY.splitlines() if line[:2] == "| "]
 CODE = [name for row in ROWS for name in re.findall(r"`([\w.]+)`", row[2])]
-STAGED = r"(?:time/\w+_s|time/wait_ratio/\w+|queue_depth/\w+|staleness/\w+|env/\w+|parity/\w+|rollout/…)"
+STAGED = r"(?:time/\w+_s|time/wait_ratio/\w+|queue_depth/\w+|staleness/\w+|env/\w+|parity/\w+|(?:rollout|accuracy)/…)"
 """Metrics whose names the code composes."""
 
 
