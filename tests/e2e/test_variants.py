@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.support.runs import finish, metric_lines, started_run
+from tests.support.runs import finish, metric_lines, started_run, write_run
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_ahead(
-    write_config: Callable[..., Path], tmp_path: Path, shared_cluster: dict[str, str]
-) -> None:
-    """The support is the union of both sides' top-k, the student's part chosen by the learner."""
-    big = make_tiny_model(tmp_path / "big", hidden=128, seed=3)
-    config = write_config(
+def run_variants(folder: Path, model: Path, environment: Mapping[str, str]) -> Path:
+    big = make_tiny_model(folder / "big", hidden=128, seed=3)
+    config = write_run(
+        folder,
+        model,
         rollout={"workers": 2, "samples_per_prompt": 2, "topk_from": "learner", "max_staleness": 1},
         loss={"support": "union", "top_k": 32},
         learner={"ranks": 2, "steps": 4},
@@ -31,13 +30,19 @@ def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_a
         },
         eval={"every": 0},
     )
-    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     for row, name in zip(rows, ["big", "live", "average", None] * 2, strict=True):
         row["teacher"] = name
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    with started_run(config, environment=shared_cluster) as process:
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with started_run(config, environment=environment) as process:
         finish(process)
-    run = tmp_path / "runs/tiny"
+    return folder / "runs/tiny"
+
+
+@pytest.mark.background_run(body=run_variants)
+def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_ahead(finished_run: Path) -> None:
+    """The support is the union of both sides' top-k, the student's part chosen by the learner."""
+    run = finished_run
     lines = metric_lines(run)
     assert [line["weight_version"] for line in lines] == [1, 2, 3, 4]
     for line in lines:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,6 @@ def started_run(
     It starts a Ray cluster, unless `environment` has the address of one. With `faults` the run is that of
     `tests.support.fault_driver`.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; child processes inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     module = ["learner.train"] if faults is None else ["tests.support.fault_driver", faults]
     process = subprocess.Popen(
         [sys.executable, "-m", *module, str(config), *arguments],
@@ -71,6 +69,10 @@ def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"the run ended early: {process.communicate()}")
+
+
+Body = Callable[[Path, Path, Mapping[str, str]], Path]
+"""Makes a whole run: (empty folder, model, environment of the shared cluster) -> the run's folder."""
 
 
 @dataclass(frozen=True)
