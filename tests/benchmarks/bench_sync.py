@@ -15,7 +15,8 @@ from torch import Tensor
 
 from common.config.loader import validate
 from common.config.model import Config, SyncConfig
-from tests.support.weight_groups import HOST, free_port, manifest_of, open_all, sync_once
+from tests.support.processes import free_port
+from tests.support.weight_groups import HOST, manifest_of, open_all, sync_once
 
 REPEATS = 5
 STEPS = 3

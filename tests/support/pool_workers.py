@@ -10,8 +10,6 @@ from typing import Any
 
 import ray
 
-from rollout_workers.actor import GROUPS
-
 
 def die_once(trap: Path) -> None:
     """End the process if the file is still there: of those that find it only the one that takes it away."""
@@ -125,5 +123,7 @@ class Maker:
     def __call__(self, number: int, slot: int) -> Any:
         if self.kind is not Echo:
             return ray.remote(self.kind).options(num_cpus=0, **self.options).remote()
+        from rollout_workers.actor import GROUPS  # not at the top: every actor would import the module
+
         actor = ray.remote(concurrency_groups=GROUPS)(Echo)
         return actor.options(num_cpus=0, max_concurrency=8, **self.options).remote(number)

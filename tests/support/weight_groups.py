@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,14 +13,9 @@ from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest, TensorSpec
 from common.weight_sync.receiver import Receiver, open_receiver
 from learner.publishing.sender import Sender, open_sender
+from tests.support.processes import free_port
 
 HOST = "127.0.0.1"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def manifest_of(tensors: dict[str, Tensor], bucket_bytes: int = 60, version: int | None = None) -> SyncManifest:

@@ -26,9 +26,10 @@ from teacher_server.backends.hf.backend import TransformersBackend
 from teacher_server.backends.hf.live_weights import LiveWeights
 from teacher_server.scoring.checks import RequestRefused
 from teacher_server.scoring.service import TeacherService, TokenizerIdentity
+from tests.support.processes import free_port
 from tests.support.teacher_oracle import Oracle, assert_score, random_item
 from tests.support.teacher_running import post, put, request_of
-from tests.support.weight_groups import HOST, free_port, manifest_of, together
+from tests.support.weight_groups import HOST, manifest_of, together
 
 CONTEXT = as_ids(np.random.default_rng(5).integers(0, 256, 40))
 

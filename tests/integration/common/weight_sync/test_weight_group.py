@@ -16,7 +16,8 @@ from common.weight_sync.checksum import checksum
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest
 from learner.publishing.sender import open_sender
-from tests.support.weight_groups import HOST, free_port, manifest_of, open_all, same, sync_once, together
+from tests.support.processes import free_port
+from tests.support.weight_groups import HOST, manifest_of, open_all, same, sync_once, together
 
 TENSORS = {
     "a": torch.arange(10, dtype=torch.float32).reshape(2, 5),

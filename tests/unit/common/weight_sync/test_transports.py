@@ -16,7 +16,8 @@ from common.config.model import SyncConfig
 from common.weight_sync import transports
 from common.weight_sync.collective import Control, SyncError
 from common.weight_sync.transports import open_group
-from tests.support.weight_groups import HOST, free_port, together
+from tests.support.processes import free_port
+from tests.support.weight_groups import HOST, together
 
 EXPORTED = (
     "storage_handle",
