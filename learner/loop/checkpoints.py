@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.config.model import Config, TeacherConfig
+from learner.cluster.services import Services
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -129,6 +130,19 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self._keep = keep
+
+    async def write(self, manifest: Manifest, services: Services) -> CheckpointError | None:
+        """Write a checkpoint. Returns the disk's error, which need not end a run: the last checkpoint is still there.
+
+        Raises ServiceLost if a rank of the learner died meanwhile, which can read like a disk error on the others.
+        """
+        try:
+            with self.writing(manifest) as folder:
+                await services.save_state(str(folder.absolute()))
+        except CheckpointError as error:
+            await services.check_ranks()
+            return error
+        return None
 
     @contextmanager
     def writing(self, manifest: Manifest) -> Iterator[Path]:

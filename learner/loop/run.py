@@ -28,7 +28,6 @@ from learner.evaluation.held_out import HeldOutEvaluator
 from learner.evaluation.summary import Best, RunSummary, step_line, summary_json
 from learner.loop.checkpoints import (
     LEARNER,
-    CheckpointError,
     Checkpoints,
     Identity,
     Manifest,
@@ -291,12 +290,7 @@ class Run:
             identity=self._identity(self._services.teachers.fingerprints()),
             loop={"summary": self.summary.state(), "position": self._loop.position()},
         )
-        try:
-            with self._checkpoints.writing(manifest) as folder:
-                await self._services.save_state(str(folder.absolute()))
-        except CheckpointError as error:
-            await self._services.check_ranks()  # the death of a rank can read like a disk error on the others
-            # A full disk does not end the run: the last checkpoint is still there.
+        if (error := await self._checkpoints.write(manifest, self._services)) is not None:
             self.summary.failed_checkpoints += 1
             self._progress.line(f"WARNING: {error}; the run goes on without it")
         self.summary.add_seconds({"checkpoint": time.time() - started})

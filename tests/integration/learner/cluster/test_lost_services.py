@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ from learner.cluster.placement import Placement
 from learner.cluster.services import Services
 from learner.cluster.teachers import Teacher, Teachers
 from learner.errors import ServiceLost
-from learner.loop.checkpoints import Checkpoints
-from learner.loop.run import Run, user_facing_error
+from learner.loop.checkpoints import Checkpoints, Manifest
+from learner.loop.run import user_facing_error
 from learner.loop.user_errors import unwrap_ray_error
 from tests.support.processes import free_port
 from tests.support.stub_loop import config_of
@@ -101,23 +100,16 @@ async def test_what_a_rank_raises_by_itself_stays_what_it_is(ranks: list[Any]) -
 async def test_a_rank_that_dies_while_the_state_is_written_is_no_full_disk(
     ranks: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    services, lines, config = services_with(ranks), list[str](), config_of()
+    services = services_with(ranks)
 
     async def save_state(folder: str) -> None:
         await ranks[0].save_state.remote(folder)  # its error is the first to arrive
 
     monkeypatch.setattr(services, "save_state", save_state)
-    monkeypatch.setattr("learner.loop.run.Manifest", lambda **_: SimpleNamespace(step=1))
-    run: Any = Run.__new__(Run)
-    run._config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 1})})
-    run._services, run._checkpoints = services, Checkpoints(tmp_path, keep=1)
-    run._progress = SimpleNamespace(status=lines.append, line=lines.append)
-    run._loop, run._identity = SimpleNamespace(position=dict), lambda teachers: None
-    run.summary = SimpleNamespace(state=dict, failed_checkpoints=0, add_seconds=lambda seconds: None)
+    manifest = Manifest.model_construct(step=1)
     ranks[1].reduce.remote(True)
     with pytest.raises(ServiceLost, match="rank 1 of 2"):
-        await run._checkpoint(1)
-    assert not any("goes on without it" in line for line in lines)
+        await Checkpoints(tmp_path, keep=1).write(manifest, services)
 
 
 def head() -> str:
