@@ -54,35 +54,10 @@ class RolloutEngine:
     async def start(cls, model: str, config: Config, *, max_logprobs: int) -> RolloutEngine:
         """Load `model` and start the engine (tens of seconds); raises ValueError if `max_logprobs` is too large."""
         _set_environment(config)
-        from vllm import AsyncEngineArgs
-        from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        rollout = config.rollout
-        args = AsyncEngineArgs(
-            model=model,
-            dtype=_dtype(config),
-            seed=config.run.seed,
-            max_model_len=config.student.max_sequence_tokens,
-            # Other sequences in the batch, or cached blocks, change the last bit of a log-prob.
-            max_num_seqs=1 if config.learner.deterministic else rollout.max_num_seqs,
-            enable_prefix_caching=not config.learner.deterministic,
-            enable_sleep_mode=rollout.colocated,
-            tensor_parallel_size=rollout.tensor_parallel_size,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            enforce_eager=rollout.enforce_eager,
-            # A chunked prompt makes vLLM rewind the request's random generator, which crashes the engine on CPU.
-            enable_chunked_prefill=None if _on_gpu() else False,
-            distributed_executor_backend=_executor(config),
-            max_logprobs=max_logprobs,
-            logprobs_mode="processed_logprobs",
-            # The model's own generation_config would silently change temperature, top-k or penalties.
-            generation_config="vllm",
-            weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER),
-            disable_log_stats=True,
-        )
         tokenizer = load_tokenizer(model)
-        engine = AsyncLLM.from_engine_args(args)
+        engine = AsyncLLM.from_engine_args(engine_args(model, config, max_logprobs=max_logprobs))
         running = cls(engine, tokenizer, int(engine.model_config.max_model_len), config.sync_in_run)
         try:
             vocab_size = int(engine.model_config.get_vocab_size())
@@ -280,20 +255,53 @@ def _columns(flat: Any, tokens: int, k: int) -> tuple[F32, Ids]:
     return values[:, 0].copy(), as_ids(np.asarray(flat.token_ids).reshape(tokens, width)[:, 1:])
 
 
+def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
+    """vLLM's ``AsyncEngineArgs`` for a rollout engine of the run."""
+    from vllm import AsyncEngineArgs
+    from vllm.config import WeightTransferConfig
+
+    rollout = config.rollout
+    return AsyncEngineArgs(
+        model=model,
+        dtype=_dtype(config),
+        seed=config.run.seed,
+        max_model_len=config.student.max_sequence_tokens,
+        # Other sequences in the batch, or cached blocks, change the last bit of a log-prob.
+        max_num_seqs=1 if config.learner.deterministic else rollout.max_num_seqs,
+        enable_prefix_caching=not config.learner.deterministic,
+        enable_sleep_mode=rollout.colocated,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
+        # A chunked prompt makes vLLM rewind the request's random generator, which crashes the engine on CPU.
+        enable_chunked_prefill=None if _on_gpu() else False,
+        distributed_executor_backend=_executor(rollout.tensor_parallel_size),
+        max_logprobs=max_logprobs,
+        logprobs_mode="processed_logprobs",
+        # The model's own generation_config would silently change temperature, top-k or penalties.
+        generation_config="vllm",
+        weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER),
+        disable_log_stats=True,
+    )
+
+
 def _dtype(config: Config) -> str:
     wanted = config.student.dtype
     return wanted if wanted != "auto" else ("bfloat16" if _on_gpu() else "float32")
 
 
-def _executor(config: Config) -> Any:
-    """Executor class; None lets vLLM choose.
+def _executor(tensor_parallel_size: int) -> Any:
+    """Executor class or name; None lets vLLM choose.
 
-    For a single CPU worker vLLM would start another process, to set its OpenMP environment, and busy-wait for it on a
-    core. Here the engine process has that environment already (`_set_environment`).
+    Several GPUs of one actor need `mp`: inside a placement group vLLM would choose `ray`, which wants a bundle for each
+    GPU. For a single CPU worker vLLM would start another process, to set its OpenMP environment, and busy-wait for it
+    on a core; here the engine process has that environment already (`_set_environment`).
     """
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    return UniProcExecutor if not _on_gpu() and config.rollout.tensor_parallel_size == 1 else None
+    if tensor_parallel_size > 1:
+        return "mp"
+    return None if _on_gpu() else UniProcExecutor
 
 
 def _on_gpu() -> bool:

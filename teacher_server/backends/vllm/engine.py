@@ -103,6 +103,8 @@ def engine_settings(config: TeacherConfig, *, gpu: bool) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "tensor_parallel_size": config.tensor_parallel_size,
+        # Inside a placement group vLLM would choose `ray`, which wants a bundle for each GPU of the actor.
+        **({"distributed_executor_backend": "mp"} if config.tensor_parallel_size > 1 else {}),
         "max_model_len": None if max_tokens is None else max_tokens + 1,
         "max_num_batched_tokens": max(config.batch_tokens, 256) if gpu else CPU_CHUNK_TOKENS,
         "max_num_seqs": 1 if config.batch_items == 1 else 128,
