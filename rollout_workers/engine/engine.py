@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config.model import Config, SyncConfig
+from common.config.model import Config, RolloutConfig, StudentConfig, SyncConfig
 from common.data.rendering import load_tokenizer
 from common.openmp import share_cores
 from common.protocol.schema import F32, FinishReason, Ids, Sampling, TokenSequence, as_ids
@@ -53,7 +53,7 @@ class RolloutEngine:
     @classmethod
     async def start(cls, model: str, config: Config, *, max_logprobs: int) -> RolloutEngine:
         """Load `model` and start the engine (tens of seconds); raises ValueError if `max_logprobs` is too large."""
-        _set_environment(config)
+        _set_environment(config.rollout)
         from vllm.v1.engine.async_llm import AsyncLLM
 
         tokenizer = load_tokenizer(model)
@@ -263,7 +263,7 @@ def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
     rollout = config.rollout
     return AsyncEngineArgs(
         model=model,
-        dtype=_dtype(config),
+        dtype=_dtype(config.student),
         seed=config.run.seed,
         max_model_len=config.student.max_sequence_tokens,
         # Other sequences in the batch, or cached blocks, change the last bit of a log-prob.
@@ -285,9 +285,8 @@ def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
     )
 
 
-def _dtype(config: Config) -> str:
-    wanted = config.student.dtype
-    return wanted if wanted != "auto" else ("bfloat16" if _on_gpu() else "float32")
+def _dtype(student: StudentConfig) -> str:
+    return student.dtype if student.dtype != "auto" else ("bfloat16" if _on_gpu() else "float32")
 
 
 def _executor(tensor_parallel_size: int) -> Any:
@@ -310,11 +309,11 @@ def _on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _set_environment(config: Config) -> None:
+def _set_environment(rollout: RolloutConfig) -> None:
     """Set the variables that vLLM reads at import; they matter on CPU only."""
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.rollout.kv_cache_gib)
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(rollout.kv_cache_gib)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     share_cores(os.environ)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    if config.rollout.threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(config.rollout.threads)
+    if rollout.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(rollout.threads)
