@@ -79,7 +79,7 @@ def test_a_checkpoint_is_evaluated_like_the_end_of_its_run(
 
 @dataclass(frozen=True)
 class LongRun:
-    """A run that does not end by itself. Half of its rows have a teacher that the run did not start."""
+    """A run that does not end by itself, with a teacher server and, for half of its rows, a teacher that it starts."""
 
     process: subprocess.Popen[str]
     folder: Path
@@ -95,13 +95,14 @@ def long_run(
     teacher_process: Callable[[Path], tuple[str, int]],
 ) -> Iterator[LongRun]:
     folder, port = tmp_path_factory.mktemp("long"), free_port()
-    config = write_run(folder, tiny_model, learner={"steps": 10_000}, eval={"every": 0}, data={"valid": None})
+    started = {"started": {"model": str(tiny_model), "threads": 1}}
+    config = write_run(folder, tiny_model, learner={"steps": 10_000}, eval={"every": 0}, teachers=started)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    names = ["server", None] * 4
+    names = ["started", None] * 4
     changed = [json.dumps({**row, "teacher": name}) for row, name in zip(rows, names, strict=True)]
     (folder / "train.jsonl").write_text("\n".join(changed))
     url, pid = teacher_process(config)
-    remote = (f"teachers.server.url={url}", "teachers.server.request_timeout_s=5")
+    remote = (f"teacher.url={url}", "teacher.request_timeout_s=5")
     with started_run(config, f"run.metrics_port={port}", *remote) as process:
         yield LongRun(process, folder / "runs/tiny", port, url, pid)
 
