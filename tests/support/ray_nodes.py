@@ -36,15 +36,11 @@ def ray_cluster(worker_nodes: int = 0) -> Iterator[dict[str, str]]:
     started: list[subprocess.Popen[bytes]] = []
     log = Path(scratch, "start.log")
     try:
-        for group in ([head], [other] * worker_nodes):  # the head comes first
-            begun = []
-            for options in group:
-                command = [*START, *options, "--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}"]
-                with log.open("ab") as output:
-                    begun.append(subprocess.Popen(command, env=variables, stdout=output, stderr=output))
-            started += begun
-            for node in begun:
-                _wait_for_raylet(node, log)
+        for options in (head, *[other] * worker_nodes):  # one after the other: nodes that start together fail at times
+            command = [*START, *options, "--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}"]
+            with log.open("ab") as output:
+                started.append(subprocess.Popen(command, env=variables, stdout=output, stderr=output))
+            _wait_for_raylet(started[-1], log)
         yield {**variables, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
     finally:
         pids = {node.pid for node in started}.union(*(descendants(node.pid) for node in started))
