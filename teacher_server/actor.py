@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import ray
+
 from common.config.model import SyncConfig, TeacherConfig
+from common.network import use_interface_of
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest
 from teacher_server.http.auth import authenticator, single_key
@@ -43,13 +46,20 @@ class TeacherActor:
         self._service: TeacherService | None = None
         self._receiver: Receiver | None = None
 
-    def start(self) -> str:
-        """Load the model and serve. Returns the address. Raises TeacherError."""
+    def start(self, on_cluster: bool = False) -> str:
+        """Load the model and serve. Returns the address. Raises TeacherError.
+
+        Without a ``teacher.host`` it listens on its node's address with `on_cluster`, else on the loopback address.
+        """
         if self._server is None:
             # The driver imports this module and needs neither torch nor transformers.
             from teacher_server.http.serve import build_service, start_in_thread
 
-            host, key = self._config.host, self._api_key
+            if on_cluster:
+                address = ray.util.get_node_ip_address()
+                use_interface_of(address)  # for the weight group of a live teacher
+                self._config = self._config.model_copy(update={"host": self._config.host or address})
+            host, key = self._config.listen_host, self._api_key
             auth = authenticator(host, None, allow_anonymous=True, environ={}) if key is None else single_key(key)
             self._service = build_service(self._config, on_failure=end_process)
             self._server = start_in_thread(self._service, self._config, auth)
@@ -84,8 +94,6 @@ class TeacherActor:
 
     def node_id(self) -> str:
         """Id of the actor's cluster node. The run also calls this to see that the actor is alive."""
-        import ray
-
         return str(ray.get_runtime_context().get_node_id())
 
     def stop(self) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from common.config.base import ConfigError, Dtype, Fraction, NonNegative, Positive, PositiveFloat, Section
+from common.network import LOOPBACK
 
 
 class RunConfig(Section):
@@ -80,8 +81,9 @@ class TeacherConfig(Section):
     in-context answers."""
     dtype: Dtype = "auto"
     """`auto` is bfloat16 on a GPU and float32 on CPU."""
-    host: str = "127.0.0.1"
-    """Address that the server listens on."""
+    host: str | None = None
+    """Address that the server listens on. Default: 127.0.0.1; for a teacher that a run starts on a cluster, the address
+    of its node."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the server; 0 picks a free one."""
     kind: Literal["frozen", "live", "ema", "base"] = "frozen"
@@ -141,6 +143,11 @@ class TeacherConfig(Section):
     max_failed_fraction: Fraction = 0.0
     """Upper bound for the share of a step's samples that the teacher fails to score. These samples are counted and left
     out; above the bound the run stops."""
+
+    @property
+    def listen_host(self) -> str:
+        """`host`, or the loopback address."""
+        return self.host or LOOPBACK
 
     @model_validator(mode="after")
     def _weights_need_transformers(self) -> TeacherConfig:

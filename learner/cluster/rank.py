@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from common.config.model import Config
 from common.data.rendering import teacher_sequence
+from common.network import use_interface_of
 from common.protocol.schema import Context, Ids, ScoredTrajectory, TokenSequence, Trajectory, as_ids
 from common.weight_sync.manifest import SyncManifest
 from learner.trainer.distributed import free_port, join_ranks, leave_ranks
@@ -54,9 +55,12 @@ class LearnerRank:
 
     def setup(self, host: str, port: int) -> LearnerInfo:
         """Join the other ranks at rank 0's address and start DeepSpeed; blocks until all ranks have joined."""
+        import ray.util
+
         from learner.trainer.engine import LearnerEngine
         from learner.trainer.policy import device_of
 
+        use_interface_of(ray.util.get_node_ip_address())
         timeout_s = self._config.learner.collective_timeout_s
         join_ranks(self._rank, self._world_size, host, port, device_of(self._config.learner), timeout_s)
         self._engine = LearnerEngine(self._config)

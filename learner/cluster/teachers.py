@@ -211,7 +211,7 @@ class Teachers:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(teacher.node, soft=False)
         actor = ray.remote(TeacherActor).options(**options)
         teacher.handle = actor.remote(teacher.section, teacher.key, self._config.sync_in_run)
-        teacher.started = teacher.handle.start.remote()
+        teacher.started = teacher.handle.start.remote(on_cluster=not local_cluster())
 
     async def _ask_info(self, teacher: Teacher, ca_file: str | None) -> TeacherInfo:
         timeout_s = teacher.section.request_timeout_s
@@ -220,6 +220,12 @@ class Teachers:
             return await client.info()
         finally:
             await client.close()
+
+
+def local_cluster() -> bool:
+    """True if this driver started its Ray cluster, which then has no other nodes."""
+    node = ray._private.worker.global_worker.node
+    return node is not None and bool(node.is_head())
 
 
 def _metrics_page(teacher: Teacher) -> str:

@@ -86,10 +86,10 @@ def build_app(config: TeacherConfig) -> FastAPI:
     if config.allow_anonymous and config.server_keys_file is None and KEYS_VARIABLE not in os.environ:
         raise TeacherError(
             "teacher.allow_anonymous is refused under Ray Serve: its proxy listens on the address of Serve's "
-            f"http_options, not on teacher.host={config.host}; set teacher.server_keys_file or {KEYS_VARIABLE} "
+            f"http_options, not on teacher.host={config.listen_host}; set teacher.server_keys_file or {KEYS_VARIABLE} "
             "(`opcd key TENANT` makes a key)"
         )
-    auth = authenticator(config.host, config.server_keys_file, allow_anonymous=False)
+    auth = authenticator(config.listen_host, config.server_keys_file, allow_anonymous=False)
     return create_app(build_service(config), auth)
 
 
@@ -125,7 +125,7 @@ def serve(config: TeacherConfig, *, announce: Callable[[str], None] = print) -> 
 
     Raises TeacherError, also if requests are unfinished after `DRAIN_S`.
     """
-    auth = authenticator(config.host, config.server_keys_file, allow_anonymous=config.allow_anonymous)
+    auth = authenticator(config.listen_host, config.server_keys_file, allow_anonymous=config.allow_anonymous)
     service = build_service(config)
     listener = _listen(config)
     server = _server(service, config, auth)
@@ -190,7 +190,7 @@ def _server(service: TeacherService, config: TeacherConfig, auth: Authenticator)
             ssl_certfile=config.tls_certificate,
             ssl_keyfile=config.tls_key,
             server_header=False,
-            host=config.host,
+            host=config.listen_host,
             port=config.port,
             log_level="warning",
             access_log=False,
@@ -202,22 +202,22 @@ def _server(service: TeacherService, config: TeacherConfig, auth: Authenticator)
 
 
 def _listen(config: TeacherConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in config.listen_host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((config.host, config.port))
+        listener.bind((config.listen_host, config.port))
     except OSError as error:
         listener.close()
         raise TeacherError(
-            f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
+            f"cannot listen on {config.listen_host}:{config.port}: {error.strerror}; "
             "set teacher.host and teacher.port (0: any free port)"
         ) from error
     return listener
 
 
 def _url(config: TeacherConfig, listener: socket.socket) -> str:
-    host = config.host
+    host = config.listen_host
     name = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
     return f"{'http' if config.tls_certificate is None else 'https'}://{name}:{listener.getsockname()[1]}"
 

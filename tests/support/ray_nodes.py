@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 
 from common.openmp import share_cores
+from tests.support.namespaces import Namespace
 from tests.support.processes import alive, command_of, descendants, free_port, parent_of, wait_until_gone
 
 ONE_WORKER_A_NODE = "rollout.gpus_per_worker=1"
@@ -25,23 +27,33 @@ START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--dis
 
 
 @contextmanager
-def ray_cluster(worker_nodes: int = 0) -> Iterator[dict[str, str]]:
-    """Start a cluster; yields the environment variables of a driver that joins it, and ends all of its processes."""
+def ray_cluster(
+    worker_nodes: int = 0, gpus: tuple[int, int] = (0, 1), namespaces: Sequence[Namespace] = ()
+) -> Iterator[dict[str, str]]:
+    """Start a cluster; yields the environment variables of a driver that joins it, and ends all of its processes.
+
+    `gpus` are those that the head and each worker node claim. With `namespaces` the head and the worker nodes run in
+    these, one each, and the driver must run in the first.
+    """
     gcs, scratch = free_port(), tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     variables["RAY_AUTH_MODE"] = "disabled"
     share_cores(variables)
-    head = ["--head", f"--port={gcs}", f"--temp-dir={scratch}", "--include-dashboard=false", "--num-gpus=0"]
-    other = [f"--address=127.0.0.1:{gcs}", "--num-gpus=1"]
+    address = f"{namespaces[0].address if namespaces else '127.0.0.1'}:{gcs}"
+    head = ["--head", f"--port={gcs}", f"--temp-dir={scratch}", "--include-dashboard=false", f"--num-gpus={gpus[0]}"]
+    other = [f"--address={address}", f"--num-gpus={gpus[1]}"]
     started: list[subprocess.Popen[bytes]] = []
     log = Path(scratch, "start.log")
     try:
-        for options in (head, *[other] * worker_nodes):  # one after the other: nodes that start together fail at times
+        nodes = [head, *[other] * worker_nodes]
+        for options, place in zip_longest(nodes, namespaces):  # one by one: nodes that start together fail at times
             command = [*START, *options, "--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}"]
+            if place is not None:
+                command = [*place.prefix, *command, f"--node-ip-address={place.address}"]
             with log.open("ab") as output:
                 started.append(subprocess.Popen(command, env=variables, stdout=output, stderr=output))
             _wait_for_raylet(started[-1], log)
-        yield {**variables, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
+        yield {**variables, "RAY_ADDRESS": address}
     finally:
         pids = {node.pid for node in started}.union(*(descendants(node.pid) for node in started))
         for node in reversed(started):

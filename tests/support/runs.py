@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +24,20 @@ from tests.support.processes import descendants, free_port
 
 @contextmanager
 def started_run(
-    config: Path, *arguments: str, environment: Mapping[str, str] | None = None, faults: str | None = None
+    config: Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    faults: str | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[str]]:
     """``python -m learner.train`` as a user starts it, in a separate process group.
 
     It starts a Ray cluster, unless `environment` has the address of one. With `faults` the run is that of
-    `tests.support.fault_driver`.
+    `tests.support.fault_driver`. `prefix` are words before the command.
     """
     module = ["learner.train"] if faults is None else ["tests.support.fault_driver", faults]
     process = subprocess.Popen(
-        [sys.executable, "-m", *module, str(config), *arguments],
+        [*prefix, sys.executable, "-m", *module, str(config), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

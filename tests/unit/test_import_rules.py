@@ -45,7 +45,8 @@ ENTRY_POINTS = {
 """Rooms of ``deploy`` -> the modules of services that they start or check with; the simulator runs the loop's rules."""
 ORDER = {
     "common": [
-        {"protocol", "config", "async_utils", "openmp"},
+        {"async_utils", "network", "openmp"},
+        {"protocol", "config"},
         {"data", "telemetry", "evaluation", "weight_sync", "import_names"},
     ],
     "learner": [
