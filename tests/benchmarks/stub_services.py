@@ -171,7 +171,7 @@ class StubPrefix:
 class StubTeacher(TeacherActor):
     """The real server over HTTP, with a stub backend behind it."""
 
-    def start(self) -> str:
+    def start(self, on_cluster: bool = False) -> str:
         from teacher_server.http.auth import single_key
         from teacher_server.http.serve import start_in_thread
         from teacher_server.scoring.service import TeacherService, TokenizerIdentity

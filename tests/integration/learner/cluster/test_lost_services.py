@@ -155,7 +155,7 @@ class StubTeacher:
     def __init__(self, *_: Any) -> None:
         pass
 
-    def start(self) -> str:
+    def start(self, on_cluster: bool = False) -> str:
         return f"http://here:{os.getpid()}"
 
     def node_id(self) -> str:
