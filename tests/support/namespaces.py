@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Namespace:
-    """A network namespace with one address beside its loopback device."""
+    """A network namespace with one address and a loopback device."""
 
     name: str
     address: str
