@@ -133,7 +133,7 @@ def test_idling_saves_nothing_up() -> None:
 @pytest.mark.parametrize("tokens", [100, 1000])
 @pytest.mark.parametrize("pause", [0, 1, 3])
 def test_coming_back_after_each_item_is_no_advantage(tokens: int, pause: int) -> None:
-    """One large item in flight at a time gets at most half of the tokens while a run with small items waits."""
+    """One large item in flight at a time gets at most half of the tokens while small items wait."""
     queue: FairQueue[str] = FairQueue()
     for _ in range(40_000):
         queue.push("t", "steady", "steady", 10)
