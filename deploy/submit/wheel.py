@@ -16,6 +16,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from pathlib import Path
 
+import opcd_start
 from common.config.model import ConfigError
 from common.import_names import PACKAGES
 
@@ -53,8 +54,8 @@ def wheels_folder() -> Path:
 
 
 def read_packages() -> dict[str, bytes]:
-    """Return the files of the imported packages by their paths in a wheel, in a fixed order."""
-    found: dict[str, bytes] = {}
+    """Return the files of ``opcd_start`` and the imported packages by their paths in a wheel, in a fixed order."""
+    found = {"opcd_start.py": Path(opcd_start.__file__).read_bytes()}
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         assert spec is not None, package

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from tests.support.imports import PACKAGES
@@ -82,15 +83,14 @@ def inline_commands(page: Path) -> Iterator[Command]:
 def texts_of_the_code() -> list[str]:
     """Return every string of the packages; adjacent literals are joined, and ``…`` replaces interpolated values."""
     found: list[str] = []
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.JoinedStr):
-                    found.append(
-                        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
-                    )
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.append(node.value)
+    for path in chain([ROOT / "opcd_start.py"], *((ROOT / package).rglob("*.py") for package in PACKAGES)):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
     return found
 
 

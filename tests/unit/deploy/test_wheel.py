@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in (*PACKAGES, "tests", "docs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "opcd_start.py"):
         shutil.copy(ROOT / name, source)
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source],
@@ -47,8 +47,8 @@ def test_every_module_is_in_it_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert {path.rpartition(".")[2] for path in report} == {"css", "js", "html", "svg"}
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     templates = {f"learner/experience/templates/{name}.txt" for name in ("extract", "extract_game", "context")}
-    assert inside == modules | report | templates
-    assert {name.split("/")[0] for name in inside} == set(PACKAGES)
+    assert inside == {"opcd_start.py"} | modules | report | templates
+    assert {name.split("/")[0] for name in inside} == {"opcd_start.py", *PACKAGES}
 
 
 def test_vllm_and_the_shell_find_their_entries(wheel: zipfile.ZipFile) -> None:

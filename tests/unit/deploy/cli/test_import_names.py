@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import opcd_start
 from common.config.model import ConfigError
 from common.evaluation.graders import make_grader
 from common.import_names import PACKAGES, check_import_names, use_folder
@@ -110,17 +112,29 @@ def test_graders_and_environments_of_the_folder_can_be_imported(folder: Path) ->
     assert sys.path.count(str(folder)) == 1
 
 
-@pytest.mark.parametrize("name", ["common", "learner", "rollout_workers", "teacher_server"])
-def test_a_hidden_package_on_pythonpath_is_one_line(folder: Path, name: str) -> None:
+OPCD = ("-P", "-c", "from opcd_start import main; main()", "train", "run.yaml")
+"""What the script ``opcd`` does: Python's path has the folders of PYTHONPATH and not the working folder."""
+LEARNER = ("-m", "learner.train", "run.yaml")
+"""Python's path begins with the working folder. If that holds a `learner`, no code of opcd runs."""
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [(OPCD, name) for name in PACKAGES] + [(LEARNER, name) for name in PACKAGES if name != "learner"],
+)
+def test_a_package_that_hides_one_of_opcds_is_one_line(folder: Path, words: tuple[str, ...], name: str) -> None:
     add_package(folder, name)
+    path = f"{folder}{os.pathsep}{ROOT}" if words is OPCD else str(ROOT)
     done = subprocess.run(
-        [Path(sys.executable).with_name("opcd"), "train", "run.yaml"],
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, *words], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"opcd: `{name}` is imported from {folder / name}")
+
+
+def test_opcd_starts_with_the_check() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"opcd": "opcd_start:main"}
+    assert opcd_start.PACKAGES == PACKAGES

@@ -45,6 +45,7 @@ def test_pip_installs_it_as_ray_does_and_entry_points_load(wheel: Path, tmp_path
         "points = {point.name: point for point in found.entry_points}\n"
         "print(found.version, points['opcd_weight_transfer'].group, points['opcd_weight_transfer'].load().__module__)\n"
         "import rollout_workers; print(rollout_workers.__file__)\n"
+        "points['opcd'].load()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
