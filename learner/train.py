@@ -117,7 +117,8 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
         services = Services(config)
         try:
             progress.status(f"starting {model}")
-            services.reserve(workers_only=True)
+            if (warning := services.reserve(workers_only=True)) is not None:
+                progress.line(f"WARNING: {warning}")
             await services.start_workers(model, None, config.rollout.workers)
             sets = [("without context", inputs.eval, False), ("with context", inputs.eval, True)]
             sets += [(f"ood/{name}", rows, False) for name, rows in inputs.ood.items()]

@@ -20,6 +20,7 @@ import ray
 
 from common.config.model import Config
 from common.data.rendering import Renderer, load_tokenizer
+from common.devices import see_only
 from common.network import use_interface_of
 from common.protocol.schema import F32, FinishReason, Prompt, Sample, ScoredTrajectory, TokenSequence, Trajectory
 from common.protocol.scoring import Scorer, ScorerFactory, ScoringError
@@ -122,6 +123,8 @@ class RolloutWorker:
         self._renderers: OrderedDict[str | None, Renderer] = OrderedDict()
         self._starting = asyncio.Lock()
         self._closed = False
+        if ray.is_initialized():
+            see_only(ray.get_gpu_ids())
         use_interface_of(ray.util.get_node_ip_address())  # the engine's processes join the weight group
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from common.config.model import SyncConfig, TeacherConfig
+from common.devices import see_only
 from common.network import use_interface_of
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest
@@ -39,6 +40,8 @@ class TeacherActor:
 
     def __init__(self, config: TeacherConfig, api_key: str | None = None, sync: SyncConfig | None = None) -> None:
         """Serves clients with `api_key`; without a key, all clients, but only on a loopback ``teacher.host``."""
+        if ray.is_initialized():
+            see_only(ray.get_gpu_ids())
         self._config = config
         self._api_key = api_key
         self._sync = sync

@@ -137,7 +137,7 @@ class TeacherConfig(Section):
     threads: Positive | None = None
     """CPU threads of the forward pass. Default: torch's choice."""
     gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs to reserve for a teacher that the run starts."""
+    """GPUs to reserve for a teacher that the run starts. With 0 it computes on CPU."""
     request_timeout_s: PositiveFloat = 600.0
     """Deadline for one request of the client, retries included."""
     max_failed_fraction: Fraction = 0.0

@@ -41,7 +41,7 @@ class RolloutConfig(Section):
     autoscaler sees the demand), and leave with their nodes. They keep their GPUs until the run ends. Default: no
     elastic workers."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """GPUs to reserve per worker."""
+    """GPUs to reserve per worker. A process that reserves none sees none."""
     tensor_parallel_size: Positive = 1
     """GPUs that share one model."""
     gpu_memory_utilization: Fraction = 0.9
@@ -134,7 +134,7 @@ class LearnerConfig(Section):
     ranks: Positive = 1
     """Data-parallel processes of the learner."""
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0
-    """GPUs to reserve per rank."""
+    """GPUs to reserve per rank. With 0 the rank computes on CPU."""
     threads: Positive | None = None
     """CPU threads per rank. Default: torch's choice."""
     lr: PositiveFloat = 1e-6

@@ -10,12 +10,14 @@ contexts move: the new replica answers ``unknown_context``, and the client uploa
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Annotated, Any
 
+import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from common.config.loader import load_teacher_config
 from common.config.model import TeacherServerConfig
+from common.devices import see_only
 
 if TYPE_CHECKING:
     from teacher_server.scoring.service import TeacherService
@@ -67,6 +69,7 @@ class TeacherReplica:
 
     def __serve_build_asgi_app__(self) -> Asgi:
         """Build the ASGI application; Serve calls this."""
+        see_only(ray.get_gpu_ids())
         from teacher_server.http.serve import build_app
 
         app = build_app(self._config.teacher)

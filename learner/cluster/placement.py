@@ -153,6 +153,29 @@ class Placement:
             self._group = None
 
 
+def unused_gpus(config: Config, gpus: float, *, workers_only: bool = False) -> str | None:
+    """Name the run's actors that reserve no GPU on a cluster with `gpus` GPUs, and so run on CPU; None if none does."""
+    rollout, learner = config.rollout, config.learner
+    keys = {} if rollout.gpus_per_worker else {"rollout.gpus_per_worker": "rollout workers"}
+    if not workers_only:
+        keys |= {} if learner.gpus_per_rank else {"learner.gpus_per_rank": "ranks of the learner"}
+        for name, one in config.named_teachers().items():
+            if not one.gpus and one.url is None and one.kind != "base":
+                section = "teacher" if name == "default" else f"teachers.{name}"
+                keys[f"{section}.gpus"] = f"teacher {name}"
+    if not gpus or not keys:
+        return None
+    return (
+        f"the cluster has {gpus:g} GPUs, but these reserve none and run on CPU: {', '.join(keys.values())}. Set "
+        f"{', '.join(keys)}"
+    )
+
+
+def cluster_gpus() -> float:
+    """GPUs of the whole cluster, used or free."""
+    return float(ray.cluster_resources().get("GPU", 0.0))
+
+
 def free_gpus() -> dict[str, float]:
     """Free GPUs of each living node, by its address."""
     per_node = ray._private.state.available_resources_per_node()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from common.config.model import Config
 from common.data.rendering import teacher_sequence
+from common.devices import see_only
 from common.network import use_interface_of
 from common.protocol.schema import Context, Ids, ScoredTrajectory, TokenSequence, Trajectory, as_ids
 from common.weight_sync.manifest import SyncManifest
@@ -40,6 +41,10 @@ class LearnerRank:
     """Make one per rank with ``ray.remote(LearnerRank)``; get rank 0's `address`, then call `setup` on all."""
 
     def __init__(self, rank: int, world_size: int, config: Config) -> None:
+        import ray
+
+        if ray.is_initialized():
+            see_only(ray.get_gpu_ids())
         self._rank = rank
         self._world_size = world_size
         self._config = config

@@ -23,7 +23,7 @@ from common.protocol.scoring import ScorerFactory
 from common.telemetry.trace import TraceSpan
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest
-from learner.cluster.placement import Placement, draining_nodes, outside_options
+from learner.cluster.placement import Placement, cluster_gpus, draining_nodes, outside_options, unused_gpus
 from learner.cluster.rank import LearnerRank
 from learner.cluster.teachers import START_TIMEOUT_S, Teachers
 from learner.errors import ServiceLost
@@ -87,14 +87,16 @@ class Services:
 
     # --- start and stop ---------------------------------------------------------------------------------------------
 
-    def reserve(self, *, workers_only: bool = False, placement_timeout_s: float = 0.0) -> None:
-        """Reserve GPUs for all actors, or for the workers, before any of them starts. Raises PlacementError if the GPUs
-        are not free within the longer of `placement_timeout_s` and ``run.placement_timeout_s``.
+    def reserve(self, *, workers_only: bool = False, placement_timeout_s: float = 0.0) -> str | None:
+        """Reserve GPUs for all actors, or for the workers, before any of them starts. Returns a warning if the cluster
+        has GPUs and some actors use none. Raises PlacementError if the GPUs are not free within the longer of
+        `placement_timeout_s` and ``run.placement_timeout_s``.
         """
         placement_timeout_s = max(placement_timeout_s, self.config.run.placement_timeout_s)
         self.placement = Placement.reserve(
             self.config, workers_only=workers_only, placement_timeout_s=placement_timeout_s
         )
+        return unused_gpus(self.config, cluster_gpus(), workers_only=workers_only)
 
     async def start_workers(self, model: str, scorer: ScorerFactory | None, count: int) -> None:
         """Place `count` rollout workers and wait until their engines answer."""

@@ -138,7 +138,8 @@ def _over_workers(config: Config, model: str, progress: Progress, work: Callable
         services = Services(config)
         try:
             progress.status(f"starting {model}")
-            services.reserve(workers_only=True)
+            if (warning := services.reserve(workers_only=True)) is not None:
+                progress.line(f"WARNING: {warning}")
             await services.start_workers(model, None, config.rollout.workers)
             async with run_in_background(services.admit_replacements()):
                 await work(services)

@@ -133,7 +133,9 @@ class Run:
     async def _start(self) -> None:
         started = time.time()
         self._progress.status("reserving GPUs")
-        self._services.reserve(placement_timeout_s=RESUME_PLACEMENT_TIMEOUT_S if self._resumed else 0.0)
+        timeout_s = RESUME_PLACEMENT_TIMEOUT_S if self._resumed else 0.0
+        if (warning := self._services.reserve(placement_timeout_s=timeout_s)) is not None:
+            self._progress.line(f"WARNING: {warning}")
         await self._evaluate_larger_teacher()
         await self._start_services()
         await self._collect_teacher_answers()  # with the initial weights, unless a larger teacher made them

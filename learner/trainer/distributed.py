@@ -22,12 +22,13 @@ def join_ranks(rank: int, world_size: int, host: str, port: int, device: torch.d
     """Form the process group (gloo on CPU, nccl on GPUs), then hand it to DeepSpeed.
 
     torch creates the group first and without a ``device_id``. DeepSpeed would pass one, and weight-sync groups formed
-    later in the same process would then hang.
+    later in the same process would then hang. Raises RuntimeError if DeepSpeed does not compute on `device`.
     """
     import deepspeed
     import deepspeed.ops
     import torch.distributed as dist
 
+    _check_accelerator(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     # DeepSpeed reads these variables. Each rank sees one device, so its local rank is always 0.
     os.environ.update(
@@ -43,6 +44,18 @@ def join_ranks(rank: int, world_size: int, host: str, port: int, device: torch.d
     # DeepSpeed would compile its shared-memory CPU collectives at the first start, for minutes; gloo suffices.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend)
+
+
+def _check_accelerator(device: torch.device) -> None:
+    """Raise RuntimeError if DeepSpeed, which chooses by what it finds, computes on another device than this rank."""
+    from deepspeed.accelerator import get_accelerator
+
+    chosen = get_accelerator().device_name()
+    if chosen != device.type:
+        raise RuntimeError(
+            f"DeepSpeed computes on {chosen}, this rank of the learner on {device.type}: learner.gpus_per_rank above 0 "
+            "needs a build of torch that sees the node's GPUs, and DS_ACCELERATOR must not be set to another device"
+        )
 
 
 def raise_on_all(error: Exception | None, what: str) -> None:

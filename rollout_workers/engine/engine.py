@@ -52,8 +52,18 @@ class RolloutEngine:
 
     @classmethod
     async def start(cls, model: str, config: Config, *, max_logprobs: int) -> RolloutEngine:
-        """Load `model` and start the engine (tens of seconds); raises ValueError if `max_logprobs` is too large."""
+        """Load `model` and start the engine (tens of seconds).
+
+        Raises ValueError if `max_logprobs` is too large, or if vLLM needs a GPU and the process sees none.
+        """
         _set_environment(config.rollout)
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cuda_alike() and not _on_gpu():
+            raise ValueError(
+                "the installed vLLM computes on GPUs, and this worker has none: set rollout.gpus_per_worker, or "
+                "install vLLM's CPU build"
+            )
         from vllm.v1.engine.async_llm import AsyncLLM
 
         tokenizer = load_tokenizer(model)

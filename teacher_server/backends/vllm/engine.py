@@ -65,9 +65,15 @@ class ScoringEngine:
             os.environ["OMP_NUM_THREADS"] = str(config.threads)
         try:
             from vllm import LLM
+            from vllm.platforms import current_platform
             from vllm.v1.executor.uniproc_executor import UniProcExecutor
         except ImportError as error:
             raise BackendError(f"teacher.backend `vllm` needs vLLM, which cannot be imported here: {error}") from error
+        if current_platform.is_cuda_alike() and not gpu:
+            raise BackendError(
+                "the installed vLLM computes on GPUs, and this teacher has none: set teacher.gpus, or install vLLM's "
+                "CPU build"
+            )
         # On CPU vLLM starts even a single worker in another process, to set OpenMP up, and busy-waits for it.
         # Here the variables above set OpenMP up, so the worker runs in the engine's process.
         single = not gpu and config.tensor_parallel_size == 1

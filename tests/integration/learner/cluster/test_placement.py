@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 
 import pytest
 import ray
 
-from learner.cluster.placement import Placement, PlacementError, free_gpus
+from common.config.model import Config, TeacherConfig
+from learner.cluster.placement import Placement, PlacementError, cluster_gpus, free_gpus, unused_gpus
+from learner.cluster.rank import LearnerRank
 from learner.cluster.services import Services
+from rollout_workers.actor import GROUPS, RolloutWorker
+from teacher_server.actor import TeacherActor
 from tests.support.configs import config_of
 
 pytestmark = pytest.mark.timeout(120)
@@ -42,6 +47,60 @@ def test_actors_get_the_places_that_were_reserved_and_give_them_back(cluster: No
     again = actor.options(**placement.options("worker 0")).remote()
     assert len(ray.get(again.gpus.remote(), timeout=30)) == 2
     placement.release()
+
+
+class SeeingWorker(RolloutWorker):
+    async def visible(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+class SeeingRank(LearnerRank):
+    def visible(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+class SeeingTeacher(TeacherActor):
+    def visible(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def visible(placement: Placement, config: Config) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES in a worker, a rank and a teacher of the run."""
+    actors = [
+        ray.remote(concurrency_groups=GROUPS)(SeeingWorker)
+        .options(**placement.options("worker 0"))
+        .remote("m", config, None, max_logprobs=1),  # type: ignore[arg-type]
+        ray.remote(SeeingRank).options(**placement.options("rank 0")).remote(0, 1, config),
+        ray.remote(SeeingTeacher).options(**placement.options("teacher default")).remote(TeacherConfig(model="m")),
+    ]
+    seen: list[str | None] = ray.get([actor.visible.remote() for actor in actors])
+    for actor in actors:
+        ray.kill(actor)
+    return seen
+
+
+def test_an_actor_sees_the_gpus_that_it_reserved_and_no_others(cluster: None) -> None:
+    """Ray leaves CUDA_VISIBLE_DEVICES unset for an actor without GPUs, which then computes on all of them."""
+    config = config_of()
+    assert cluster_gpus() == 3
+    assert visible(Placement.reserve(config, placement_timeout_s=30), config) == ["", "", ""]
+    config = config_of(rollout={"gpus_per_worker": 1}, learner={"gpus_per_rank": 1}, teacher={"gpus": 1})
+    placement = Placement.reserve(config, placement_timeout_s=30)
+    assert sorted(map(str, visible(placement, config))) == ["0", "1", "2"]
+    placement.release()
+
+
+def test_a_run_hears_which_of_its_actors_leave_the_gpus_alone(cluster: None) -> None:
+    services = Services(config_of(learner={"gpus_per_rank": 1}))
+    assert services.reserve(placement_timeout_s=30) == (
+        "the cluster has 3 GPUs, but these reserve none and run on CPU: rollout workers, teacher default. Set "
+        "rollout.gpus_per_worker, teacher.gpus"
+    )
+    services.close()
+    config = config_of(teacher={"kind": "base"}, learner={"lora": {}, "gpus_per_rank": 1}, teachers={})
+    assert str(unused_gpus(config, 3)).endswith("Set rollout.gpus_per_worker")
+    assert str(unused_gpus(config, 3, workers_only=True)).endswith("Set rollout.gpus_per_worker")
+    assert unused_gpus(config, 0) is None
 
 
 def test_a_run_that_goes_on_waits_until_those_that_died_let_go(cluster: None) -> None:

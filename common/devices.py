@@ -1,0 +1,16 @@
+"""The GPUs that a process sees."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+
+def see_only(gpu_ids: Sequence[object]) -> None:
+    """Hide the node's GPUs from this process and its later children if `gpu_ids`, those reserved for it, is empty.
+
+    Call it before CUDA starts. Ray sets CUDA_VISIBLE_DEVICES for an actor that reserves GPUs, and leaves the variable
+    alone for one that reserves none, which then sees all of them.
+    """
+    if not gpu_ids:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
