@@ -25,6 +25,7 @@ from common.import_names import use_folder
 from common.openmp import share_cores
 from common.telemetry.environment import environment
 from common.telemetry.run_files import Progress, RunFiles, write_json
+from common.telemetry.run_folder import check_free, check_start, clear, earlier_run, owned
 from common.telemetry.sinks import open_sinks
 from common.telemetry.trace import TraceFile
 from learner.cluster.services import Services
@@ -43,16 +44,40 @@ __all__ = ["KNOWN_ERRORS", "evaluate", "main", "run"]
 INTERRUPTED = 130
 
 
-def run(config: Config, *, resume: bool = False, accept_changes: bool = False, quiet: bool = False) -> int:
+def run(
+    config: Config,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> int:
     """Run from start to end; returns the exit status. Raises one of `KNOWN_ERRORS`, whose text is all a user needs.
 
     `resume` starts from the newest checkpoint of ``run.dir/run.name``; `accept_changes` does so even if the model, the
-    data or another part of the run has changed since.
+    data or another part of the run has changed since. `overwrite` replaces an earlier run of the name. The folder
+    belongs to this run until it ends.
     """
     progress = Progress(quiet=quiet)
-    resumed = _find_checkpoint(config, resume=resume, accept_changes=accept_changes)
+    check_free(config.run.path, resume=resume, overwrite=overwrite)
+    with owned(config.run.path) as warning:
+        if warning is not None:
+            progress.line(f"WARNING: {warning}")
+        replaced = check_start(config.run.path, resume=resume, overwrite=overwrite)
+        if replaced is not None:
+            progress.line(replaced)
+        if resume and (finished := _finished(config)) is not None:
+            progress.line(finished)
+            return 0
+        return _run_owned(config, progress, resume=resume, accept_changes=accept_changes)
+
+
+def _run_owned(config: Config, progress: Progress, *, resume: bool, accept_changes: bool) -> int:
+    resumed = _find_checkpoint(config, accept_changes=accept_changes) if resume else None
     progress.status("reading data")
     inputs = read_inputs(config)
+    if resumed is None:
+        clear(config.run.path)
     with report_at_end(config.run.path, progress.line), interruptible(), cluster() as dashboard:
         if dashboard is not None:
             progress.line(f"Ray's dashboard: {dashboard}")
@@ -89,20 +114,26 @@ def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resum
         return a_run.summary
 
 
-def _find_checkpoint(config: Config, *, resume: bool, accept_changes: bool) -> Resumed | None:
-    """The checkpoint to resume. Raises CheckpointError if there is none, or if a new run would overwrite one."""
+def _finished(config: Config) -> str | None:
+    """A line that says so if the run has finished all steps of `config`; None if there are steps left."""
+    found = earlier_run(config.run.path)
+    if found is None or not found.finished or found.steps < config.learner.steps:
+        return None
+    return (
+        f"{config.run.path} is finished, {found.steps} of {config.learner.steps} steps: nothing to resume; its weights "
+        f"are in {config.run.path / 'checkpoint'}, and a larger learner.steps continues it"
+    )
+
+
+def _find_checkpoint(config: Config, *, accept_changes: bool) -> Resumed:
+    """The checkpoint to resume. Raises CheckpointError if there is none."""
     newest = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep).newest()
-    if resume and newest is None:
+    if newest is None:
         raise CheckpointError(
             f"--resume: no checkpoint under {config.run.path / 'checkpoints'}; checkpoint.every sets how often one is "
             "written"
         )
-    if not resume and newest is not None:
-        raise CheckpointError(
-            f"{config.run.path} holds a checkpoint of step {newest[1].step}: --resume goes on from it; to start "
-            "anew, choose another run.name or remove the folder"
-        )
-    return None if newest is None else Resumed(*newest, accept_changes)
+    return Resumed(*newest, accept_changes)
 
 
 def evaluate(config: Config, checkpoint: Path | None = None) -> int:
@@ -129,7 +160,8 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
         finally:
             services.close()
 
-    with interruptible(), RunFiles(config.run.path / "evaluate") as files, cluster():
+    folder = config.run.path / "evaluate"
+    with interruptible(), owned(folder), RunFiles(folder) as files, cluster():
         try:
             asyncio.run(both(files))
         except KeyboardInterrupt:
@@ -179,7 +211,7 @@ def interruptible() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m learner.train CONFIG [key=value ...] [--resume] [--accept-changes]``."""
+    """``python -m learner.train CONFIG [key=value ...] [--resume] [--accept-changes] [--overwrite]``."""
     parser = argparse.ArgumentParser(
         prog="python -m learner.train", description="Run a distillation from start to end."
     )
@@ -189,10 +221,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--accept-changes", action="store_true", help="resume although model, teacher, data, context or loss changed"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run of the same name")
     words = parser.parse_intermixed_args(arguments)
     try:
         use_folder(Path.cwd())
-        return run(load_config(words.config, words.overrides), resume=words.resume, accept_changes=words.accept_changes)
+        return run(
+            load_config(words.config, words.overrides),
+            resume=words.resume,
+            accept_changes=words.accept_changes,
+            overwrite=words.overwrite,
+        )
     except KNOWN_ERRORS as error:
         print(f"opcd: {error}", file=sys.stderr)
         return 2

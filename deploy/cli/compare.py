@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,13 +29,17 @@ def compare(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE,VALUE", help="Setting to vary; each method runs with each value."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace runs of an earlier comparison with another configuration.")
+    ] = False,
 ) -> None:
     """Train with every method and seed and write one table: runs/NAME-compare/compare.md, .json, .svg and .html.
 
     --vary loss.top_k=1,16,256 gives one row for each value; several --vary options give every combination.
 
     Runs start one after another. To continue after an interrupt, repeat the command: runs that finished under the same
-    configuration are kept, and a run with a checkpoint resumes. A run that fails becomes a line of the table.
+    configuration are kept, and a run with a checkpoint resumes; runs of another configuration are refused without
+    --overwrite. A run that fails becomes a line of the table.
     """
     from deploy.compare import compare as comparison
     from deploy.compare.plan import is_finished, plan, root_of
@@ -52,7 +57,8 @@ def compare(
     words = ["opcd compare", config, *(overrides or ()), f"--methods {methods}", f"--seeds {seeds}"]
     words += [f"--vary {setting}" for setting in vary or ()]
     try:
-        table = comparison.compare(runs, chosen, root, " ".join(words), progress, comparison.train_in_process)
+        train = partial(comparison.train_in_process, overwrite=overwrite)
+        table = comparison.compare(runs, chosen, root, " ".join(words), progress, train)
     except KeyboardInterrupt:
         progress.line("interrupted; repeat the command to continue")
         raise typer.Exit(130) from None

@@ -46,9 +46,10 @@ def consolidate(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")] = False,
 ) -> None:
     """Distil the selected contexts: opcd train with context.pool."""
-    _run(config, overrides, lambda stages, resolved: stages.consolidate(resolved, resume=resume))
+    _run(config, overrides, lambda stages, resolved: stages.consolidate(resolved, resume=resume, overwrite=overwrite))
 
 
 @app.command()

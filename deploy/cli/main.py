@@ -14,6 +14,7 @@ from common.config.loader import dump_config, load_teacher_config
 from common.config.model import ConfigError
 from common.data.rows import DataError
 from common.protocol.scoring import TeacherError
+from common.telemetry.run_folder import check_free
 from deploy.cli import compare, experience, report, submit, version
 from deploy.cli.errors import known_errors
 from deploy.cli.loading import load_run_config
@@ -57,10 +58,12 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Resume although model, teacher, data, context or loss changed.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")] = False,
 ) -> None:
     """Distil a context into a student: a whole run."""
     with known_errors(ConfigError, DataError):
         resolved = load_run_config(config, overrides)
+        check_free(resolved.run.path, resume=resume, overwrite=overwrite)
         if dry_run:
             from deploy.inspect.checks import check_data
 
@@ -71,7 +74,7 @@ def train(
     from learner import train as entry
 
     with known_errors(*entry.KNOWN_ERRORS):
-        raise typer.Exit(entry.run(resolved, resume=resume, accept_changes=accept_changes))
+        raise typer.Exit(entry.run(resolved, resume=resume, accept_changes=accept_changes, overwrite=overwrite))
 
 
 @app.command()

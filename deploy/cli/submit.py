@@ -65,6 +65,7 @@ def submit(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Resume although model, teacher, data, context or loss changed.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Print the output and exit with the run's status.")] = False,
     check_gpus: Annotated[
         bool,
@@ -108,6 +109,7 @@ def submit(
             variables=env or (),
             resume=resume,
             accept_changes=accept_changes,
+            overwrite=overwrite,
         )
         if show:
             typer.echo(ray_command(job, address, token_file=token_file, follow=follow))

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.config.loader import dump_config
 from common.telemetry.run_files import Progress, write_json
 from deploy.compare.picture import picture
-from deploy.compare.plan import PlannedRun, can_resume, is_finished
+from deploy.compare.plan import PlannedRun, can_resume, has_config, is_finished
 from deploy.compare.table import Failed, Outcome, compared, markdown, read_outcome
 
 Train = Callable[[PlannedRun, Path, Callable[[str], None]], None]
@@ -68,15 +68,20 @@ def _reason(log: Path) -> str:
     return f"{(errors or lines or ['the log is empty'])[-1]} ({log})"
 
 
-def train_in_process(run: PlannedRun, log: Path, on_line: Callable[[str], None]) -> None:
+def train_in_process(run: PlannedRun, log: Path, on_line: Callable[[str], None], *, overwrite: bool = False) -> None:
     """Execute ``python -m learner.train`` on the run's configuration; `log` holds all its output.
 
+    With `overwrite` it replaces a run of another configuration, which it otherwise refuses.
     An interrupt of the terminal also reaches the run; it is raised here after the run has ended.
     """
     assert run.config is not None
     file = log.with_suffix(".yaml")
     file.write_text(dump_config(run.config), encoding="utf-8")
-    command = [sys.executable, "-m", "learner.train", str(file), *(["--resume"] if can_resume(run) else [])]
+    command = [sys.executable, "-m", "learner.train", str(file)]
+    if can_resume(run):
+        command.append("--resume")
+    elif overwrite or has_config(run.config):  # an earlier attempt at the same run, without a checkpoint
+        command.append("--overwrite")
     with (
         log.open("w", encoding="utf-8") as stream,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,

@@ -168,7 +168,7 @@ def is_finished(run: PlannedRun) -> bool:
     return (
         summary.is_file()
         and json.loads(summary.read_text(encoding="utf-8"))["outcome"] == "finished"
-        and _has_config(run.config)
+        and has_config(run.config)
     )
 
 
@@ -176,9 +176,10 @@ def can_resume(run: PlannedRun) -> bool:
     """True if the run left a checkpoint under exactly the planned configuration."""
     if run.config is None:
         return False
-    return any(run.config.run.path.glob("checkpoints/step-*/manifest.json")) and _has_config(run.config)
+    return any(run.config.run.path.glob("checkpoints/step-*/manifest.json")) and has_config(run.config)
 
 
-def _has_config(config: Config) -> bool:
+def has_config(config: Config) -> bool:
+    """True if the run's folder holds a run of exactly this configuration."""
     written = config.run.path / "config.yaml"
     return written.is_file() and written.read_text(encoding="utf-8") == dump_config(config)

@@ -66,6 +66,7 @@ def plan(
     variables: Sequence[str] = (),
     resume: bool = False,
     accept_changes: bool = False,
+    overwrite: bool = False,
 ) -> Job:
     """Return the job that runs `config`, a file below `working_dir`, with the code in `wheel`.
 
@@ -76,7 +77,8 @@ def plan(
     """
     if not SUBMISSION_ID.fullmatch(submission_id):
         raise ConfigError(f"--id {submission_id!r}: letters, digits, dots, dashes and underscores")
-    flags = [*(["--resume"] if resume else []), *(["--accept-changes"] if accept_changes else [])]
+    given = {"--resume": resume, "--accept-changes": accept_changes, "--overwrite": overwrite}
+    flags = [flag for flag, value in given.items() if value]
     inside = below(config, working_dir).as_posix()
     return Job(
         submission_id=submission_id,

@@ -79,9 +79,9 @@ def select(config: Config) -> int:
         selection.close()
 
 
-def consolidate(config: Config, *, resume: bool = False) -> int:
+def consolidate(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     """Distil the selected contexts: an ordinary run."""
-    return train.run(consolidation_config(config), resume=resume)
+    return train.run(consolidation_config(config), resume=resume, overwrite=overwrite)
 
 
 def consolidation_config(config: Config) -> Config:
@@ -95,7 +95,7 @@ def consolidation_config(config: Config) -> Config:
 def rounds(config: Config, count: int) -> int:
     """Run all stages `count` times: each round's student is the next round's solver and initial student.
 
-    Finished rounds are skipped; a round with a checkpoint is resumed.
+    Finished rounds are skipped; a round with a checkpoint is resumed; any other round starts anew.
     """
     lora = config.learner.lora
     if lora is not None and lora.publish == "adapter":
@@ -109,7 +109,7 @@ def rounds(config: Config, count: int) -> int:
             for stage in () if resume else (extract, accumulate, select):
                 if status := stage(one):
                     return status
-            if status := consolidate(one, resume=resume):
+            if status := consolidate(one, resume=resume, overwrite=not resume):
                 return status
         student = str(one.run.path / "checkpoint")
     return 0

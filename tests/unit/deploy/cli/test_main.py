@@ -10,6 +10,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from common.config.loader import load_config
+from common.telemetry.run_folder import owned
 from deploy.cli.main import app
 from teacher_server.http.auth import NotAuthorised, read_keys
 from tests.support.paths import ROOT
@@ -51,6 +52,16 @@ def test_help_names_every_command() -> None:
     assert result.exit_code == 0
     for command in ("train", "teacher", "evaluate", "prepare", "doctor"):
         assert command in result.stdout
+
+
+def test_a_dry_run_refuses_the_folder_of_another_run(path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs/small"
+    with owned(folder):
+        assert "in use by another run" in refusal(opcd("train", path, "--dry-run"))
+    (folder / "summary.json").write_text('{"outcome": "finished"}')
+    assert "holds a finished run" in refusal(opcd("train", path, "--dry-run"))
+    assert opcd("train", path, "--dry-run", "--overwrite").exit_code == 0
+    assert (folder / "summary.json").exists()
 
 
 def test_dry_run_prints_the_resolved_whole_and_starts_nothing(path: Path, tmp_path: Path) -> None:

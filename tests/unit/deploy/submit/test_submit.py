@@ -76,7 +76,9 @@ def test_a_job_runs_the_learner_on_the_uploaded_file(folder: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("flag", "word"), [("resume", "--resume"), ("accept_changes", "--accept-changes")])
+@pytest.mark.parametrize(
+    ("flag", "word"), [("resume", "--resume"), ("accept_changes", "--accept-changes"), ("overwrite", "--overwrite")]
+)
 def test_each_flag_is_its_own(folder: Path, flag: str, word: str) -> None:
     (passed,) = [one for one in job_of(folder, **{flag: True}).entrypoint if one.startswith("--")]
     assert passed == word

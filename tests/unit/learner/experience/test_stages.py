@@ -311,7 +311,7 @@ def test_each_round_starts_from_the_student_of_the_last_round(
     calls: list[tuple[str, str, str]] = []
 
     def stage(name: str) -> Callable[..., int]:
-        def run(one: Config, *, resume: bool = False) -> int:
+        def run(one: Config, **flags: bool) -> int:
             calls.append((name, one.run.name, one.student.model))
             if name == "consolidate":
                 one.run.path.mkdir(parents=True)
