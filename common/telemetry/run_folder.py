@@ -1,8 +1,8 @@
 """A run's folder: the lock that keeps a second run out, and what an earlier run left in it.
 
 The lock is ``flock`` on `LOCK`. The kernel releases it when the run's process ends, however it ends. It holds between
-machines on NFS (version 4, or 3 with a lock daemon) and on Lustre and BeeGFS where locks are turned on; NFS mounted with
-``local_lock`` locks each machine alone.
+machines on NFS (version 4, or 3 with a lock daemon), and on Lustre and BeeGFS if locks are turned on there. NFS mounted
+with ``local_lock`` locks each machine alone.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def clear(folder: Path) -> None:
 
 
 def check_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise ConfigError if a run must not start in `folder`, or if another run holds it. Creates and changes nothing."""
+    """Raise ConfigError if a run must not start in `folder`, or if another run holds it. Changes nothing."""
     if (folder / LOCK).exists():
         with (folder / LOCK).open("r+", encoding="utf-8") as stream:
             _lock(stream, folder)

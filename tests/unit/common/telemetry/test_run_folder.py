@@ -72,7 +72,7 @@ def test_files_that_no_run_wrote_are_not_replaced(tmp_path: Path) -> None:
 def test_the_next_free_name_counts_on(tmp_path: Path) -> None:
     (tmp_path / "demo-3").mkdir()
     folder = write_earlier_run(tmp_path / "demo-2", "finished", 3)
-    with pytest.raises(ConfigError, match="run.name=demo-4"):
+    with pytest.raises(ConfigError, match=r"run\.name=demo-4"):
         check_free(folder, resume=False, overwrite=False)
 
 
@@ -117,7 +117,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_killed(tmp_path: Path, 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(ConfigError, match="file/demo cannot be written: Not a directory"),
+        pytest.raises(ConfigError, match=r"file/demo cannot be written: Not a directory"),
         owned(tmp_path / "file/demo"),
     ):
         pass
