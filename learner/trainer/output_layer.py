@@ -12,6 +12,9 @@ and its gradients g_i, g_tail, g_y give, with G = Σ g_i + g_tail + g_y,
     dz_j = [j∈S] g_j + [j=y] g_y + [j∉S] g_tail e^{z_j}/R - G e^{z_j}/Z.
 
 R is summed over the entries outside S, never computed as Z minus the others, so it is exact down to the smallest float.
+
+Logits, and everything up to dz, are float32 for weights of any dtype (`common.float32_head`). With bfloat16 weights, dz
+is rounded to bfloat16 for the two products of the backward pass; chunks of the weight's gradient are summed in float32.
 """
 
 from __future__ import annotations
@@ -25,9 +28,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from common.float32_head import float32_forward, float32_linear
 from common.protocol.schema import LOGPROB_FLOOR, PAD_ID
 
 Ids = Int[Tensor, "T k"]
+
+TRANSFORM_NATS = 1e-3
+"""Allowed difference of this layer's log-probs from the model's: both use the same hidden states, also in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +63,7 @@ class LogitTransform:
     softcap: float | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Return float32 logits from the matrix product; may overwrite `logits`."""
-        logits = logits.float()
+        """Apply to the float32 product; may overwrite `logits`."""
         if self.scale != 1.0:
             logits = logits.mul_(self.scale)
         if self.softcap is not None:
@@ -112,7 +118,7 @@ class OutputLayer(nn.Module):
         return _ChunkedLoss.apply(hidden, self.weight, self.bias, ids, sampled, self, temperature, loss)
 
     def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-        logits = self.transform(nn.functional.linear(hidden, weight, bias))
+        logits = self.transform(float32_linear(hidden, weight, bias))
         return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -262,7 +268,8 @@ def logit_transform(config: Any) -> LogitTransform:
 
 
 def check_transform(model: Any, layer: OutputLayer, backbone: nn.Module) -> None:
-    """Compare this layer's logits with the model's on a few tokens; under ZeRO-3 call it after `deepspeed.initialize`.
+    """Compare this layer's logits with the model's on a few tokens, both from float32 products; under ZeRO-3 call it
+    after `deepspeed.initialize`.
 
     Raises ValueError, naming the architecture, if they differ: the architecture then has an unknown transform, and
     training on other logits than the engine samples from would be silently wrong.
@@ -274,10 +281,10 @@ def check_transform(model: Any, layer: OutputLayer, backbone: nn.Module) -> None
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
         chunks: list[Tensor] = []
         layer(hidden, read=lambda _, logits: chunks.append(logits.clone()))
-        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        with float32_forward(model.get_output_embeddings()):
+            expected = model(input_ids=ids, use_cache=False).logits[0].float()
     difference = (torch.cat(chunks).log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
-    tolerance = 1e-3 if layer.weight.dtype == torch.float32 else 0.1
-    if not math.isfinite(difference) or difference > tolerance:
+    if not math.isfinite(difference) or difference > TRANSFORM_NATS:
         raise ValueError(
             f"{type(model).__name__} changes its logits after the output layer in a way the learner does not know "
             f"(log-probs differ by {difference:.3g} nats): add it to learner.trainer.output_layer.logit_transform"

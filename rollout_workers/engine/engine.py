@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from common.config.model import Config, RolloutConfig, StudentConfig, SyncConfig
 from common.data.rendering import load_tokenizer
+from common.float32_head import ENGINE_OVERRIDES
 from common.openmp import share_cores
 from common.protocol.schema import F32, FinishReason, Ids, Sampling, TokenSequence, as_ids
 from common.weight_sync.manifest import SyncManifest
@@ -274,6 +275,7 @@ def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
     return AsyncEngineArgs(
         model=model,
         dtype=_dtype(config.student),
+        hf_overrides=ENGINE_OVERRIDES,
         seed=config.run.seed,
         max_model_len=config.student.max_sequence_tokens,
         # Other sequences in the batch, or cached blocks, change the last bit of a log-prob.

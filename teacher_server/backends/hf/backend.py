@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from common.float32_head import float32_forward
 from common.protocol.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
 from common.weight_sync.collective import SyncError
 from teacher_server.backends.base import BackendError, Work
@@ -221,7 +222,8 @@ class TransformersBackend:
         a, b, c = length // 4, length // 2, 3 * length // 4
         with torch.inference_mode():
             tokens = torch.from_numpy(ids.astype(np.int64))[None].to(self._model.device)
-            logits = self._model(input_ids=tokens, use_cache=False).logits[0, c - 1 : -1].float()
+            with float32_forward(self._output_layer):
+                logits = self._model(input_ids=tokens, use_cache=False).logits[0, c - 1 : -1].float()
         expected = logits.log_softmax(-1).cpu().gather(-1, torch.from_numpy(ids[c:].astype(np.int64))[:, None])[:, 0]
         self._model.set_attn_implementation(ATTENTION_NAME)
         prefix = self.prefill(ids[a:b], self.prefill(ids[:a], None))

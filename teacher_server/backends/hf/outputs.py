@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.float32_head import float32_linear
 from common.protocol.schema import LOGPROB_FLOOR, PAD_ID, ScoreMode
 
 CHUNK_BYTES = 64 * 1024 * 1024
@@ -36,7 +37,7 @@ class PositionScores:
 
 def score_hidden(
     hidden: Tensor,
-    output_layer: Callable[[Tensor], Tensor],
+    output_layer: Any,
     vocab_size: int,
     *,
     sampled: Tensor,
@@ -45,12 +46,14 @@ def score_hidden(
     temperature: float,
     k: int,
 ) -> PositionScores:
-    """Scores of n positions from ``hidden [n, H]``, with at most `CHUNK_BYTES` of logits in memory."""
+    """Scores of n positions from ``hidden [n, H]`` and the model's linear `output_layer`, with at most `CHUNK_BYTES` of
+    logits in memory.
+    """
     chunk = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
     rows = max(1, chunk // (4 * vocab_size))
     parts = [
         score_logits(
-            output_layer(hidden[start : start + rows]).float(),
+            float32_linear(hidden[start : start + rows], output_layer.weight, getattr(output_layer, "bias", None)),
             sampled=sampled[start : start + rows],
             ids=None if ids is None else ids[start : start + rows],
             mode=mode,

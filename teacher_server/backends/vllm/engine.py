@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.config.model import TeacherConfig
+from common.float32_head import ENGINE_OVERRIDES
 from teacher_server.backends.base import BackendError, BackendLost
 from teacher_server.backends.vllm.worker import EXTENSION, FIXED_COLUMNS
 
@@ -105,6 +106,7 @@ def engine_settings(config: TeacherConfig, *, gpu: bool) -> dict[str, Any]:
     """Arguments of ``vllm.LLM``, model and dtype excluded."""
     max_tokens = config.max_sequence_tokens
     return {
+        "hf_overrides": ENGINE_OVERRIDES,
         # Requests and results are token ids.
         "skip_tokenizer_init": True,
         "generation_config": "vllm",

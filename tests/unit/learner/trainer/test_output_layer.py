@@ -275,3 +275,12 @@ def test_unknown_transforms_are_refused_by_name(kind: str, settings: dict[str, A
     model = tiny(kind, **settings)
     with pytest.raises(ValueError, match=type(model).__name__):
         check_transform(model, OutputLayer(model.get_output_embeddings(), LogitTransform(), 3), model.base_model)
+
+
+def test_a_bfloat16_head_computes_its_loss_from_float32_logits() -> None:
+    case = Case(bias=True)
+    case.layer.to(torch.bfloat16)
+    case.hidden = case.hidden.detach().to(torch.bfloat16).requires_grad_()
+    got, expected = case.run(case.chunked), case.run(case.plain)  # `plain` takes the stored values to float64
+    assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
+    assert_equal_gradients(got[1:], expected[1:], rtol=2**-8)

@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.float32_head import float32_linear
 from common.protocol.schema import Ids, ItemError, ItemScore, ScoreMode, as_ids
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.hf import backend as transformers_backend
+from teacher_server.backends.hf import outputs
 from teacher_server.backends.hf.attention import attention_with_lse, eager_attention_with_lse, refuse_unusual_attention
 from teacher_server.backends.hf.backend import TransformersBackend
 from teacher_server.backends.hf.packing import PrefixedSequence, PrefixState, split_into_passes
@@ -281,15 +283,17 @@ def test_logits_that_are_not_numbers_are_an_error_of_their_item_alone(tiny_untie
 
 
 def test_output_layer_sees_response_positions_only(
-    model: Any, backend: TransformersBackend, prefixes: dict[int, PrefixState | None]
+    backend: TransformersBackend, prefixes: dict[int, PrefixState | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(15)
     rows: list[int] = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
-    try:
-        backend.score([work(rng, prefixes[150], 40, 3), work(rng, None, 60, 5)])
-    finally:
-        hook.remove()
+
+    def counting(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows.append(len(hidden))
+        return float32_linear(hidden, weight, bias)
+
+    monkeypatch.setattr(outputs, "float32_linear", counting)
+    backend.score([work(rng, prefixes[150], 40, 3), work(rng, None, 60, 5)])
     assert sum(rows) == 8
 
 
