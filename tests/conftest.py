@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.families import Families
 from tests.support.ray_nodes import ray_cluster
 from tests.support.runs import Body, ReferenceRun, reference_run
 from tests.support.tiny import make_tiny_model
@@ -42,6 +43,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random model with a separate output layer."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "untied", tied=False, seed=1)
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    """Folders of tiny models by family, each made at its first use: ``families / name``."""
+    return Families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="session")

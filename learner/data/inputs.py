@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.config.model import Config, DataConfig
+from common.config.model import Config, ConfigError, DataConfig, StudentConfig
 from common.data.contexts import pool_digest, read_pool
 from common.data.fingerprint import tokenizer_fingerprint
 from common.data.rendering import Renderer, check_lengths, load_tokenizer, teacher_sequence
 from common.data.rows import DataError, Row, digest, read_rows
 from common.evaluation.graders import Grader, make_grader
 from common.evaluation.perplexity import split_into_chunks
+from common.models.positions import sequence_limit
 from common.protocol.schema import Context, Prompt, TokenSequence, as_ids
 from learner.data.context_sampling import ContextSampler
 from learner.data.games import environment_error, first_turn, refuse_games_if_unsupported
@@ -69,7 +70,7 @@ def read_inputs(config: Config) -> Inputs:
     renderer = Renderer(tokenizer, text, config.student, config.context.placement)
     turns = [first_turn(row) for row in train]
     sampler = None if pool is None else ContextSampler(pool, renderer, config.run.seed, turns)
-    limit = config.student.max_sequence_tokens or _model_limit(config.student.model)
+    limit = _student_limit(config.student)
     other_tasks = replace(renderer, contexts={}, without_shared_prefix=[])  # no teacher gets their contexts
     chunk_tokens = min(config.eval.perplexity_chunk_tokens, limit)
     inputs = Inputs(
@@ -133,7 +134,10 @@ def _check_teachers(path: Path, rows: Sequence[Row], known: Sequence[str]) -> No
             )
 
 
-def _model_limit(model: str) -> int:
+def _student_limit(student: StudentConfig) -> int:
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings)
+    limit = sequence_limit(AutoConfig.from_pretrained(student.model), student.max_sequence_tokens)
+    if limit is None:
+        raise ConfigError(f"{student.model} names no longest sequence: set student.max_sequence_tokens")
+    return limit

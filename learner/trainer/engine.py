@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.config.model import Config
+from common.models.positions import sequence_limit
 from common.protocol.schema import ScoredTrajectory
 from common.weight_sync.manifest import TensorSpec
 from learner.trainer.batch_layout import PADDED
@@ -68,7 +69,7 @@ class LearnerEngine:
         self._stage = effective_zero_stage(learner.zero_stage, self._dtype)
         settings = deepspeed_config(learner, self._stage, self._dtype, self._world_size)
         partition = settings if self._stage == 3 else None
-        policy = load_policy(config.student.model, learner, self._device, self._dtype, partition)
+        policy = load_policy(config.student, learner, self._device, self._dtype, partition)
         self._vocab_size = full_shape(policy.head.weight)[0]
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self._parameters = sum(math.prod(full_shape(parameter)) for parameter in trained)
@@ -118,7 +119,7 @@ class LearnerEngine:
             zero_stage=self._stage,
             parameters=self._parameters,
             vocab_size=self._vocab_size,
-            max_sequence_tokens=int(self._policy.model.config.get_text_config().max_position_embeddings),
+            max_sequence_tokens=sequence_limit(self._policy.model.config, self._config.student.max_sequence_tokens) or 0,
             tensors=self._weights.specs,
             weight_version=self._version,
         )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from common.config.model import LearnerConfig, StudentConfig
+from common.models.attention import attention_implementation
+from common.models.positions import fix_rope
 from common.protocol.schema import LOGPROB_FLOOR, Ids, ItemScore
 from learner.trainer.batch_layout import SequenceBatch
 from learner.trainer.lora import add_adapters
@@ -112,7 +114,7 @@ class Policy(nn.Module):
 
 
 def load_policy(
-    checkpoint: str,
+    student: StudentConfig,
     learner: LearnerConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -122,15 +124,19 @@ def load_policy(
 
     `partition` is the DeepSpeed configuration of a ZeRO-3 run. Each parameter is then partitioned over the ranks as it
     is created, so a model may be larger than any one device; the model can run after `deepspeed.initialize`.
-    Dropout is set to 0: the policy that is trained must be the one that was sampled from.
+    Dropout is set to 0: the policy that is trained must be the one that was sampled from. Raises ValueError for a model
+    whose positions depend on the batch (`fix_rope`).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = AutoConfig.from_pretrained(checkpoint)
+    settings = AutoConfig.from_pretrained(student.model)
     _disable_dropout(settings)
     with _partitioned(partition):
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=settings, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            student.model, config=settings, dtype=dtype, attn_implementation=attention_implementation(settings)
+        )
     model.to(device)
+    fix_rope(model, student.max_sequence_tokens)
     if learner.lora is not None:
         add_adapters(model, learner.lora)
     if learner.gradient_checkpointing:

@@ -22,16 +22,22 @@ SMOOTH: dict[str, Any] = {"lr": 100.0, "eps": 1.0, "betas": (0.0, 0.0), "weight_
 """Keys of the `learner` section."""
 
 
-def expected_gradients(config: Config, scored: Sequence[ScoredTrajectory], *, shift: int = 0) -> dict[str, Tensor]:
-    """Gradient of the step's loss by parameter name. `shift` moves the predicting position: 0 is right."""
+def expected_gradients(
+    config: Config, scored: Sequence[ScoredTrajectory], *, shift: int = 0, pad_to: int = 0
+) -> dict[str, Tensor]:
+    """Gradient of the step's loss by parameter name. `shift` moves the predicting position: 0 is right.
+
+    Sequences are padded on the right to `pad_to` tokens, which changes nothing but the longest position of the pass.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(config.student.model)
+    model = AutoModelForCausalLM.from_pretrained(config.student.model, attn_implementation="eager")
     loss, total, count = config.loss, torch.zeros(()), 0.0
     assert loss.form != "policy_gradient"
     for item in scored:
         prompt, response = item.trajectory.prompt.student_ids, item.trajectory.response_ids
         ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
+        ids = torch.nn.functional.pad(ids, (0, max(0, pad_to - ids.shape[1])))
         first = len(prompt) - 1 + shift
         logits = model(ids).logits[0, first : first + len(response)] / loss.temperature
         logprobs = logits.log_softmax(-1)

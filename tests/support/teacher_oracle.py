@@ -14,21 +14,27 @@ from common.protocol.schema import LOGPROB_FLOOR, PAD_ID, Ids, ItemScore, ScoreI
 
 @dataclass(frozen=True)
 class Oracle:
-    """A loaded model with its own attention."""
+    """A loaded model with its own eager attention, and the length to which sequences are padded on the right.
+
+    Padding changes nothing but the longest position of the pass, by which some models scale positions.
+    """
 
     model: Any
+    pad_to: int = 0
 
     @classmethod
-    def load(cls, folder: Path | str) -> Oracle:
+    def load(cls, folder: Path | str, pad_to: int = 0) -> Oracle:
         from transformers import AutoModelForCausalLM
 
-        return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        return cls(model.eval(), pad_to)
 
     @torch.inference_mode()
     def logprobs(self, context: Ids, prompt: Ids, response: Ids, temperature: float = 1.0) -> torch.Tensor:
         """Full log-softmax ``[T, V]`` that predicts each response token, in f64."""
         ids = np.concatenate([context, prompt, response]).astype(np.int64)
-        logits = self.model(input_ids=torch.from_numpy(ids)[None]).logits[0].double()
+        padded = np.pad(ids, (0, max(0, self.pad_to - len(ids))))
+        logits = self.model(input_ids=torch.from_numpy(padded)[None], use_cache=False).logits[0].double()
         first = len(ids) - response.size - 1
         return (logits[first : len(ids) - 1] / temperature).log_softmax(-1)
 

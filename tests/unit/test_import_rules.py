@@ -45,7 +45,7 @@ ENTRY_POINTS = {
 """Rooms of ``deploy`` -> the modules of services that they start or check with; the simulator runs the loop's rules."""
 ORDER = {
     "common": [
-        {"async_utils", "devices", "float32_head", "network", "openmp"},
+        {"async_utils", "devices", "float32_head", "models", "network", "openmp"},
         {"protocol", "config"},
         {"data", "telemetry", "evaluation", "weight_sync", "import_names"},
     ],

@@ -21,7 +21,7 @@ def held_after_load(rank: int, config: Config) -> tuple[int, int, int]:
     from learner.trainer.policy import load_policy
 
     settings = deepspeed_config(config.learner, 3, torch.float32, dist.get_world_size())
-    policy = load_policy(config.student.model, config.learner, torch.device("cpu"), torch.float32, settings)
+    policy = load_policy(config.student, config.learner, torch.device("cpu"), torch.float32, settings)
     parameters = list(policy.model.parameters())
     parts = sum(parameter.ds_tensor.numel() for parameter in parameters)
     return sum(p.numel() for p in parameters), parts, sum(math.prod(full_shape(p)) for p in parameters)
