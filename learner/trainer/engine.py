@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.config.model import Config
-from common.models.positions import sequence_limit
 from common.protocol.schema import ScoredTrajectory
 from common.weight_sync.manifest import TensorSpec
 from learner.trainer.batch_layout import PADDED
@@ -119,7 +118,6 @@ class LearnerEngine:
             zero_stage=self._stage,
             parameters=self._parameters,
             vocab_size=self._vocab_size,
-            max_sequence_tokens=sequence_limit(self._policy.model.config, self._config.student.max_sequence_tokens) or 0,
             tensors=self._weights.specs,
             weight_version=self._version,
         )

@@ -20,7 +20,6 @@ class LearnerInfo:
     zero_stage: int
     parameters: int
     vocab_size: int
-    max_sequence_tokens: int
     tensors: tuple[TensorSpec, ...]
     weight_version: int
 

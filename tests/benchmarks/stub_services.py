@@ -110,7 +110,7 @@ class StubRank(LearnerRank):
 
     def setup(self, host: str, port: int) -> LearnerInfo:
         self._version, self._seen = 0, 0
-        return LearnerInfo(self._rank, self._world_size, "cpu", "float32", 0, 0, VOCABULARY, 4096, (), 0)
+        return LearnerInfo(self._rank, self._world_size, "cpu", "float32", 0, 0, VOCABULARY, (), 0)
 
     def accumulate(self, *scored: ScoredTrajectory) -> AccumulateReport:
         started, latencies = time.time(), Latencies.here()
