@@ -38,6 +38,7 @@ from learner.evaluation.summary import RunSummary, final_table
 from learner.loop.checkpoints import CheckpointError, Checkpoints
 from learner.loop.run import Resumed, Run
 from learner.loop.user_errors import KNOWN_ERRORS
+from learner.preflight.checks import preflight
 
 __all__ = ["KNOWN_ERRORS", "evaluate", "main", "run"]
 
@@ -74,8 +75,13 @@ def run(
 
 def _run_owned(config: Config, progress: Progress, *, resume: bool, accept_changes: bool) -> int:
     resumed = _find_checkpoint(config, accept_changes=accept_changes) if resume else None
-    progress.status("reading data")
-    inputs = read_inputs(config)
+    progress.status("checking models, data and this machine")
+    report = preflight(config)
+    for text in report.texts("warning"):
+        progress.line(f"WARNING: {text}")
+    report.raise_errors()
+    inputs = report.inputs
+    assert inputs is not None  # without an error, the rows are rendered
     if resumed is None:
         clear(config.run.path)
     with report_at_end(config.run.path, progress.line), interruptible(), cluster() as dashboard:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import ray
 
 from common.config.model import Config
-from common.data.rendering import Renderer, load_tokenizer
+from common.data.model_lookup import load_tokenizer
+from common.data.rendering import Renderer
 from common.devices import see_only
 from common.network import use_interface_of
 from common.protocol.schema import F32, FinishReason, Prompt, Sample, ScoredTrajectory, TokenSequence, Trajectory

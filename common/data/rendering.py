@@ -11,9 +11,8 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from common.config.model import ConfigError, StudentConfig
+from common.config.model import StudentConfig
 from common.data.fingerprint import tokenizer_fingerprint
-from common.data.model_lookup import require_model
 from common.data.rows import DataError, Row
 from common.protocol.schema import Context, Prompt, as_ids, context_hash
 
@@ -25,17 +24,6 @@ SEPARATOR = "\n\n"
 
 _PROBES = ("Alpha", "7", "(z", "\u00e9t\u00e9")
 """User contents that share no first token, so that their renderings share exactly the context's prefix."""
-
-
-def load_tokenizer(model: str) -> Any:
-    """Load the tokenizer of a Hugging Face folder or hub name. Raises ConfigError if there is none."""
-    require_model(model)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer at {model}: {str(error).splitlines()[0]}") from error
 
 
 @dataclass
@@ -255,19 +243,24 @@ def teacher_sequence(prompt: Prompt, contexts: Mapping[str, Context]) -> list[in
     return [*lead, *prompt.teacher_ids.tolist()]
 
 
-def check_lengths(
-    side: Literal["student", "teacher"], prompt_tokens: Mapping[str, int], *, max_tokens: int, limit: int
-) -> None:
-    """Raise DataError with every row (the first 20) whose prompt plus `max_tokens` exceeds `limit`.
+def length_faults(
+    lead: str,
+    side: Literal["student", "teacher"],
+    prompt_tokens: Mapping[str, int],
+    *,
+    answer: tuple[str, int],
+    limit: tuple[str, int],
+) -> list[str]:
+    """Return a line, after `lead`, for every row (the first 20) whose prompt plus answer is longer than `limit`.
 
-    `prompt_tokens` maps row id to prompt tokens; the teacher's include the context.
+    `prompt_tokens` maps row id to prompt tokens; the teacher's include the context. `answer` and `limit` are pairs of
+    the name that decides the number, and the number.
     """
     faults = [
-        f"row {row!r}: {tokens + max_tokens} {side} tokens ({tokens} of prompt, {max_tokens} of answer), at most "
-        f"{limit}: shorten the row, lower rollout.max_tokens or raise {side}.max_sequence_tokens"
+        f"{lead}row {row!r}: {tokens + answer[1]} {side} tokens ({tokens} of prompt, {answer[1]} of answer), at most "
+        f"{limit[1]} ({limit[0]}): shorten the row or lower {answer[0]}"
         for row, tokens in prompt_tokens.items()
-        if tokens + max_tokens > limit
+        if tokens + answer[1] > limit[1]
     ]
-    if faults:
-        more = [f"... and {len(faults) - 20} more"] if len(faults) > 20 else []
-        raise DataError("\n".join(faults[:20] + more))
+    more = [f"{lead}... and {len(faults) - 20} more"] if len(faults) > 20 else []
+    return faults[:20] + more

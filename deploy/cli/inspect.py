@@ -48,7 +48,8 @@ def inspect(
 
 
 def _inspect(config: Config, row_id: str | None, context_id: str | None, response: str | None) -> InspectedRow:
-    from common.data.rendering import Renderer, load_tokenizer
+    from common.data.model_lookup import load_tokenizer
+    from common.data.rendering import Renderer
     from deploy.inspect.inspection import inspect_row
 
     row = find_row(config.data, row_id)

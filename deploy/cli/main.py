@@ -12,7 +12,6 @@ import typer
 
 from common.config.loader import dump_config, load_teacher_config
 from common.config.model import ConfigError
-from common.data.rows import DataError
 from common.protocol.scoring import TeacherError
 from common.telemetry.run_folder import check_free
 from deploy.cli import compare, experience, report, submit, version
@@ -52,7 +51,10 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration, check the data, start nothing.")
+        bool, typer.Option("--dry-run", help="Check everything that needs no service, print a summary, start nothing.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the complete configuration; start nothing.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
     accept_changes: Annotated[
@@ -61,16 +63,24 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")] = False,
 ) -> None:
     """Distil a context into a student: a whole run."""
-    with known_errors(ConfigError, DataError):
+    with known_errors(ConfigError):
         resolved = load_run_config(config, overrides)
         check_free(resolved.run.path, resume=resume, overwrite=overwrite)
-        if dry_run:
-            from deploy.inspect.checks import check_data
+    if print_config:
+        typer.echo(dump_config(resolved), nl=False)
+    if dry_run:
+        from deploy.inspect.dry_run import summary_text
+        from learner.preflight.checks import preflight
 
-            checked = check_data(resolved)
-            typer.echo(dump_config(resolved), nl=False)
-            typer.echo(checked, err=True)
-            return
+        report = preflight(resolved, offline=True)
+        for text in report.texts("warning"):
+            typer.echo(f"warning: {text}", err=True)
+        with known_errors(ConfigError):
+            report.raise_errors()
+        for line in summary_text(report):
+            typer.echo(line, err=print_config)
+    if dry_run or print_config:
+        return
     from learner import train as entry
 
     with known_errors(*entry.KNOWN_ERRORS):

@@ -30,8 +30,8 @@ HEAD = """\
 
 One YAML file describes a run, section by section. `opcd train CONFIG key=value …` overrides single keys; `null` unsets
 one. An unknown key or a bad value is refused before anything starts, with the nearest valid one.
-`opcd train CONFIG --dry-run` prints the complete configuration. `opcd teacher CONFIG` reads the `teacher` section of
-the same file (`teacher.model` defaults to `student.model`).
+`opcd train CONFIG --print-config` prints the complete configuration. `opcd teacher CONFIG` reads the `teacher` section
+of the same file (`teacher.model` defaults to `student.model`).
 
 Required keys: `run.name`, `student.model`, `data.train`, and one of `context.text`,
 `context.file` and `context.pool`.

@@ -1,4 +1,4 @@
-"""Looks at machines, rows and finished runs: doctor (on `machine`), dry run (`checks`), inspect (`inspection`), chat.
+"""Looks at machines, rows and finished runs: doctor (on `machine`), dry run (`dry_run`), inspect (`inspection`), chat.
 
-Imports `common` and `learner.data.inputs`.
+Imports `common` and `learner.preflight`.
 """

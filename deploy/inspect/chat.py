@@ -11,8 +11,8 @@ import yaml
 
 from common.config.loader import validate
 from common.config.model import Config, ConfigError
-from common.data.model_lookup import require_model
-from common.data.rendering import Renderer, load_tokenizer, teacher_sequence
+from common.data.model_lookup import load_tokenizer, require_model
+from common.data.rendering import Renderer, teacher_sequence
 from common.data.rows import DataError, Message, Row, read_rows
 from common.data.token_text import decode_ids
 

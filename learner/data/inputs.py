@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from common.config.model import Config, ConfigError, DataConfig, StudentConfig
-from common.data.contexts import pool_digest, read_pool
+from common.config.model import Config, ConfigError, DataConfig
+from common.data.contexts import Pool, pool_digest, read_pool
 from common.data.fingerprint import tokenizer_fingerprint
-from common.data.rendering import Renderer, check_lengths, load_tokenizer, teacher_sequence
+from common.data.model_lookup import load_tokenizer, model_limit
+from common.data.rendering import Renderer, length_faults, teacher_sequence
 from common.data.rows import DataError, Row, digest, read_rows
 from common.evaluation.graders import Grader, make_grader
 from common.evaluation.perplexity import split_into_chunks
-from common.models.positions import sequence_limit
 from common.protocol.schema import Context, Prompt, TokenSequence, as_ids
 from learner.data.context_sampling import ContextSampler
 from learner.data.games import environment_error, first_turn, refuse_games_if_unsupported
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run reads, before a tokenizer is needed."""
+
+    train: list[Row]
+    valid: list[Row]
+    eval: list[Row]
+    ood: dict[str, list[Row]]
+    """Rows of other tasks by name."""
+    texts: dict[str, str]
+    """Texts for perplexity by name."""
+    context: str
+    """The context; with a pool, its first one."""
+    pool: Pool | None
+    grader: Grader
 
 
 @dataclass(frozen=True)
@@ -45,66 +61,130 @@ class Inputs:
     """Gives each training sample its context; set if there is a pool. `train` then has the context of most tokens, and
     each held-out row its own context."""
     pool_digest: str | None = None
+    warnings: tuple[str, ...] = ()
+    """Likely mistakes in rows and contexts, one line each."""
 
-    def student_tokens(self) -> dict[str, int]:
-        """Student prompt tokens by row id; rows of other tasks are ``TASK/ROW``."""
-        own = {row.row_id: row for row in (*self.train, *self.valid, *self.eval)}
-        others = {f"{name}/{row.row_id}": row for name, rows in self.ood.items() for row in rows}
-        return {name: len(row.student_ids) for name, row in {**own, **others}.items()}
+    def sets(self) -> dict[str, list[Prompt]]:
+        """Rows by the key of their set; sets without rows are left out."""
+        named = {"data.train": self.train, "data.valid": self.valid, "data.eval": self.eval}
+        named |= {f"eval.ood.{name}": rows for name, rows in self.ood.items()}
+        return {key: rows for key, rows in named.items() if rows}
 
-    def teacher_tokens(self) -> dict[str, int]:
+    def teacher_tokens(self, rows: Sequence[Prompt]) -> dict[str, int]:
         """Teacher prompt tokens by row id, context included."""
-        rows = (*self.train, *self.valid, *self.eval)
         return {row.row_id: len(teacher_sequence(row, self.contexts)) for row in rows}
 
 
 def read_inputs(config: Config) -> Inputs:
     """Read and render every row. Raises ConfigError or DataError, which name file, line or row."""
-    grader = make_grader(config.eval.grader)
-    train = read_rows(config.data.train, config.data, check=environment_error)
-    valid, held_out = _held_out(config.data, config.data.valid), _held_out(config.data, config.data.eval)
-    _check_teachers(config.data.train, train, tuple(config.named_teachers()))
-    pool = None if config.context.pool is None else read_pool(config.context.pool)
-    text = config.context.read() if pool is None else pool[0].text
+    return render_inputs(config, read_sources(config))
+
+
+def read_sources(config: Config) -> Sources:
+    """Read the context and every data set. Raises ConfigError or DataError with a line for each fault of each part."""
+    data, faults = config.data, _Faults()
+    pool = None
+    if config.context.pool is not None:
+        pool = faults.collect("", read_pool, config.context.pool)
+        text = pool[0].text if pool else ""
+    else:
+        text = faults.collect("", config.context.read) or ""
+    grader = faults.collect("", make_grader, config.eval.grader)
+    train = faults.collect("data.train", read_rows, data.train, data, check=environment_error) or []
+    faults.collect("data.train", _check_teachers, train, tuple(config.named_teachers()))
+    valid = faults.collect("data.valid", _held_out, data, data.valid) or []
+    held_out = faults.collect("data.eval", _held_out, data, data.eval) or []
+    ood = {
+        name: faults.collect(f"eval.ood.{name}", _held_out, data, path) or [] for name, path in config.eval.ood.items()
+    }
+    texts = {
+        name: faults.collect("eval.perplexity", _text, path) or "" for name, path in config.eval.perplexity.items()
+    }
+    faults.raise_all()
+    assert grader is not None
+    return Sources(train, valid, held_out, ood, texts, text, pool, grader)
+
+
+def render_inputs(config: Config, sources: Sources) -> Inputs:
+    """Render every row with the student's tokenizer. Raises DataError, which names set and row, and ConfigError."""
     tokenizer = load_tokenizer(config.student.model)
-    renderer = Renderer(tokenizer, text, config.student, config.context.placement)
-    turns = [first_turn(row) for row in train]
+    renderer = Renderer(tokenizer, sources.context, config.student, config.context.placement)
+    limit = config.student.max_sequence_tokens or model_limit(config.student.model)
+    if limit is None:
+        raise ConfigError(
+            f"{config.student.model} states no longest sequence (max_position_embeddings): set "
+            "student.max_sequence_tokens"
+        )
+    turns = [first_turn(row) for row in sources.train]
+    pool = sources.pool
     sampler = None if pool is None else ContextSampler(pool, renderer, config.run.seed, turns)
-    limit = _student_limit(config.student)
     other_tasks = replace(renderer, contexts={}, without_shared_prefix=[])  # no teacher gets their contexts
     chunk_tokens = min(config.eval.perplexity_chunk_tokens, limit)
     inputs = Inputs(
         train=[turn.render(renderer) if sampler is None else sampler.with_longest_context(turn) for turn in turns],
-        valid=_rendered(valid, renderer, sampler),
-        eval=_rendered(held_out, renderer, sampler),
-        ood={
-            name: [first_turn(row).render(other_tasks) for row in _held_out(config.data, path)]
-            for name, path in config.eval.ood.items()
+        valid=_rendered(sources.valid, renderer, sampler),
+        eval=_rendered(sources.eval, renderer, sampler),
+        ood={name: [first_turn(row).render(other_tasks) for row in rows] for name, rows in sources.ood.items()},
+        texts={
+            name: _chunks(tokenizer, text, chunk_tokens, config.eval.perplexity[name])
+            for name, text in sources.texts.items()
         },
-        texts={name: _chunks(path, tokenizer, chunk_tokens) for name, path in config.eval.perplexity.items()},
         contexts=renderer.contexts,
-        grader=grader,
+        grader=sources.grader,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         student_limit=limit,
-        data_digest=digest(config.data, train),
+        data_digest=digest(config.data, sources.train),
         context_sampler=sampler,
         pool_digest=None if pool is None else pool_digest(pool),
+        warnings=tuple(_merged_rows(renderer)),
     )
     refuse_games_if_unsupported(inputs.train, config.rollout, config.teacher)
-    if renderer.without_shared_prefix:
-        log.warning(
-            "%d rows (the first is %r) do not start with the context's own tokens, because the tokenizer merges across "
-            "its end: their scores are right, but do not use the context's cache",
-            len(renderer.without_shared_prefix),
-            renderer.without_shared_prefix[0],
-        )
-    check_lengths(
-        "student",
-        inputs.student_tokens(),
-        max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens or 0),
-        limit=limit,
-    )
+    _check_student_lengths(config, inputs)
     return inputs
+
+
+def answer_limit(config: Config, key: str) -> tuple[str, int]:
+    """(key of the configuration, most tokens) of an answer to a row of the set `key`, such as ``data.train``."""
+    if key == "data.train" or config.eval.max_tokens is None:
+        return "rollout.max_tokens", config.rollout.max_tokens
+    return "eval.max_tokens", config.eval.max_tokens
+
+
+def _check_student_lengths(config: Config, inputs: Inputs) -> None:
+    faults = []
+    named = config.student.max_sequence_tokens is not None
+    for key, rows in inputs.sets().items():
+        name, tokens = answer_limit(config, key)
+        faults += length_faults(
+            f"{key}: ",
+            "student",
+            {row.row_id: len(row.student_ids) for row in rows},
+            answer=(name, tokens),
+            limit=("student.max_sequence_tokens" if named else "the model's own limit", inputs.student_limit),
+        )
+    if faults:
+        raise DataError("\n".join(faults))
+
+
+class _Faults:
+    """Collects the faults of several parts, to report all of them at once."""
+
+    def __init__(self) -> None:
+        self._found: list[Exception] = []
+
+    def collect(self, key: str, read: Callable[..., T], *arguments: Any, **options: Any) -> T | None:
+        """Return ``read(*arguments)``, or None after a fault, which is kept with `key` before each of its lines."""
+        try:
+            return read(*arguments, **options)
+        except (ConfigError, DataError) as error:
+            lead = f"{key}: " if key else ""
+            self._found.append(type(error)("\n".join(lead + line for line in str(error).splitlines())))
+            return None
+
+    def raise_all(self) -> None:
+        if self._found:
+            kind = ConfigError if isinstance(self._found[0], ConfigError) else DataError
+            raise kind("\n".join(map(str, self._found)))
 
 
 def _rendered(rows: Sequence[Row], renderer: Renderer, sampler: ContextSampler | None) -> list[Prompt]:
@@ -112,32 +192,37 @@ def _rendered(rows: Sequence[Row], renderer: Renderer, sampler: ContextSampler |
     return [turn.render(renderer) if sampler is None else sampler.held_out(turn) for turn in turns]
 
 
+def _merged_rows(renderer: Renderer) -> Iterator[str]:
+    if rows := renderer.without_shared_prefix:
+        yield (
+            f"{len(rows)} rows (the first is {rows[0]!r}) do not start with the context's own tokens, because the "
+            "tokenizer merges across its end: their scores are right, but do not use the context's cache"
+        )
+
+
 def _held_out(data: DataConfig, path: Path | None) -> list[Row]:
     return [] if path is None else read_rows(path, data, need_answers=True, check=environment_error)
 
 
-def _chunks(path: Path, tokenizer: Any, tokens: int) -> list[TokenSequence]:
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _chunks(tokenizer: Any, text: str, tokens: int, path: Path) -> list[TokenSequence]:
     """Chunks of a text's tokens, which begin with the BOS token if the tokenizer adds one."""
     try:
-        text = path.read_bytes().decode("utf-8")
         return split_into_chunks(as_ids(tokenizer(text)["input_ids"]), tokens)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"eval.perplexity: {path}: {error}") from error
 
 
-def _check_teachers(path: Path, rows: Sequence[Row], known: Sequence[str]) -> None:
+def _check_teachers(rows: Sequence[Row], known: Sequence[str]) -> None:
     for row in rows:
         if row.teacher is not None and row.teacher not in known:
             raise DataError(
-                f"{path}: row {row.id!r} names teacher {row.teacher!r}, the configuration has {', '.join(known)} "
+                f"row {row.id!r} names teacher {row.teacher!r}, the configuration has {', '.join(known)} "
                 "(see `teachers`)"
             )
-
-
-def _student_limit(student: StudentConfig) -> int:
-    from transformers import AutoConfig
-
-    limit = sequence_limit(AutoConfig.from_pretrained(student.model), student.max_sequence_tokens)
-    if limit is None:
-        raise ConfigError(f"{student.model} names no longest sequence: set student.max_sequence_tokens")
-    return limit

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.config.model import Config, ConfigError
-from common.data.rendering import SEPARATOR, load_tokenizer
+from common.data.model_lookup import load_tokenizer
+from common.data.rendering import SEPARATOR
 from common.data.rows import read_rows
 from learner.data.games import environment_error
 from learner.experience.prompts import load_templates

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from common.config.model import Config, ConfigError, ContextConfig, ExperienceConfig
-from common.data.rendering import Renderer, load_tokenizer
+from common.data.model_lookup import load_tokenizer
+from common.data.rendering import Renderer
 from common.data.rows import Message, Row, read_rows
 from common.protocol.schema import Prompt, Sampling
 from common.telemetry.run_files import Progress

@@ -15,7 +15,8 @@ import ray
 
 from common.async_utils import run_in_background
 from common.config.model import Config, ConfigError, LossConfig
-from common.data.rendering import check_lengths, teacher_sequence
+from common.data.rendering import length_faults, teacher_sequence
+from common.data.rows import DataError
 from common.protocol.schema import Sample
 from common.telemetry.run_files import Progress, RunFiles, write_json
 from common.telemetry.trace import TraceFile
@@ -198,16 +199,19 @@ class Run:
         scorer = await services.teachers.connect(
             inputs.contexts,
             tokenizer_fingerprint=inputs.tokenizer_fingerprint,
-            longest_tokens=max(inputs.teacher_tokens().values()) + config.rollout.max_tokens,
+            longest_tokens=max(inputs.teacher_tokens(inputs.train).values()) + config.rollout.max_tokens,
         )
         for name, page in services.teachers.metrics_pages().items():
             self._files.relay_metrics(name, page)
-        check_lengths(
+        faults = length_faults(
+            "data.train: ",
             "teacher",
-            inputs.teacher_tokens(),
-            max_tokens=config.rollout.max_tokens,
-            limit=services.teachers.longest_tokens or inputs.student_limit,
+            inputs.teacher_tokens(inputs.train),
+            answer=("rollout.max_tokens", config.rollout.max_tokens),
+            limit=("the teacher's limit", services.teachers.longest_tokens or inputs.student_limit),
         )
+        if faults:
+            raise DataError("\n".join(faults))
         if self._resumed is not None:
             self._refuse_changes(self._resumed, services.teachers.fingerprints())
         self._progress.line("starting the rollout engines")

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from common.data.rendering import load_tokenizer
+from common.data.model_lookup import load_tokenizer
 from common.data.token_text import decode_ids, token_texts
 from common.protocol.schema import LOGPROB_FLOOR, Context, Mask, Prompt, ScoredTrajectory
 from common.telemetry.run_files import RunFiles

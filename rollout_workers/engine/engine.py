@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config.model import Config, RolloutConfig, StudentConfig, SyncConfig
-from common.data.rendering import load_tokenizer
+from common.data.model_lookup import load_tokenizer
 from common.float32_head import ENGINE_OVERRIDES
 from common.openmp import share_cores
 from common.protocol.schema import F32, FinishReason, Ids, Sampling, TokenSequence, as_ids

@@ -16,11 +16,10 @@ from types import FrameType
 import torch
 import uvicorn
 from fastapi import FastAPI
-from transformers import AutoTokenizer
 
 from common.config.model import TeacherConfig
 from common.data.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
-from common.data.model_lookup import require_model
+from common.data.model_lookup import load_tokenizer
 from common.protocol.scoring import TeacherError
 from teacher_server.backends.base import Backend, BackendError
 from teacher_server.backends.hf.backend import TransformersBackend
@@ -48,8 +47,7 @@ def build_service(config: TeacherConfig, *, on_failure: Callable[[str], None] = 
     set_threads = _thread_setter(config.threads)
     set_threads()
     try:
-        require_model(config.model)
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = load_tokenizer(config.model)
         backend, on_stop = _backend(config, config.model)
     except (BackendError, OSError, ValueError) as error:
         raise TeacherError(f"teacher.model {config.model} cannot be loaded: {error}") from error

@@ -65,4 +65,4 @@ def test_from_problems_to_a_run_that_takes_what_was_learned(
     assert all(one["text"].endswith(f"- know {one['problems'] - 1}\n\n") for one in selected)
     checked = opcd("train", config, "--dry-run")
     assert checked.exit_code == 0, checked.output
-    assert "8 train, 4 valid, 4 eval" in checked.stderr
+    assert "8 train, 4 valid, 4 eval" in checked.stdout

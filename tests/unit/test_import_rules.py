@@ -33,11 +33,12 @@ WIRING = {
 ENTRY_POINTS = {
     "deploy.cli": (
         "learner.train",
+        "learner.preflight",
         "learner.experience.commands",
         "teacher_server.http.serve",
         "teacher_server.http.auth",
     ),
-    "deploy.inspect": ("learner.data.inputs",),
+    "deploy.inspect": ("learner.preflight",),
     "deploy.serve": ("teacher_server.http.serve",),
     "deploy.simulator": ("learner.loop.micro_batcher", "learner.loop.staleness", "rollout_workers.pool.dispatch"),
     "deploy.submit": ("learner.cluster.placement",),
@@ -45,7 +46,7 @@ ENTRY_POINTS = {
 """Rooms of ``deploy`` -> the modules of services that they start or check with; the simulator runs the loop's rules."""
 ORDER = {
     "common": [
-        {"async_utils", "devices", "float32_head", "models", "network", "openmp"},
+        {"async_utils", "devices", "error_text", "float32_head", "models", "network", "openmp"},
         {"protocol", "config"},
         {"data", "telemetry", "evaluation", "weight_sync", "import_names"},
     ],
@@ -55,6 +56,7 @@ ORDER = {
         {"cluster"},
         {"evaluation"},
         {"loop"},
+        {"preflight"},
         {"train"},
         {"experience"},
     ],

@@ -92,7 +92,7 @@ def test_a_task_of_ones_own_is_played_and_read_by_a_run(
     monkeypatch.syspath_prepend(str(EXAMPLES))
     result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "--dry-run"])
     assert result.exit_code == 0, result.output
-    assert "8 train" in result.stderr
+    assert "8 train" in result.stdout
     from common.evaluation.graders import make_grader
 
     grade = make_grader("own_task:close_enough")

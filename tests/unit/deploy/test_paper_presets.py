@@ -148,16 +148,17 @@ def test_the_files_have_what_the_machine_needs_and_no_line_that_is_too_long() ->
 def test_a_dry_run_says_that_the_pool_and_the_model_are_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # for a cluster: the GPUs are not here
     result = CliRunner().invoke(app, ["train", str(FOLDER / f"{name}.yaml"), "run.dir=nowhere", "--dry-run"])
     assert result.exit_code == 2, result.output
-    pool, model = result.stderr.splitlines()
+    model, pool = result.stderr.splitlines()
     assert pool.startswith(f"opcd: context.pool: cannot read runs/paper-{name}/experience/selected.jsonl")
     assert "opcd experience select" in pool
-    assert model.startswith(f"student.model {STUDENTS[name]} is not on this machine")
+    assert model.startswith(f"warning: student.model {STUDENTS[name]} is not on this machine")
 
 
 def test_a_dry_run_says_by_name_which_data_sets_are_not_there_and_fetches_nothing(tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "RAY_ADDRESS": "auto"}
     environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
         [sys.executable, "-m", "deploy.cli.main", "train", FOLDER / "safety-qwen-7b.yaml", "--dry-run"],
@@ -168,10 +169,10 @@ def test_a_dry_run_says_by_name_which_data_sets_are_not_there_and_fetches_nothin
         timeout=120,
     )
     assert done.returncode == 2, done.stderr
-    *sets, model = done.stderr.splitlines()
+    model, *sets = done.stderr.splitlines()
     assert [line.removeprefix("opcd: ").split(":")[0] for line in sets] == ["data.train", "data.valid", "data.eval"]
     for line in sets:
         assert "cardiffnlp/tweet_eval not found" in line
         assert str(tmp_path) in line
         assert "OfflineModeIsEnabled" in line
-    assert model.startswith("student.model Qwen/Qwen2.5-7B-Instruct is not on this machine")
+    assert model.startswith("warning: student.model Qwen/Qwen2.5-7B-Instruct is not on this machine")

@@ -10,8 +10,7 @@ import pytest
 
 from common.config.model import ConfigError
 from common.data import model_lookup
-from common.data.model_lookup import require_model
-from common.data.rendering import load_tokenizer
+from common.data.model_lookup import load_tokenizer, require_model
 
 IN_SECONDS = 5.0
 

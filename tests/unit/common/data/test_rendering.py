@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.config.model import StudentConfig
-from common.data.rendering import SEPARATOR, Renderer, check_lengths, common_prefix, teacher_sequence
+from common.data.rendering import SEPARATOR, Renderer, common_prefix, length_faults, teacher_sequence
 from common.data.rows import DataError, Row
 from common.protocol.schema import Prompt, context_hash
 from tests.support.tiny import CHAT_TEMPLATE, make_tokenizer
@@ -245,16 +245,15 @@ def test_context_name_depends_on_tokens_and_tokenizer_only() -> None:
 
 
 def test_every_too_long_row_is_named_with_its_numbers() -> None:
-    with pytest.raises(DataError) as error:
-        check_lengths("teacher", {"a": 90, "b": 91, "c": 92}, max_tokens=10, limit=100)
-    lines = str(error.value).splitlines()
-    assert [line.split(":")[0] for line in lines] == ["row 'b'", "row 'c'"]
-    assert "101 teacher tokens" in lines[0]
-    assert "teacher.max_sequence_tokens" in lines[0]
+    answer, limit = ("rollout.max_tokens", 10), ("teacher.max_sequence_tokens", 100)
+    lines = length_faults("data.train: ", "teacher", {"a": 90, "b": 91, "c": 92}, answer=answer, limit=limit)
+    assert lines[0] == (
+        "data.train: row 'b': 101 teacher tokens (91 of prompt, 10 of answer), at most 100 "
+        "(teacher.max_sequence_tokens): shorten the row or lower rollout.max_tokens"
+    )
+    assert [line.split(":")[1] for line in lines] == [" row 'b'", " row 'c'"]
     for count, last in ((20, "row '19'"), (21, "... and 1 more")):
-        with pytest.raises(DataError) as error:
-            check_lengths("student", {str(i): 100 for i in range(count)}, max_tokens=1, limit=100)
-        lines = str(error.value).splitlines()
+        lines = length_faults("", "student", {str(i): 100 for i in range(count)}, answer=answer, limit=limit)
         assert len(lines) == count
         assert lines[-1].startswith(last)
 

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from common.data.rendering import load_tokenizer
+from common.data.model_lookup import load_tokenizer
 from deploy.cli import chat as cli_chat
 from deploy.cli.chat import line_ends
 from deploy.cli.main import app

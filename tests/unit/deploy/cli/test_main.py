@@ -64,25 +64,34 @@ def test_a_dry_run_refuses_the_folder_of_another_run(path: Path, tmp_path: Path)
     assert (folder / "summary.json").exists()
 
 
-def test_dry_run_prints_the_resolved_whole_and_starts_nothing(path: Path, tmp_path: Path) -> None:
-    result = opcd("train", path, "learner.lr=1e-5", "run.seed=7", "--dry-run")
+def test_print_config_prints_the_resolved_whole_and_starts_nothing(path: Path, tmp_path: Path) -> None:
+    result = opcd("train", path, "learner.lr=1e-5", "run.seed=7", "--print-config")
     assert result.exit_code == 0, result.output
     printed = tmp_path / "printed.yaml"
     printed.write_text(result.stdout)
     assert load_config(printed) == load_config(path, ["learner.lr=1e-5", "run.seed=7"])
-    assert "3 train, 0 valid, 2 eval" in result.stderr
     assert not (tmp_path / "runs").exists()
 
 
-def test_dry_run_counts_the_teachers_tokens(path: Path) -> None:
+def test_dry_run_is_a_short_summary_and_starts_nothing(path: Path, tmp_path: Path) -> None:
+    result = opcd("train", path, "rollout.batch_size=6", "learner.steps=2", "rollout.max_tokens=8", "--dry-run")
+    assert result.exit_code == 0, result.output
+    facts = dict(line.split(None, 1) for line in result.stdout.splitlines())
+    assert facts["rows"] == "3 train, 2 eval"
     # Byte-level tokens: the context has 15 of them, the longest prompt ("Q: cat\nA:") 9.
-    assert "longest prompt on the teacher's side 24 tokens" in opcd("train", path, "--dry-run").stderr
+    assert facts["prompts"] == "student 9 tokens, teacher 24 tokens with the context"
+    assert facts["work"] == "2 steps of 6 answers, 4.0 passes over the rows, at most 96 sampled tokens"
+    assert len(facts) < 16
+    assert result.stderr == ""
+    assert not (tmp_path / "runs").exists()
 
 
 def test_dry_run_without_the_model_reads_the_rows(path: Path) -> None:
     result = opcd("train", path, "student.model=some/name", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "not rendered, some/name is not a local folder" in result.stderr
+    assert "warning: student.model some/name is not on this machine" in result.stderr
+    assert "rows are not rendered" in result.stderr
+    assert "3 train, 2 eval" in result.stdout
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
@@ -127,10 +136,10 @@ def test_a_dry_run_names_everything_that_is_missing_at_once(path: Path) -> None:
     assert result.stdout == ""
     lines = result.stderr.splitlines()
     assert len(lines) == 4
-    assert lines[0].startswith("opcd: context.file: cannot read none.txt")
-    assert lines[1].startswith("data.train: cannot read none.jsonl")
-    assert lines[2].startswith("data.eval: data source hf:no-split")
-    assert lines[3].startswith("teacher.model some/teacher is not on this machine")
+    assert lines[0].startswith("warning: teacher.model some/teacher is not on this machine")
+    assert lines[1].startswith("opcd: context.file: cannot read none.txt")
+    assert lines[2].startswith("data.train: cannot read none.jsonl")
+    assert lines[3].startswith("data.eval: data source hf:no-split")
 
 
 def test_every_prompt_that_does_not_fit_is_a_line_with_its_numbers(path: Path) -> None:
@@ -193,7 +202,7 @@ def test_the_demo_passes_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     result = opcd("train", "deploy/configs/demo.yaml", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "200 train, 32 valid, 64 eval" in result.stderr
+    assert "200 train, 32 valid, 64 eval" in result.stdout
 
 
 def test_the_demos_sets_share_no_word_with_each_other_or_the_context() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -28,18 +27,22 @@ FIRST_RUNS = [
 
 
 @pytest.mark.parametrize("command", FIRST_RUNS, ids=str)
-def test_a_run_of_ones_own_passes_its_check(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in a folder with the files that the page tells to write, and the clone's `deploy/configs`."""
+def test_a_run_of_ones_own_passes_its_check(
+    command: Command, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs in a folder with the files that the page tells to write, a model, and the clone's `deploy/configs`."""
     shutil.copytree(ROOT / "deploy/configs", tmp_path / "deploy/configs")
     (tmp_path / "context.txt").write_text("Q: dog\nA: dogs\n")
     (tmp_path / "train.jsonl").write_text('{"id": "1", "prompt": "Q: cat\\nA:"}\n')
     for name in ("valid", "eval"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"id": "{name}", "prompt": "Q: cup\\nA:", "answer": "cups"}}\n')
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, list(command.words[1:]))
+    words = [re.sub(r"^student\.model=.*", f"student.model={tiny_model}", word) for word in command.words[1:]]
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert "data is fine: 1 train" in result.stderr
-    assert yaml.safe_load(result.stdout)["run"]["name"] == "mine"
+    facts = dict(line.split(None, 1) for line in result.stdout.splitlines())
+    assert facts["rows"].startswith("1 train")
+    assert Path(facts.get("folder", "runs/mine")).name == "mine"
 
 
 def test_the_dry_run_checks_the_command_that_follows() -> None:

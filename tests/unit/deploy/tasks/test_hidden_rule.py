@@ -11,7 +11,8 @@ import torch
 
 from common.config.loader import load_config
 from common.data.fingerprint import tokenizer_fingerprint
-from common.data.rendering import Renderer, load_tokenizer
+from common.data.model_lookup import load_tokenizer
+from common.data.rendering import Renderer
 from common.data.rows import read_rows
 from deploy.tasks import hidden_rule
 from deploy.tasks.folders import PrepareError

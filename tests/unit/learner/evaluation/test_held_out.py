@@ -206,5 +206,5 @@ def test_a_text_that_cannot_be_read_is_named_before_anything_starts(
 def test_a_row_of_another_task_that_is_too_long_is_named(configured: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text(json.dumps({"id": "cat", "prompt": "x" * 200, "answer": "y"}))
     config = configured(student={"max_sequence_tokens": 100}, eval={"ood": {"other": str(tmp_path / "other.jsonl")}})
-    with pytest.raises(DataError, match="row 'other/cat': 208 student tokens"):
+    with pytest.raises(DataError, match=r"eval\.ood\.other: row 'cat': 208 student tokens"):
         read_inputs(config)

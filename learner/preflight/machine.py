@@ -1,0 +1,99 @@
+"""Checks of this machine: GPUs, packages, folders, ports. Skipped where the run's processes are on other machines."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from common.config.model import Config
+from common.network import LOOPBACK
+from learner.cluster.placement import bundles_of, shortfall
+from learner.preflight.report import Finding, error
+
+PACKAGES = {"wandb": "run.wandb", "mlflow": "run.mlflow"}
+
+
+def on_this_machine() -> bool:
+    """True if the run starts Ray here; with ``RAY_ADDRESS`` its processes may be on other machines."""
+    return "RAY_ADDRESS" not in os.environ
+
+
+def gpu_count() -> int:
+    """GPUs that torch can use here. Imports torch."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def check_devices(config: Config) -> Iterator[Finding]:
+    """Find GPUs that the run asks for and this machine lacks, and transports that need a GPU."""
+    bundles = bundles_of(config)
+    needs_gpu = [f"sync.backend `{config.sync.backend}`"] if config.sync.backend in ("nccl", "ipc") else []
+    if config.rollout.colocated:
+        needs_gpu.append("rollout.colocated")
+    if not on_this_machine() or not (bundles or needs_gpu):
+        return
+    count = gpu_count()
+    if bundles and (why := shortfall(bundles, {"this machine": count} if count else {})) is not None:
+        yield error(f"{why}; for a run on a cluster: opcd submit, or set RAY_ADDRESS")
+    elif not count:
+        for key in needs_gpu:
+            yield error(f"{key} needs GPUs, and torch sees none here; on CPU use sync.backend `gloo`, not colocated")
+
+
+def check_packages(config: Config) -> Iterator[Finding]:
+    """Find optional packages that the configuration needs and that are not installed."""
+    for package, key in PACKAGES.items():
+        if getattr(config.run, package) is not None and find_spec(package) is None:
+            yield error(f"{key} needs the package {package}, which is not installed: pip install {package}")
+
+
+def check_folders(config: Config) -> Iterator[Finding]:
+    """Find folders that the run cannot write to."""
+    folders = {"run.dir": config.run.path}
+    if config.sync.backend == "file" and config.sync.folder is not None:
+        folders["sync.folder"] = config.sync.folder
+    if config.rollout.answers_file is not None:
+        folders["rollout.answers_file"] = config.rollout.answers_file.parent
+    for key, folder in folders.items():
+        existing = nearest_folder(folder)
+        if not existing.is_dir():
+            yield error(f"{key}: {folder.absolute()} cannot be made, {existing} is a file")
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            yield error(f"{key}: {folder.absolute()} cannot be written, no permission in {existing}")
+
+
+def check_ports(config: Config) -> Iterator[Finding]:
+    """Find fixed ports that another program listens on."""
+    if not on_this_machine():
+        return
+    ports = []
+    if config.run.metrics_port:
+        ports.append(("run.metrics_port", config.run.metrics_host, config.run.metrics_port))
+    for name, teacher in config.named_teachers().items():
+        if teacher.url is None and teacher.port and teacher.kind != "base":
+            section = "teacher" if name == "default" else f"teachers.{name}"
+            ports.append((f"{section}.port", teacher.host or LOOPBACK, teacher.port))
+    seen: dict[int, str] = {}
+    for key, host, port in ports:
+        if port in seen:
+            yield error(f"{key} and {seen[port]} are both {port}: choose two ports, or 0 for a free one")
+        elif (why := _busy(host, port)) is not None:
+            yield error(f"{key} {port} on {host} cannot be used ({why}): choose another, or 0 for a free one")
+        seen[port] = key
+
+
+def _busy(host: str, port: int) -> str | None:
+    try:
+        with socket.create_server((host, port)):
+            return None
+    except OSError as fault:
+        return fault.strerror or str(fault)
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest parent that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

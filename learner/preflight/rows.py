@@ -1,0 +1,102 @@
+"""Checks of the rendered rows: lengths, token ids and top-k against the models that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+from common.config.model import Config, StudentConfig, TeacherConfig
+from common.data.model_lookup import load_model_config, model_limit
+from common.data.rendering import length_faults
+from learner.data.inputs import Inputs, answer_limit
+from learner.preflight.models import is_on_this_machine
+from learner.preflight.report import Finding, error, warning
+
+
+def check_lengths(config: Config, inputs: Inputs) -> Iterator[Finding]:
+    """Find rows that are too long for a teacher, or for the engine that answers with the context."""
+    train = inputs.teacher_tokens(inputs.train)
+    for name, section in config.named_teachers().items():
+        model = section.model or config.student.model
+        if section.url is not None or section.kind == "base" or not is_on_this_machine(model):
+            continue
+        key = "teacher" if name == "default" else f"teachers.{name}"
+        rows = {row.row_id: train[row.row_id] for row in inputs.train if (row.teacher or "default") == name}
+        yield from _too_long("data.train", "teacher", rows, config, f"{key}.max_sequence_tokens", model, section)
+    teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
+    if teacher is None or not is_on_this_machine(teacher):
+        return
+    # An engine of the teacher's model answers with the context, to measure accuracy and for stored answers.
+    limit_key = "student.max_sequence_tokens"
+    yield from _too_long(
+        "data.eval", "teacher", inputs.teacher_tokens(inputs.eval), config, limit_key, teacher, config.student
+    )
+    if config.rollout.source == "teacher":
+        yield from _too_long("data.train", "teacher", train, config, limit_key, teacher, config.student)
+
+
+def _too_long(
+    key: str,
+    side: Literal["student", "teacher"],
+    tokens: Mapping[str, int],
+    config: Config,
+    limit_key: str,
+    model: str,
+    section: StudentConfig | TeacherConfig,
+) -> Iterator[Finding]:
+    limits = {limit_key: section.max_sequence_tokens, f"the limit of {model}": model_limit(model)}
+    known = [(limit, name) for name, limit in limits.items() if limit is not None]
+    if known:
+        limit, name = min(known)
+        yield from map(
+            error, length_faults(f"{key}: ", side, tokens, answer=answer_limit(config, key), limit=(name, limit))
+        )
+
+
+def check_token_ids(config: Config, inputs: Inputs) -> Iterator[Finding]:
+    """Find token ids outside a model's embedding: a tokenizer can hold more tokens than its model."""
+    student = config.student.model
+    width = int(load_model_config(student).vocab_size)
+    for key, rows in inputs.sets().items():
+        for row in rows:
+            yield from _outside(f"{key}: row {row.row_id!r}", row.student_ids.tolist(), "student.model", student, width)
+    for name, chunks in inputs.texts.items():
+        for chunk in chunks:
+            ids = [*chunk.prompt_ids.tolist(), *chunk.response_ids.tolist()]
+            yield from _outside(f"eval.perplexity.{name}", ids, "student.model", student, width)
+    for name, section in config.named_teachers().items():
+        model = section.model or student
+        if section.url is not None or not is_on_this_machine(model):
+            continue
+        key = ("teacher" if name == "default" else f"teachers.{name}") + ".model"
+        width = int(load_model_config(model).vocab_size)
+        for context in inputs.contexts.values():
+            yield from _outside("the context", context.ids.tolist(), key, model, width)
+        for row in inputs.train:
+            if (row.teacher or "default") == name:
+                yield from _outside(f"data.train: row {row.row_id!r}", row.teacher_ids.tolist(), key, model, width)
+
+
+def _outside(place: str, ids: Sequence[int], key: str, model: str, width: int) -> Iterator[Finding]:
+    if ids and max(ids) >= width:
+        yield error(
+            f"{place}: token id {max(ids)} is not in the embedding of {key} {model}, which has {width} rows: the "
+            "tokenizer has more tokens than the model; use the tokenizer that the model was trained with"
+        )
+
+
+def check_top_k(config: Config, inputs: Inputs) -> Iterator[Finding]:
+    """Find a top-k above the vocabulary, and ``loss.form: exact`` below it."""
+    width = int(load_model_config(config.student.model).vocab_size)
+    if config.loss.top_k > width:
+        yield error(f"loss.top_k is {config.loss.top_k}, the vocabulary of {config.student.model} has {width} ids")
+    elif config.loss.form == "exact" and config.loss.top_k != width:
+        yield error(
+            f"loss.form `exact` is over the whole vocabulary of {width}, loss.top_k is {config.loss.top_k}; set "
+            f"loss.top_k={width} (for small vocabularies), or loss.form=tail"
+        )
+
+
+def input_warnings(config: Config, inputs: Inputs) -> Iterator[Finding]:
+    """Pass on the likely mistakes that rendering found."""
+    yield from map(warning, inputs.warnings)

@@ -1,0 +1,240 @@
+"""The checks before a run: each finds its fault, and `preflight` reports all faults at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config.model import Config, ConfigError
+from learner.preflight import machine
+from learner.preflight.checks import CONFIG_CHECKS, INPUT_CHECKS, preflight
+from learner.preflight.machine import check_devices, check_folders, check_packages, check_ports
+from learner.preflight.models import check_models, check_student_limits
+from learner.preflight.report import Finding
+from tests.support.configs import config_of
+from tests.support.tiny import make_tokenizer
+
+Make = Callable[..., Config]
+
+
+def rows(path: Path, *words: str) -> str:
+    lines = [json.dumps({"id": word, "prompt": f"Q: {word}\nA:", "answer": f"{word}s"}) for word in words]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_model: Path) -> Make:
+    """Configuration of a run whose parts are all there, with changed sections."""
+
+    def config(**sections: dict[str, Any]) -> Config:
+        settings: dict[str, Any] = {
+            "run": {"name": "r", "dir": str(tmp_path / "runs")},
+            "student": {"model": str(tiny_model)},
+            "data": {
+                "train": rows(tmp_path / "train.jsonl", "cat", "dog"),
+                "eval": rows(tmp_path / "eval.jsonl", "sun"),
+            },
+        }
+        return config_of(**{**settings, **{name: {**settings.get(name, {}), **one} for name, one in sections.items()}})
+
+    return config
+
+
+def errors(config: Config) -> list[str]:
+    return preflight(config, offline=True).texts("error")
+
+
+def texts(findings: Any) -> list[str]:
+    found: list[Finding] = list(findings)
+    assert all(one.level == "error" for one in found)
+    return [one.text for one in found]
+
+
+def test_a_run_whose_parts_are_there_has_neither_errors_nor_warnings(make: Make) -> None:
+    report = preflight(make(), offline=True)
+    assert report.texts("error") == report.texts("warning") == []
+    assert report.inputs is not None
+    report.raise_errors()
+
+
+def test_all_faults_are_reported_at_once(make: Make, tmp_path: Path) -> None:
+    faulty = make(
+        data={"train": str(tmp_path / "none.jsonl")},
+        teacher={"model": str(tmp_path / "none")},
+        sync={"backend": "nccl"},
+    )
+    with pytest.raises(ConfigError) as caught:
+        preflight(faulty, offline=True).raise_errors()
+    data, model, backend = str(caught.value).splitlines()
+    assert data.startswith("data.train: ")
+    assert model.startswith("teacher.model: no model at ")
+    assert backend.startswith("sync.backend `nccl` needs GPUs")
+
+
+def test_every_check_is_in_one_list() -> None:
+    names = [check.__name__ for check in (*CONFIG_CHECKS, *INPUT_CHECKS)]
+    assert len(set(names)) == len(names)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_no_model_and_a_path_that_is_none_are_errors(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    found = texts(check_models(make(student={"model": str(tmp_path / "empty")}, teacher={"model": f"{tmp_path}/none"})))
+    assert found[0].endswith("not a model folder (no config.json)")
+    assert "no such folder" in found[1]
+
+
+def test_a_model_folder_without_a_tokenizer_is_an_error(make: Make, tmp_path: Path, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special*", "chat*"))
+    (found,) = errors(make(student={"model": str(tmp_path / "bare")}))
+    assert found.startswith(f"no tokenizer at {tmp_path / 'bare'}")
+
+
+def test_a_student_cannot_be_longer_than_its_model(make: Make) -> None:
+    assert not texts(check_student_limits(make(student={"max_sequence_tokens": 4096})))
+    (found,) = texts(check_student_limits(make(student={"max_sequence_tokens": 4097})))
+    assert "student.max_sequence_tokens is 4097" in found
+    assert "at most 4096" in found
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def test_gpus_that_are_not_there_are_errors(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    asks = make(rollout={"gpus_per_worker": 1}, learner={"gpus_per_rank": 1}, sync={"backend": "nccl"})
+    for count, named in ((0, "free are 0 (none)"), (1, "free are 1 (this machine: 1)")):
+        monkeypatch.setattr(machine, "gpu_count", lambda count=count: count)
+        (found,) = texts(check_devices(asks))
+        assert "the run asks for 2 GPUs" in found
+        assert named in found
+    monkeypatch.setattr(machine, "gpu_count", lambda: 2)
+    assert not texts(check_devices(asks))
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+def test_a_transport_between_gpus_is_refused_on_cpu(backend: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
+    (found,) = texts(check_devices(make(sync={"backend": backend})))
+    assert found.startswith(f"sync.backend `{backend}` needs GPUs")
+    assert not texts(check_devices(make(sync={"backend": "gloo"})))
+
+
+def test_a_run_on_a_cluster_is_not_judged_by_this_machine(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
+    assert not texts(check_devices(make(learner={"gpus_per_rank": 1})))
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    (found,) = texts(check_folders(make(run={"dir": str(tmp_path / "file" / "deeper")})))
+    assert f"{tmp_path / 'file'} is a file" in found
+    assert not texts(check_folders(make()))
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    (found,) = texts(check_folders(make()))
+    assert f"no permission in {tmp_path}" in found
+
+
+def test_a_port_in_use_and_one_used_twice_are_errors(make: Make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        (found,) = texts(check_ports(make(run={"metrics_port": port})))
+        assert found.startswith(f"run.metrics_port {port} on 127.0.0.1 cannot be used")
+    assert not texts(check_ports(make(run={"metrics_port": port})))
+    (found,) = texts(check_ports(make(run={"metrics_port": port}, teacher={"port": port})))
+    assert found.startswith(f"teacher.port and run.metrics_port are both {port}")
+
+
+def test_a_missing_package_is_an_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    (found,) = texts(check_packages(make(run={"wandb": "project"})))
+    assert found == "run.wandb needs the package wandb, which is not installed: pip install wandb"
+    assert not texts(check_packages(make()))
+
+
+# --- rows against the models ------------------------------------------------------------------------------------------
+
+
+def narrow(model: Path, folder: Path, vocab_size: int) -> str:
+    """A copy of `model` whose configuration says that it has `vocab_size` embedding rows."""
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "vocab_size": vocab_size}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("part", ["train", "eval", "context", "text"])
+def test_a_token_id_outside_the_embedding_is_an_error(part: str, make: Make, tmp_path: Path, tiny_model: Path) -> None:
+    special = "<|im_end|>"
+    width = make_tokenizer().convert_tokens_to_ids(special)  # its id is the first outside
+    config = make(student={"model": narrow(tiny_model, tmp_path / "narrow", width)}, loss={"top_k": 8})
+    assert errors(config) == []
+    changes: dict[str, dict[str, Any]] = {
+        "train": {"data": {"train": rows(tmp_path / "special.jsonl", special)}},
+        "eval": {"data": {"eval": rows(tmp_path / "special.jsonl", special)}},
+        "context": {"context": {"text": special}},
+        "text": {"eval": {"perplexity": {"book": str(tmp_path / "book.txt")}}},
+    }
+    (tmp_path / "book.txt").write_text(f"once {special}")
+    student = {"model": config.student.model}
+    found = errors(make(student=student, loss={"top_k": 8}, **changes[part]))
+    assert found
+    assert all(f"token id {width} is not in the embedding of" in one for one in found)
+    assert any(f"which has {width} rows" in one for one in found)
+
+
+def test_the_teacher_is_judged_by_its_own_embedding(make: Make, tmp_path: Path, tiny_model: Path) -> None:
+    width = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    teacher = narrow(tiny_model, tmp_path / "narrow", width)
+    config = make(teacher={"model": teacher}, context={"text": "<|im_end|>"}, loss={"top_k": 8})
+    (found,) = errors(config)
+    assert found.startswith(f"the context: token id {width} is not in the embedding of teacher.model")
+
+
+def test_each_set_is_checked_for_itself(make: Make, tmp_path: Path) -> None:
+    """Rows of two sets with one id: the long one is found, in whichever set it is."""
+    long, short = "x" * 90, "y"
+    for train, held_out, key in ((long, short, "data.train"), (short, long, "data.eval")):
+        for name, text in (("a", train), ("b", held_out)):
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": 0, "prompt": text, "answer": "z"}))
+        data = {"train": str(tmp_path / "a.jsonl"), "eval": str(tmp_path / "b.jsonl")}
+        config = make(student={"max_sequence_tokens": 64}, rollout={"max_tokens": 8}, data=data)
+        found = [one for one in errors(config) if "student tokens" in one]
+        assert [one.split(": row")[0] for one in found] == [key]
+
+
+def test_the_longest_answer_is_that_of_the_set(make: Make) -> None:
+    config = make(student={"max_sequence_tokens": 64}, rollout={"max_tokens": 8}, eval={"max_tokens": 60})
+    (found,) = errors(config)
+    assert found.startswith("data.eval: row 'sun': 69 student tokens")
+    assert found.endswith("lower eval.max_tokens")
+
+
+def test_a_context_that_the_teacher_or_the_answering_engine_cannot_hold_is_an_error(make: Make) -> None:
+    config = make(context={"text": "x" * 100}, teacher={"max_sequence_tokens": 64}, rollout={"max_tokens": 8})
+    assert [one.split(": row")[0] for one in errors(config)] == ["data.train", "data.train"]
+    assert "(teacher.max_sequence_tokens)" in errors(config)[0]
+    config = make(context={"text": "x" * 100}, student={"max_sequence_tokens": 64}, rollout={"max_tokens": 8})
+    (found,) = errors(config)
+    assert found.startswith("data.eval: row 'sun': 117 teacher tokens")
+    assert "(student.max_sequence_tokens)" in found
+
+
+def test_more_ids_than_the_vocabulary_has_are_an_error(make: Make) -> None:
+    (found,) = errors(make(loss={"top_k": 513}))
+    assert found.startswith("loss.top_k is 513")
+    (found,) = errors(make(loss={"top_k": 256, "form": "exact"}))
+    assert "set loss.top_k=512" in found
