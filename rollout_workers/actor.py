@@ -26,7 +26,6 @@ from common.network import use_interface_of
 from common.protocol.schema import F32, FinishReason, Prompt, Sample, ScoredTrajectory, TokenSequence, Trajectory
 from common.protocol.scoring import Scorer, ScorerFactory, ScoringError
 from common.weight_sync.manifest import SyncManifest
-from rollout_workers.engine.stop_strings import cut_text
 from rollout_workers.environments.playing import (
     EpisodeSummary,
     Played,
@@ -95,7 +94,7 @@ class RolloutSummary:
 
 @dataclass(frozen=True, slots=True)
 class TextAnswer:
-    """A generated answer as text, without special tokens and stop string, and as tokens."""
+    """A generated answer as text, without stop string and end token, and as tokens."""
 
     text: str
     ids: list[int]
@@ -144,15 +143,14 @@ class RolloutWorker:
     async def _rollout(self, sample: Sample, output: Output, in_context: bool) -> tuple[RolloutSummary, Any]:
         engine, started = await self._running(), time.time()
         item: Unscored
-        text: TextAnswer | Played
         if sample.prompt.game is None:
             generation = await engine.generate(sample.prompt.student_ids, sample.sampling, sample.sample_id)
             item = _trajectory(sample, generation)
             summary = _summary(self._number, [item], started)
             if output == "text":
                 ids = generation.response_ids.tolist()
-                text = TextAnswer(cut_text(engine.decode(ids), sample.sampling.stop), ids, generation.finish_reason)
-                return summary, text
+                answer = engine.answer_text(ids, sample.sampling.stop)
+                return summary, TextAnswer(answer, ids, generation.finish_reason)
         else:
             renderer = self._renderer(sample.prompt)
             episode = await play_sample(engine, renderer, self._config.environment, sample, in_context=in_context)

@@ -14,7 +14,7 @@ from common.config.model import Config, ConfigError
 from common.data.model_lookup import load_tokenizer, require_model
 from common.data.rendering import Renderer, teacher_sequence
 from common.data.rows import DataError, Message, Row, read_rows
-from common.data.token_text import decode_ids
+from common.data.special_tokens import answer_text, end_ids
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = ("checkpoint", "best")
@@ -124,13 +124,8 @@ class Conversation:
                 pad_token_id=self.tokenizer.eos_token_id,
                 **options,
             )
-        return self._cut(whole[0, len(ids) :].tolist())
-
-    def _cut(self, ids: list[int]) -> str:
-        eos = self.tokenizer.eos_token_id
-        text = decode_ids(self.tokenizer, ids[: ids.index(eos)] if eos in ids else ids)
-        ends = [position for stop in self.decoding.stop if (position := text.find(stop)) >= 0]
-        return text[: min(ends)] if ends else text
+        ends = end_ids(self.tokenizer, model.generation_config.eos_token_id)
+        return answer_text(self.tokenizer, whole[0, len(ids) :].tolist(), ends, self.decoding.stop)
 
     def _model(self, distilled: bool) -> Any:
         folder = str(self.student) if distilled else self.config.student.model

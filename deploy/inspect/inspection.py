@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.data.rendering import teacher_sequence
+from common.data.special_tokens import leading_count
 from common.data.token_text import token_texts
 from common.protocol.schema import Context, Prompt
 
@@ -15,7 +16,10 @@ Role = Literal["context", "prompt", "response"]
 
 @dataclass(frozen=True, slots=True)
 class InspectedToken:
-    """One token. `teacher` and `student` are its positions on the two sides, None on a side that lacks the token."""
+    """One token. `teacher` and `student` are its positions on the two sides, None on a side that lacks the token.
+
+    The role of the teacher's own tokens is `context`, that of the others `prompt` or `response`.
+    """
 
     teacher: int | None
     student: int | None
@@ -41,7 +45,7 @@ class InspectedRow:
     equal_tokens: int
     """Length of the common end of both prompts."""
     bos: tuple[int, int] | None
-    """Number of BOS tokens in the student's and in the teacher's prompt; None if the tokenizer has no BOS."""
+    """Number of BOS tokens at the start of the student's and the teacher's prompt; None without a BOS token."""
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each likely mistake."""
@@ -71,15 +75,13 @@ def inspect_row(
     texts = token_texts(tokenizer, teacher_ids)
     student_texts = token_texts(tokenizer, [*student, *response])
 
-    def role(position: int) -> Role:
-        return "context" if position < context else "prompt" if position < len(teacher) else "response"
-
-    tokens = [InspectedToken(i, None, role(i), teacher[i], texts[i], False) for i in range(teacher_only)]
+    tokens = [InspectedToken(i, None, "context", teacher[i], texts[i], False) for i in range(teacher_only)]
     tokens += [InspectedToken(None, i, "prompt", student[i], student_texts[i], False) for i in range(student_only)]
     for i in range(teacher_only, len(teacher_ids)):
         on_student = i - teacher_only + student_only
         counted = i >= len(teacher) + skip_first
-        tokens.append(InspectedToken(i, on_student, role(i), teacher_ids[i], texts[i], counted))
+        role: Role = "prompt" if i < len(teacher) else "response"
+        tokens.append(InspectedToken(i, on_student, role, teacher_ids[i], texts[i], counted))
     bos = tokenizer.bos_token_id
     return InspectedRow(
         row_id=prompt.row_id,
@@ -88,7 +90,7 @@ def inspect_row(
         teacher_tokens=len(teacher),
         student_tokens=len(student),
         equal_tokens=equal,
-        bos=None if bos is None else (student.count(bos), teacher.count(bos)),
+        bos=None if bos is None else (leading_count(student, bos), leading_count(teacher, bos)),
     )
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from common.config.model import Config, RolloutConfig, StudentConfig, SyncConfig
 from common.data.model_lookup import load_tokenizer
+from common.data.special_tokens import answer_text, end_ids, special_tokens
+from common.data.token_text import decode_ids
 from common.float32_head import ENGINE_OVERRIDES
 from common.openmp import share_cores
 from common.protocol.schema import F32, FinishReason, Ids, Sampling, TokenSequence, as_ids
@@ -105,13 +108,14 @@ class RolloutEngine:
             logprobs=sampling.top_logprobs,
             flat_logprobs=True,
             detokenize=False,
-            stop_token_ids=[*stops.token_ids, *self._eos_ids()],
+            stop_token_ids=sorted({*stops.token_ids, *self._end_ids()}),
         )
         completion = await self._run(prompt, params, request_id, lambda output: output.outputs[0])
         ids = as_ids(completion.token_ids)
         sampled, topk = _columns(completion.logprobs, len(ids), sampling.top_logprobs)
         finish = _finish(completion.finish_reason, request_id)
-        kept = first_stop(ids.tolist(), stops.spanning, self.decode) if stops.spanning else None
+        decode = partial(decode_ids, self._tokenizer)
+        kept = first_stop(ids.tolist(), stops.spanning, decode) if stops.spanning else None
         if kept is not None:
             ids, sampled, topk, finish = ids[:kept], sampled[:kept], topk[:kept], "stop"
         spans = tuple((span.start, int(span.version)) for span in completion.weight_versions or ())
@@ -190,9 +194,9 @@ class RolloutEngine:
         await self._engine.check_health()  # reads this process's state only
         await self._engine.is_sleeping()  # a round trip to the engine process
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+    def answer_text(self, ids: Sequence[int], stop_strings: Sequence[str]) -> str:
+        """Text of an answer, up to its first stop string and without the token that ends it."""
+        return answer_text(self._tokenizer, ids, self._end_ids(), stop_strings)
 
     def close(self) -> None:
         """Stop the engine's processes."""
@@ -222,17 +226,13 @@ class RolloutEngine:
     def _resolve_stops(self, stop_strings: tuple[str, ...]) -> StopTokens:
         if stop_strings not in self._stop_tokens:
             tokenizer = self._tokenizer
-            special = {text: tokenizer.convert_tokens_to_ids(text) for text in tokenizer.all_special_tokens}
-            texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=True)
-            self._stop_tokens[stop_strings] = resolve_stop_strings(stop_strings, texts, special)
+            texts = [decode_ids(tokenizer, [index]) for index in range(len(tokenizer))]
+            self._stop_tokens[stop_strings] = resolve_stop_strings(stop_strings, texts, special_tokens(tokenizer))
         return self._stop_tokens[stop_strings]
 
-    def _eos_ids(self) -> list[int]:
-        """End-of-sequence ids of the tokenizer and of the model's generation config."""
+    def _end_ids(self) -> frozenset[int]:
         config = self._engine.model_config.try_get_generation_config()
-        configured = config.get("eos_token_id", [])
-        ids = configured if isinstance(configured, list) else [configured]
-        return sorted({i for i in (*ids, self._tokenizer.eos_token_id) if i is not None})
+        return end_ids(self._tokenizer, config.get("eos_token_id"))
 
 
 @contextmanager

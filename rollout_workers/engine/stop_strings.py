@@ -23,8 +23,9 @@ class StopTokens:
 def resolve_stop_strings(stop_strings: Sequence[str], texts: Sequence[str], specials: dict[str, int]) -> StopTokens:
     """Convert stop strings to tokens. Raises ValueError for an empty string.
 
-    `texts` is the decoded text of every id of the vocabulary; `specials` maps the text of special tokens to their ids.
-    One ASCII character cannot span tokens and other tokens cannot spell a special one: both are exact as token lists.
+    `texts` is the decoded text of every id of the vocabulary, special tokens included; `specials` maps the text of
+    special tokens to their ids (`common.data.special_tokens`). One ASCII character cannot span tokens, and a special
+    token is one token: both are exact as token lists.
     """
     tokens: set[int] = set()
     spanning = []
@@ -52,9 +53,3 @@ def first_stop(ids: Sequence[int], spanning: Sequence[str], decode: Decode) -> i
         else:
             low = middle + 1
     return low
-
-
-def cut_text(text: str, stop_strings: Sequence[str]) -> str:
-    """Return `text` up to the first stop string."""
-    found = [text.find(stop) for stop in stop_strings if stop in text]
-    return text[: min(found)] if found else text

@@ -6,8 +6,9 @@ context.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from common.data.rendering import Renderer, teacher_sequence
 from common.data.rows import Message, Row
+from common.data.special_tokens import answer_text, end_ids
 from common.protocol.schema import Ids, Mask, Prompt, as_ids
 from rollout_workers.engine.engine import Generation
 from rollout_workers.environments.base import Environment
@@ -49,7 +51,7 @@ class EpisodeSample:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One turn as text, without special tokens."""
+    """One turn as text; the answer is without its end token."""
 
     observation: str
     answer: str
@@ -85,9 +87,11 @@ async def play_episode(
     max_turns: int = MAX_TURNS,
     samples: SampleMode = "observation",
     in_context: bool = False,
+    text_of: Callable[[Sequence[int]], str] | None = None,
 ) -> Episode:
     """Play at most `max_turns` turns of the episode of `seed`; with `in_context` the player sees the context.
 
+    `text_of` gives an answer's text from its ids. Default: the text without the tokenizer's EOS at its end.
     Prompts are named ``EPISODE_ID/TURN``. Raises what `generate` and the environment raise, and DataError if the chat
     template cannot render a turn; never returns part of an episode.
     """
@@ -96,11 +100,12 @@ async def play_episode(
         if samples == "conversation"
         else _Turns(renderer, episode_id, in_context, samples)
     )
+    text_of = text_of or partial(answer_text, renderer.tokenizer, ends=end_ids(renderer.tokenizer))
     observation, reward, done = await environment.reset(seed), 0.0, False
     exchanges: list[Exchange] = []
     while not done and len(exchanges) < max_turns:
         generation = await generate(talk.ask(observation), len(exchanges))
-        answer = str(renderer.tokenizer.decode(generation.response_ids.tolist(), skip_special_tokens=True))
+        answer = text_of(generation.response_ids.tolist())
         talk.hear(generation, answer)
         exchanges.append(Exchange(observation, answer))
         step = await environment.step(answer)

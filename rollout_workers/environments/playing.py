@@ -57,6 +57,7 @@ async def play_sample(
         max_turns=settings.max_turns,
         samples=settings.sample_format,
         in_context=in_context,
+        text_of=lambda ids: engine.answer_text(ids, sample.sampling.stop),
     )
 
 

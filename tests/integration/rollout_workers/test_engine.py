@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.config.model import SyncConfig
+from common.data.token_text import decode_ids
 from common.protocol.schema import Sampling, TokenSequence, as_ids
 from common.weight_sync.manifest import SyncManifest, TensorSpec
 from learner.loop.parity import ParityError, ParityGate
@@ -27,8 +28,11 @@ from rollout_workers.engine.engine import RolloutEngine, RolloutError
 from rollout_workers.pool.failures import EngineLost
 from tests.support.engines import PROMPT, K, run_config
 from tests.support.processes import command_of, descendants
+from tests.support.tiny import make_tokenizer
 
 pytestmark = pytest.mark.timeout(240)
+
+TOKENIZER = make_tokenizer()
 
 
 @dataclass
@@ -143,7 +147,7 @@ async def test_greedy_is_the_argmax(pair: Pair) -> None:
 
 async def test_a_stop_string_ends_the_answer_and_belongs_to_it(pair: Pair) -> None:
     free = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_logprobs=4, seed=3), "free")
-    texts = [pair.engine.decode([token]) for token in free.response_ids.tolist()]
+    texts = [decode_ids(TOKENIZER, [token]) for token in free.response_ids.tolist()]
     place, stop = next((i, text) for i, text in enumerate(texts) if i > 5 and is_plain(text) and text not in texts[:i])
     stopped = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_logprobs=4, stop=(stop,), seed=3), "stopped")
     assert stopped.response_ids.tolist() == free.response_ids.tolist()[: place + 1]
@@ -154,13 +158,13 @@ async def test_a_stop_string_ends_the_answer_and_belongs_to_it(pair: Pair) -> No
 
 async def test_a_stop_that_spans_tokens_cuts_after_the_token_that_completes_it(pair: Pair) -> None:
     free = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_logprobs=4, seed=3), "free2")
-    texts = [pair.engine.decode([token]) for token in free.response_ids.tolist()]
+    texts = [decode_ids(TOKENIZER, [token]) for token in free.response_ids.tolist()]
     place = next(i for i in range(5, 59) if is_plain(texts[i]) and is_plain(texts[i + 1]))
     stop = texts[place] + texts[place + 1]
-    whole = pair.engine.decode(free.response_ids.tolist())
+    whole = decode_ids(TOKENIZER, free.response_ids.tolist())
     stopped = await pair.engine.generate(PROMPT, Sampling(60, 1.0, top_logprobs=4, stop=(stop,), seed=3), "stopped2")
     assert stopped.finish_reason == "stop"
-    assert pair.engine.decode(stopped.response_ids.tolist()) == whole[: whole.index(stop) + len(stop)]
+    assert decode_ids(TOKENIZER, stopped.response_ids.tolist()) == whole[: whole.index(stop) + len(stop)]
     assert len(stopped.sampled_logprobs) == len(stopped.topk_ids) == len(stopped.response_ids)
 
 

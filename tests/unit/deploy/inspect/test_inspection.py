@@ -18,6 +18,7 @@ from deploy.cli import inspect as cli_inspect
 from deploy.cli.main import app
 from deploy.inspect.inspection import InspectedRow, InspectedToken, equal_at_end, inspect_row, shortened
 from tests.support.tiny import make_tokenizer
+from tests.support.tokenizers import build_tokenizer
 
 TOKENIZER = make_tokenizer()
 CONTEXT = "Be [red]brief[/red]."
@@ -107,6 +108,23 @@ def test_likely_mistakes_are_warnings() -> None:
     assert any("end differently" in line for line in warned([1, 5], [6], [1, 9]))
     assert any("no prefix is shared" in line for line in warned([1, 5], [1, 9, 5], None))
     assert any("nothing to distil" in line for line in warned([1, 5], [1, 5], None))
+
+
+def test_a_template_whose_turns_begin_with_bos_has_one_bos() -> None:
+    """As in SmolLM2: BOS is the token that begins every turn."""
+    tokenizer = build_tokenizer(bos="<|im_start|>")
+    renderer = Renderer(tokenizer, CONTEXT, StudentConfig(model="unused"))
+    seen = inspect_row(tokenizer, renderer.render(CHAT), renderer.contexts, [])
+    assert seen.bos == (1, 1)
+    assert not list(seen.warnings())
+
+
+def test_what_the_student_sees_too_is_no_context() -> None:
+    seen, _, _ = seen_of(CHAT)
+    assert [token.role for token in seen.tokens if token.student is not None] == ["prompt"] * seen.student_tokens + [
+        "response"
+    ] * len("four")
+    assert {token.role for token in seen.tokens if token.student is None} == {"context"}
 
 
 def test_common_ends() -> None:

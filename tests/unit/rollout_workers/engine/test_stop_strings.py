@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from rollout_workers.engine.stop_strings import cut_text, first_stop, resolve_stop_strings
+from common.config.model import SyncConfig
+from common.data.token_text import decode_ids
+from rollout_workers.engine.engine import RolloutEngine
+from rollout_workers.engine.stop_strings import StopTokens, first_stop, resolve_stop_strings
+from tests.support.tokenizers import build_tokenizer, ids_of
 
 TEXTS = ["a", "b", "\n", "\n\n", " x\n", "</", "answer", ">", ">\n", ""]
 
@@ -44,6 +48,17 @@ def test_the_cut_is_after_the_token_that_completes_the_stop() -> None:
     assert first_stop([2, 2], ("\n\n",), spell) == 2
 
 
-def test_text_is_cut_before_the_first_stop() -> None:
-    assert cut_text("one\ntwo. three", [".", "\n"]) == "one"
-    assert cut_text("one", ["\n"]) == "one"
+def test_a_stop_that_holds_a_special_token_is_looked_for_in_the_text() -> None:
+    assert resolve_stop_strings(["</s>\n"], [*TEXTS, "</s>"], {"</s>": 10}).spanning == ("</s>\n",)
+
+
+def test_a_stop_that_only_the_vocabulary_flags_as_special_is_its_token() -> None:
+    """The end of turn of many base models: in no map of special tokens, and invisible to a decoder that skips them."""
+    tokenizer = build_tokenizer(None, eos="<|text_end|>", named=(), silent=("<|eot|>",), plain=("cats",))
+    engine = RolloutEngine(None, tokenizer, 64, SyncConfig())
+    eot = tokenizer.convert_tokens_to_ids("<|eot|>")
+    assert engine._resolve_stops(("<|eot|>",)) == StopTokens((eot,), ())
+    spanning = engine._resolve_stops(("cats<|eot|>",))
+    assert spanning == StopTokens((), ("cats<|eot|>",))
+    said = ids_of(tokenizer, "cats<|eot|>more")
+    assert first_stop(said, spanning.spanning, lambda ids: decode_ids(tokenizer, ids)) == 2
