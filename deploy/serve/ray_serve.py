@@ -52,6 +52,8 @@ class TeacherArgs(BaseModel):
     max_replicas: Annotated[int, Field(ge=1)] = 4
     target_requests: Annotated[float, Field(gt=0)] = 8.0
     """Autoscaling's target of running and queued requests per replica."""
+    load_window_s: Annotated[float, Field(gt=10)] = 30.0
+    """Seconds over which the load is averaged; Serve measures it every 10 s."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 30.0
     """Time above the target before replicas are added; some contexts move to the new replicas."""
     downscale_delay_s: Annotated[float, Field(ge=0)] = 600.0
@@ -94,6 +96,7 @@ def teacher(args: TeacherArgs) -> serve.Application:
             initial_replicas=args.min_replicas,
             max_replicas=args.max_replicas,
             target_ongoing_requests=args.target_requests,
+            look_back_period_s=args.load_window_s,
             upscale_delay_s=args.upscale_delay_s,
             downscale_delay_s=args.downscale_delay_s,
         ),

@@ -158,7 +158,13 @@ async def test_a_replica_is_killed_and_the_run_goes_on(url: str, tiny_model: Pat
 async def test_replicas_come_with_the_load_and_go_with_it(url: str, config: str, tiny_model: Path) -> None:
     """Contexts move to the new replica and back; the clients notice nothing."""
     few = TeacherArgs(
-        config=config, max_replicas=2, target_requests=2, upscale_delay_s=1, downscale_delay_s=1, cpus=0.5
+        config=config,
+        max_replicas=2,
+        target_requests=0.5,
+        load_window_s=10.1,
+        upscale_delay_s=1,
+        downscale_delay_s=1,
+        cpus=0.5,
     )
     serve.run(teacher(few), name="scaled", route_prefix="/scaled")
     oracle = Oracle.load(tiny_model)
@@ -182,9 +188,10 @@ async def test_replicas_come_with_the_load_and_go_with_it(url: str, config: str,
         while not loaded.is_set():
             await score_one(n + answers)
             answers += 1
+            await asyncio.sleep(0.1)
         return answers
 
-    asked = [asyncio.create_task(ask(n)) for n in range(16)]
+    asked = [asyncio.create_task(ask(n)) for n in range(8)]
     try:
         async with asyncio.timeout(100):
             while len(homes) < 2:
