@@ -11,6 +11,9 @@ TORCH_INDEX ?=
 # Arguments for pytest, and the benchmark to run (ONLY=teacher runs bench_teacher.py).
 ARGS ?=
 ONLY ?=
+# Test processes, one per core. A process takes the next file when it is through with one: long files come first.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 PACKAGES := common rollout_workers teacher_server learner deploy tests
 VENV := .venv
@@ -30,10 +33,10 @@ demo: setup models/smollm2/config.json ## distil four worked examples into SmolL
 	$(BIN)/opcd train deploy/configs/demo.yaml
 
 test: setup ## run the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-unit: setup ## run the unit tests
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(BIN)/python -m pytest tests/unit $(PARALLEL) $(ARGS)
 
 test-faults: setup ## kill every process of a run at every moment (about an hour)
 	$(BIN)/python -m pytest tests/faults -m "matrix or not matrix" $(ARGS)

@@ -90,7 +90,7 @@ def bare_cluster(folder: Path, **node_variables: str) -> Iterator[BareCluster]:
 def wait_for_nodes(address: str, token_file: Path, count: int) -> None:
     """Until the dashboard knows of `count` living nodes."""
     headers = {"Authorization": f"Bearer {token_file.read_text()}"}
-    for _ in range(300):
+    for _ in range(900):  # a busy machine takes more than a minute
         try:
             reply = httpx.get(f"{address}/api/v0/nodes", headers=headers, trust_env=False)
             if reply.status_code == 200:

@@ -1,4 +1,8 @@
-"""Learner engines in separate processes, one world of one rank and one of two, shared by the learner's tests."""
+"""Learner engines in separate processes, in a world of one rank and in one of two.
+
+The fixtures are for the ``conftest.py`` of a folder, whose tests share them. In a test module they would last until the
+session ends.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,7 @@ class Ranks:
         return ray.get([host.call.remote(function, *args) for host in self.hosts])
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def cluster() -> Iterator[None]:
     mine = not ray.is_initialized()
     if mine:
@@ -66,13 +70,13 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def one(cluster: None) -> Ranks:
     """A world of one rank."""
     return Ranks(1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def two(cluster: None) -> Ranks:
     """A world of two ranks."""
     return Ranks(2)

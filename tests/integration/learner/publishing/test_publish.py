@@ -20,11 +20,9 @@ from common.weight_sync.receiver import Receiver, open_receiver
 from learner.cluster.rank import LearnerRank
 from learner.trainer.reports import StepReport
 from tests.support.learner_oracle import expected_change, expected_gradients, relative_difference, weights_of
-from tests.support.learner_ranks import cluster, smooth_config, totals
+from tests.support.learner_ranks import smooth_config, totals
 from tests.support.scored import make_scored
 from tests.support.weight_groups import same
-
-__all__ = ["cluster"]  # a fixture
 
 SOON_S = 60
 """Far below the timeout of ranks that wait for each other."""

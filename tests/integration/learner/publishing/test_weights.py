@@ -16,10 +16,8 @@ from torch import Tensor
 from common.config.model import Config
 from common.protocol.schema import ScoredTrajectory, TokenSequence
 from tests.support.learner_oracle import expected_change, expected_gradients, relative_difference, weights_of
-from tests.support.learner_ranks import Cut, Ranks, cluster, one, smooth_config, step, totals, two, weights_now
+from tests.support.learner_ranks import Cut, Ranks, smooth_config, step, totals, weights_now
 from tests.support.scored import learner_config, make_scored
-
-__all__ = ["cluster", "one", "two"]  # fixtures
 
 
 def read_logprobs(rank: int, config: Config, sequences: list[TokenSequence], temperature: float) -> list[np.ndarray]:

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from common.config.model import Config
 from common.protocol.schema import ScoredTrajectory
-from tests.support.learner_ranks import Ranks, cluster, smooth_config, totals, two, weights_now
+from tests.support.learner_ranks import Ranks, smooth_config, totals, weights_now
 from tests.support.scored import make_scored
-
-__all__ = ["cluster", "two"]  # fixtures
 
 FULL = Path("/dev/full")
 """A device that behaves like a full disk."""

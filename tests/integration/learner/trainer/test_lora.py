@@ -14,11 +14,9 @@ from torch import Tensor
 from common.config.model import Config
 from common.protocol.schema import ItemScore, ScoredTrajectory, Trajectory
 from tests.support.learner_oracle import weights_of
-from tests.support.learner_ranks import Ranks, cluster, one, smooth_config, step, totals, two, weights_now
+from tests.support.learner_ranks import Ranks, smooth_config, step, totals, weights_now
 from tests.support.scored import make_scored
 from tests.support.teacher_oracle import Oracle, assert_score
-
-__all__ = ["cluster", "one", "two"]  # fixtures
 
 LORA = {"rank": 4, "alpha": 8}
 BIG_STEPS = {"lr": 3e-3, "eps": 1e-8}

@@ -15,10 +15,8 @@ from common.config.model import Config
 from common.protocol.schema import LOGPROB_FLOOR, PAD_ID, ScoredTrajectory
 from learner.trainer.reports import StepReport
 from tests.support.learner_oracle import expected_change, expected_gradients, relative_difference
-from tests.support.learner_ranks import STAGES, Cut, Ranks, cluster, one, smooth_config, step, totals, two, weights_now
+from tests.support.learner_ranks import STAGES, Cut, Ranks, smooth_config, step, totals, weights_now
 from tests.support.scored import learner_config, make_scored
-
-__all__ = ["cluster", "one", "two"]  # fixtures
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,9 +6,7 @@ import math
 from pathlib import Path
 
 from common.config.model import Config
-from tests.support.learner_ranks import Ranks, cluster, one, smooth_config, two
-
-__all__ = ["cluster", "one", "two"]  # fixtures
+from tests.support.learner_ranks import Ranks, smooth_config
 
 
 def held_after_load(rank: int, config: Config) -> tuple[int, int, int]:

@@ -17,10 +17,8 @@ from learner.trainer.micro_batch import student_sequence
 from learner.trainer.reports import StepReport
 from learner.trainer.token_records import TokenRecord, choose_records, choose_samples
 from tests.support.learner_oracle import relative_difference
-from tests.support.learner_ranks import STAGES, Cut, Ranks, cluster, one, smooth_config, step, totals, two, weights_now
+from tests.support.learner_ranks import STAGES, Cut, Ranks, smooth_config, step, totals, weights_now
 from tests.support.scored import learner_config, make_scored
-
-__all__ = ["cluster", "one", "two"]  # fixtures
 
 
 def poison(item: ScoredTrajectory) -> ScoredTrajectory:
