@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,7 @@ import httpx
 import pytest
 
 from tests.support.processes import free_port
-from tests.support.runs import Body, write_run
-
-
-@pytest.fixture(scope="session", autouse=True)
-def begin_background_runs(background_runs: dict[Body, Future[Path]]) -> None:
-    """Start the background runs before the first whole-run test."""
+from tests.support.runs import write_run
 
 
 @pytest.fixture

@@ -1,21 +1,44 @@
-"""A whole run with as many other settings at once as go together."""
+"""A whole run with as many other settings at once as go together, on a cluster of two nodes.
+
+The nodes share no loopback device, so every address must be a node's own. Each claims a GPU for one worker: wherever
+the teachers and the learner's ranks are placed, one worker is remote.
+"""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.support.namespaces import missing_rights, two_namespaces
+from tests.support.ray_nodes import ONE_WORKER_A_NODE, ray_cluster
 from tests.support.runs import finish, metric_lines, started_run, write_run
 from tests.support.tiny import make_tiny_model
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(300)
 
 
-def run_variants(folder: Path, model: Path, environment: Mapping[str, str]) -> Path:
+@contextmanager
+def two_nodes() -> Iterator[tuple[dict[str, str], list[str]]]:
+    """The cluster: variables of a driver, and words before its command. Warns if the nodes must share a loopback."""
+    if (reason := missing_rights()) is not None:
+        warnings.warn(f"the two nodes share a loopback device: {reason}", stacklevel=3)
+        with ray_cluster(worker_nodes=1, gpus=(1, 1)) as environment:
+            yield environment, []
+        return
+    with (
+        two_namespaces() as namespaces,
+        ray_cluster(worker_nodes=1, gpus=(1, 1), namespaces=namespaces) as environment,
+    ):
+        yield environment, namespaces[0].prefix
+
+
+def write_variants(folder: Path, model: Path) -> Path:
     big = make_tiny_model(folder / "big", hidden=128, seed=3)
     config = write_run(
         folder,
@@ -34,15 +57,19 @@ def run_variants(folder: Path, model: Path, environment: Mapping[str, str]) -> P
     for row, name in zip(rows, ["big", "live", "average", None] * 2, strict=True):
         row["teacher"] = name
     (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    with started_run(config, environment=environment) as process:
-        finish(process)
-    return folder / "runs/tiny"
+    return config
 
 
-@pytest.mark.background_run(body=run_variants)
-def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_ahead(finished_run: Path) -> None:
+def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_ahead(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     """The support is the union of both sides' top-k, the student's part chosen by the learner."""
-    run = finished_run
+    config, run = write_variants(tmp_path, tiny_model), tmp_path / "runs/tiny"
+    with (
+        two_nodes() as (environment, prefix),
+        started_run(config, ONE_WORKER_A_NODE, environment=environment, prefix=prefix) as process,
+    ):
+        finish(process)
     lines = metric_lines(run)
     assert [line["weight_version"] for line in lines] == [1, 2, 3, 4]
     for line in lines:

@@ -10,7 +10,6 @@ import json
 import re
 import signal
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from common.telemetry.trace import read_trace
 from tests.support.fault_driver import PHASES, SLOW_SCORING, VICTIMS
 from tests.support.processes import assert_nothing_left, command_of
 from tests.support.ray_nodes import ONE_WORKER_A_NODE, ray_cluster
-from tests.support.runs import REFERENCE, ReferenceRun, finish, metric_lines, started_run, weights_of, write_run
+from tests.support.runs import ReferenceRun, finish, metric_lines, started_run, weights_of
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -82,21 +81,15 @@ def test_every_process_is_killed_in_turn(
         assert found[name] == expected[name], name
 
 
-def run_elastic(folder: Path, model: Path, _: Mapping[str, str]) -> Path:
+def test_a_worker_joins_at_a_step_boundary_and_leaves_at_another(reference: ReferenceRun, tmp_path: Path) -> None:
     """The reference run with one worker, and a second one in the second step."""
-    config = write_run(folder, model, **REFERENCE)
-    elastic = ("rollout.workers=1", "rollout.max_workers=2", ONE_WORKER_A_NODE)
+    elastic = (f"run.dir={tmp_path}", "rollout.workers=1", "rollout.max_workers=2", ONE_WORKER_A_NODE)
     with (
         ray_cluster(worker_nodes=2) as environment,
-        started_run(config, *elastic, environment=environment, faults="extra:worker:2") as process,
+        started_run(reference.config, *elastic, environment=environment, faults="extra:worker:2") as process,
     ):
         assert "its node is being drained" in finish(process)
-    return folder / "runs/tiny"
-
-
-@pytest.mark.background_run(body=run_elastic)
-def test_a_worker_joins_at_a_step_boundary_and_leaves_at_another(reference: ReferenceRun, finished_run: Path) -> None:
-    run = finished_run
+    run = tmp_path / "tiny"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["rollout/workers"] for line in lines if "rollout/workers" in line] == [1, 2, 1, 1, 1, 1]
     assert not any(line.get("rollout/restarts") for line in lines)

@@ -8,11 +8,11 @@ extra worker is up, and makes Ray drain the extra worker's node in STEP.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
 import sys
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,8 @@ class Faults:
                 if fault.victim == "extra":
                     return self._come_and_go(fault, services, original(services, *arguments, **options))
                 self._waiting.remove(fault)
-                threading.Timer(PHASES[fault.phase][1], kill_one, [fault.victim]).start()
+                # In the loop, which on a busy machine may be late but not after the replies that end the phase.
+                asyncio.get_running_loop().call_later(PHASES[fault.phase][1], kill_one, fault.victim)
             return original(services, *arguments, **options)
 
         return call

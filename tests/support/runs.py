@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +73,6 @@ def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"the run ended early: {process.communicate()}")
-
-
-Body = Callable[[Path, Path, Mapping[str, str]], Path]
-"""Makes a whole run: (empty folder, model, environment of the shared cluster) -> the run's folder."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import learner.train
 from common.config.loader import load_config
+from common.data.contexts import context_index
 from deploy.cli.main import app
 from deploy.submit.cluster import Cluster, ClusterError
 from deploy.submit.submit import Job, plan
@@ -21,7 +22,9 @@ from deploy.submit.wheel import write_wheel
 from learner.cluster.placement import PlacementError
 from tests.support.bare_cluster import BareCluster, bare_cluster
 from tests.support.configs import config_of
-from tests.support.runs import write_run
+from tests.support.games import write_games
+from tests.support.runs import metric_lines, write_run
+from tests.support.verdicts import accuracy_of
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -140,28 +143,99 @@ def test_runs_on_nodes_that_have_not_installed_opcd(
         assert any(all(word in line for word in words) for line in listed.splitlines()), listed
 
 
-@pytest.mark.timeout(500)
-def test_a_run_that_is_submitted_trains_to_its_end(
-    cluster: BareCluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a grader in a module of the submitted folder."""
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    project = tmp_path / "project"
+CONTEXTS = {"rules": "P is you, G the goal, H a hole.", "hint": "Keep away from H, and reach G by the shortest way."}
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run that a job has trained to its end, and what ``opcd submit`` printed."""
+
+    result: Result
+    run: Path
+    address: str
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster: BareCluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    """Games under contexts of a pool, and questions that a module of the submitted folder grades. The student's
+    adapters learn from the base model inside the learner: no teacher server, and the top-k is the whole vocabulary.
+    """
+    folder = tmp_path_factory.mktemp("submitted")
+    project, runs = folder / "project", folder / "runs"
     project.mkdir()
     (project / "my_task.py").write_text("def grade(answer, expected):\n    return answer == expected\n")
     write_run(
-        project, tiny_model, learner={"steps": 2}, eval={"every": 0, "grader": "my_task:grade"}, data={"valid": None}
+        project,
+        tiny_model,
+        context={"text": None, "pool": str(project / "pool.jsonl")},
+        teacher={"kind": "base"},
+        rollout={"batch_size": 4, "max_tokens": 8, "stop": [], "topk_from": "learner"},
+        environment={"max_turns": 3},
+        loss={"form": "exact", "top_k": 512},
+        learner={"steps": 2, "micro_batch_tokens": 1024, "lora": {"rank": 8}},
+        eval={"every": 0, "grader": "my_task:grade"},
+        data={"valid": None},
     )
-    monkeypatch.chdir(project)
-    run = opcd(cluster, "submit", "run.yaml", f"run.dir={tmp_path / 'runs'}", "--id", "whole", "--follow")
-    assert run.exit_code == 0, run.output
-    assert "step 2/2  kl " in run.stdout
-    assert "gap closed" in run.stdout
-    assert f"Ray's dashboard: {cluster.address}" in run.stdout
-    assert (tmp_path / "runs/tiny/checkpoint/model.safetensors").exists()
-    assert (tmp_path / "runs/tiny/report.html").exists()
+    questions = (project / "eval.jsonl").read_text()
+    write_games(project, {"history": True})
+    with (project / "eval.jsonl").open("a") as rows:
+        rows.write("\n" + questions)
+    (project / "pool.jsonl").write_text("\n".join(json.dumps({"id": n, "text": t}) for n, t in CONTEXTS.items()))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.chdir(project)
+        result = opcd(cluster, "submit", "run.yaml", f"run.dir={runs}", "--id", "whole", "--follow")
+    assert result.exit_code == 0, result.output
+    return Submitted(result, runs / "tiny", cluster.address)
+
+
+def test_a_run_that_is_submitted_trains_to_its_end(submitted: Submitted) -> None:
+    printed, run = submitted.result.stdout, submitted.run
+    assert "step 2/2  kl " in printed
+    assert "gap closed" in printed
+    assert f"Ray's dashboard: {submitted.address}" in printed
+    assert (run / "checkpoint/model.safetensors").exists()
+    assert (run / "report.html").exists()
+
+
+def test_games_are_played_under_contexts_of_a_pool(submitted: Submitted) -> None:
+    run = submitted.run
+    lines = metric_lines(run)
+    assert [line["weight_version"] for line in lines] == [1, 2]
+    for line in lines:
+        assert 1 <= line["env/turns"] <= 3
+        assert 0 <= line["env/success"] <= line["env/reward"] <= 1
+        assert line["mismatch/rms"] < 2e-3  # the engine's log-probs are of the very tokens that the learner read
+        assert line["kl/lower_bound"] > 0
+    audit = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
+    assert [len(line["trained"]) for line in audit] == [4, 4]  # episodes
+    by_sample = {one: name for line in audit for one, name in zip(line["trained"], line["contexts"], strict=True)}
+    assert by_sample == {one: list(CONTEXTS)[context_index(0, one, 2)] for one in by_sample}
+    assert [line["context/distinct"] for line in lines] == [len(set(line["contexts"])) for line in audit]
+    evaluated = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {line["set"] for line in evaluated} == {"base", "in_context", "final"}
+    played = [line for line in evaluated if "exchanges" in line]
+    assert (len(played), len(evaluated)) == (9, 9 + 12)
+    for line in played:
+        assert line["context_id"] == list(CONTEXTS)[context_index(0, f"held-out/{line['id']}", 2)]
+        first, *_ = line["exchanges"]
+        assert "[Game]" in first["observation"]
+        assert line["right"] == (line["reward"] == 1.0)
+    summary = json.loads((run / "summary.json").read_text())
+    final = accuracy_of([line["right"] for line in evaluated if line["set"] == "final"])
+    assert summary["final"]["accuracy"] == final.accuracy
+
+
+def test_adapters_learn_the_whole_distribution_of_their_base_model(submitted: Submitted) -> None:
+    lines = metric_lines(submitted.run)
+    for line in lines:
+        assert line["mass/student_topk"] == pytest.approx(1, abs=1e-5)
+        assert line["kl/tail"] == pytest.approx(0, abs=1e-9)
+        assert line["loss"] == pytest.approx(line["kl/support"], rel=1e-5)
+        assert line["parity/max_nats"] <= 2e-4
+    assert "time/score_s" in {key for line in lines for key in line}
 
 
 def test_a_run_that_is_no_job_has_a_ray_of_its_own(cluster: BareCluster, monkeypatch: pytest.MonkeyPatch) -> None:
