@@ -223,6 +223,9 @@ class ScoredTrajectory:
     teacher_version: int
 
 
+ForwardPathName = Literal["shared_prefix", "cache", "full", "engine"]
+
+
 class TeacherInfo(BaseModel):
     """The teacher's reply to ``GET /v1/info``. A client refuses a teacher that does not fit its run."""
 
@@ -234,6 +237,11 @@ class TeacherInfo(BaseModel):
     tokenizer_fingerprint: str
     chat_template_fingerprint: str
     backend: str
+    path: ForwardPathName
+    """How contexts are shared: read in place, copied from a cache for every answer, or computed again for every answer
+    (`full`); `engine` for vLLM's prefix cache."""
+    path_cost: str
+    """The cost of `path`, as a sentence."""
     dtype: str
     vocab_size: int
     max_k: int

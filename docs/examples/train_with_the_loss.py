@@ -10,8 +10,9 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.models.logits import logit_transform
 from learner.trainer.losses import topk_divergence
-from learner.trainer.output_layer import ChunkView, OutputLayer, logit_transform
+from learner.trainer.output_layer import ChunkView, OutputLayer
 
 CONTEXT = "Q: cat\nA: cats\nQ: box\nA: boxes\n"
 PROMPTS = ["Q: dog\nA:", "Q: sun\nA:", "Q: map\nA:", "Q: cup\nA:"]

@@ -19,7 +19,6 @@ is rounded to bfloat16 for the two products of the backward pass; chunks of the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +27,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from common.float32_head import float32_forward, float32_linear
+from common.float32_head import float32_linear
+from common.models.logits import LogitTransform
 from common.protocol.schema import LOGPROB_FLOOR, PAD_ID
 
 Ids = Int[Tensor, "T k"]
-
-TRANSFORM_NATS = 1e-3
-"""Allowed difference of this layer's log-probs from the model's: both use the same hidden states, also in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +50,6 @@ class ChunkView:
 
 ChunkLoss = Callable[[ChunkView], Tensor]
 """Maps one chunk to the scalar to minimise: a sum over its tokens, weights included."""
-
-
-@dataclass(frozen=True, slots=True)
-class LogitTransform:
-    """An architecture's changes to its logits after the output layer: scale, then soft cap."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Apply to the float32 product; may overwrite `logits`."""
-        if self.scale != 1.0:
-            logits = logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
 
 
 class OutputLayer(nn.Module):
@@ -252,40 +233,3 @@ def _softcap_slope(logits: Tensor, softcap: float, temperature: float) -> Tensor
 def _chunks(tokens: int, size: int) -> Iterator[slice]:
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
-
-
-def logit_transform(config: Any) -> LogitTransform:
-    """Read the transform of the logits from a Hugging Face configuration.
-
-    Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``, Falcon-H1 multiplies by
-    ``lm_head_multiplier``, Gemma caps with ``final_logit_softcapping``. `check_transform` catches other transforms.
-    """
-    text = config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0)
-    scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
-    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-    return LogitTransform(scale=scale, softcap=getattr(text, "final_logit_softcapping", None) or None)
-
-
-def check_transform(model: Any, layer: OutputLayer, backbone: nn.Module) -> None:
-    """Compare this layer's logits with the model's on a few tokens, both from float32 products; under ZeRO-3 call it
-    after `deepspeed.initialize`.
-
-    Raises ValueError, naming the architecture, if they differ: the architecture then has an unknown transform, and
-    training on other logits than the engine samples from would be silently wrong.
-    """
-    vocabulary = model.config.get_text_config().vocab_size  # a partitioned weight has no shape
-    device = layer.weight.device
-    ids = torch.arange(8, device=device).mul(7).remainder(vocabulary).unsqueeze(0)
-    with torch.no_grad():
-        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
-        chunks: list[Tensor] = []
-        layer(hidden, read=lambda _, logits: chunks.append(logits.clone()))
-        with float32_forward(model.get_output_embeddings()):
-            expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    difference = (torch.cat(chunks).log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
-    if not math.isfinite(difference) or difference > TRANSFORM_NATS:
-        raise ValueError(
-            f"{type(model).__name__} changes its logits after the output layer in a way the learner does not know "
-            f"(log-probs differ by {difference:.3g} nats): add it to learner.trainer.output_layer.logit_transform"
-        )

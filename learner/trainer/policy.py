@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from common.config.model import LearnerConfig, StudentConfig
 from common.models.attention import attention_implementation
+from common.models.logits import check_logit_transform, logit_transform
 from common.models.positions import fix_rope
 from common.protocol.schema import LOGPROB_FLOOR, Ids, ItemScore
 from learner.trainer.batch_layout import SequenceBatch
 from learner.trainer.lora import add_adapters
 from learner.trainer.micro_batch import MicroBatch
 from learner.trainer.objective import Objective
-from learner.trainer.output_layer import OutputLayer, check_transform, logit_transform
+from learner.trainer.output_layer import OutputLayer
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Policy(nn.Module):
 
     def check(self) -> None:
         """Raise ValueError if the head's logits differ from the model's; under ZeRO-3 a collective."""
-        check_transform(self.model, self.head, self.model.base_model)
+        check_logit_transform(self.model, self.model.base_model, self.head.transform)
 
     def hidden(self, batch: SequenceBatch) -> Tensor:
         """Compute the hidden states that predict the response tokens, ``[R, d]``."""

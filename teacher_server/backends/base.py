@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.protocol.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
+from common.protocol.schema import ForwardPathName, Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
 from teacher_server.backends.wire_size import own_tokens
 
 
@@ -67,6 +67,8 @@ class Backend(Protocol):
     """Runs a model. Only one thread calls at a time; methods block and use no event loop."""
 
     name: str
+    path: ForwardPathName
+    path_cost: str
     dtype: str
     model_name: str
     model_fingerprint: str

@@ -69,6 +69,7 @@ def _backend(config: TeacherConfig, model: str) -> tuple[Backend, Callable[[], N
         model,
         dtype=config.dtype,
         device_map=config.device_map,
+        max_sequence_tokens=config.max_sequence_tokens,
         prefill_tokens=config.batch_tokens,
         kind=config.kind,
         ema_decay=config.ema_decay,

@@ -156,6 +156,8 @@ class TeacherService:
             tokenizer_fingerprint=self._identity.tokenizer,
             chat_template_fingerprint=self._identity.chat_template,
             backend=backend.name,
+            path=backend.path,
+            path_cost=backend.path_cost,
             dtype=backend.dtype,
             vocab_size=backend.vocab_size,
             max_k=min(config.max_k, backend.vocab_size),

@@ -18,7 +18,17 @@ import numpy as np
 import learner.cluster.services
 import learner.cluster.teachers
 from common.config.model import Config
-from common.protocol.schema import Ids, ItemScore, Prompt, Sampling, ScoredTrajectory, TokenSequence, Trajectory, as_ids
+from common.protocol.schema import (
+    ForwardPathName,
+    Ids,
+    ItemScore,
+    Prompt,
+    Sampling,
+    ScoredTrajectory,
+    TokenSequence,
+    Trajectory,
+    as_ids,
+)
 from learner.cluster.rank import LearnerRank
 from learner.trainer.reports import AccumulateReport, LearnerInfo, StepReport
 from rollout_workers.actor import RolloutWorker
@@ -137,6 +147,8 @@ class StubBackend:
     """A model that takes `Latencies.score` for a step's answers."""
 
     name, dtype, model_name = "stub", "float32", "stub"
+    path: ForwardPathName = "full"
+    path_cost = "sleeps"
     model_fingerprint = "0" * 64
     vocab_size, max_sequence_tokens, weight_version = VOCABULARY, 4096, 0
     modes: ClassVar[dict[str, Any]] = {"at_ids": None, "sampled": None}

@@ -12,17 +12,18 @@ and values in place, and the cost is linear in the number of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from teacher_server.backends.base import BackendError
-
 ATTENTION_NAME = "opcd_shared_prefix"
 """Name of the function in transformers' registry of attentions."""
+
+_NEUTRAL = {"position_ids", "use_cache", "output_attentions", "is_causal"}
+"""Arguments that models pass to their attention and that have no effect here."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,32 +83,24 @@ def causal_blocks(nodes: Sequence[tuple[int, int]], *, waste: float = 0.25) -> l
     return blocks
 
 
-def refuse_unusual_attention(config: Any) -> None:
-    """Raise BackendError for a model that needs an attention which this module does not compute."""
+class UnsupportedAttention(RuntimeError):
+    """The model asks for an attention which this module does not compute."""
+
+
+def obstacle(config: Any) -> str | None:
+    """Return the setting of a text configuration that rules `shared_prefix_attention` out, or None.
+
+    These settings act on sequences longer than a self-check's, so it cannot find them.
+    """
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "layer_types", None) and window and getattr(config, "use_sliding_window", True):
-        kinds.add(f"sliding window of {window} tokens")
+        kinds.add(f"a sliding window of {window} tokens")
     if getattr(config, "attention_chunk_size", None):
         kinds.add("chunked attention")
     if getattr(config, "attn_logit_softcapping", None):
         kinds.add("capped attention scores")
-    if kinds:
-        raise BackendError(
-            f"model type {config.model_type}: the transformers backend computes full causal attention only, "
-            f"and this model has {', '.join(sorted(kinds))}"
-        )
-    if "longrope" in _rope_types(getattr(config, "rope_parameters", None) or {}):
-        raise BackendError(
-            f"model type {config.model_type}: rope_type longrope scales positions by the longest sequence of a forward "
-            "pass, so a cached context's keys would depend on the batch; teacher.backend=vllm may take this model"
-        )
-
-
-def _rope_types(parameters: Mapping[str, Any]) -> set[str]:
-    """Rope types of `parameters`: one set, or one set per layer type."""
-    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
-    return {str(each.get("rope_type", "default")) for each in (nested or [parameters])}
+    return f"it has {', '.join(sorted(kinds))}" if kinds else None
 
 
 def shared_prefix_attention(
@@ -119,20 +112,25 @@ def shared_prefix_attention(
     *,
     scaling: float | None = None,
     attention_plan: AttentionPlan | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers: ``query [1, H, N, D]`` to ``[1, N, H, D]``."""
+    """Attention function for transformers: ``query [1, H, N, D]`` to ``[1, N, H, Dv]``.
+
+    Raises UnsupportedAttention without a plan, or if the model asks for more than causal attention (a mask, dropout, a
+    window, a cap on scores, sinks, any unknown argument).
+    """
+    name = type(module).__name__
     if attention_plan is None or attention_mask is not None:
-        raise RuntimeError("this attention needs an attention_plan and no mask")
-    if softcap is not None or s_aux is not None:
-        raise RuntimeError("capped scores and attention sinks cannot be merged by log-sum-exp")
+        raise UnsupportedAttention(f"{name} does not pass the attention plan, or passes a mask")
+    unknown = sorted(key for key, given in others.items() if given is not None and key not in _NEUTRAL)
+    if unknown or dropout or not getattr(module, "is_causal", True):
+        raise UnsupportedAttention(f"{name} asks for more than causal attention: {', '.join(unknown) or 'dropout'}")
     q, k, v = query[0], key[0], value[0]
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_plan.record is not None:
         attention_plan.record[cast(int, module.layer_idx)] = (k.contiguous(), v.contiguous())
-    out = q.new_empty(q.shape, dtype=torch.float32)
+    out = q.new_empty((*q.shape[:2], v.shape[-1]), dtype=torch.float32)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     for block in attention_plan.blocks:
         _attend_block(q, k, v, block, scale, out, lse)
@@ -181,7 +179,15 @@ def _merge_prefix(
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention ``[b, H, L, D]`` and the log-sum-exp of its scores ``[b, H, L]`` (f32), from a fused kernel if any."""
+    """Attention ``[b, H, L, Dv]`` and the log-sum-exp of its scores ``[b, H, L]`` (f32), from a fused kernel if any.
+
+    Kernels want one head size, so a smaller one (of keys, or of values: MLA) is filled up with zeros.
+    """
+    head, width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    if q.shape[-1] != width:
+        q, k, v = (torch.nn.functional.pad(t, (0, head - t.shape[-1])) for t in (q, k, v))
+        out, lse = attention_with_lse(q, k, v, causal=causal, scale=scale)
+        return out[..., :width], lse
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse

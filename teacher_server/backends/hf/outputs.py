@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.float32_head import float32_linear
+from common.models.logits import LogitTransform
 from common.protocol.schema import LOGPROB_FLOOR, PAD_ID, ScoreMode
 
 CHUNK_BYTES = 64 * 1024 * 1024
@@ -38,6 +39,7 @@ class PositionScores:
 def score_hidden(
     hidden: Tensor,
     output_layer: Any,
+    transform: LogitTransform,
     vocab_size: int,
     *,
     sampled: Tensor,
@@ -46,14 +48,17 @@ def score_hidden(
     temperature: float,
     k: int,
 ) -> PositionScores:
-    """Scores of n positions from ``hidden [n, H]`` and the model's linear `output_layer`, with at most `CHUNK_BYTES` of
-    logits in memory.
+    """Scores of n positions from ``hidden [n, H]`` and the model's linear `output_layer` and logit `transform`.
+
+    At most `CHUNK_BYTES` of logits are in memory.
     """
     chunk = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
     rows = max(1, chunk // (4 * vocab_size))
     parts = [
         score_logits(
-            float32_linear(hidden[start : start + rows], output_layer.weight, getattr(output_layer, "bias", None)),
+            transform(
+                float32_linear(hidden[start : start + rows], output_layer.weight, getattr(output_layer, "bias", None))
+            ),
             sampled=sampled[start : start + rows],
             ids=None if ids is None else ids[start : start + rows],
             mode=mode,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +41,9 @@ class PrefixState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixedSequence:
-    """A cached prefix (or None), the prompt and the response."""
+    """A cached prefix of the model's path (or None), the prompt and the response."""
 
-    prefix: PrefixState | None
+    prefix: Any | None
     prompt: Ids
     response: Ids
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.config.model import TeacherConfig
-from common.protocol.schema import Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
+from common.protocol.schema import ForwardPathName, Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.vllm.engine import EngineRequest, ScoringEngine
 from teacher_server.backends.vllm.files import model_folder, weights_fingerprint
@@ -62,6 +62,8 @@ class VllmBackend:
     """Scores with a vLLM engine, which runs in other processes."""
 
     name = "vllm"
+    path: ForwardPathName = "engine"
+    path_cost = "a context is computed once and stays in the engine's prefix cache"
     weight_version = 0
 
     def __init__(self, engine: ScoringEngine, *, model_name: str, fingerprint: str) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.models.logits import LogitTransform
 from common.protocol.schema import LOGPROB_FLOOR, PAD_ID
 from learner.trainer.losses import topk_divergence
-from learner.trainer.output_layer import ChunkView, LogitTransform, OutputLayer, check_transform, logit_transform
+from learner.trainer.output_layer import ChunkView, OutputLayer
 
 T, V, D, K = 23, 101, 12, 7
 
@@ -228,53 +229,6 @@ def test_bfloat16_weights_sum_their_gradient_in_float32() -> None:
     got, expected = case.run(case.chunked), reference.run(reference.plain)
     assert got[1].dtype == torch.bfloat16
     assert_equal_gradients(got, expected, rtol=1e-2)
-
-
-def tiny(kind: str, **settings: Any) -> Any:
-    """A model of another family, with random weights large enough that caps and scales matter."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.8,
-        pad_token_id=0,
-        **settings,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config)
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "transform"),
-    [
-        ("gemma2", {"final_logit_softcapping": 2.0}, LogitTransform(softcap=2.0)),
-        ("cohere", {"logit_scale": 0.25}, LogitTransform(scale=0.25)),
-        ("granite", {"logits_scaling": 4.0}, LogitTransform(scale=0.25)),
-        ("llama", {}, LogitTransform()),
-    ],
-)
-def test_the_transforms_of_known_families_are_read(
-    kind: str, settings: dict[str, Any], transform: LogitTransform
-) -> None:
-    model = tiny(kind, **settings)
-    assert logit_transform(model.config) == transform
-    check_transform(model, OutputLayer(model.get_output_embeddings(), transform, 3), model.base_model)
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"), [("gemma2", {"final_logit_softcapping": 2.0}), ("cohere", {"logit_scale": 0.25})]
-)
-def test_unknown_transforms_are_refused_by_name(kind: str, settings: dict[str, Any]) -> None:
-    model = tiny(kind, **settings)
-    with pytest.raises(ValueError, match=type(model).__name__):
-        check_transform(model, OutputLayer(model.get_output_embeddings(), LogitTransform(), 3), model.base_model)
 
 
 def test_a_bfloat16_head_computes_its_loss_from_float32_logits() -> None:

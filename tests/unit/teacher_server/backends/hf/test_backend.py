@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from common.float32_head import float32_linear
 from common.protocol.schema import Ids, ItemError, ItemScore, ScoreMode, as_ids
-from teacher_server.backends.base import BackendError, Work
-from teacher_server.backends.hf import backend as transformers_backend
-from teacher_server.backends.hf import outputs
-from teacher_server.backends.hf.attention import attention_with_lse, eager_attention_with_lse, refuse_unusual_attention
+from teacher_server.backends.base import Work
+from teacher_server.backends.hf import outputs, shared_prefix
+from teacher_server.backends.hf.attention import attention_with_lse, eager_attention_with_lse
 from teacher_server.backends.hf.backend import TransformersBackend
 from teacher_server.backends.hf.packing import PrefixedSequence, PrefixState, split_into_passes
 from tests.support.teacher_oracle import Oracle, assert_score, random_item
@@ -138,7 +137,7 @@ def test_a_batch_in_several_passes_is_scored_the_same(
     batch = [work(rng, prefixes[length], 1 + n, 3 + 5 * n) for n in range(6) for length in (0, 100)]
     batch += [replace(one, item=replace(one.item, response_ids=as_ids(one.item.response_ids[::-1]))) for one in batch]
     batch = [batch[i] for i in rng.permutation(len(batch))]
-    monkeypatch.setattr(transformers_backend, "CPU_PASS_TOKENS", tokens)
+    monkeypatch.setattr(shared_prefix, "CPU_PASS_TOKENS", tokens)
     check(backend, oracle, batch)
 
 
@@ -345,64 +344,3 @@ def test_fingerprint_follows_the_weights(tiny_model: Path, tiny_untied_model: Pa
     assert model_fingerprint(one) == model_fingerprint(same) != model_fingerprint(other)
     same.get_parameter("model.norm.weight").data[0] += 1e-3
     assert model_fingerprint(one) != model_fingerprint(same)
-
-
-def test_sliding_windows_are_refused_by_name() -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        sliding_window=32,
-    )
-    with pytest.raises(BackendError, match="sliding window of 32"):
-        TransformersBackend(MistralForCausalLM(config), model_name="m")
-
-
-def test_frequencies_that_depend_on_the_longest_sequence_are_refused_by_name() -> None:
-    """Below `original_max_position_embeddings` the check against a plain forward pass at load cannot detect it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    longrope = {
-        "rope_type": "longrope",
-        "rope_theta": 10_000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-        "original_max_position_embeddings": 1024,
-    }
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=4096,
-        rope_parameters=longrope,
-    )
-    with pytest.raises(BackendError, match="rope_type longrope"):
-        TransformersBackend(LlamaForCausalLM(config), model_name="m")
-    config.rope_parameters = {"full_attention": longrope}
-    with pytest.raises(BackendError, match="rope_type longrope"):
-        refuse_unusual_attention(config)
-
-
-def test_unlike_architectures_are_refused_at_load() -> None:
-    """Loading refuses a model with capped attention scores."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    with pytest.raises(BackendError, match="gemma2"):
-        TransformersBackend(Gemma2ForCausalLM(config), model_name="g")
