@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.config.model import Config, RolloutConfig, StudentConfig, SyncConfig
 from common.data.model_lookup import load_tokenizer
@@ -70,6 +69,9 @@ class RolloutEngine:
             )
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from rollout_workers.engine import topk_rows
+
+        topk_rows.install()
         tokenizer = load_tokenizer(model)
         engine = AsyncLLM.from_engine_args(engine_args(model, config, max_logprobs=max_logprobs))
         running = cls(engine, tokenizer, int(engine.model_config.max_model_len), config.sync_in_run)
@@ -89,6 +91,7 @@ class RolloutEngine:
         Raises RolloutError if the prompt plus ``max_tokens`` exceeds the engine's context: nothing is truncated.
         """
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         prompt = [int(i) for i in prompt_ids]
         longest = len(prompt) + sampling.max_tokens
@@ -106,13 +109,13 @@ class RolloutEngine:
             top_k=sampling.top_k,
             seed=sampling.seed,
             logprobs=sampling.top_logprobs,
-            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # else this coroutine would wake for every token
             detokenize=False,
             stop_token_ids=sorted({*stops.token_ids, *self._end_ids()}),
         )
         completion = await self._run(prompt, params, request_id, lambda output: output.outputs[0])
         ids = as_ids(completion.token_ids)
-        sampled, topk = _columns(completion.logprobs, len(ids), sampling.top_logprobs)
+        sampled, topk = _columns(completion, sampling.top_logprobs, request_id)
         finish = _finish(completion.finish_reason, request_id)
         decode = partial(decode_ids, self._tokenizer)
         kept = first_stop(ids.tolist(), stops.spanning, decode) if stops.spanning else None
@@ -254,16 +257,19 @@ def _finish(reason: str | None, request_id: str) -> FinishReason:
     raise RolloutError(f"{request_id}: the engine ended the answer with {reason!r}")
 
 
-def _columns(flat: Any, tokens: int, k: int) -> tuple[F32, Ids]:
-    """Split into (log-prob of the sampled token ``[T]``, top-k ids ``[T, k]``): vLLM puts the sampled token first."""
-    width = k + 1
-    starts: NDArray[np.int64] = np.asarray(flat.start_indices, dtype=np.int64)
-    if len(starts) != tokens or len(flat.token_ids) != tokens * width:
+def _columns(completion: Any, k: int, request_id: str) -> tuple[F32, Ids]:
+    """Return (log-prob of the sampled token ``[T]``, top-k ids ``[T, k]``); raises RolloutError if they do not fit."""
+    from rollout_workers.engine.topk_rows import TopKRows
+
+    rows = completion.logprobs
+    try:
+        if not isinstance(rows, TopKRows):
+            raise ValueError(f"{type(rows).__name__} in place of TopKRows")
+        return rows.columns(completion.token_ids, k)
+    except ValueError as error:
         raise RolloutError(
-            f"the engine returned {len(flat.token_ids)} log-probs for {tokens} tokens, expected {tokens * width}"
-        )
-    values = np.asarray(flat.logprobs, dtype=np.float32).reshape(tokens, width)
-    return values[:, 0].copy(), as_ids(np.asarray(flat.token_ids).reshape(tokens, width)[:, 1:])
+            f"{request_id}: vLLM's log-probs do not fit its answer ({error}): use vLLM 0.32.0"
+        ) from error
 
 
 def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:

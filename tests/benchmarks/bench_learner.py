@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from learner.trainer.losses import topk_divergence
 from learner.trainer.output_layer import ChunkView, LogitTransform, OutputLayer
+from tests.support.memory import peak_bytes, reset_peak
 
 VOCABULARY, WIDTH, K = 151_936, 1024, 256
 CHUNK_TOKENS = 256
@@ -197,19 +198,3 @@ def figure(value: float, limit: float, how: str, *, at_most: bool) -> dict[str, 
         "ok": value <= limit if at_most else value >= limit,
         "how": f"{how}; {torch.get_num_threads()} threads",
     }
-
-
-def reset_peak() -> int:
-    """Let the process's peak resident memory start again from here; bytes resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def peak_bytes() -> int:
-    """Peak resident memory since `reset_peak`."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

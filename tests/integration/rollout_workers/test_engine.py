@@ -138,6 +138,56 @@ async def test_topk_ids_are_the_students_own_best_first_without_the_sampled_colu
     assert any(outside)  # at this temperature some samples lie outside the top k: no column was theirs
 
 
+async def test_topk_rows_are_vllms_own_logprobs_to_the_bit(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.engine import output_processor
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    answers = await asyncio.gather(
+        *(pair.engine.generate(PROMPT, Sampling(50, 1.5, top_logprobs=K, seed=n), f"ours{n}") for n in range(4))
+    )
+    monkeypatch.setattr(output_processor, "LogprobsProcessor", LogprobsProcessor)
+
+    async def flat(seed: int) -> Any:
+        params = SamplingParams(
+            max_tokens=50,
+            temperature=1.5,
+            seed=seed,
+            logprobs=K,
+            flat_logprobs=True,
+            detokenize=False,
+            stop_token_ids=pair.engine._eos_ids(),
+        )
+        async for output in pair.engine._engine.generate({"prompt_token_ids": PROMPT}, params, f"theirs{seed}"):
+            last = output.outputs[0]
+        return last
+
+    for answer, theirs in zip(answers, await asyncio.gather(*map(flat, range(4))), strict=True):
+        assert answer.response_ids.tolist() == list(theirs.token_ids)
+        tokens = len(theirs.token_ids)
+        assert np.array_equal(np.reshape(theirs.logprobs.token_ids, (tokens, K + 1))[:, 1:], answer.topk_ids)
+        assert np.array_equal(np.reshape(theirs.logprobs.logprobs, (tokens, K + 1))[:, 0], answer.sampled_logprobs)
+
+
+async def test_a_cancelled_answer_leaves_nothing_and_the_engine_goes_on(pair: Pair) -> None:
+    flying = asyncio.create_task(pair.engine.generate(PROMPT, Sampling(400, top_logprobs=K, seed=5), "cancelled"))
+    await asyncio.wait_for(has_tokens(pair.engine, 5), 60)
+    flying.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await flying
+    assert not pair.engine._engine.output_processor.request_states
+    answer = await pair.engine.generate(PROMPT, Sampling(8, 0.0, top_logprobs=K), "next")
+    assert answer.topk_ids.shape == (8, K)
+
+
+async def test_an_answer_that_the_engine_aborts_is_an_error(pair: Pair) -> None:
+    flying = asyncio.create_task(pair.engine.generate(PROMPT, Sampling(400, top_logprobs=K, seed=5), "aborted"))
+    await asyncio.wait_for(has_tokens(pair.engine, 5), 60)
+    await pair.engine._engine.abort("aborted")
+    with pytest.raises(RolloutError, match="aborted: the engine ended the answer with 'abort'"):
+        await flying
+
+
 async def test_greedy_is_the_argmax(pair: Pair) -> None:
     answer = await pair.engine.generate(PROMPT, Sampling(20, 0.0), "greedy")
     ids = answer.response_ids.tolist()
@@ -211,6 +261,13 @@ async def test_engine_follows_the_learner_through_three_syncs(pair: Pair) -> Non
     assert pair.logits(PROMPT, answer.response_ids.tolist()).argmax(-1).tolist() == answer.response_ids.tolist()
 
 
+async def has_tokens(engine: RolloutEngine, tokens: int) -> None:
+    """Return when the only answer in flight has `tokens` tokens."""
+    states = engine._engine.output_processor.request_states
+    while not any(state.detokenizer.num_output_tokens() >= tokens for state in states.values()):  # noqa: ASYNC110
+        await asyncio.sleep(0.001)  # vLLM has no event for it
+
+
 async def test_an_answer_in_flight_across_a_sync_has_a_span_of_each_version(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,21 +275,18 @@ async def test_an_answer_in_flight_across_a_sync_has_a_span_of_each_version(
     long = PROMPT * 15  # more than the 128 tokens that a block of the prefix cache has on CPU
     before = await pair.engine.generate(long, Sampling(8, 0.0), "fills the prefix cache")
     old = copy.deepcopy(pair.model)
-    under_way = asyncio.Event()
     generate = pair.engine._engine.generate
     cached: dict[str, int] = {}
 
     async def watched(*arguments: Any) -> AsyncIterator[Any]:
         async for output in generate(*arguments):
             cached[output.request_id] = output.num_cached_tokens
-            if len(output.outputs[0].token_ids) >= 5:
-                under_way.set()
             yield output
 
     monkeypatch.setattr(pair.engine._engine, "generate", watched)
     flying = asyncio.create_task(pair.engine.generate(long, Sampling(200, 1.0, top_logprobs=K, seed=3), "flying"))
     pair.train(lr=1e-2)
-    await asyncio.wait_for(under_way.wait(), 60)
+    await asyncio.wait_for(has_tokens(pair.engine, 5), 60)
     await pair.sync()
     answer = await flying
     (first, version), (turn, next_version) = answer.versions
