@@ -23,6 +23,7 @@ RENAMED_KEYS = {
     "teacher.key_file": "client_key_file",
     "rollout.over_issue": "oversample_fraction",
     "environment.samples": "sample_format",
+    "sync.parity_nats": "parity_rms_nats",
     "sync.drift_warn_nats": "mismatch_warn_nats",
     "sync.drift_stop_nats": "mismatch_stop_nats",
     "sync.drift_warn_share": "mismatch_warn_share",

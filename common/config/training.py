@@ -208,19 +208,22 @@ class SyncConfig(Section):
     """Sequences of the parity probe, which learner and engines score after every sync."""
     probe_tokens: Positive = 32
     """Response tokens per probe sequence."""
-    parity_nats: PositiveFloat | None = None
-    """Upper bound for the difference between engine and learner in a probe token's log-prob. Default: 2e-4 in float32,
-    0.1 in bfloat16."""
+    parity_rms_nats: PositiveFloat | None = None
+    """Upper bound for the rms of engine minus learner log-prob over the probe's tokens, the worst hundredth left out.
+    Default: 5e-5 in float32, 0.15 in bfloat16."""
+    parity_q99_nats: PositiveFloat | None = None
+    """Upper bound for this difference in 99% of the probe's tokens. Default: 2e-4 in float32, 0.5 in bfloat16."""
     parity_change_ratio: PositiveFloat = 0.1
-    """Upper bound for rms(engine's change - learner's change) / rms(learner's change) on the probe."""
+    """Upper bound for rms(engine's change - learner's change) / rms(learner's change) on the probe, since the version
+    before and since version 0. Three times the rms difference at version 0 is always allowed."""
     mismatch_warn_nats: PositiveFloat | None = None
     """Report a step if engine minus learner log-prob has an rms above this over the trained tokens. Default: 0.002 in
-    float32, 0.05 in bfloat16, no bound if `rollout.max_staleness` is above 0."""
+    float32, 0.1 in bfloat16, no bound if `rollout.max_staleness` is above 0."""
     mismatch_stop_nats: PositiveFloat | None = None
-    """Stop the run above this rms. Default: ten times `mismatch_warn_nats`, no bound if `rollout.max_staleness` is
+    """Stop the run above this rms. Default: five times `mismatch_warn_nats`, no bound if `rollout.max_staleness` is
     above 0."""
     mismatch_warn_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Report a step if the probabilities of more than this share of its tokens differ by over a tenth. Default: 0.1, no
-    bound if `rollout.max_staleness` is above 0."""
+    """Report a step if the probabilities of more than this share of its tokens differ by over a tenth. Default: 0.1 in
+    float32, 0.2 in bfloat16, no bound if `rollout.max_staleness` is above 0."""
     mismatch_stop_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Stop the run above this share. Default: 0.5, no bound if `rollout.max_staleness` is above 0."""

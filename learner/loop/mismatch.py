@@ -16,10 +16,11 @@ RMS, OUTSIDE = "mismatch/rms", "mismatch/outside"
 """Metrics of a step: root mean square of engine minus learner log-prob, in nats; share of tokens whose probability
 ratio, learner over engine, lies outside [0.9, 1.1]."""
 
-WARN_NATS = {"float32": 0.002, "bfloat16": 0.05}
-"""Published rms of engines and trainers that agree."""
-WARN_SHARE = 0.1
-STOP_FACTOR = 10.0
+WARN_NATS = {"float32": 0.002, "bfloat16": 0.1}
+WARN_SHARE = {"float32": 0.1, "bfloat16": 0.2}
+"""In bfloat16 twice what programs that agree show: published rms 0.05 and 95% of the tokens within 0.11 nats, measured
+0.056 and 0.11 (SmolLM2-135M, two attention kernels, output layers in float32)."""
+STOP_FACTOR = 5.0
 STOP_SHARE = 0.5
 
 
@@ -46,7 +47,7 @@ def mismatch_bounds(sync: SyncConfig, *, dtype: str, max_staleness: int) -> Mism
     return MismatchBounds(
         warn_nats=warn_nats,
         stop_nats=sync.mismatch_stop_nats or (STOP_FACTOR * warn_nats if default and warn_nats else None),
-        warn_share=sync.mismatch_warn_share or (WARN_SHARE if default else None),
+        warn_share=sync.mismatch_warn_share or (WARN_SHARE[dtype] if default else None),
         stop_share=sync.mismatch_stop_share or (STOP_SHARE if default else None),
     )
 

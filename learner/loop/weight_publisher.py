@@ -13,7 +13,7 @@ from common.protocol.schema import Prompt, Sampling, TokenSequence, as_ids
 from common.telemetry.trace import TraceSpan
 from common.weight_sync.collective import SyncError
 from learner.cluster.services import Arrays, Services, Worker
-from learner.loop.parity import ParityGate, ParityReport
+from learner.loop.parity import ParityGate, ParityReport, parity_bounds
 
 MAX_ATTEMPTS = 3
 """Syncs of one version; each leaves out the workers that died in the one before."""
@@ -101,17 +101,17 @@ class WeightPublisher:
 
     async def _begin_gates(self, workers: Sequence[Worker]) -> list[ParityReport]:
         """Gates for new `workers`, whose engines hold the initial weights. Raises ParityError."""
-        sync, info = self._config.sync, self._services.learner_info
+        info = self._services.learner_info
         assert info is not None
-        nats = sync.parity_nats or (2e-4 if info.dtype == "float32" else 0.1)
+        bounds = parity_bounds(self._config.sync, info.dtype)
         new = [worker for worker in workers if worker.number not in self._gates]
         reports = []
         for worker, engine in zip(new, await self._services.probe_engines(new, self._probe), strict=True):
-            gate = ParityGate(nats, sync.parity_change_ratio)
+            gate = ParityGate(bounds)
             reports.append(gate.begin(engine, self._learner_at_0))
             self._gates[worker.number] = gate
         return reports
 
 
 def _worst(reports: Sequence[ParityReport]) -> ParityReport:
-    return max(reports, key=lambda report: report.max_nats)
+    return max(reports, key=lambda report: report.rms_nats)

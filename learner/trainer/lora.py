@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, through peft). Training changes the adapters only; the base weights stay bit-identical.
 
 A layer computes ``W x + s B A x`` with ``s = alpha / rank``. Inference engines receive the merged ``W + s B A`` under
-the name of W, so they need no LoRA support.
+the name of W, so they need no LoRA support. Below float32 the learner computes with the merged weight, too
+(`learner.trainer.merged_lora`).
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ class Adapter:
     b: nn.Parameter
     scale: float
 
-    @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
-        """Return ``weight + scale * b a``, summed in float32, in the dtype of `weight`, which is not modified."""
-        return torch.addmm(weight.float(), self.b.float(), self.a.float(), alpha=self.scale).to(weight.dtype)
+        """Return ``weight + scale * b a`` in the dtype of `weight`, which is not modified."""
+        from learner.trainer.merged_lora import merge
+
+        return merge(weight, self.a, self.b, self.scale)
 
 
 def add_adapters(model: Any, config: LoraConfig) -> None:
@@ -42,6 +44,8 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
+    from learner.trainer.merged_lora import MergedLinear, gather_together
+
     names = list(config.target_modules)
     settings = PeftConfig(
         r=config.rank,
@@ -51,7 +55,12 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
         bias="none",
         task_type="CAUSAL_LM",
     )
+    if model.dtype == torch.float32:  # merging loses nothing
+        inject_adapter_in_model(settings, model, adapter_name=_NAME)
+        return
+    settings._register_custom_module({nn.Linear: MergedLinear})
     inject_adapter_in_model(settings, model, adapter_name=_NAME)
+    gather_together(model)
 
 
 def checkpoint_name(name: str) -> str | None:

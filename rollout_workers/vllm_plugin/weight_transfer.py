@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -17,6 +16,7 @@ from common.config.model import SyncConfig
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest, TensorSpec
 from common.weight_sync.receiver import open_receiver
+from rollout_workers.vllm_plugin.arrival import ArrivalProof, PackedCopies
 
 if TYPE_CHECKING:
     from common.weight_sync.receiver import Receiver
@@ -57,6 +57,7 @@ class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo
     init_info_cls = SyncInitInfo
     update_info_cls = SyncUpdateInfo
     _receiver: Receiver | None = None
+    _packed: PackedCopies | None = None
 
     def init_transfer_engine(self, init_info: SyncInitInfo) -> None:
         """Join the group, leaving the previous one; every worker of every engine has its own rank."""
@@ -74,6 +75,7 @@ class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo
         """Prepare the model for loading checkpoint weights again."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        self._packed = PackedCopies(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -83,7 +85,8 @@ class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: SyncUpdateInfo) -> None:
-        """Load all weights; raises SyncError as `common.weight_sync.receiver.Receiver` does.
+        """Load all weights; raises SyncError as `common.weight_sync.receiver.Receiver` does, and if a parameter was not
+        written.
 
         After an error the model holds parts of two versions, but can take another update.
         """
@@ -91,58 +94,27 @@ class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo
 
         if self._receiver is None:
             raise SyncError("weights were announced before the weight group was joined")
+        proof = ArrivalProof(self.model)
         try:
-            self.model.load_weights(self._receiver.receive(update_info.manifest()))
-            refuse_incomplete_layers(self.model)
+            with proof.counting():
+                self.model.load_weights(self._receiver.receive(update_info.manifest()))
+            proof.check()
         except BaseException:
             # Otherwise half-loaded layers would count their elements towards the next update.
             finalize_layerwise_reload(self.model, self.model_config)
             raise
 
     def finish_weight_update(self) -> None:
-        """Process the loaded layers, including the output layer."""
+        """Process the loaded layers, tied output layers included; raises SyncError for one left with old weights."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu":
-            repack_output_layer(self.model)
+        if self._packed is not None:
+            self._packed.renew()
+            self._packed = None
 
     def shutdown(self) -> None:
         """Leave the group."""
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
-
-
-def refuse_incomplete_layers(model: nn.Module) -> None:
-    """Raise SyncError if an unquantised linear layer got only a part of its weights.
-
-    vLLM would keep its old weights or leave elements undefined, since it cannot tell missing ones from padding.
-    """
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    incomplete = []
-    for name, layer in model.named_modules():
-        info = get_layerwise_info(layer)  # complete layers have left the loading state
-        if info.can_load() and type(getattr(layer, "quant_method", None)) is UnquantizedLinearMethod:
-            incomplete.append(f"{name} ({info.load_numel:,} of {info.load_numel_total:,} elements)")
-    if incomplete:
-        more = f" and {len(incomplete) - 3} more" if len(incomplete) > 3 else ""
-        raise SyncError(f"a sync left layers without all of their weight: {', '.join(incomplete[:3])}{more}")
-
-
-def repack_output_layer(model: nn.Module) -> None:
-    """Repack a CPU model's output layer after a reload.
-
-    vLLM keeps the weight and a packed copy, which would go on using the old weights. A tied weight is loaded as
-    the embedding, which vLLM packs too: the embedding never uses its packed copy, so it shares the new one.
-    """
-    head: Any = getattr(model, "lm_head", None)
-    weight = getattr(head, "weight", None)
-    if weight is None or not hasattr(head, "quant_method"):
-        return
-    head.quant_method.process_weights_after_loading(head)
-    for layer in model.modules():
-        if getattr(layer, "weight", None) is weight and hasattr(layer, "cpu_linear"):
-            layer.cpu_linear = head.cpu_linear

@@ -127,7 +127,7 @@ class StubPublisher:
 
     async def publish(self, version: int) -> ParityReport:
         self.order.append("publish")
-        return ParityReport(0.0, 0.0, 0.0, 0.0)
+        return ParityReport(0.0, 0.0, 0.0, 0.0, 0.0)
 
     def take_spans(self) -> list[TraceSpan]:
         return []

@@ -22,7 +22,7 @@ from common.config.model import SyncConfig
 from common.data.token_text import decode_ids
 from common.protocol.schema import Sampling, TokenSequence, as_ids
 from common.weight_sync.manifest import SyncManifest, TensorSpec
-from learner.loop.parity import ParityError, ParityGate
+from learner.loop.parity import ParityError, ParityGate, parity_bounds
 from learner.publishing.sender import Sender, open_sender
 from rollout_workers.engine.engine import RolloutEngine, RolloutError
 from rollout_workers.pool.failures import EngineLost
@@ -33,6 +33,7 @@ from tests.support.tiny import make_tokenizer
 pytestmark = pytest.mark.timeout(240)
 
 TOKENIZER = make_tokenizer()
+BOUNDS = parity_bounds(SyncConfig(), "float32")
 
 
 @dataclass
@@ -246,7 +247,7 @@ async def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers(pair: Pa
 
 async def test_engine_follows_the_learner_through_three_syncs(pair: Pair) -> None:
     probe = await probe_of(pair)
-    gate = ParityGate(2e-4, 0.1)
+    gate = ParityGate(BOUNDS)
     gate.begin(await pair.engine.logprobs(probe), pair.logprobs(probe))
     before = pair.logprobs(probe)
     for _ in range(3):
@@ -312,27 +313,23 @@ async def test_an_answer_in_flight_across_a_sync_has_a_span_of_each_version(
 
 
 def leave_output_layer_stale(worker: Any) -> None:
-    import rollout_workers.vllm_plugin.weight_transfer as module
+    from rollout_workers.vllm_plugin.arrival import PackedCopies
 
-    module.repack_output_layer = lambda model: None
+    PackedCopies.renewed = PackedCopies.renew  # type: ignore[attr-defined]
+    PackedCopies.renew = lambda self: None  # type: ignore[method-assign]
 
 
 def mend_output_layer(worker: Any) -> None:
-    import importlib
+    from rollout_workers.vllm_plugin.arrival import PackedCopies
 
-    import rollout_workers.vllm_plugin.weight_transfer as module
-
-    importlib.reload(module)
-    engine = worker.weight_transfer_engine
-    module.repack_output_layer(engine.model)
-    engine.finish_weight_update.__func__.__globals__["repack_output_layer"] = module.repack_output_layer
+    PackedCopies.renew = PackedCopies.renewed  # type: ignore[attr-defined,method-assign]
 
 
 @pytest.mark.parametrize(("lr", "why"), [(1e-3, "differ by"), (1e-6, "left with old weights")])
 async def test_the_gate_fails_when_the_output_layer_is_left_stale(pair: Pair, lr: float, why: str) -> None:
     """An untied output layer is packed when it is loaded: there the whole sync is left out instead."""
     probe = await probe_of(pair)
-    gate = ParityGate(2e-4, 0.1)
+    gate = ParityGate(BOUNDS)
     gate.begin(await pair.engine.logprobs(probe), pair.logprobs(probe))
     if pair.tied:
         await pair.engine._engine.collective_rpc(leave_output_layer_stale)
@@ -345,24 +342,66 @@ async def test_the_gate_fails_when_the_output_layer_is_left_stale(pair: Pair, lr
     finally:
         if pair.tied:
             await pair.engine._engine.collective_rpc(mend_output_layer)
-        else:
-            await pair.sync()
+        await pair.sync()
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_layer_that_got_half_of_its_weight_is_named_and_the_next_sync_mends_it(pair: Pair) -> None:
+ENGINE_NAMES = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+
+async def test_a_weight_that_does_not_arrive_is_named_whichever_it_is(pair: Pair) -> None:
     whole = pair.named
-    pair.named = lambda: ((name, tensor) for name, tensor in whole() if "layers.0.self_attn.k_proj" not in name)
+    for left_out in dict(whole()):
+        pair.named = lambda: ((name, tensor) for name, tensor in whole() if name != left_out)  # noqa: B023
+        *_, module, leaf = left_out.split(".")
+        expected = rf"did not write all .*{ENGINE_NAMES.get(module, module)}\.{leaf} \([\d,]+ of [\d,]+ elements\)"
+        with pytest.raises(Exception, match=expected):
+            await pair.sync()
+    pair.named = whole
+    await pair.sync()  # until then nothing is answered
+    await follows(pair)
+
+
+def copy_directly(worker: Any) -> None:
+    """Load one weight as vLLM's GPT-OSS loads its sinks: by a copy into the parameter."""
+    model = worker.weight_transfer_engine.model
+    original = model.load_weights
+
+    def load_weights(weights: Any) -> Any:
+        def others() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                if name == "model.layers.1.input_layernorm.weight":
+                    model.get_parameter(name).copy_(tensor)
+                else:
+                    yield name, tensor
+
+        return original(others())
+
+    model.load_weights = load_weights
+
+
+def load_normally(worker: Any) -> None:
+    del worker.weight_transfer_engine.model.load_weights
+
+
+async def test_a_weight_that_the_engine_copies_past_its_loader_is_named(pair: Pair) -> None:
+    await pair.engine._engine.collective_rpc(copy_directly)
     try:
         with pytest.raises(
-            Exception, match=r"without all of their weight: model.layers.0.self_attn.qkv_proj \([\d,]+ of"
+            Exception, match=r"model\.layers\.1\.input_layernorm\.weight \(0 of [\d,]+ elements\) would"
         ):
             await pair.sync()
     finally:
-        pair.named = whole
-    await pair.sync()  # until then nothing is answered
+        await pair.engine._engine.collective_rpc(load_normally)
+    await pair.sync()
     await follows(pair)
 
 

@@ -81,9 +81,9 @@ def test_log_probs_that_cannot_be_compared_are_not() -> None:
 def test_default_bounds_go_by_the_type_and_hold_for_strict_runs_alone() -> None:
     sync = SyncConfig()
     strict = mismatch_bounds(sync, dtype="float32", max_staleness=0)
-    assert strict == MismatchBounds(0.002, pytest.approx(0.02), 0.1, 0.5)
-    assert mismatch_bounds(sync, dtype="bfloat16", max_staleness=0) == MismatchBounds(0.05, 0.5, 0.1, 0.5)
+    assert strict == MismatchBounds(0.002, pytest.approx(0.01), 0.1, 0.5)
+    assert mismatch_bounds(sync, dtype="bfloat16", max_staleness=0) == MismatchBounds(0.1, 0.5, 0.2, 0.5)
     assert mismatch_bounds(sync, dtype="bfloat16", max_staleness=1) == MismatchBounds(None, None, None, None)
     own = SyncConfig(mismatch_warn_nats=0.3, mismatch_stop_share=0.9)
     assert mismatch_bounds(own, dtype="float32", max_staleness=2) == MismatchBounds(0.3, None, None, 0.9)
-    assert mismatch_bounds(own, dtype="float32", max_staleness=0) == MismatchBounds(0.3, pytest.approx(3.0), 0.1, 0.9)
+    assert mismatch_bounds(own, dtype="float32", max_staleness=0) == MismatchBounds(0.3, pytest.approx(1.5), 0.1, 0.9)

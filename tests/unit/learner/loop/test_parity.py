@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learner.loop.parity import ParityError, ParityGate
+from common.config.model import SyncConfig
+from learner.loop.parity import ParityBounds, ParityError, ParityGate, parity_bounds
 
 RNG = np.random.default_rng(0)
 TOKENS, NOISE = 200, 1e-6
+BOUNDS = parity_bounds(SyncConfig(), "float32")
+BF16_BOUNDS = parity_bounds(SyncConfig(), "bfloat16")
 
 
 def split(values: np.ndarray) -> list[np.ndarray]:
@@ -21,7 +24,7 @@ def noisy(values: np.ndarray) -> list[np.ndarray]:
 
 def begun() -> tuple[ParityGate, np.ndarray]:
     level = RNG.uniform(-5, -0.1, TOKENS)
-    gate = ParityGate(2e-4, 0.1)
+    gate = ParityGate(BOUNDS)
     gate.begin(noisy(level), split(level))
     return gate, level
 
@@ -69,12 +72,35 @@ def test_steps_below_the_noise_add_up_until_a_stale_layer_is_found() -> None:
         stale_for(20)
 
 
-def test_a_difference_beyond_the_bound_fails_and_names_the_numbers() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "nats", "why"),
+    [
+        (3, 3e-4, r"and 3\.0\de-04 \(99% of the tokens; at most 2\.00e-04, sync\.parity_q99_nats"),
+        (60, 1.5e-4, r"differ by \d\.\d\de-05 nats \(rms over 200 tokens; at most 5\.00e-05, sync\.parity_rms_nats"),
+    ],
+)
+def test_a_difference_beyond_a_bound_fails_and_names_the_numbers(tokens: int, nats: float, why: str) -> None:
     gate, level = begun()
     off = level.copy()
-    off[7] += 3e-4
-    with pytest.raises(ParityError, match=r"weight version 3: .*3\.0\de-04 nats.*2\.00e-04"):
+    off[:tokens] += nats
+    with pytest.raises(ParityError, match=rf"weight version 3: .*{why}"):
         gate.check(3, split(off), split(level))
+
+
+def test_a_single_token_of_a_hundred_does_not_stop_a_run() -> None:
+    gate, level = begun()
+    off = level.copy()
+    off[[7, 90]] += 3.0
+    report = gate.check(1, split(off), split(level))
+    assert report.max_nats == pytest.approx(3.0)
+    assert report.q99_nats < 1e-5
+
+
+def test_a_difference_before_the_first_step_is_no_matter_of_weights() -> None:
+    level = RNG.uniform(-5, -0.1, TOKENS)
+    with pytest.raises(ParityError, match=r"before the first step.*same weights.*student\.dtype=float32") as failure:
+        ParityGate(BF16_BOUNDS).begin(split(level + RNG.normal(0, 0.3, TOKENS)), split(level))
+    assert "did not get" not in str(failure.value)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -95,9 +121,9 @@ def test_missing_tokens_fail() -> None:
     with pytest.raises(ParityError):
         gate.check(1, split(level)[:3], split(level)[:3])
     with pytest.raises(ParityError):
-        ParityGate(1.0, 1.0).begin([], [])
+        ParityGate(ParityBounds(1.0, 1.0, 1.0)).begin([], [])
 
 
 def test_a_check_without_a_floor_fails() -> None:
     with pytest.raises(ParityError, match="version 0"):
-        ParityGate(1.0, 1.0).check(1, split(np.zeros(4)), split(np.zeros(4)))
+        ParityGate(ParityBounds(1.0, 1.0, 1.0)).check(1, split(np.zeros(4)), split(np.zeros(4)))
