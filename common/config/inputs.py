@@ -58,9 +58,9 @@ class StudentConfig(Section):
     """System turn for `system: text`."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments of the chat template, for student and teacher alike, for example ``{enable_thinking: false}``."""
-    template_date: date = date(2026, 1, 1)
-    """The date that a chat template may print. It is fixed so that a repeated or resumed run renders the same
-    prompts."""
+    template_date: date | Literal["template"] = date(2026, 1, 1)
+    """The date that a chat template may print. It is fixed so that a repeated or resumed run renders the same prompts.
+    `template` leaves it to the template, which may print a date of its own, or today's."""
     max_sequence_tokens: Positive | None = None
     """Upper bound for prompt plus response. Default: the model's own limit."""
 
@@ -191,12 +191,29 @@ class ContextConfig(Section):
                 f"context.pool: {self.pool} holds many contexts; this command needs context.text or context.file"
             )
         if self.text is not None:
-            return self.text
-        assert self.file is not None
-        try:
-            return self.file.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"context.file: cannot read {self.file}: {error}") from error
+            text, source = self.text, "context.text"
+        else:
+            assert self.file is not None
+            text, source = _read_context(self.file), f"context.file: {self.file}"
+        if not text.strip():
+            raise ConfigError(f"{source} is empty: the teacher would see what the student sees")
+        return text
+
+
+def _read_context(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        seen_from = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
+        raise ConfigError(f"context.file: cannot read {path}: {error.strerror}{seen_from}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"context.file: {path} is not UTF-8: {error}") from error
+    if text.startswith("\ufeff"):
+        raise ConfigError(
+            f"context.file: {path} begins with a byte-order mark, which would be part of every prompt: save the "
+            "file as UTF-8 without it"
+        )
+    return text
 
 
 Column = Literal["id", "prompt", "messages", "answer", "teacher", "environment", "options", "seed"]
@@ -218,6 +235,8 @@ class DataConfig(Section):
     source's value."""
     labels: tuple[str, ...] = ()
     """Texts that replace integer answers, counted from 0."""
+    ignore: tuple[str, ...] = ()
+    """Columns of the source to leave out, for example one whose name looks like a misspelt column of a row."""
 
 
 class EvalConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import types
 import typing
@@ -85,6 +86,10 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise ConfigError(f"{path}: expected sections such as `run:` and `student:`, got {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
+    try:
+        json.dumps(tree, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{path}: holds half a character ({error.object[error.start]!a}), which is no text") from None
     return tree
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.config.model import ConfigError, ContextConfig
+from common.config.model import ConfigError
 from common.data.sources import DataError, InvalidJson, json_lines
 
 
@@ -21,7 +21,7 @@ class PoolContext(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     id: Annotated[str, Field(min_length=1)]
-    text: Annotated[str, Field(min_length=1)]
+    text: Annotated[str, Field(pattern=r"\S")]
 
 
 Pool = Sequence[PoolContext]
@@ -49,14 +49,6 @@ def read_pool(path: Path) -> tuple[PoolContext, ...]:
     if not pool:
         raise ConfigError(f"context.pool: {path} holds no contexts")
     return tuple(pool.values())
-
-
-def check_context(context: ContextConfig) -> None:
-    """Raise ConfigError if the context, or the pool, cannot be read."""
-    if context.pool is None:
-        context.read()
-    else:
-        read_pool(context.pool)
 
 
 def pool_digest(pool: Pool) -> str:

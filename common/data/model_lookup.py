@@ -80,7 +80,7 @@ def model_limit(model: str) -> int | None:
 def _load(loader: Any, model: str, kind: str) -> Any:
     require_model(model)
     try:
-        return loader.from_pretrained(model)
+        return loader.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # of json, safetensors, tokenizers and the hub's client, with no common base
         if "trust_remote_code" in str(error):
             raise ConfigError(

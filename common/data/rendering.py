@@ -14,6 +14,8 @@ from typing import Any, Literal
 from common.config.model import StudentConfig
 from common.data.fingerprint import tokenizer_fingerprint
 from common.data.rows import DataError, Row
+from common.data.special_tokens import leading_count
+from common.error_text import one_line
 from common.protocol.schema import Context, Prompt, as_ids, context_hash
 
 Placement = Literal["prefix", "system", "user_prefix"]
@@ -65,7 +67,7 @@ class Renderer:
         """
         mark = "\u00abanswer\u00bb"
         roles = (("user", "question"), ("assistant", mark), ("user", observation))
-        text = self._template([{"role": role, "content": content} for role, content in roles])
+        text = self._template([{"role": role, "content": content} for role, content in roles], "a game")
         _, found, after = text.partition(mark)
         if not found or observation.strip() not in after:
             raise DataError("this chat template does not render an answer and the user turn after it unchanged")
@@ -81,7 +83,10 @@ class Renderer:
             )
         lead = self._lead()
         ids = self._tokens(prompt)
-        context = self._context((*lead, *self._tokens(self.context_text)))
+        own = self._tokens(self.context_text)
+        self._check_raw_bos(row, "prompt", ids, lead)
+        self._check_raw_bos(row, "context", own, lead)
+        context = self._context((*lead, *own))
         return Prompt(
             row_id=row.id,
             student_ids=as_ids((*lead, *ids)),
@@ -112,11 +117,13 @@ class Renderer:
                 "use `system` or `user_prefix`"
             )
         system, turns = self._split(row)
-        student_text = self._template(with_system(system, turns))
-        teacher_text = self._template(self._insert_context(placement, system, turns))
+        name = f"row {row.id!r}"
+        student_text = self._template(with_system(system, turns), name)
+        teacher_text = self._template(self._insert_context(placement, system, turns), name)
+        self._check_contents(name, placement, system, turns, student_text, teacher_text)
         student_ids, teacher_ids = self._tokens(student_text), self._tokens(teacher_text)
         self._check_tail(row, turns[-1]["content"], student_text, teacher_text, student_ids, teacher_ids)
-        self._check_bos(row, student_ids)
+        self._check_bos(row, student_ids, teacher_ids)
         prefix = self._prefix(placement, system)
         if teacher_ids[: len(prefix)] != prefix or len(prefix) == len(teacher_ids):
             self.without_shared_prefix.append(row.id)
@@ -160,7 +167,9 @@ class Renderer:
         if key not in self._prefixes:
             renderings = [
                 self._tokens(
-                    self._template(self._insert_context(placement, system, [{"role": "user", "content": probe}]))
+                    self._template(
+                        self._insert_context(placement, system, [{"role": "user", "content": probe}]), "the context"
+                    )
                 )
                 for probe in _PROBES
             ]
@@ -170,18 +179,60 @@ class Renderer:
     def _inserts_system(self) -> bool:
         """Tell whether the template writes a system turn for messages without one."""
         probe, mark = "\u00abuser\u00bb", "\u00absystem\u00bb"
-        head = self._template([{"role": "system", "content": mark}, {"role": "user", "content": probe}]).split(mark)[0]
-        without = self._template([{"role": "user", "content": probe}])
+        try:
+            whole = self._template([{"role": "system", "content": mark}, {"role": "user", "content": probe}], "a probe")
+        except DataError:  # it refuses system turns
+            return False
+        head = whole.split(mark)[0]
+        without = self._template([{"role": "user", "content": probe}], "a probe")
         return without.startswith(head) and not without.startswith(head + probe)
 
-    def _template(self, messages: Messages) -> str:
-        date = self.student.template_date
-        pinned: dict[str, Any] = {"date_string": date.strftime("%d %b %Y"), "strftime_now": date.strftime}
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **{**pinned, **self.student.chat_template_kwargs}
+    def _template(self, messages: Messages, name: str) -> str:
+        """Render `messages` of the row `name`. Raises DataError, whatever the template raises."""
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{name} has messages, and the tokenizer of {self.student.model} has no chat template: use raw text "
+                "(`prompt`), or a chat model"
             )
-        )
+        date = self.student.template_date
+        pinned: dict[str, Any] = {}
+        if date != "template":
+            pinned = {"date_string": date.strftime("%d %b %Y"), "strftime_now": date.strftime}
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **{**pinned, **self.student.chat_template_kwargs},
+                )
+            )
+        except Exception as error:  # a template is a program of the model's author
+            hint = ""
+            if messages[0]["role"] == "system":
+                hint = "; if it takes no system turn, use context.placement=user_prefix and rows without one"
+            raise DataError(f"{name}: the chat template refuses the messages: {one_line(error)}{hint}") from error
+
+    def _check_contents(
+        self,
+        name: str,
+        placement: Placement,
+        system: str | None,
+        turns: Messages,
+        student_text: str,
+        teacher_text: str,
+    ) -> None:
+        """Raise DataError if a template leaves out the context, a system message or a user content, in silence."""
+        if self.context_text.strip() not in teacher_text:
+            remedy = "try context.placement=user_prefix" if placement == "system" else "try context.placement=system"
+            raise DataError(
+                f"{name}: the context is nowhere in the teacher's prompt: this chat template leaves out "
+                f"{'system turns' if placement == 'system' else 'a part of the user turn'} or changes them; {remedy}"
+            )
+        said = [("system", system or ""), *((turn["role"], turn["content"]) for turn in turns)]
+        for role, content in said:
+            if role != "assistant" and not (content.strip() in student_text and content.strip() in teacher_text):
+                raise DataError(f"{name}: this chat template leaves out or changes a {role} message: {content[:40]!r}")
 
     def _check_tail(
         self,
@@ -206,10 +257,21 @@ class Renderer:
                 "text is equal: the tokenizer merges across the context's end; try another context.placement"
             )
 
-    def _check_bos(self, row: Row, ids: Sequence[int]) -> None:
+    def _check_bos(self, row: Row, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> None:
         bos = self.tokenizer.bos_token_id
-        if bos is not None and list(ids[:2]) == [bos, bos]:
-            raise DataError(f"row {row.id!r} starts with two BOS tokens: remove the one in its content")
+        for side, ids in (("student", student_ids), ("teacher", teacher_ids)):
+            if bos is not None and leading_count(ids, bos) > 1:
+                raise DataError(
+                    f"row {row.id!r} starts with two BOS tokens on the {side}'s side: remove the one in its text"
+                )
+
+    def _check_raw_bos(self, row: Row, name: str, ids: Sequence[int], lead: Sequence[int]) -> None:
+        """Raise DataError for a text that begins with the BOS that the tokenizer, or the context, puts before it."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None or not leading_count(ids, bos) or (name == "context" and not lead):
+            return
+        why = "the tokenizer adds one as well" if lead else "it would stand between the context and the prompt"
+        raise DataError(f"row {row.id!r}: the {name} begins with a BOS token, and {why}: remove it from the text")
 
     # --- shared -----------------------------------------------------------------------------------------------------
 

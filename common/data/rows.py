@@ -12,12 +12,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.config.model import DataConfig
-from common.data.columns import MappingError, map_columns
+from common.data.columns import MappingError, map_columns, nan_to_none, without_nulls
 from common.data.sources import DataError, InvalidJson, is_file, read_records
 
 __all__ = ["DataError", "Message", "Row", "batch_rows", "digest", "read_rows"]
 
 REPORTED_FAULTS = 20
+FORMS = ("prompt", "messages", "environment")
+"""Columns of which a row has exactly one."""
 
 
 class Message(BaseModel):
@@ -54,19 +56,31 @@ class Row(BaseModel):
     @classmethod
     def _check_names(cls, value: Any) -> Any:
         if not isinstance(value, dict):
-            raise ValueError(f"expected an object, got {type(value).__name__}")
-        for name in value:
-            close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
-            if name not in cls.model_fields and close:
-                raise ValueError(f"unknown column {name!r}; did you mean {close[0]!r}?")
+            return value
         if value.get("environment") is None:  # other data sets use these names for other things
             value = {name: column for name, column in value.items() if name not in ("options", "seed")}
-        return {**value, "id": str(value["id"])} if type(value.get("id")) is int else value
+        absent = cls._absent(value)
+        for name in value:
+            close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
+            if name not in cls.model_fields and close and close[0] in absent:
+                raise ValueError(
+                    f"unknown column {name!r}; did you mean {close[0]!r}? data.columns maps a column, data.ignore "
+                    "leaves one out"
+                )
+        number = value.get("id")
+        if isinstance(number, int | float) and not isinstance(number, bool) and number == int(number):
+            value = {**value, "id": str(int(number))}
+        return value
+
+    @classmethod
+    def _absent(cls, value: dict[str, Any]) -> set[str]:
+        """Names of columns that the row lacks: another column with such a name may be a misspelling."""
+        absent = {name for name in cls.model_fields if value.get(name) is None}
+        return absent - set(FORMS) if any(value.get(form) is not None for form in FORMS) else absent
 
     @model_validator(mode="after")
     def _one_form(self) -> Row:
-        forms = (self.prompt, self.messages, self.environment)
-        if sum(form is not None for form in forms) != 1:
+        if sum(getattr(self, form) is not None for form in FORMS) != 1:
             raise ValueError("exactly one of `prompt`, `messages` and `environment` is needed")
         if self.messages is not None:
             roles = [message.role for message in self.messages]
@@ -122,15 +136,29 @@ def digest(data: DataConfig, rows: Sequence[Row]) -> str:
 def _parse(record: Any, mapping: DataConfig | None) -> Row | str:
     if isinstance(record, InvalidJson):
         return str(record)
+    if not isinstance(record, dict):
+        return f"expected an object with the columns of one row, got {type(record).__name__}"
     try:
-        return Row.model_validate(map_columns(record, mapping) if mapping and isinstance(record, dict) else record)
+        record = nan_to_none(record)
+        return Row.model_validate(without_nulls(map_columns(record, mapping) if mapping else record))
     except MappingError as error:
         return str(error)
     except ValidationError as error:
-        detail = error.errors()[0]
-        column = ".".join(str(part) for part in detail["loc"])
-        message = str(detail["msg"]).removeprefix("Value error, ")
-        return f"{column}: {message}" if column else message
+        return _explain(error.errors()[0])
+
+
+def _explain(detail: Any) -> str:
+    """Return pydantic's first fault of a row as text, with the remedy for common forms of other formats."""
+    location, given = detail["loc"], detail["input"]
+    column = ".".join(str(part) for part in location)
+    if location == ("prompt",) and isinstance(given, list):
+        return "prompt: a list of messages, not text: set data.columns to {messages: prompt}"
+    if location[-1:] == ("content",) and isinstance(given, list):
+        return f"{column}: a list of parts, not text: join the texts of the parts; opcd trains on text alone"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "literal_error":
+        message += f", not {given!r}"
+    return f"{column}: {message}" if column else message
 
 
 def _fault(row: Row, seen: dict[str, str], need_answers: bool) -> str | None:

@@ -6,12 +6,18 @@ The text before a source's colon names its kind; a path has none. A package is i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import yaml
+
+from common.error_text import one_line
+
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""Code points that UTF-8 cannot encode; text cut inside an emoji's escape sequence holds one."""
 
 Record = tuple[str, Any]
 """(location for an error line, columns or `InvalidJson`)."""
@@ -28,12 +34,14 @@ class InvalidJson(str):
 def read_records(source: Path) -> Iterator[Record]:
     """Yield the records of `source` in order; a line that is not JSON becomes `InvalidJson`.
 
+    A record without an `id` gets its number, counted from 0.
+
     Raises DataError, with the places searched, if the source cannot be read.
     """
     kind, colon, rest = str(source).partition(":")
     if colon and kind in GENERATORS:
         return GENERATORS[kind](rest)
-    return _parquet(source) if source.suffix == ".parquet" else json_lines(source)
+    return _numbered(_parquet(source) if source.suffix == ".parquet" else json_lines(source))
 
 
 def is_file(source: Path) -> bool:
@@ -45,9 +53,9 @@ def is_file(source: Path) -> bool:
 def json_lines(path: Path) -> Iterator[Record]:
     """Yield the lines of a file that are not blank. Raises DataError for an unreadable file."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {path}: {error.strerror}{seen_from(path)}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}") from error
     for number, line in enumerate(text.split("\n"), start=1):
@@ -57,9 +65,18 @@ def json_lines(path: Path) -> Iterator[Record]:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except json.JSONDecodeError as error:
         return InvalidJson(f"not JSON: {error}")
+    half = HALF_CHARACTER.search(json.dumps(value, ensure_ascii=False)) if "\\ud" in line.lower() else None
+    if half is not None:
+        return InvalidJson(f"holds half a character ({half.group()!a}, a surrogate without its pair), which is no text")
+    return value
+
+
+def seen_from(path: Path) -> str:
+    """Name the folder that a relative path was searched in."""
+    return "" if path.is_absolute() else f" (seen from {Path.cwd()})"
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -69,8 +86,9 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"cannot read {path}: {_short(error)}") from error
-    yield from _numbered(str(path), rows)
+        raise DataError(f"cannot read {path}: {one_line(error)}{seen_from(path)}") from error
+    for number, row in enumerate(rows):
+        yield f"{path} row {number}", row
 
 
 def _hub(rest: str) -> Iterator[Record]:
@@ -90,8 +108,8 @@ def _hub(rest: str) -> Iterator[Record]:
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
         searched = f"no such folder, not in {datasets.config.HF_DATASETS_CACHE}, not available from the hub"
         missing = "" if Path(name).is_dir() else f"{name} not found ({searched}): "
-        raise DataError(f"data source hf:{rest}: {missing}{_short(error)}") from error
-    yield from _numbered(f"hf:{rest}", rows)
+        raise DataError(f"data source hf:{rest}: {missing}{one_line(error)}") from error
+    yield from _numbered((f"hf:{rest} row {number}", row) for number, row in enumerate(rows))
 
 
 def _games(rest: str) -> Iterator[Record]:
@@ -112,7 +130,7 @@ def _reasoning_gym(rest: str) -> Iterator[Record]:
         rows = gym.create_dataset(name, **options)
     except (ValueError, TypeError, AssertionError) as error:
         known = ", ".join(sorted(gym.factory.DATASETS))
-        raise DataError(f"data source {source}: {_short(error)}; tasks are {known}") from error
+        raise DataError(f"data source {source}: {one_line(error)}; tasks are {known}") from error
     for number, entry in enumerate(rows):
         record = {
             "id": f"{name}-{options.get('seed', 0)}-{number}",
@@ -137,10 +155,12 @@ def _query(source: str, rest: str) -> tuple[str, dict[str, Any]]:
         raise DataError(f"data source {source}: expected NAME?key=value&key=value, {error}") from error
 
 
-def _numbered(source: str, rows: Any) -> Iterator[Record]:
-    """Number the rows of a table from 0; the number is the id of a row without a column `id`."""
-    for number, row in enumerate(rows):
-        yield f"{source} row {number}", {"id": number, **row}
+def _numbered(records: Iterable[Record]) -> Iterator[Record]:
+    """Give each record without an `id` its number, counted from 0."""
+    for number, (location, record) in enumerate(records):
+        if isinstance(record, dict) and record.get("id") is None:
+            record = {**record, "id": number}
+        yield location, record
 
 
 def _need(module: str, source: str) -> Any:
@@ -151,7 +171,3 @@ def _need(module: str, source: str) -> Any:
     except ImportError as error:
         extra = "reasoning" if module == "reasoning_gym" else "data"
         raise DataError(f"{source} needs the package {module}: pip install 'opcd[{extra}]'") from error
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from common.data.rows import Row
 from common.data.token_text import decode_ids
 
 
@@ -36,9 +38,20 @@ def cut_text(text: str, stop_strings: Sequence[str]) -> str:
     return text[: min(found)] if found else text
 
 
-def specials_in(text: str, specials: Collection[str]) -> list[str]:
-    """Return the special tokens whose text occurs in `text`, which a tokenizer turns into control tokens."""
-    return [special for special in specials if special in text]
+def control_tokens(tokenizer: Any, rows: Iterable[Row]) -> dict[str, str]:
+    """Return row id -> first special token whose text stands in a message of the row.
+
+    A tokenizer turns such text into control tokens, with which a pasted log or a hostile post can end the user's turn.
+    Raw prompts are left out: they hold the marks of a chat on purpose.
+    """
+    texts = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+    found = {}
+    for row in rows:
+        hits = (pattern.search(message.content) for message in row.messages or ())
+        if (first := next((hit for hit in hits if hit is not None), None)) is not None:
+            found[row.id] = first.group()
+    return found
 
 
 def leading_count(ids: Sequence[int], token: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +51,7 @@ def inspect(
 def _inspect(config: Config, row_id: str | None, context_id: str | None, response: str | None) -> InspectedRow:
     from common.data.model_lookup import load_tokenizer
     from common.data.rendering import Renderer
+    from common.data.special_tokens import control_tokens
     from deploy.inspect.inspection import inspect_row
 
     row = find_row(config.data, row_id)
@@ -60,7 +62,8 @@ def _inspect(config: Config, row_id: str | None, context_id: str | None, respons
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
-    return inspect_row(tokenizer, prompt, renderer.contexts, ids, config.loss.skip_first_tokens)
+    inspected = inspect_row(tokenizer, prompt, renderer.contexts, ids, config.loss.skip_first_tokens)
+    return replace(inspected, control_token=control_tokens(tokenizer, [row]).get(row.id))
 
 
 def find_row(data: DataConfig, row_id: str | None) -> Row:

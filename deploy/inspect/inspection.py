@@ -46,6 +46,8 @@ class InspectedRow:
     """Length of the common end of both prompts."""
     bos: tuple[int, int] | None
     """Number of BOS tokens at the start of the student's and the teacher's prompt; None without a BOS token."""
+    control_token: str | None = None
+    """First special token whose text stands in a message of the row."""
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each likely mistake."""
@@ -56,6 +58,8 @@ class InspectedRow:
                 yield f"{count} BOS tokens on the {side}'s side: the text already holds one"
         if self.bos is not None and min(self.bos) == 0 < max(self.bos):
             yield "one side begins with BOS and the other does not"
+        if self.control_token is not None:
+            yield f"the row's text holds {self.control_token!r}, which becomes a control token on both sides"
         teacher_only = self.teacher_tokens - self.equal_tokens
         if not self.context_tokens and teacher_only:
             yield "no prefix is shared with other rows, so the teacher caches none: a token spans the context's end"

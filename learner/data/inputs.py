@@ -13,6 +13,8 @@ from common.data.fingerprint import tokenizer_fingerprint
 from common.data.model_lookup import load_tokenizer, model_limit
 from common.data.rendering import Renderer, length_faults, teacher_sequence
 from common.data.rows import DataError, Row, digest, read_rows
+from common.data.sources import seen_from
+from common.data.special_tokens import control_tokens
 from common.evaluation.graders import Grader, make_grader
 from common.evaluation.perplexity import split_into_chunks
 from common.protocol.schema import Context, Prompt, TokenSequence, as_ids
@@ -136,7 +138,7 @@ def render_inputs(config: Config, sources: Sources) -> Inputs:
         data_digest=digest(config.data, sources.train),
         context_sampler=sampler,
         pool_digest=None if pool is None else pool_digest(pool),
-        warnings=tuple(_merged_rows(renderer)),
+        warnings=tuple(_row_warnings(renderer, sources)),
     )
     refuse_games_if_unsupported(inputs.train, config.rollout, config.teacher)
     _check_student_lengths(config, inputs)
@@ -192,7 +194,14 @@ def _rendered(rows: Sequence[Row], renderer: Renderer, sampler: ContextSampler |
     return [turn.render(renderer) if sampler is None else sampler.held_out(turn) for turn in turns]
 
 
-def _merged_rows(renderer: Renderer) -> Iterator[str]:
+def _row_warnings(renderer: Renderer, sources: Sources) -> Iterator[str]:
+    for name, held_rows in (("train", sources.train), ("valid", sources.valid), ("eval", sources.eval)):
+        if held := control_tokens(renderer.tokenizer, held_rows):
+            row, token = next(iter(held.items()))
+            yield (
+                f"data.{name}: {len(held)} rows hold the text of a special token, which becomes a control token for "
+                f"student and teacher; the first is row {row!r} with {token!r}"
+            )
     if rows := renderer.without_shared_prefix:
         yield (
             f"{len(rows)} rows (the first is {rows[0]!r}) do not start with the context's own tokens, because the "
@@ -206,9 +215,11 @@ def _held_out(data: DataConfig, path: Path | None) -> list[Row]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}{seen_from(path)}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
 
 
 def _chunks(tokenizer: Any, text: str, tokens: int, path: Path) -> list[TokenSequence]:

@@ -304,3 +304,33 @@ def test_rules_between_sections(path: Path, overrides: list[str], why: str) -> N
 
 def test_a_base_teacher_with_adapters_is_fine(path: Path) -> None:
     assert load_config(path, ["teacher.kind=base", "learner.lora.rank=4"]).teacher.kind == "base"
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"\xef\xbb\xbfRules.", "begins with a byte-order mark"),
+        (b"\xff", "is not UTF-8"),
+    ],
+)
+def test_a_context_that_no_run_means_is_refused(content: bytes, part: str, path: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"context\.file: .*c\.txt {part}"):
+        load_config(path, ["context.text=null", f"context.file={tmp_path / 'c.txt'}"]).context.read()
+    with pytest.raises(ConfigError, match=r"context\.text is empty"):
+        load_config(path, ['context.text=""']).context.read()
+
+
+def test_a_missing_relative_context_names_the_folder_searched(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"cannot read none\.txt: .* \(seen from {tmp_path}\)"):
+        load_config(path, ["context.text=null", "context.file=none.txt"]).context.read()
+
+
+def test_half_a_character_in_the_configuration_is_one_line(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^[^\n]*holds half a character \('\\ud83d'\)[^\n]*$"):
+        load_config(path, [r'context.text="cut \ud83d"'])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from common.config.model import ConfigError, ContextConfig
-from common.data.contexts import PoolContext, check_context, context_index, pool_digest, read_pool
+from common.data.contexts import PoolContext, context_index, pool_digest, read_pool
 
 TEXTS = {"short": "Be brief.\n", "long": "Be brief, be kind, be right.\n", "other": "Guess.\n"}
 POOL = tuple(PoolContext(id=name, text=text) for name, text in TEXTS.items())
@@ -41,14 +41,13 @@ def test_a_bad_pool_is_named_by_file_and_line(tmp_path: Path, lines: list[Any], 
         read_pool(write_pool(tmp_path / "p.jsonl", *lines))
 
 
-def test_a_pool_has_no_single_text_and_is_checked_like_one(tmp_path: Path) -> None:
+def test_a_pool_has_no_single_text(tmp_path: Path) -> None:
     context = ContextConfig(pool=write_pool(tmp_path / "pool.jsonl", *(entry.model_dump() for entry in POOL)))
     with pytest.raises(ConfigError, match="holds many contexts"):
         context.read()
     assert context.inline() == context
-    check_context(context)
     with pytest.raises(ConfigError, match="cannot read"):
-        check_context(ContextConfig(pool=tmp_path / "none"))
+        read_pool(tmp_path / "none")
 
 
 def test_a_digest_depends_on_texts_ids_and_order() -> None:

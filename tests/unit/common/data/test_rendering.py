@@ -12,6 +12,7 @@ from common.data.rendering import SEPARATOR, Renderer, common_prefix, length_fau
 from common.data.rows import DataError, Row
 from common.protocol.schema import Prompt, context_hash
 from tests.support.tiny import CHAT_TEMPLATE, make_tokenizer
+from tests.support.tokenizers import build_tokenizer
 
 DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHAT_TEMPLATE
@@ -273,3 +274,95 @@ def test_prompt_ids_are_uint32() -> None:
     prompt = renderer().render(chat_row("Hi"))
     assert isinstance(prompt, Prompt)
     assert prompt.student_ids.dtype == prompt.teacher_ids.dtype == "uint32"
+
+
+# --- templates and texts that would train on something else -----------------------------------------------------------
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+RAISES = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+
+
+def test_a_context_that_the_template_leaves_out_is_refused() -> None:
+    """Else student and teacher would see the same, and the run would train on noise."""
+    tokenizer = build_tokenizer(NO_SYSTEM)
+    with pytest.raises(DataError, match=r"row 'r': the context is nowhere in the teacher's prompt.*user_prefix"):
+        renderer(tokenizer).render(chat_row("Hi"))
+    prompt = renderer(tokenizer, placement="user_prefix").render(chat_row("Hi"))
+    assert tokenizer.decode(prompt.student_ids.tolist()) == "<|im_start|>Hi<|im_end|>"
+
+
+def test_a_message_that_the_template_leaves_out_is_refused() -> None:
+    tokenizer = build_tokenizer(NO_SYSTEM)
+    with pytest.raises(DataError, match="leaves out or changes a system message: 'Own"):
+        renderer(tokenizer, placement="user_prefix").render(chat_row("Hi", system="Own."))
+    last_only = "{{ messages[0].content if messages[0].role == 'system' }}{{ messages[-1].content }}"
+    with pytest.raises(DataError, match="leaves out or changes a user message: 'One"):
+        renderer(build_tokenizer(last_only)).render(chat_row("One", "Two", "Three"))
+
+
+def test_what_a_template_raises_is_one_line_with_the_row_and_the_remedy() -> None:
+    render = renderer(build_tokenizer(RAISES))
+    with pytest.raises(
+        DataError, match=r"^row 'r': the chat template refuses the messages: no system turn; .*user_prefix"
+    ):
+        render.render(chat_row("Hi"))
+    two = Row.model_validate({"id": "u", "messages": [{"role": "user", "content": one} for one in ("one", "two")]})
+    with pytest.raises(DataError, match=r"^row 'u': the chat template refuses the messages: turns must alternate$"):
+        renderer(build_tokenizer(RAISES), placement="user_prefix").render(two)
+    broken = build_tokenizer("{{ messages[0].content.nothing() }}")
+    with pytest.raises(DataError, match=r"^row 'r': the chat template refuses"):
+        renderer(broken).render(chat_row("Hi"))
+
+
+def test_a_template_that_refuses_system_turns_needs_none_for_user_prefix() -> None:
+    render = renderer(build_tokenizer(RAISES), placement="user_prefix", system="none")
+    student, context, rest = sides(render, chat_row("Hi"))
+    assert student == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>model\n"
+    assert context + rest == "<|im_start|>user\nRules.\n\nHi<|im_end|>\n<|im_start|>model\n"
+
+
+def test_messages_without_a_chat_template_are_one_line() -> None:
+    with pytest.raises(DataError, match="row 'r' has messages, and the tokenizer of unused has no chat template"):
+        renderer(build_tokenizer(None)).render(chat_row("Hi"))
+
+
+@pytest.mark.parametrize(
+    ("adds_bos", "why"), [(True, "adds one as well"), (False, "between the context and the prompt")]
+)
+def test_a_raw_prompt_that_begins_with_bos_is_refused(adds_bos: bool, why: str) -> None:
+    """Rows that were rendered with a chat template beforehand: the tokenizer would add another BOS."""
+    tokenizer = build_tokenizer(None, bos="<s>", adds_bos=adds_bos)
+    with pytest.raises(DataError, match=f"row 'r': the prompt begins with a BOS token, and .*{why}"):
+        renderer(tokenizer).render(Row(id="r", prompt="<s>Q: cat"))
+    assert renderer(tokenizer).render(Row(id="r", prompt="Q: <s> cat"))
+
+
+def test_a_raw_context_that_begins_with_bos_is_refused() -> None:
+    with pytest.raises(DataError, match="the context begins with a BOS token"):
+        renderer(build_tokenizer(None, bos="<s>", adds_bos=True), context="<s>Rules.").render(Row(id="r", prompt="Q:"))
+
+
+def test_two_bos_tokens_of_the_teacher_are_refused() -> None:
+    """The context's text holds the BOS that the template writes before the system turn."""
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}|{% endfor %}"
+    tokenizer = build_tokenizer(template, bos="<s>")
+    with pytest.raises(DataError, match="two BOS tokens on the teacher's side"):
+        renderer(tokenizer, context="<s>Rules.").render(chat_row("Hi"))
+
+
+def test_a_template_can_keep_its_own_date() -> None:
+    template = (
+        "{% if date_string is not defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}"
+        + (CHAT_TEMPLATE)
+    )
+    pinned, _, _ = sides(renderer(build_tokenizer(template)), chat_row("Hi"))
+    own, _, _ = sides(renderer(build_tokenizer(template), template_date="template"), chat_row("Hi"))
+    assert pinned.startswith("01 Jan 2026<")
+    assert own.startswith("26 Jul 2024<")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from common.config.model import DataConfig
 from common.data.rows import DataError, batch_rows, read_rows
 
 
@@ -92,3 +93,92 @@ def test_options_and_seed_count_for_games_only(tmp_path: Path) -> None:
     assert second.options == {}
     with pytest.raises(DataError, match="exactly one of"):
         read_rows(write(tmp_path, {**game, "prompt": "p"}))
+
+
+def columns_of(**keys: Any) -> DataConfig:
+    return DataConfig.model_validate({"train": "unused", **keys})
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [("42.0", "42"), ("42", "42"), ("0.5", "0.5"), ('"42.0"', "42.0"), ("NaN", None), ("null", None)],
+)
+def test_a_number_is_its_text_and_nan_is_missing(given: str, answer: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"id": "a", "prompt": "p", "answer": {given}}}')
+    (row,) = read_rows(path, columns_of())
+    assert row.answer == answer
+    if answer is None:
+        with pytest.raises(DataError, match="has no `answer`"):
+            read_rows(path, columns_of(), need_answers=True)
+
+
+def test_whole_floats_are_labels_and_an_infinite_answer_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"id": "a", "prompt": "p", "answer": 1.0}')
+    assert read_rows(path, columns_of(labels=["no", "yes"]))[0].answer == "yes"
+    with pytest.raises(DataError, match="answer inf is not a number"):
+        read_rows(write(tmp_path, '{"id": "a", "prompt": "p", "answer": Infinity}'), columns_of())
+
+
+def test_a_null_is_absent_wherever_a_table_has_one(tmp_path: Path) -> None:
+    """Arrow gives every message, and every game's options, each field that any row has."""
+    message = {"role": "user", "content": "u", "name": None, "tool_calls": None}
+    chat = {"id": "a", "messages": [message], "prompt": None, "environment": None, "options": None, "teacher": None}
+    game = {"id": "b", "environment": "FrozenLake", "options": {"size": 3, "depth": None}, "messages": None}
+    first, second = read_rows(write(tmp_path, chat, game), columns_of())
+    assert first.messages is not None
+    assert first.messages[0].content == "u"
+    assert second.options == {"size": 3}
+    with pytest.raises(DataError, match=r"messages\.0\.name: Extra inputs"):
+        read_rows(write(tmp_path, {"id": "a", "messages": [{**message, "name": "Ann"}]}), columns_of())
+
+
+def test_rows_without_an_id_are_numbered_in_every_kind_of_file(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, {"prompt": "p"}, {"id": None, "prompt": "q"}, {"id": 7.0, "prompt": "r"}))
+    assert [row.id for row in rows] == ["0", "1", "7"]
+
+
+def test_a_name_close_to_a_column_that_is_there_is_another_column(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "u"}]
+    rows = read_rows(
+        write(
+            tmp_path,
+            {"id": "a", "messages": chat, "prompt_id": "x", "teacher": "t", "teachers": ["t"]},
+            {"id": "b", "messages": chat, "answers": {"text": ["x"]}, "answer": "x"},
+        )
+    )
+    assert [row.id for row in rows] == ["a", "b"]
+    misspelt = write(tmp_path, {"id": "a", "prompt": "p", "answers": "x"})
+    with pytest.raises(DataError, match=r"unknown column 'answers'; did you mean 'answer'\?.*data\.ignore"):
+        read_rows(misspelt)
+    assert read_rows(misspelt, columns_of(ignore=["answers"]))[0].answer is None
+
+
+def test_half_a_character_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"id": "a", "prompt": "cut \\ud83d"}', '{"id": "b", "prompt": "whole \\ud83d\\ude00"}')
+    with pytest.raises(DataError, match=rf"^{path}:1: holds half a character \('\\ud83d'") as error:
+        read_rows(path)
+    assert len(str(error.value).splitlines()) == 1
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"id": "a", "prompt": "p"}\r\n')
+    assert read_rows(path)[0].prompt == "p"
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"prompt": [{"role": "user", "content": "u"}]}, "set data.columns to {messages: prompt}"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "u"}]}]}, "a list of parts, not text"),
+        ({"messages": [{"role": "developer", "content": "u"}]}, "not 'developer'"),
+        ([1], "expected an object with the columns of one row, got list"),
+    ],
+)
+def test_forms_of_other_formats_are_named_with_the_remedy(row: Any, part: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        read_rows(write(tmp_path, {"id": "a", **row} if isinstance(row, dict) else row))
+    assert part in str(error.value)
+
+
+def test_a_missing_relative_path_names_the_folder_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"cannot read none\.jsonl: .* \(seen from {tmp_path}\)"):
+        read_rows(Path("none.jsonl"))
