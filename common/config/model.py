@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from common.config.base import ConfigError, Section
+from common.config.defaults import sync_backend
 from common.config.inputs import (
     ContextConfig,
     DataConfig,
@@ -27,6 +28,7 @@ from common.config.rules import (
     learner_rules,
     loss_rules,
     source_rules,
+    sync_rules,
     teacher_rules,
     worker_rules,
 )
@@ -84,9 +86,10 @@ class Config(Section):
 
     @property
     def sync_in_run(self) -> SyncConfig:
-        """`sync` with the default folder, ``weights/`` in the run's folder, filled in."""
+        """`sync` with its defaults filled in: the transport, and ``weights/`` in the run's folder."""
         folder = (self.sync.folder or self.run.path / "weights").absolute()
-        return self.sync.model_copy(update={"folder": folder})
+        backend = sync_backend(self.sync, self.learner, self.rollout, self.named_teachers().values())
+        return self.sync.model_copy(update={"folder": folder, "backend": backend})
 
     @property
     def answers_path(self) -> Path:
@@ -116,6 +119,7 @@ class Config(Section):
         yield from source_rules(self.rollout, self.loss, self.teacher, more_teachers=bool(self.teachers))
         yield from importance_rules(self.loss, self.rollout)
         yield from learner_rules(self.learner, self.sync)
+        yield from sync_rules(self.sync, self.learner, self.rollout, self.named_teachers())
         yield from evaluation_rules(self.eval, self.data)
         yield from teacher_rules(self.named_teachers(), self.student, self.loss, self.learner)
         yield from worker_rules(self.rollout, self.teacher, ranks=self.learner.ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from common.config.defaults import member_gpus
 from common.config.inputs import DataConfig, EvalConfig, StudentConfig, TeacherConfig
 from common.config.training import LearnerConfig, LossConfig, RolloutConfig, SyncConfig
 
@@ -66,7 +67,7 @@ def importance_rules(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
 def learner_rules(learner: LearnerConfig, sync: SyncConfig) -> Iterator[str]:
     if learner.cpu_offload and learner.zero_stage == 0:
         yield "learner.cpu_offload needs learner.zero_stage 1, 2 or 3"
-    if sync.delta and sync.backend != "gloo":
+    if sync.delta and sync.backend not in ("auto", "gloo"):
         yield f"sync.delta needs sync.backend `gloo`, not `{sync.backend}`"
     limit_s = learner.collective_timeout_s
     if learner.ranks > 1 and limit_s <= sync.timeout_s:
@@ -74,6 +75,18 @@ def learner_rules(learner: LearnerConfig, sync: SyncConfig) -> Iterator[str]:
             f"learner.collective_timeout_s ({limit_s:g}) must be longer than sync.timeout_s ({sync.timeout_s:g}): the "
             "other ranks wait while rank 0 waits for an engine"
         )
+
+
+def sync_rules(
+    sync: SyncConfig, learner: LearnerConfig, rollout: RolloutConfig, teachers: Mapping[str, TeacherConfig]
+) -> Iterator[str]:
+    if sync.backend == "nccl":
+        for key, gpus in member_gpus(learner, rollout, teachers.values()).items():
+            if gpus < 1:
+                yield (
+                    f"sync.backend `nccl` sends between GPUs that no two processes share: {key} ({gpus:g}) must be 1 "
+                    "or more, or set sync.backend to `gloo`"
+                )
 
 
 def evaluation_rules(settings: EvalConfig, data: DataConfig) -> Iterator[str]:

@@ -52,8 +52,8 @@ class RolloutConfig(Section):
     """CPU threads per engine. Default: torch's choice."""
     max_num_seqs: Positive = 128
     """Upper bound for sequences that an engine decodes at once."""
-    enforce_eager: bool = True
-    """Run vLLM without CUDA graphs."""
+    enforce_eager: bool | None = None
+    """Run vLLM without CUDA graphs. Default: false on GPUs, unless `learner.deterministic`; true on CPU."""
     concurrency: Positive = 512
     """Upper bound for requests in flight per worker."""
     max_restarts: NonNegative = 8
@@ -136,7 +136,7 @@ class LearnerConfig(Section):
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0
     """GPUs to reserve per rank. With 0 the rank computes on CPU."""
     threads: Positive | None = None
-    """CPU threads per rank. Default: torch's choice."""
+    """CPU threads per rank. Default: with `cpu_offload` the rank's share of its node's cores, else torch's choice."""
     lr: PositiveFloat = 1e-6
     """Learning rate of AdamW, constant after the warm-up."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -149,15 +149,16 @@ class LearnerConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     micro_batch_tokens: Positive = 8192
-    """Upper bound for tokens per micro-batch and rank, padding included."""
-    logit_chunk_tokens: Positive = 256
-    """Response positions whose logits are in memory at once."""
+    """Upper bound for tokens per micro-batch and rank. Padding counts; packed rows have none (`packing`)."""
+    logit_chunk_tokens: Positive | None = None
+    """Response positions whose logits are in memory at once. Default: 1024 on GPUs, 256 on CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for about a third more time."""
     cpu_offload: bool = False
     """Keep and update the optimiser state in host memory (ZeRO 1 to 3)."""
     packing: Literal["auto", "off"] = "auto"
-    """`auto` concatenates responses instead of padding them, if the model's attention can separate them."""
+    """`auto` concatenates responses instead of padding them, if the model's attention can separate them; otherwise a
+    warning says why it cannot."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
     deterministic: bool = False
@@ -191,9 +192,10 @@ class CheckpointConfig(Section):
 class SyncConfig(Section):
     """Transfer of new weights to the engines, and the checks that they arrived."""
 
-    backend: Literal["gloo", "nccl", "ipc", "file"] = "gloo"
-    """`gloo`: through host memory, any device. `nccl`: between GPUs. `ipc`: learner and engines share one GPU. `file`:
-    safetensors in `folder`, which other programs can read as well."""
+    backend: Literal["auto", "gloo", "nccl", "ipc", "file"] = "auto"
+    """`gloo`: through host memory, any device. `nccl`: between GPUs, none of them shared. `ipc`: learner and engines
+    share one GPU. `file`: safetensors in `folder`, which other programs can read as well. `auto`: `nccl` if ranks,
+    workers and receiving teachers have whole GPUs, else `gloo`."""
     folder: Path | None = None
     """Shared folder for `file`. Default: ``weights/`` in the run's folder."""
     delta: bool = False

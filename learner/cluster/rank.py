@@ -82,7 +82,9 @@ class LearnerRank:
         return self._running.finish_step(tokens, sequences)
 
     def logprobs(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[NDArray[np.float32]]:
-        """log-probs of fixed responses, one ``[T]`` array each: the learner's side of the parity probe."""
+        """log-probs of fixed responses, one ``[T]`` array each: this rank's share of the learner's side of the parity
+        probe. Under ZeRO-3 a collective, as are `topk` and `prepare`.
+        """
         return self._running.inference.logprobs(sequences, temperature)
 
     def topk(self, sequences: Sequence[TokenSequence], k: int) -> list[Ids]:

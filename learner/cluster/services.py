@@ -142,6 +142,11 @@ class Services:
         self.learner_info = (await within(START_TIMEOUT_S, all_of(started)))[0]
         self.manifest = SyncManifest(tensors=self.learner_info.tensors, bucket_bytes=self.config.sync.bucket_bytes)
 
+    @property
+    def packed(self) -> bool:
+        """True if the ranks compute sequences end to end, so that no padding counts."""
+        return self.learner_info is not None and self.learner_info.packed
+
     async def check_ranks(self) -> None:
         """Raise ServiceLost if a rank of the learner is dead. Call it after a failure: ranks compute together, and when
         one dies, the error comes from another rank and does not name it.
@@ -265,17 +270,19 @@ class Services:
         All ranks are called before this returns; the coroutine gives the results in the order of `group`.
         """
         assert self.learner_info is not None
-        shares = [list(share) for share in group]
-        if self.learner_info.zero_stage == 3:  # a forward pass is then a collective: all ranks do all of it
-            everything = [item for share in shares for item in share]
-            passes = [(0, *_prepare(rank, everything)) for rank in self.ranks][:1]
-        else:
-            passes = [(index, *_prepare(self.ranks[index], share)) for index, share in enumerate(shares) if share]
+        collective = self.learner_info.zero_stage == 3  # ranks without a share then take part all the same
+        passes = [
+            (index, *_prepare(rank, share))
+            for index, (rank, share) in enumerate(zip(self.ranks, group, strict=True))
+            if share or collective
+        ]
 
         async def prepared() -> list[Prepared]:
             results: list[Prepared] = []
             for rank, pending, items in passes:
                 report: PrepareReport = await pending
+                if not items:
+                    continue
                 span = TraceSpan(self._pass_stage, f"rank {rank}", report.started, report.ended)
                 results += (Prepared(*pair, span) for pair in zip(items, report.agreements, strict=True))
             return results
@@ -342,8 +349,10 @@ class Services:
         return list(await all_of([worker.handle.probe.remote(list(sequences)) for worker in workers]))
 
     async def probe_learner(self, sequences: Sequence[TokenSequence]) -> Arrays:
-        """Log-probs of the response tokens of fixed sequences, from the learner."""
-        return list((await all_of([rank.logprobs.remote(list(sequences)) for rank in self.ranks]))[0])
+        """Log-probs of the response tokens of fixed sequences, from the learner; each rank computes a share."""
+        count = len(self.ranks)
+        shares = await all_of([rank.logprobs.remote(sequences[n::count]) for n, rank in enumerate(self.ranks)])
+        return [shares[index % count][index // count] for index in range(len(sequences))]
 
     async def save(self, folder: str) -> None:
         """Export the learner's weights as a Hugging Face folder."""
@@ -361,6 +370,8 @@ class Services:
 
 
 def _prepare(rank: Any, items: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """(reference to the report, references to the rollouts)."""
+    """(reference to the report, references to the rollouts); without `items` the first is not a report."""
+    if not items:
+        return rank.prepare.remote(), []
     report, *prepared = rank.prepare.options(num_returns=len(items) + 1).remote(*items)
     return report, prepared

@@ -18,7 +18,9 @@ class LearnerScoring:
 
     def __init__(self, learner: LearnerConfig, services: Services) -> None:
         self._services = services
-        self._batcher: MicroBatcher[tuple[Any, Waiting]] = MicroBatcher(learner.ranks, learner.micro_batch_tokens)
+        self._batcher: MicroBatcher[tuple[Any, Waiting]] = MicroBatcher(
+            learner.ranks, learner.micro_batch_tokens, packed=services.packed
+        )
 
     def __len__(self) -> int:
         """Rollouts that wait for a full group."""

@@ -221,6 +221,8 @@ class Run:
             await services.give_contexts(inputs.contexts)
         info = services.learner_info
         assert info is not None
+        if info.unpacked:
+            self._progress.line(f"WARNING: learner.packing: sequences are padded, not packed: {info.unpacked}")
         check_exact(config.loss, info.vocab_size, services.teachers.vocab_sizes())
         self._mismatch = MismatchGate(
             mismatch_bounds(config.sync, dtype=info.dtype, max_staleness=config.rollout.max_staleness)

@@ -136,7 +136,9 @@ class TrainingLoop:
     async def _train(self, step: int) -> StepStats:
         """Rollouts, scores and gradients of one step: everything before the optimiser."""
         learner, stats = self._config.learner, StepStats()
-        batcher: MicroBatcher[Any] = MicroBatcher(learner.ranks, learner.micro_batch_tokens)
+        batcher: MicroBatcher[Any] = MicroBatcher(
+            learner.ranks, learner.micro_batch_tokens, packed=self._services.packed
+        )
         accumulating: list[Any] = []
         async for rollout in self._rollouts(stats):
             stats.add(rollout)

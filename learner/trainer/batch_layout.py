@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from common.protocol.schema import TokenSequence
+from learner.trainer.batch_plan import Plan, plan_packed, plan_padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,44 +84,11 @@ def pack_sequences(sequences: Sequence[TokenSequence]) -> SequenceBatch:
     return _batch(sequences, inputs, borders[:-1].tolist())
 
 
-def plan_padded(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
-    """Split indices into micro-batches of at most `budget_tokens` tokens, padding included; longest first.
-
-    A sequence longer than the budget forms a micro-batch alone. Equal lengths keep their order, so the plan is a
-    function of its input.
-    """
-    batches: list[list[int]] = []
-    for index in _longest_first(lengths):
-        # The first of a batch is its longest, so the padded size is known when it opens.
-        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget_tokens:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
-def plan_packed(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
-    """Split indices into micro-batches of at most `budget_tokens` tokens, without padding.
-
-    First fit, longest first: at most 11/9 of the fewest possible micro-batches, plus one.
-    """
-    batches: list[list[int]] = []
-    free_tokens: list[int] = []
-    for index in _longest_first(lengths):
-        slot = next((i for i, free in enumerate(free_tokens) if free >= lengths[index]), None)
-        if slot is None:
-            slot = len(batches)
-            batches.append([])
-            free_tokens.append(budget_tokens)
-        batches[slot].append(index)
-        free_tokens[slot] -= lengths[index]
-    return batches
-
-
 @dataclass(frozen=True)
 class Layout:
     """A layout of sequences, and the plan that fills a token budget with it."""
 
-    plan: Callable[[Sequence[int], int], list[list[int]]]
+    plan: Plan
     lay_out: Callable[[Sequence[TokenSequence]], SequenceBatch]
 
 
@@ -131,10 +99,6 @@ PACKED = Layout(plan_packed, pack_sequences)
 def response_positions(prompt_tokens: int, response_tokens: int) -> np.ndarray:
     """Return the positions of the hidden states that predict the response: one before each of its tokens."""
     return np.arange(prompt_tokens - 1, prompt_tokens + response_tokens - 1)
-
-
-def _longest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
 
 def _joined(sequences: Sequence[TokenSequence]) -> list[np.ndarray]:

@@ -73,6 +73,15 @@ def raise_on_all(error: Exception | None, what: str) -> None:
         raise OSError(f"{what}: {failures}") from error
 
 
+def ranks_on_node() -> int:
+    """Count the ranks on this rank's node; a collective."""
+    import torch.distributed as dist
+
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names.count(socket.gethostname())
+
+
 def leave_ranks() -> None:
     """Destroy the process group, if there is one."""
     import torch.distributed as dist

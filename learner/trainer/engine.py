@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.config.model import Config
+from common.openmp import usable_cores
 from common.protocol.schema import ScoredTrajectory
 from common.weight_sync.manifest import TensorSpec
-from learner.trainer.batch_layout import PADDED
-from learner.trainer.distributed import raise_on_all
+from learner.trainer.batch_layout import PACKED, PADDED
+from learner.trainer.distributed import raise_on_all, ranks_on_node
 from learner.trainer.export import WeightView, full_shape
 from learner.trainer.inference import PolicyInference
 from learner.trainer.micro_batch import (
@@ -59,6 +60,8 @@ class LearnerEngine:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         if learner.threads is not None:
             torch.set_num_threads(learner.threads)
+        elif learner.cpu_offload:  # Ray gives an actor without CPUs one thread, and AdamW now runs on the CPU
+            torch.set_num_threads(max(1, usable_cores() // ranks_on_node()))
         torch.manual_seed(config.run.seed)
         if learner.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
@@ -84,8 +87,16 @@ class LearnerEngine:
         self._policy = self._deepspeed.module
         self._policy.head.adds_gradient = self._stage == 0
         self._policy.check()
-        self._layout = PADDED if learner.packing == "off" else pack(self._policy.model)
-        self.inference = PolicyInference(self._policy, self._layout, learner, config.loss.temperature, self._device)
+        self._unpacked = "" if learner.packing == "off" else pack(self._policy.model)
+        self._layout = PACKED if self._unpacked is None else PADDED
+        self.inference = PolicyInference(
+            self._policy,
+            self._layout,
+            learner,
+            config.loss.temperature,
+            self._device,
+            agreed_passes=lambda passes: self._agreed_passes(passes) if self._stage == 3 else passes,
+        )
         self._weights = WeightView(self._policy.model)
         self._version = 0
         self._updates = 0
@@ -120,6 +131,8 @@ class LearnerEngine:
             vocab_size=self._vocab_size,
             tensors=self._weights.specs,
             weight_version=self._version,
+            packed=self._layout is PACKED,
+            unpacked=self._unpacked or "",
         )
 
     # --- the step ---------------------------------------------------------------------------------------------------
@@ -192,7 +205,10 @@ class LearnerEngine:
         return objective
 
     def _agreed_passes(self, passes: int) -> int:
-        """Return the largest number of passes over all ranks under ZeRO 2 and 3, which communicate in every pass."""
+        """Return the largest number of passes over all ranks under ZeRO 2 and 3, which communicate in every pass.
+
+        Under ZeRO 2 only passes with gradients do.
+        """
         if self._world_size == 1 or self._stage < 2:
             return passes
         max_passes = torch.tensor(passes, device=self._device)

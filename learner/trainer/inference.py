@@ -3,44 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from common.config.model import LearnerConfig
-from common.protocol.schema import Ids, ItemScore, TokenSequence, Trajectory
+from common.protocol.schema import Ids, ItemScore, TokenSequence, Trajectory, as_ids
 from learner.trainer.batch_layout import Layout, SequenceBatch
 from learner.trainer.lora import without_adapters
 from learner.trainer.policy import Policy
 
-R = TypeVar("R", bound=np.generic)
+R = TypeVar("R")
+
+FILLER = TokenSequence(as_ids([0]), as_ids([0]))
+"""Sequence of a pass that only joins the collectives of other ranks' passes."""
 
 
 class PolicyInference:
     """Runs the current weights in micro-batches of ``learner.micro_batch_tokens``.
 
-    Under ZeRO-3 every method is a collective. Each rank that is called computes the whole request.
+    Under ZeRO-3 every method is a collective: all ranks call it, each with its share of the work, possibly none.
     """
 
     def __init__(
-        self, policy: Policy, layout: Layout, learner: LearnerConfig, loss_temperature: float, device: torch.device
+        self,
+        policy: Policy,
+        layout: Layout,
+        learner: LearnerConfig,
+        loss_temperature: float,
+        device: torch.device,
+        agreed_passes: Callable[[int], int],
     ) -> None:
+        """`agreed_passes` maps this rank's number of passes to the number that it must make."""
         self._policy = policy
         self._layout = layout
         self._device = device
         self._budget_tokens = learner.micro_batch_tokens
         self._loss_temperature = loss_temperature
         self._has_base = learner.lora is not None
+        self._agreed_passes = agreed_passes
 
     def logprobs(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[NDArray[np.float32]]:
         """Return the log-probs of the response tokens, one ``[T]`` array per sequence."""
-        return self._run(sequences, lambda batch: self._policy.response_logprobs(batch, temperature).cpu().numpy())
+        return self._run(sequences, lambda batch, _: _split(self._policy.response_logprobs(batch, temperature), batch))
 
     def topk(self, sequences: Sequence[TokenSequence], k: int) -> list[Ids]:
         """Return the k most likely ids at every response position, best first, one ``[T, k]`` array per sequence."""
-        return self._run(sequences, lambda batch: self._policy.topk(batch, k).cpu().numpy().astype(np.uint32))
+        found = self._run(sequences, lambda batch, _: _split(self._policy.topk(batch, k), batch))
+        return [ids.astype(np.uint32) for ids in found]
 
     def score_with_base(self, items: Sequence[tuple[Trajectory, Ids]]) -> list[ItemScore]:
         """Score each (trajectory, teacher prompt) with the base model, adapters off, as a teacher server would.
@@ -52,27 +64,38 @@ class PolicyInference:
             raise ValueError(
                 "score_with_base needs learner.lora: without adapters there is no base model to score with"
             )
-        results: dict[int, ItemScore] = {}
-        lengths = [len(prompt) + len(trajectory.response_ids) for trajectory, prompt in items]
+
+        def scores(batch: SequenceBatch, indices: Sequence[int]) -> Sequence[ItemScore]:
+            supports = [items[index][0].topk_ids for index in indices]
+            return self._policy.scores(batch, supports, self._loss_temperature)
+
         with without_adapters(self._policy.model):
-            for indices in self._layout.plan(lengths, self._budget_tokens):
-                chosen = [items[index] for index in indices]
-                batch = self._lay_out([TokenSequence(prompt, t.response_ids) for t, prompt in chosen])
-                scores = self._policy.scores(batch, [t.topk_ids for t, _ in chosen], self._loss_temperature)
-                results.update(zip(indices, scores, strict=True))
-        return [results[index] for index in range(len(items))]
+            return self._run([TokenSequence(prompt, t.response_ids) for t, prompt in items], scores)
 
     def _run(
-        self, sequences: Sequence[TokenSequence], compute: Callable[[SequenceBatch], NDArray[R]]
-    ) -> list[NDArray[R]]:
-        """Apply `compute` to micro-batches; return one array per sequence, in the order of `sequences`."""
-        results: dict[int, NDArray[R]] = {}
-        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
-        for indices in self._layout.plan(lengths, self._budget_tokens):
+        self,
+        sequences: Sequence[TokenSequence],
+        compute: Callable[[SequenceBatch, Sequence[int]], Sequence[R]],
+    ) -> list[R]:
+        """Apply `compute` to micro-batches and the indices of their sequences; return its results, one per sequence, in
+        the order of `sequences`.
+
+        Passes without a result follow until this rank has made as many as the others.
+        """
+        results: dict[int, R] = {}
+        plan = self._layout.plan([len(s.prompt_ids) + len(s.response_ids) for s in sequences], self._budget_tokens)
+        missing = self._agreed_passes(len(plan)) - len(plan)
+        for indices in plan:
             batch = self._lay_out([sequences[index] for index in indices])
-            parts = np.split(compute(batch), np.cumsum(batch.lengths)[:-1])
-            results.update(zip(indices, parts, strict=True))
+            results.update(zip(indices, compute(batch, indices), strict=True))
+        for _ in range(missing):
+            self._policy.response_logprobs(self._lay_out([FILLER]), 1.0)
         return [results[index] for index in range(len(sequences))]
 
     def _lay_out(self, sequences: Sequence[TokenSequence]) -> SequenceBatch:
         return self._layout.lay_out(sequences).to(self._device)
+
+
+def _split(values: torch.Tensor, batch: SequenceBatch) -> list[NDArray[Any]]:
+    """Split ``[R, ...]`` values of the response tokens into one array per sequence."""
+    return np.split(values.cpu().numpy(), np.cumsum(batch.lengths)[:-1])

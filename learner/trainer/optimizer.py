@@ -86,7 +86,8 @@ def deepspeed_config(learner: LearnerConfig, zero_stage: int, dtype: torch.dtype
         "gradient_clipping": 0.0 if zero_stage == 0 else learner.grad_clip,
         "zero_optimization": {
             "stage": zero_stage,
-            "overlap_comm": False,
+            # DeepSpeed refuses it below stage 2 if the caller sets the boundary.
+            "overlap_comm": zero_stage >= 2 and world_size > 1,
             "contiguous_gradients": True,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,

@@ -4,12 +4,11 @@ transformers uses an [N, N] mask over the row, whose cost grows with the square 
 here computes attention within each sequence only, so it needs no mask.
 
 `pack` packs a model only if its configuration asks for nothing but causal attention over whole sequences, and a
-self-check finds the hidden states of the padded layout. Otherwise rows stay padded, and the log says why.
+self-check finds the hidden states of the padded layout. Otherwise rows stay padded, and the run says why.
 """
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.protocol.schema import TokenSequence, as_ids
-from learner.trainer.batch_layout import PACKED, PADDED, Layout, SequenceBatch
-
-log = logging.getLogger(__name__)
+from learner.trainer.batch_layout import PACKED, PADDED, SequenceBatch
 
 ATTENTION = "opcd_packed"
 """Name of `packed_attention` among transformers' attention implementations."""
@@ -105,18 +102,12 @@ def _obstacle(config: Any) -> str | None:
     return None
 
 
-def pack(model: Any) -> Layout:
-    """Switch `model` to packed rows if possible; return the layout that its batches need from now on.
+def pack(model: Any) -> str | None:
+    """Switch `model` to packed rows if possible; otherwise leave it as it is and return the reason.
 
     Call it after `deepspeed.initialize`; under ZeRO-3 a collective.
     """
-    reason = _obstacle(model.config)
-    if reason is None:
-        reason = _switch(model)
-    if reason is None:
-        return PACKED
-    log.info("sequences are padded, not packed: %s: %s", type(model).__name__, reason)
-    return PADDED
+    return _obstacle(model.config) or _switch(model)
 
 
 def _switch(model: Any) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.config.defaults import logit_chunk_tokens
 from common.config.model import LearnerConfig, StudentConfig
 from common.models.attention import attention_implementation
 from common.models.logits import check_logit_transform, logit_transform
@@ -142,7 +143,7 @@ def load_policy(
         add_adapters(model, learner.lora)
     if learner.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model, learner.logit_chunk_tokens)
+    policy = Policy(model, logit_chunk_tokens(learner))
     policy.train()  # Hugging Face uses activation checkpointing in training mode only
     return policy
 

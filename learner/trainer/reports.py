@@ -11,7 +11,10 @@ from learner.trainer.token_records import TokenRecord
 
 @dataclass(frozen=True, slots=True)
 class LearnerInfo:
-    """A rank after setup. ``tensors`` is the sending order of a weight sync; ``zero_stage`` is the effective stage."""
+    """A rank after setup. ``tensors`` is the sending order of a weight sync; ``zero_stage`` is the effective stage.
+
+    ``packed`` ranks compute sequences end to end; ``unpacked`` is the reason if packing was asked for and refused.
+    """
 
     rank: int
     world_size: int
@@ -22,6 +25,8 @@ class LearnerInfo:
     vocab_size: int
     tensors: tuple[TensorSpec, ...]
     weight_version: int
+    packed: bool = False
+    unpacked: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from common.config.defaults import enforce_eager
 from common.config.model import Config, RolloutConfig, StudentConfig, SyncConfig
 from common.data.model_lookup import load_tokenizer
 from common.data.special_tokens import answer_text, end_ids, special_tokens
@@ -290,7 +291,7 @@ def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
         enable_sleep_mode=rollout.colocated,
         tensor_parallel_size=rollout.tensor_parallel_size,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
-        enforce_eager=rollout.enforce_eager,
+        enforce_eager=enforce_eager(rollout, deterministic=config.learner.deterministic),
         # A chunked prompt makes vLLM rewind the request's random generator, which crashes the engine on CPU.
         enable_chunked_prefill=None if _on_gpu() else False,
         distributed_executor_backend=_executor(rollout.tensor_parallel_size),

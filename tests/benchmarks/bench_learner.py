@@ -19,7 +19,7 @@ from tests.support.memory import peak_bytes, reset_peak
 
 VOCABULARY, WIDTH, K = 151_936, 1024, 256
 CHUNK_TOKENS = 256
-"""`learner.logit_chunk_tokens`, its default."""
+"""`learner.logit_chunk_tokens`, its default on CPU."""
 FLOAT_BYTES = 4
 
 
@@ -33,6 +33,7 @@ def run() -> dict[str, dict[str, Any]]:
         return {
             **loss_peak(),
             **loss_time(),
+            **shared_passes(),
             **{name: figure for part in (step_memory, forward_backward) for name, figure in apart(part, model).items()},
         }
 
@@ -177,6 +178,50 @@ def forward_backward(model: Path, repeats: int = 5) -> dict[str, dict[str, Any]]
         f"micro-batches: medians of {repeats}, taken in turns"
     )
     return {"learner.fwd_bwd_ratio": figure(ratio, 0.95, how, at_most=False)}
+
+
+def shared_passes() -> dict[str, dict[str, Any]]:
+    """Largest share of a pass without gradients (the learner's top k) that one of two ranks computes, under ZeRO-3."""
+    from learner.trainer.distributed import free_port
+    from tests.support.tiny import make_tiny_model
+
+    with tempfile.TemporaryDirectory(prefix="bench-learner-") as folder:
+        model = make_tiny_model(Path(folder) / "tiny")
+        alone, *_ = _on_ranks(1, free_port(), model)
+        shares = _on_ranks(2, free_port(), model)
+    how = f"tiny model, {ANSWERS} answers of 4 to 64 tokens, micro-batches of {BUDGET_TOKENS} tokens, fillers included"
+    return {"learner.shared_pass_ratio": figure(max(shares) / alone, 0.6, how, at_most=True)}
+
+
+def _on_ranks(ranks: int, port: int, model: Path) -> list[int]:
+    """Tokens of the forward passes of each of `ranks` ranks."""
+    with multiprocessing.get_context("spawn").Pool(ranks) as pool:
+        return pool.starmap(_topk_tokens, [(rank, ranks, port, model) for rank in range(ranks)], chunksize=1)
+
+
+def _topk_tokens(rank: int, ranks: int, port: int, model: Path) -> int:
+    from learner.loop.micro_batcher import MicroBatcher
+    from learner.trainer.distributed import join_ranks
+    from learner.trainer.engine import LearnerEngine
+    from learner.trainer.micro_batch import student_sequence
+    from tests.support.scored import learner_config, make_scored
+
+    join_ranks(rank, ranks, "127.0.0.1", port, torch.device("cpu"), 60.0)
+    learner = {"micro_batch_tokens": BUDGET_TOKENS, "zero_stage": 3, "ranks": ranks}
+    inference = LearnerEngine(learner_config(model, learner=learner)).inference
+    tokens = 0
+
+    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal tokens
+        tokens += inputs[0].numel() if isinstance(module, nn.Embedding) else 0
+
+    nn.modules.module.register_module_forward_pre_hook(count)
+    batcher: MicroBatcher[Any] = MicroBatcher(ranks, BUDGET_TOKENS)
+    sequences = [student_sequence(one) for one in make_scored(ANSWERS, response_tokens=(4, 65))]
+    groups = [group for s in sequences for group in batcher.add(len(s.prompt_ids) + len(s.response_ids), s)]
+    for group in (*groups, *batcher.flush()):
+        inference.topk(group[rank], K)
+    return tokens
 
 
 def seconds(function: Callable[[], None]) -> float:

@@ -38,6 +38,7 @@ class StubServices:
     """Answers samples at once, except `slow` ones, which wait for `release`; keeps the requests."""
 
     version: int = 0
+    packed: bool = False
     slow: set[str] = field(default_factory=set)
     unscored: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)

@@ -100,6 +100,26 @@ def test_optimiser_state_in_host_memory_changes_nothing(two: Ranks, tiny_model: 
         assert relative_difference(change, expected_change(config, expected_gradients(config, scored))) < 1e-5
 
 
+def threads_of(rank: int, config: Config) -> tuple[int, int]:
+    """Threads of a rank's engine, and the cores that it may use."""
+    from common.openmp import usable_cores
+    from learner.trainer.engine import LearnerEngine
+
+    before = torch.get_num_threads()
+    LearnerEngine(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(before)
+    return threads, usable_cores()
+
+
+def test_an_optimiser_in_host_memory_gets_its_share_of_the_cores(one: Ranks, two: Ranks, tiny_model: Path) -> None:
+    keys = {"cpu_offload": True, "threads": None}
+    for ranks, count in ((one, 1), (two, 2)):
+        for threads, cores in ranks.call(threads_of, smooth_config(tiny_model, 2, learner=keys)):
+            assert threads == max(1, cores // count)
+    assert one.call(threads_of, smooth_config(tiny_model, 2, learner={**keys, "threads": 3}))[0][0] == 3
+
+
 def with_support(scored: list[ScoredTrajectory], support: str, k: int) -> list[ScoredTrajectory]:
     """Scores of a teacher that picks the support: the student's k ids and k others (`union`), or only others."""
     answers = []

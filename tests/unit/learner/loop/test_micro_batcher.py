@@ -12,9 +12,12 @@ from learner.loop.micro_batcher import MicroBatcher
     lengths=st.lists(st.integers(1, 50), max_size=60),
     ranks=st.integers(1, 4),
     budget=st.integers(1, 120),
+    packed=st.booleans(),
 )
-def test_every_answer_is_dealt_out_once_within_the_budget(lengths: list[int], ranks: int, budget: int) -> None:
-    filler: MicroBatcher[int] = MicroBatcher(ranks, budget)
+def test_every_answer_is_dealt_out_once_within_the_budget(
+    lengths: list[int], ranks: int, budget: int, packed: bool
+) -> None:
+    filler: MicroBatcher[int] = MicroBatcher(ranks, budget, packed=packed)
     groups = [group for index, tokens in enumerate(lengths) for group in filler.add(tokens, index)]
     streamed = len(groups)
     groups += filler.flush()
@@ -22,8 +25,9 @@ def test_every_answer_is_dealt_out_once_within_the_budget(lengths: list[int], ra
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert all(len(group) == ranks for group in groups)
     for batch in batches:
-        padded = max((lengths[i] for i in batch), default=0) * len(batch)
-        assert padded <= budget or len(batch) == 1
+        tokens = [lengths[i] for i in batch]
+        filled = sum(tokens) if packed else max(tokens, default=0) * len(tokens)
+        assert filled <= budget or len(batch) == 1
     assert all(batch for group in groups[:streamed] for batch in group)  # only the end may leave a rank idle
     assert filler.flush() == []
 
@@ -40,3 +44,16 @@ def test_answers_of_like_length_share_a_micro_batch() -> None:
     filler: MicroBatcher[int] = MicroBatcher(2, 40)
     assert [filler.add(tokens, tokens) for tokens in (3, 20, 4, 19)] == [[], [], [], []]
     assert filler.flush() == [[[20, 19], [4, 3]]]
+
+
+def test_packed_rows_count_no_padding() -> None:
+    """A micro-batch of 20 tokens holds two answers of 9 tokens, and packed also two of 1 token."""
+    lengths = [9, 1] * 16
+
+    def groups(*, packed: bool) -> list[list[list[int]]]:
+        filler: MicroBatcher[int] = MicroBatcher(2, 20, packed=packed)
+        streamed = [group for index, tokens in enumerate(lengths) for group in filler.add(tokens, index)]
+        assert all(sum(lengths[i] for i in batch) > 20 - 9 for group in streamed for batch in group) or not packed
+        return streamed + filler.flush()
+
+    assert (len(groups(packed=True)), len(groups(packed=False))) == (5, 6)
