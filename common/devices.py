@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from common.config.gpus import is_part
+
 
 def see_only(gpu_ids: Sequence[object]) -> None:
     """Hide the node's GPUs from this process and its later children if `gpu_ids`, those reserved for it, is empty.
@@ -14,3 +16,11 @@ def see_only(gpu_ids: Sequence[object]) -> None:
     """
     if not gpu_ids:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def limit_memory(gpus: float) -> None:
+    """Have torch take at most this process's part of a shared GPU's memory; `gpus` of 1 or more is no part."""
+    if is_part(gpus):
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(gpus)

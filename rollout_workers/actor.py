@@ -227,16 +227,6 @@ class RolloutWorker:
         await self._on_loop(self._call(lambda engine: engine.check_health()))
 
     @ray.method(concurrency_group=CONTROL)
-    async def sleep(self) -> None:
-        """Free the engine's GPU memory until `wake`."""
-        await self._on_loop(self._call(lambda engine: engine.sleep()))
-
-    @ray.method(concurrency_group=CONTROL)
-    async def wake(self) -> None:
-        """Take the GPU memory again."""
-        await self._on_loop(self._call(lambda engine: engine.wake()))
-
-    @ray.method(concurrency_group=CONTROL)
     async def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
         """Join the weight group; `rank` is the first of this engine's ranks."""
         await self._on_loop(self._call(lambda engine: engine.join_sync(host, port, rank, world_size)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from common.config.model import SyncConfig, TeacherConfig
-from common.devices import see_only
+from common.devices import limit_memory, see_only
 from common.network import use_interface_of
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest
@@ -64,6 +64,8 @@ class TeacherActor:
                 self._config = self._config.model_copy(update={"host": self._config.host or address})
             host, key = self._config.listen_host, self._api_key
             auth = authenticator(host, None, allow_anonymous=True, environ={}) if key is None else single_key(key)
+            if self._config.backend == "transformers":  # vLLM measures by itself
+                limit_memory(self._config.gpus)
             self._service = build_service(self._config, on_failure=end_process)
             self._server = start_in_thread(self._service, self._config, auth)
         return self._server.url

@@ -99,8 +99,9 @@ class TeacherConfig(Section):
     """Device of each layer, `transformers` only; `auto` spreads a model over several GPUs. Default: one device."""
     tensor_parallel_size: Positive = 1
     """GPUs that share one model, `vllm` only."""
-    gpu_memory_utilization: Fraction = 0.9
-    """Share of a GPU's memory for the engine and its cached contexts, `vllm` on GPUs only."""
+    gpu_memory_utilization: Fraction | None = None
+    """Share of a GPU's memory for the engine and its cached contexts, `vllm` on GPUs only. Default: 0.9, or 0.9 of
+    `gpus` if that is below 1."""
     max_k: Positive = 1024
     """Upper bound for `loss.top_k` of the runs that use this teacher."""
     max_sequence_tokens: Positive | None = None
@@ -137,7 +138,8 @@ class TeacherConfig(Section):
     threads: Positive | None = None
     """CPU threads of the forward pass. Default: torch's choice."""
     gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs to reserve for a teacher that the run starts. With 0 it computes on CPU."""
+    """GPUs to reserve for a teacher that the run starts. With 0 it computes on CPU; below 1 it shares a GPU, and takes
+    at most this share of its memory."""
     request_timeout_s: PositiveFloat = 600.0
     """Deadline for one request of the client, retries included."""
     max_failed_fraction: Fraction = 0.0

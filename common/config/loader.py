@@ -30,6 +30,11 @@ RENAMED_KEYS = {
     "sync.drift_warn_share": "mismatch_warn_share",
     "sync.drift_stop_share": "mismatch_stop_share",
 }
+REMOVED_KEYS = {
+    "rollout.colocated": "give worker, rank and teacher parts of one GPU instead, for example "
+    "rollout.gpus_per_worker=0.5 and learner.gpus_per_rank=0.5 (docs/cluster.md)",
+}
+"""Keys that are gone -> what to do instead."""
 RENAMED_VALUES = {("teacher.kind", "self"): "live"}
 """Old names that an error answers with the new one; they are not accepted."""
 
@@ -133,6 +138,8 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
         renamed = RENAMED_KEYS.get(_first_teacher(key))
         if renamed is not None:
             return f"unknown key {key}: it is now {key.rpartition('.')[0]}.{renamed}"
+        if key in REMOVED_KEYS:
+            return f"unknown key {key}: {REMOVED_KEYS[key]}"
         return f"unknown key {key}={detail['input']!r}{_nearest_key(model, location)}"
     if detail["type"] == "missing":
         return f"missing key {key}"

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from common.config.base import ConfigError, Section
-from common.config.defaults import sync_backend
+from common.config.gpus import sync_backend
 from common.config.inputs import (
     ContextConfig,
     DataConfig,
@@ -24,6 +24,7 @@ from common.config.inputs import (
 )
 from common.config.rules import (
     evaluation_rules,
+    gpu_rules,
     importance_rules,
     learner_rules,
     loss_rules,
@@ -122,7 +123,8 @@ class Config(Section):
         yield from sync_rules(self.sync, self.learner, self.rollout, self.named_teachers())
         yield from evaluation_rules(self.eval, self.data)
         yield from teacher_rules(self.named_teachers(), self.student, self.loss, self.learner)
-        yield from worker_rules(self.rollout, self.teacher, ranks=self.learner.ranks)
+        yield from worker_rules(self.rollout)
+        yield from gpu_rules(self.learner, self.rollout, self.named_teachers())
 
 
 class TeacherServerConfig(Section):

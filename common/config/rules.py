@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from common.config.defaults import member_gpus
+from common.config.gpus import is_part, member_gpus, parts_of_one_gpu, reserved_gpus
 from common.config.inputs import DataConfig, EvalConfig, StudentConfig, TeacherConfig
 from common.config.training import LearnerConfig, LossConfig, RolloutConfig, SyncConfig
 
@@ -87,6 +87,35 @@ def sync_rules(
                     f"sync.backend `nccl` sends between GPUs that no two processes share: {key} ({gpus:g}) must be 1 "
                     "or more, or set sync.backend to `gloo`"
                 )
+    if sync.backend == "ipc":
+        members = member_gpus(learner, rollout, teachers.values())
+        together = parts_of_one_gpu(reserved_gpus(learner, rollout, teachers))
+        if not all(map(is_part, members.values())) or not together or rollout.max_workers is not None:
+            parts = ", ".join(f"{key} ({gpus:g})" for key, gpus in members.items())
+            yield (
+                f"sync.backend `ipc` is for processes that share one GPU: {parts} must each be below 1, the parts of "
+                "all processes at most 1 together, and rollout.max_workers unset; or set sync.backend to `gloo`"
+            )
+
+
+def gpu_rules(learner: LearnerConfig, rollout: RolloutConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[str]:
+    if is_part(learner.gpus_per_rank) and learner.ranks > 1:
+        yield (
+            f"learner.gpus_per_rank is {learner.gpus_per_rank:g} for {learner.ranks} ranks: two ranks cannot share a "
+            "GPU (nccl refuses it), so a part of a GPU needs learner.ranks 1"
+        )
+    if rollout.tensor_parallel_size > 1 and rollout.gpus_per_worker % 1:
+        yield (
+            f"rollout.tensor_parallel_size {rollout.tensor_parallel_size} needs whole GPUs, rollout.gpus_per_worker is "
+            f"{rollout.gpus_per_worker:g}"
+        )
+    engines = {"rollout.gpu_memory_utilization": (rollout.gpu_memory_utilization, rollout.gpus_per_worker)}
+    for name, one in teachers.items():
+        section = "teacher" if name == "default" else f"teachers.{name}"
+        engines[f"{section}.gpu_memory_utilization"] = (one.gpu_memory_utilization, one.gpus)
+    for key, (utilization, gpus) in engines.items():
+        if utilization is not None and is_part(gpus) and utilization > gpus:
+            yield f"{key} ({utilization:g}) is more than the process's part of the GPU ({gpus:g})"
 
 
 def evaluation_rules(settings: EvalConfig, data: DataConfig) -> Iterator[str]:
@@ -128,24 +157,9 @@ def teacher_rules(
         yield "teacher.kind `base` scores the student's ids: loss.support must be `student`"
 
 
-def worker_rules(rollout: RolloutConfig, teacher: TeacherConfig, *, ranks: int) -> Iterator[str]:
-    if rollout.max_workers is not None:
-        if rollout.max_workers < rollout.workers:
-            yield (
-                f"rollout.max_workers ({rollout.max_workers}) is less than rollout.workers ({rollout.workers}), the "
-                "number that the run starts with"
-            )
-        if rollout.colocated:
-            yield "rollout.max_workers: with rollout.colocated, an elastic worker has no rank to share a GPU with"
-    if not rollout.colocated:
-        return
-    if rollout.workers != ranks or rollout.tensor_parallel_size != 1:
+def worker_rules(rollout: RolloutConfig) -> Iterator[str]:
+    if rollout.max_workers is not None and rollout.max_workers < rollout.workers:
         yield (
-            f"rollout.colocated pairs each worker with one rank: rollout.workers ({rollout.workers}) must equal "
-            f"learner.ranks ({ranks}), and rollout.tensor_parallel_size must be 1"
-        )
-    if rollout.max_staleness or rollout.topk_from == "learner" or teacher.kind == "base":
-        yield (
-            "rollout.colocated: sampling and training alternate, so rollout.max_staleness must be 0, rollout.topk_from "
-            "`engine`, and teacher.kind not `base`"
+            f"rollout.max_workers ({rollout.max_workers}) is less than rollout.workers ({rollout.workers}), the "
+            "number that the run starts with"
         )

@@ -41,11 +41,13 @@ class RolloutConfig(Section):
     autoscaler sees the demand), and leave with their nodes. They keep their GPUs until the run ends. Default: no
     elastic workers."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """GPUs to reserve per worker. A process that reserves none sees none."""
+    """GPUs to reserve per worker. A process that reserves none sees none. Below 1 the worker shares a GPU with the
+    learner's only rank, other workers or a teacher (docs/cluster.md)."""
     tensor_parallel_size: Positive = 1
     """GPUs that share one model."""
-    gpu_memory_utilization: Fraction = 0.9
-    """Share of a GPU's memory that an engine may take."""
+    gpu_memory_utilization: Fraction | None = None
+    """Share of a GPU's memory that an engine may take. Default: 0.9, or 0.9 of `gpus_per_worker` if that is below
+    1."""
     kv_cache_gib: Positive = 1
     """Size of an engine's key-value cache on CPU."""
     threads: Positive | None = None
@@ -58,9 +60,6 @@ class RolloutConfig(Section):
     """Upper bound for requests in flight per worker."""
     max_restarts: NonNegative = 8
     """Upper bound for workers lost and replaced before the run stops. Elastic workers do not count."""
-    colocated: bool = False
-    """Let worker i share the GPU of rank i: less hardware, but sampling and training alternate. Engines sleep while the
-    learner trains (weights in host memory, no key-value cache). GPUs only."""
     max_staleness: NonNegative = 0
     """Upper bound for optimiser steps between sampling a response and training on it. 0 is strictly on-policy."""
     oversample_fraction: Annotated[float, Field(ge=0)] = 0.0
@@ -134,7 +133,8 @@ class LearnerConfig(Section):
     ranks: Positive = 1
     """Data-parallel processes of the learner."""
     gpus_per_rank: Annotated[float, Field(ge=0)] = 0
-    """GPUs to reserve per rank. With 0 the rank computes on CPU."""
+    """GPUs to reserve per rank. With 0 the rank computes on CPU; below 1 it shares a GPU, and takes at most this share
+    of its memory."""
     threads: Positive | None = None
     """CPU threads per rank. Default: with `cpu_offload` the rank's share of its node's cores, else torch's choice."""
     lr: PositiveFloat = 1e-6

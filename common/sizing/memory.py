@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from common.config.gpus import logit_chunk_tokens
 from common.config.model import Config, TeacherConfig
 from common.config.training import LearnerConfig
 from common.sizing.machine import GIB
@@ -159,7 +160,7 @@ def _reduction(stage: int, ranks: int, trained: int, model: ModelSize, element: 
 def _pass(learner: LearnerConfig, model: ModelSize, tokens: int, element: int) -> dict[str, int]:
     """Activations of a micro-batch of `tokens`, logits of a chunk, the output layer's gradient."""
     casts = 0 if element == FLOAT32 else element
-    logits = learner.logit_chunk_tokens * model.vocabulary * (FLOAT32 + casts)
+    logits = logit_chunk_tokens(learner) * model.vocabulary * (FLOAT32 + casts)
     head = 0 if learner.lora is not None else model.vocabulary * model.hidden * (FLOAT32 + casts)
     return {"activations": tokens * token_bytes(learner, model, element), "logits": logits, "output layer": head}
 
@@ -215,16 +216,13 @@ def engine_need(config: Config, model: ModelSize, longest: int) -> ProcessNeed:
     else:
         cache, name = rollout.kv_cache_gib * GIB, "key-value cache"
     logits = 3 * FLOAT32 * rollout.max_num_seqs * model.vocabulary
-    host = {"process": PROCESS_BYTES["engine"], "sync": 3 * config.sync.bucket_bytes}
-    if rollout.colocated:
-        host["weights asleep"] = weights
     return ProcessNeed(
         "rollout worker",
         rollout.workers,
         rollout.gpus_per_worker * shares,
         {"weights": weights, name: cache},
         {"logits": logits},
-        host,
+        {"process": PROCESS_BYTES["engine"], "sync": 3 * config.sync.bucket_bytes},
     )
 
 

@@ -13,6 +13,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from common.config.gpus import parts_of_one_gpu, reserved_gpus
 from common.config.model import Config, RolloutConfig
 
 START_TIMEOUT_S = 900.0
@@ -24,16 +25,16 @@ class PlacementError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """GPUs on one node, for one actor or for two that share them. `parts` are (actor's name, GPUs), with names as
-    ``worker 0``, ``rank 1``, ``teacher default``.
+    """GPUs on one node, for one actor or for several that share one GPU. `parts` are (actor's name, GPUs), with names
+    as ``worker 0``, ``rank 1``, ``teacher default``.
     """
 
     parts: tuple[tuple[str, float], ...]
 
     @property
     def gpus(self) -> float:
-        """Sum over the parts."""
-        return sum(gpus for _, gpus in self.parts)
+        """Sum over the parts, as precise as Ray counts."""
+        return round(sum(gpus for _, gpus in self.parts), 4)
 
     @property
     def name(self) -> str:
@@ -42,19 +43,16 @@ class Bundle:
 
 
 def bundles_of(config: Config, *, workers_only: bool = False) -> list[Bundle]:
-    """Bundles of the run, or of its rollout workers alone, the largest first; actors without a GPU are left out."""
-    rollout, learner = config.rollout, config.learner
-    teachers = [(f"teacher {n}", one.gpus) for n, one in config.named_teachers().items() if one.url is None]
-    ranks = [(f"rank {rank}", learner.gpus_per_rank) for rank in range(learner.ranks)]
-    per_worker = rollout.gpus_per_worker * rollout.tensor_parallel_size
-    workers = [(f"worker {slot}", per_worker) for slot in range(rollout.workers)]
+    """Bundles of the run, or of its rollout workers alone, the largest first; actors without a GPU are left out.
+
+    Actors with parts of a GPU are on one GPU if it holds them all; otherwise Ray places each by itself.
+    """
+    reserved = reserved_gpus(config.learner, config.rollout, config.named_teachers())
     if workers_only:
-        teachers, shared = [], [Bundle((part,)) for part in workers]
-    elif rollout.colocated:
-        shared = [Bundle(pair) for pair in zip(workers, ranks, strict=True)]
-    else:
-        shared = [Bundle((part,)) for part in (*ranks, *workers)]
-    bundles = [*(Bundle((part,)) for part in teachers), *shared]
+        reserved = {name: gpus for name, gpus in reserved.items() if name.startswith("worker ")}
+    together = parts_of_one_gpu(reserved)
+    bundles = [Bundle(((name, gpus),)) for name, gpus in reserved.items() if name not in together]
+    bundles.append(Bundle(tuple(together.items())))
     return sorted((bundle for bundle in bundles if bundle.gpus), key=lambda bundle: -bundle.gpus)
 
 

@@ -293,15 +293,6 @@ class Services:
     def _pass_stage(self) -> str:
         return "score" if self.config.teacher.kind == "base" else "topk"
 
-    async def sleep(self) -> None:
-        """Free the engines' GPU memory for the learner (``rollout.colocated``), after all replacements have started."""
-        await self.pool.wait_started()
-        await all_of([worker.handle.sleep.remote() for worker in (*self.pool.members, *self.pool.ready)])
-
-    async def wake(self) -> None:
-        """Give the engines their GPU memory back."""
-        await all_of([worker.handle.wake.remote() for worker in (*self.pool.members, *self.pool.ready)])
-
     # --- the learner ------------------------------------------------------------------------------------------------
 
     def accumulate(self, group: Sequence[Sequence[Any]]) -> list[Any]:

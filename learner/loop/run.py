@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from common.async_utils import run_in_background
+from common.config.gpus import is_part, reserved_gpus
 from common.config.model import Config, ConfigError, LossConfig
 from common.data.rendering import length_faults, teacher_sequence
 from common.data.rows import DataError
@@ -215,8 +216,13 @@ class Run:
         if self._resumed is not None:
             self._refuse_changes(self._resumed, services.teachers.fingerprints())
         self._progress.line("starting the rollout engines")
-        await services.start_workers(config.student.model, scorer, config.rollout.workers)
-        await services.wait_ranks(ranks)
+        if any(map(is_part, reserved_gpus(config.learner, config.rollout, config.named_teachers()).values())):
+            # vLLM takes what a starting neighbour allocates for its own use, so the learner loads first.
+            await services.wait_ranks(ranks)
+            await services.start_workers(config.student.model, scorer, config.rollout.workers)
+        else:
+            await services.start_workers(config.student.model, scorer, config.rollout.workers)
+            await services.wait_ranks(ranks)
         if config.teacher.kind == "base":
             await services.give_contexts(inputs.contexts)
         info = services.learner_info

@@ -110,8 +110,6 @@ class TrainingLoop:
             stats = await self._train(step)
         step_started = time.time()
         reports = await services.finish_step(stats.tokens, stats.sequences)
-        if self._config.rollout.colocated:
-            await services.wake()
         stats.spans.append(TraceSpan("step", "rank 0", step_started, time.time(), {"version": step + 1}))
         check_step(step, reports, stats.sample_ids, self._config.learner.max_skipped_steps, self._record_skipped)
         services.leave_draining_nodes()
@@ -153,8 +151,8 @@ class TrainingLoop:
         return stats
 
     async def _rollouts(self, stats: StepStats) -> AsyncIterator[ScoredRollout]:
-        """The step's rollouts as they arrive; in the order of their numbers if the arrival order must not matter
-        (``learner.deterministic``) or if learner and engines take turns on the GPUs (``rollout.colocated``).
+        """The step's rollouts as they arrive; with ``learner.deterministic``, for which the arrival order must not
+        matter, in the order of their numbers.
         """
 
         def failed(rollout: ScoredRollout) -> None:
@@ -162,15 +160,11 @@ class TrainingLoop:
             self._check_failures(stats.failures)
 
         rollouts = self._running.step(failed)
-        colocated = self._config.rollout.colocated
-        if not self._config.learner.deterministic and not colocated:
+        if not self._config.learner.deterministic:
             async for rollout in rollouts:
                 yield rollout
             return
-        everything = sorted([rollout async for rollout in rollouts], key=lambda one: one.sample.number)
-        if colocated:
-            await self._services.sleep()  # from here to the end of the step the GPUs belong to the learner
-        for rollout in everything:
+        for rollout in sorted([rollout async for rollout in rollouts], key=lambda one: one.sample.number):
             yield rollout
 
     async def keep_workers(self, version: int) -> None:

@@ -29,19 +29,13 @@ def gpu_count() -> int:
 
 
 def check_devices(config: Config) -> Iterator[Finding]:
-    """Find GPUs that the run asks for and this machine lacks, and transports that need a GPU."""
+    """Find GPUs that the run asks for and this machine lacks."""
     bundles = bundles_of(config)
-    needs_gpu = [f"sync.backend `{config.sync.backend}`"] if config.sync.backend in ("nccl", "ipc") else []
-    if config.rollout.colocated:
-        needs_gpu.append("rollout.colocated")
-    if not on_this_machine() or not (bundles or needs_gpu):
+    if not on_this_machine() or not bundles:
         return
     count = gpu_count()
-    if bundles and (why := shortfall(bundles, {"this machine": count} if count else {})) is not None:
+    if (why := shortfall(bundles, {"this machine": count} if count else {})) is not None:
         yield error(f"{why}; for a run on a cluster: opcd submit, or set RAY_ADDRESS")
-    elif not count:
-        for key in needs_gpu:
-            yield error(f"{key} needs GPUs, and torch sees none here; on CPU use sync.backend `gloo`, not colocated")
 
 
 def check_packages(config: Config) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.config.model import Config
+from common.devices import limit_memory
 from common.openmp import usable_cores
 from common.protocol.schema import ScoredTrajectory
 from common.weight_sync.manifest import TensorSpec
@@ -67,6 +68,7 @@ class LearnerEngine:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
             torch.use_deterministic_algorithms(True)
         self._device = device_of(learner)
+        limit_memory(learner.gpus_per_rank)
         self._dtype = dtype_of(config.student, self._device)
         self._stage = effective_zero_stage(learner.zero_stage, self._dtype)
         settings = deepspeed_config(learner, self._stage, self._dtype, self._world_size)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.config.defaults import logit_chunk_tokens
+from common.config.gpus import logit_chunk_tokens
 from common.config.model import LearnerConfig, StudentConfig
 from common.models.attention import attention_implementation
 from common.models.logits import check_logit_transform, logit_transform

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config.defaults import enforce_eager
+from common.config.gpus import enforce_eager, memory_utilization
 from common.config.model import Config, RolloutConfig, StudentConfig, SyncConfig
 from common.data.model_lookup import load_tokenizer
 from common.data.special_tokens import answer_text, end_ids, special_tokens
@@ -179,14 +179,6 @@ class RolloutEngine:
         self.weight_version = version
         await self._engine.resume_generation()
 
-    async def sleep(self) -> None:
-        """Free the GPU: weights move to host memory, the key-value cache is dropped."""
-        await self._control_call(self._engine.sleep(level=1))
-
-    async def wake(self) -> None:
-        """Move the unchanged weights back to the GPU."""
-        await self._control_call(self._engine.wake_up())
-
     async def check_health(self) -> None:
         """Return once the engine process answers, between two forward passes; raises EngineLost if it died.
 
@@ -288,9 +280,8 @@ def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
         # Other sequences in the batch, or cached blocks, change the last bit of a log-prob.
         max_num_seqs=1 if config.learner.deterministic else rollout.max_num_seqs,
         enable_prefix_caching=not config.learner.deterministic,
-        enable_sleep_mode=rollout.colocated,
         tensor_parallel_size=rollout.tensor_parallel_size,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        gpu_memory_utilization=memory_utilization(rollout.gpu_memory_utilization, rollout.gpus_per_worker),
         enforce_eager=enforce_eager(rollout, deterministic=config.learner.deterministic),
         # A chunked prompt makes vLLM rewind the request's random generator, which crashes the engine on CPU.
         enable_chunked_prefill=None if _on_gpu() else False,

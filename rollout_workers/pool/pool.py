@@ -215,12 +215,6 @@ class WorkerPool:
                 raise PoolError("no rollout worker is left, and none is being started")
             await self._change()
 
-    async def wait_started(self) -> None:
-        """Wait until no worker is starting any more. Raises PoolError if a dead worker is not replaced."""
-        while self._starting:
-            await self._change()
-        self._raise_failure()
-
     async def only_replacements(self) -> None:
         """Wait until no member is left and a replacement is ready."""
         while self._dispatch.workers or not self._waiting:

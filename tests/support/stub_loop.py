@@ -81,7 +81,7 @@ class StubServices:
         return [Prepared(f"picked {item}", 0.5, span) for share in group for item in share]
 
 
-class TakesTurns(StubServices):
+class OrderedServices(StubServices):
     """Keeps the order of the loop's calls."""
 
     def __init__(self) -> None:
@@ -101,12 +101,6 @@ class TakesTurns(StubServices):
     async def rollout(self, sample: Sample, output: str) -> tuple[Any, Any]:
         self.order.append("rollout")
         return await super().rollout(sample, output)
-
-    async def sleep(self) -> None:
-        self.order.append("sleep")
-
-    async def wake(self) -> None:
-        self.order.append("wake")
 
     def accumulate(self, group: Any) -> list[Any]:
         self.order.append("accumulate")

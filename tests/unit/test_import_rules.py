@@ -46,9 +46,9 @@ ENTRY_POINTS = {
 """Rooms of ``deploy`` -> the modules of services that they start or check with; the simulator runs the loop's rules."""
 ORDER = {
     "common": [
-        {"async_utils", "devices", "error_text", "float32_head", "models", "network", "openmp"},
+        {"async_utils", "error_text", "float32_head", "models", "network", "openmp"},
         {"protocol", "config"},
-        {"data", "telemetry", "evaluation", "weight_sync", "sizing", "import_names"},
+        {"devices", "data", "telemetry", "evaluation", "weight_sync", "sizing", "import_names"},
     ],
     "learner": [
         {"errors"},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from common.config.gpus import memory_utilization
 from common.config.model import TeacherConfig
 from common.float32_head import ENGINE_OVERRIDES
 from teacher_server.backends.base import BackendError, BackendLost
@@ -124,7 +125,7 @@ def engine_settings(config: TeacherConfig, *, gpu: bool) -> dict[str, Any]:
         "enforce_eager": True,
         "worker_extension_cls": EXTENSION,
         **(
-            {"gpu_memory_utilization": config.gpu_memory_utilization}
+            {"gpu_memory_utilization": memory_utilization(config.gpu_memory_utilization, config.gpus)}
             if gpu
             else {"kv_cache_memory_bytes": config.context_cache_bytes}
         ),

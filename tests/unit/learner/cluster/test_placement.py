@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from learner.cluster.placement import Bundle, bundles_of, shortfall
 from tests.support.configs import config_of
 
@@ -31,14 +33,18 @@ def test_an_evaluation_asks_for_its_workers_alone() -> None:
     assert [bundle.name for bundle in bundles_of(config, workers_only=True)] == ["worker 0", "worker 1"]
 
 
-def test_a_worker_and_a_rank_that_share_a_gpu_have_one_bundle() -> None:
-    config = config_of(
-        rollout={"colocated": True, "workers": 2, "gpus_per_worker": 0.5}, learner={"ranks": 2, "gpus_per_rank": 0.5}
-    )
-    assert [(bundle.name, bundle.gpus) for bundle in bundles_of(config)] == [
-        ("worker 0 and rank 0", 1.0),
-        ("worker 1 and rank 1", 1.0),
-    ]
+def test_processes_that_fit_on_one_gpu_have_one_bundle() -> None:
+    parts: dict[str, Any] = {
+        "rollout": {"workers": 2, "gpus_per_worker": 0.1},
+        "learner": {"gpus_per_rank": 0.7},
+        "teacher": {"gpus": 0.1},
+    }
+    bundles = [(bundle.name, bundle.gpus) for bundle in bundles_of(config_of(**parts))]
+    assert bundles == [("teacher default and rank 0 and worker 0 and worker 1", 1.0)]
+    with_another = bundles_of(config_of(**parts, teachers={"big": {"gpus": 4}}))
+    assert [bundle.gpus for bundle in with_another] == [4, 1.0]
+    assert len(bundles_of(config_of(**{**parts, "teacher": {"gpus": 0.2}}))) == 4  # 1.1 GPUs: each by itself
+    assert [bundle.name for bundle in bundles_of(config_of(**parts), workers_only=True)] == ["worker 0 and worker 1"]
 
 
 def test_what_does_not_fit_is_named_with_the_numbers() -> None:

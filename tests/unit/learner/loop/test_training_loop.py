@@ -17,10 +17,10 @@ from learner.errors import RunError
 from learner.loop.run import write_skipped
 from learner.loop.training_loop import TrainingLoop
 from learner.trainer.reports import StepReport
-from tests.support.stub_loop import ROWS, TakesTurns, config_of, loop_over
+from tests.support.stub_loop import ROWS, OrderedServices, config_of, loop_over
 
 
-class Conversations(TakesTurns):
+class Conversations(OrderedServices):
     """Of three response tokens an environment said one."""
 
     counted = 0
@@ -51,7 +51,7 @@ async def test_tokens_are_the_students_and_the_learner_hears_of_all_in_the_seque
 # --- steps that moved nothing ---------------------------------------------------------------------------------------
 
 
-class Skips(TakesTurns):
+class Skips(OrderedServices):
     """Two ranks, no step of theirs is applied."""
 
     def __init__(self, report: Callable[[int, int], StepReport]) -> None:
@@ -146,7 +146,7 @@ async def test_steps_that_count_no_token_end_the_run_by_their_own_name(
 async def test_more_answers_without_a_score_than_allowed_end_the_run_with_the_reason(unscored: int, ends: bool) -> None:
     plain = config_of()
     config = plain.model_copy(update={"teacher": plain.teacher.model_copy(update={"max_failed_fraction": 0.25})})
-    services = TakesTurns()
+    services = OrderedServices()
     source = SampleSource(config, ROWS)
     services.unscored = {source[number].sample_id for number in range(unscored)}
     loop = loop_over(services, config)

@@ -1,4 +1,4 @@
-"""Defaults by the GPUs that a run's processes reserve."""
+"""What the GPUs that a run's processes reserve imply."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from common.config.defaults import enforce_eager, logit_chunk_tokens
+from common.config.gpus import enforce_eager, logit_chunk_tokens, memory_utilization
 from common.config.model import ConfigError
+from common.devices import limit_memory
 from tests.support.configs import config_of
 
 GPUS: dict[str, Any] = {"rollout": {"gpus_per_worker": 1}, "learner": {"gpus_per_rank": 1}}
@@ -48,6 +49,37 @@ def test_weights_go_through_host_memory_if_a_member_has_no_gpu_for_itself(sectio
     assert config_of(**sections).sync_in_run.backend == "gloo"
     with pytest.raises(ConfigError, match=r"sync.backend `nccl` sends between GPUs .*gpus.* must be 1 or more"):
         config_of(**sections, sync={"backend": "nccl"})
+
+
+SHARED: dict[str, Any] = {"rollout": {"gpus_per_worker": 0.5}, "learner": {"gpus_per_rank": 0.5}}
+
+
+def test_ipc_is_for_members_on_one_gpu() -> None:
+    ipc = {"backend": "ipc"}
+    assert config_of(**SHARED, sync=ipc).sync_in_run.backend == "ipc"
+    apart = (
+        GPUS,
+        {**SHARED, "rollout": {"gpus_per_worker": 0.6}},
+        {**SHARED, "rollout": {"gpus_per_worker": 0.5, "max_workers": 2}},
+        {**SHARED, "teacher": {"kind": "live"}},
+        {**SHARED, "teacher": {"gpus": 0.1}},
+    )
+    for sections in apart:
+        with pytest.raises(ConfigError, match=r"sync.backend `ipc` is for processes that share one GPU"):
+            config_of(**sections, sync=ipc)
+
+
+def test_an_engine_on_a_part_of_a_gpu_takes_that_part_of_its_memory() -> None:
+    assert [memory_utilization(None, gpus) for gpus in (0, 0.5, 1, 4)] == [0.9, 0.45, 0.9, 0.9]
+    assert memory_utilization(0.3, 0.5) == 0.3
+
+
+def test_a_process_on_a_part_of_a_gpu_is_limited_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", limits.append)
+    for gpus in (0, 0.25, 1, 2):
+        limit_memory(gpus)
+    assert limits == [0.25]
 
 
 def test_a_frozen_teacher_takes_no_weights_and_deltas_need_host_memory() -> None:
