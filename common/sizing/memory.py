@@ -26,6 +26,9 @@ LIVE_ELEMENTS = 1_000_000_000
 REDUCE_ELEMENTS = 500_000_000
 """DeepSpeed's default: without ZeRO, several ranks average this many elements of gradients at a time, in a copy."""
 
+CUDA_BYTES = 768 * 1024**2
+"""CUDA's context and communication buffers of a process; a guess."""
+
 OBJECT_STORE = "object store"
 
 PROCESS_BYTES = {"rank": 600 * 1024**2, "engine": 1500 * 1024**2, "teacher": 900 * 1024**2, "driver": 800 * 1024**2}
@@ -153,7 +156,8 @@ def _reduction(stage: int, ranks: int, trained: int, model: ModelSize, element: 
     """Buffers of the gradients' reduction, and weights that ZeRO-3 gathers."""
     if stage == 0:
         return FLOAT32 * min(REDUCE_ELEMENTS, trained) if ranks > 1 else 0
-    buffer = element * (min(BUCKET_ELEMENTS, trained) + min(model.largest, trained))
+    buckets = 2 if stage == 2 and ranks > 1 else 1  # with `overlap_comm` one fills while the other is reduced
+    buffer = element * (buckets * min(BUCKET_ELEMENTS, trained) + min(model.largest, trained))
     return buffer + (element * min(LIVE_ELEMENTS, model.parameters) if stage == 3 else 0)
 
 

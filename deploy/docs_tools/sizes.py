@@ -12,7 +12,7 @@ from common.config.loader import validate
 from common.config.model import Config
 from common.sizing.disk import state_bytes
 from common.sizing.machine import GIB
-from common.sizing.memory import longest_trainable, rank_need
+from common.sizing.memory import CUDA_BYTES, longest_trainable, rank_need
 from common.sizing.model_size import ModelSize, size_of
 from deploy.docs_tools.pages import write_or_check
 
@@ -104,7 +104,7 @@ def _config(ranks: int) -> Config:
 
 
 def _longest(model: ModelSize, ranks: int) -> str:
-    tokens = longest_trainable(_config(ranks), model, int(GPU_GIB * GIB))
+    tokens = longest_trainable(_config(ranks), model, int(GPU_GIB * GIB) - CUDA_BYTES)
     return f"{round(tokens, -3):,}" if tokens else "does not fit"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from common.config.model import Config
 from common.sizing.disk import disk_needs, folder_bytes, free_bytes
 from common.sizing.machine import GIB, Machine, available_memory_bytes, cuda_devices, total_memory_bytes
-from common.sizing.memory import ProcessNeed, longest_trainable, process_needs
+from common.sizing.memory import CUDA_BYTES, ProcessNeed, longest_trainable, process_needs
 from common.sizing.model_size import ModelSize, read_model_size
 from learner.data.inputs import Inputs
 from learner.preflight.machine import on_this_machine
@@ -115,8 +115,8 @@ REMEDY = "a smaller model, learner.lora, learner.cpu_offload, or learner.zero_st
 
 
 def _gpu(machine: Machine) -> int:
-    """Bytes of the smallest GPU."""
-    return int(min(gpu.memory_gib for gpu in machine.gpus) * GIB)
+    """Bytes of the smallest GPU, without CUDA's own."""
+    return int(min(gpu.memory_gib for gpu in machine.gpus) * GIB) - CUDA_BYTES
 
 
 def _parts(parts: Mapping[str, int]) -> str:

@@ -28,6 +28,10 @@ LIVENESS_POLL_S = 0.5
 """Interval of liveness checks during a control call."""
 
 
+MESSAGE_ARRAY_BYTES = 64 * 1024
+"""Arrays up to this size are copied into vLLM's messages from engine to front end; vLLM's default is 256."""
+
+
 class RolloutError(RuntimeError):
     """A request that this engine cannot answer; the message names the request and the numbers."""
 
@@ -320,7 +324,9 @@ def _on_gpu() -> bool:
 
 
 def _set_environment(rollout: RolloutConfig) -> None:
-    """Set the variables that vLLM reads at import; they matter on CPU only."""
+    """Set the variables that vLLM and its processes read; all but the first matter on CPU only."""
+    # A token's rows of log-probs travel inside a step's message, not as two more frames.
+    os.environ["VLLM_MSGPACK_ZERO_COPY_THRESHOLD"] = str(MESSAGE_ARRAY_BYTES)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(rollout.kv_cache_gib)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     share_cores(os.environ)
