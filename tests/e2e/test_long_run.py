@@ -1,4 +1,4 @@
-"""A whole run on real parts that does not end by itself: watched, interrupted, resumed, ended by a lost teacher."""
+"""A whole run on real parts that does not end by itself: interrupted, resumed, watched, ended by a lost teacher."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,59 +22,107 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @dataclass(frozen=True)
-class LongRun:
-    """A run that does not end by itself, with a teacher server and, for half of its rows, a teacher that it starts.
+class InterruptedRun:
+    """A run after Ctrl-C."""
 
-    Its adapters are trained and published as files.
+    folder: Path
+    """Of its data and configuration."""
+    printed: str
+    children: set[int]
+    """Its processes before Ctrl-C."""
+
+    @property
+    def run(self) -> Path:
+        """Its own folder."""
+        return self.folder / "runs/tiny"
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "learner": {"steps": 10_000, "lora": {"rank": 8, "publish": "adapter"}},
+    "sync": {"backend": "file"},
+    "checkpoint": {"every": 2},
+    "eval": {"every": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> InterruptedRun:
+    """Adapters learn from the base model inside the learner: no teacher server, weights as files, and the learner's
+    top-k, which is the whole vocabulary.
+    """
+    folder = tmp_path_factory.mktemp("long")
+    config = write_run(
+        folder,
+        tiny_model,
+        **ADAPTERS,
+        teacher={"kind": "base"},
+        rollout={"topk_from": "learner"},
+        loss={"form": "exact", "top_k": 512},
+    )
+    with started_run(config) as process:
+        wait_for_step(folder / "runs/tiny", process, 4)
+        children = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        return InterruptedRun(folder, finish(process, status=130), children)
+
+
+def test_ctrl_c_keeps_the_weights_and_leaves_no_process(interrupted_run: InterruptedRun) -> None:
+    run = interrupted_run.run
+    assert "interrupted after" in interrupted_run.printed
+    assert "Traceback" not in interrupted_run.printed
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["outcome"] == "interrupted"
+    assert summary["steps"] >= 3
+    assert (run / "checkpoint/adapter_model.safetensors").exists()
+    assert_nothing_left(interrupted_run.children)
+    lines = metric_lines(run)
+    assert lines[-1]["kl/lower_bound"] < lines[0]["kl/lower_bound"]
+    for line in lines:
+        assert line["mass/student_topk"] == pytest.approx(1, abs=1e-5)
+        assert line["kl/tail"] == pytest.approx(0, abs=1e-9)
+        assert line["loss"] == pytest.approx(line["kl/support"], rel=1e-5)
+    assert "time/score_s" in {key for line in lines for key in line}
+
+
+@dataclass(frozen=True)
+class ResumedRun:
+    """The interrupted run again, from its newest checkpoint, with other teachers: a server that the test has started
+    and, for half of the rows, one that the run starts.
     """
 
     process: subprocess.Popen[str]
-    config: Path
     run: Path
-    """Its folder."""
+    first_step: int
     metrics_port: int
     teacher_url: str
     teacher_pid: int
 
-    @property
-    def remote(self) -> tuple[str, str]:
-        return f"teacher.url={self.teacher_url}", "teacher.request_timeout_s=5"
-
 
 @pytest.fixture(scope="module")
-def long_run(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model: Path,
-    teacher_process: Callable[[Path], tuple[str, int]],
-) -> Iterator[LongRun]:
-    folder, port = tmp_path_factory.mktemp("long"), free_port()
-    config = write_run(
-        folder,
-        tiny_model,
-        learner={"steps": 10_000, "lora": {"rank": 8, "publish": "adapter"}},
-        sync={"backend": "file"},
-        checkpoint={"every": 2},
-        eval={"every": 0},
-        teachers={"started": {"model": str(tiny_model), "threads": 1}},
-    )
+def resumed_run(
+    interrupted_run: InterruptedRun, tiny_model: Path, teacher_process: Callable[[Path], tuple[str, int]]
+) -> Iterator[ResumedRun]:
+    folder, run, port = interrupted_run.folder, interrupted_run.run, free_port()
+    newest = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+    config = write_run(folder, tiny_model, **ADAPTERS, teachers={"started": {"model": str(tiny_model), "threads": 1}})
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     names = ["started", None] * 4
     changed = [json.dumps({**row, "teacher": name}) for row, name in zip(rows, names, strict=True)]
     (folder / "train.jsonl").write_text("\n".join(changed))
     url, pid = teacher_process(config)
-    remote = (f"teacher.url={url}", "teacher.request_timeout_s=5")
-    with started_run(config, f"run.metrics_port={port}", *remote) as process:
-        yield LongRun(process, config, folder / "runs/tiny", port, url, pid)
+    settings = (f"run.metrics_port={port}", f"teacher.url={url}", "teacher.request_timeout_s=5")
+    with started_run(config, *settings, "--resume", "--accept-changes") as process:
+        yield ResumedRun(process, run, newest + 1, port, url, pid)
 
 
 NEEDS_MORE = ("rejected", "accuracy")
-"""Series of events that the run below does not have: refused requests, and evaluations."""
+"""Series of events that the run does not have: refused requests, and evaluations."""
 
 
 @pytest.mark.skipif(prometheus_server.PROGRAM is None, reason="no prometheus on PATH")
-def test_the_dashboards_queries_find_a_run_in_a_real_prometheus(long_run: LongRun, tmp_path: Path) -> None:
-    with prometheus_server.scraping(f"127.0.0.1:{long_run.metrics_port}", tmp_path, free_port()) as url:
-        wait_for_step(long_run.run, long_run.process, 2)
+def test_the_dashboards_queries_find_a_run_in_a_real_prometheus(resumed_run: ResumedRun, tmp_path: Path) -> None:
+    with prometheus_server.scraping(f"127.0.0.1:{resumed_run.metrics_port}", tmp_path, free_port()) as url:
+        wait_for_step(resumed_run.run, resumed_run.process, resumed_run.first_step + 1)
         prometheus_server.wait_until_found(url, "rate(opcd_teacher_tokens_scored_total[20s]) > 0", 60)
         found = {}
         for query in queries():
@@ -84,53 +133,23 @@ def test_the_dashboards_queries_find_a_run_in_a_real_prometheus(long_run: LongRu
     assert {series["metric"]["run"] for series in ours['opcd_run_step{run=~"$run"}']} == {"tiny"}
 
 
-@dataclass(frozen=True)
-class InterruptedRun:
-    """A `LongRun` after Ctrl-C."""
-
-    printed: str
-    children: set[int]
-    """Processes of the run, before Ctrl-C."""
-
-
-@pytest.fixture(scope="module")
-def interrupted_run(long_run: LongRun) -> InterruptedRun:
-    wait_for_step(long_run.run, long_run.process, 3)
-    children = descendants(long_run.process.pid)
-    long_run.process.send_signal(signal.SIGINT)
-    return InterruptedRun(finish(long_run.process, status=130), children)
-
-
-def test_ctrl_c_keeps_the_weights_and_leaves_no_process(long_run: LongRun, interrupted_run: InterruptedRun) -> None:
-    assert "interrupted after" in interrupted_run.printed
-    assert "Traceback" not in interrupted_run.printed
-    summary = json.loads((long_run.run / "summary.json").read_text())
-    assert summary["outcome"] == "interrupted"
-    assert summary["steps"] >= 2
-    assert (long_run.run / "checkpoint/adapter_model.safetensors").exists()
-    assert_nothing_left(interrupted_run.children)
-
-
-def test_an_interrupted_run_resumes_and_a_lost_teacher_ends_it_in_one_clear_line(
-    long_run: LongRun, interrupted_run: InterruptedRun
-) -> None:
-    run = long_run.run
-    newest = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
-    with started_run(long_run.config, *long_run.remote, "--resume") as process:
-        wait_for_step(run, process, newest + 2)
-        children = descendants(process.pid)
-        os.kill(long_run.teacher_pid, signal.SIGKILL)
-        printed, errors = process.communicate(timeout=90)
+def test_an_interrupted_run_resumes_and_a_lost_teacher_ends_it_in_one_clear_line(resumed_run: ResumedRun) -> None:
+    """The last test of `resumed_run`."""
+    process, run = resumed_run.process, resumed_run.run
+    wait_for_step(run, process, resumed_run.first_step + 1)
+    children = descendants(process.pid)
+    os.kill(resumed_run.teacher_pid, signal.SIGKILL)
+    printed, errors = process.communicate(timeout=90)
     assert process.returncode == 2
     assert "resumed from" in printed
     messages = [line for line in errors.splitlines() if line.startswith("opcd: ")]
     assert len(messages) == 1
-    assert long_run.teacher_url in messages[0]
+    assert resumed_run.teacher_url in messages[0]
     assert "Traceback" not in errors
     assert json.loads((run / "summary.json").read_text())["outcome"].startswith("failed: TeacherError")
     assert_nothing_left(children)
     lines = metric_lines(run)
     assert [line["weight_version"] for line in lines] == list(range(1, len(lines) + 1))
-    assert len(lines) >= newest + 2
+    assert len(lines) > resumed_run.first_step
     assert lines[-1]["kl/lower_bound"] < lines[0]["kl/lower_bound"]
     assert max(line["parity/max_nats"] for line in lines) <= 2e-4
