@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.families import Families
 from tests.support.ray_nodes import ray_cluster
@@ -23,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Verdicts do not depend on the machine's speed.
+    settings.register_profile("opcd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("opcd")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; child processes inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -76,7 +76,7 @@ def test_any_request_is_answered_as_documented(
     # The page declares a body as any bytes, so most generated bodies are rightly refused.
     excluded = [positive_data_acceptance]
 
-    @settings(max_examples=2000 if long else 25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=2000 if long else 25, suppress_health_check=list(HealthCheck), database=None)
     @given(page[path][method].as_strategy())
     def every(case: schemathesis.Case) -> None:
         case.call_and_validate(headers=key, excluded_checks=excluded)

@@ -25,7 +25,7 @@ def pair(items: int, item_bytes: int, changed: float, seed: int) -> tuple[NDArra
     return old.view(np.uint8), new.view(np.uint8)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     items=st.integers(0, 3500),
     item_bytes=st.sampled_from([2, 4]),
@@ -72,7 +72,6 @@ def test_nothing_is_rounded_away() -> None:
 
 
 @given(seed=st.integers(0, 1000))
-@settings(deadline=None)
 def test_a_damaged_delta_is_an_error_or_gives_other_bytes(seed: int) -> None:
     """Never a crash of another kind: the checksum after it finds the rest."""
     random = np.random.default_rng(seed)

@@ -258,7 +258,7 @@ configs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs)
 def test_every_run_trains_each_answer_once_and_keeps_its_bounds(config: dict[str, Any]) -> None:
     simulation = run(**config)
@@ -276,7 +276,7 @@ def test_every_run_trains_each_answer_once_and_keeps_its_bounds(config: dict[str
     assert run(**config) == simulation
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(configs, st.sampled_from([0.5, 4.0]))
 def test_time_scales_with_every_speed(config: dict[str, Any], factor: float) -> None:
     slow = {
@@ -307,7 +307,7 @@ def equal_answers(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "max_staleness": 0, "rollout": rollout}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     configs.map(equal_answers),
     st.sampled_from(
@@ -333,7 +333,7 @@ def test_more_and_faster_machines_are_never_slower(config: dict[str, Any], chang
         assert after <= before + 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(configs.map(equal_answers))
 def test_running_ahead_is_never_slower_where_nothing_is_evicted(config: dict[str, Any]) -> None:
     totals = []

@@ -265,7 +265,7 @@ def spans_of(versions: list[int]) -> list[tuple[int, int]]:
     return [(i, v) for i, v in enumerate(versions) if i == 0 or v != versions[i - 1]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     max_staleness=st.integers(0, 3),
     samples_per_step=st.integers(1, 4),

@@ -288,7 +288,7 @@ def test_nan_is_not_hidden() -> None:
     assert topk_divergence(student, torch.tensor([[-1.0, -1.0]]), form="tail").isnan().all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     scale=st.floats(0.1, 12.0),

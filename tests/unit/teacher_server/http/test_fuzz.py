@@ -84,7 +84,7 @@ def check(reply: httpx.Response) -> None:
         assert set(reply.json()) == {"error", "message"}
 
 
-@settings(max_examples=SCALE * 400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=SCALE * 400, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.sampled_from(ROUTES),
     st.binary(max_size=300) | trees.map(msgpack.packb),
@@ -132,13 +132,13 @@ def nests(message: Any) -> bool:
     return sum(1 for _ in containers(message)) > 200
 
 
-@settings(max_examples=SCALE * 500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=SCALE * 500, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(nearly_right())
 def test_requests_that_are_nearly_right(server: Server, body: bytes) -> None:
     check(server.request("POST", "/v1/score", body, KEY))
 
 
-@settings(max_examples=SCALE * 150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=SCALE * 150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.data())
 def test_one_byte_changed(server: Server, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["score", "context"]))
