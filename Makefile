@@ -22,7 +22,7 @@ STAMP := $(VENV)/.setup-done
 LOCKS := deploy/requirements/cpu.txt deploy/requirements/cpu-nodeps.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-unit test-faults soak check format bench docs clean lock
+.PHONY: help setup demo test test-unit test-faults soak check format bench gpu-check docs clean lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ check: setup ## check formatting, lint and types
 
 bench: setup ## run the benchmarks, all or ONLY=name, into runs/bench/results.json
 	$(BIN)/python -m tests.benchmarks $(ONLY)
+
+gpu-check: ## check a GPU machine before the first run, in ten minutes; without a GPU in tiny sizes
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu $(ARGS)
 
 docs: setup ## build the documentation into site/
 	$(BIN)/python -m deploy.docs_tools.docs --check

@@ -154,7 +154,7 @@ def test_a_cycle_is_found() -> None:
 def test_test_modules_import_helpers_only() -> None:
     found = [one for one in all_imports(("tests",)) if one.package == "tests"]
     assert len(found) > 50
-    shared = ("tests.support", "tests.benchmarks")
+    shared = ("tests.support", "tests.benchmarks", "tests.gpu")
     assert [str(one) for one in found if not _within(one.module, shared)] == []
 
 
