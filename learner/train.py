@@ -21,6 +21,7 @@ import ray
 from common.async_utils import run_in_background
 from common.config.loader import dump_config, load_config
 from common.config.model import Config, ConfigError
+from common.error_text import one_line
 from common.import_names import use_folder
 from common.openmp import share_cores
 from common.telemetry.environment import environment
@@ -29,8 +30,9 @@ from common.telemetry.run_folder import check_free, check_start, clear, earlier_
 from common.telemetry.sinks import open_sinks
 from common.telemetry.trace import TraceFile
 from learner.cluster.services import Services
+from learner.cluster.teachers import ask_remote_teachers
 from learner.data.inputs import Inputs, read_inputs
-from learner.errors import ServiceLost
+from learner.errors import RunError, ServiceLost
 from learner.evaluation.evaluate import evaluate_rows
 from learner.evaluation.held_out import accuracy_line
 from learner.evaluation.report_process import report_at_end
@@ -82,6 +84,8 @@ def _run_owned(config: Config, progress: Progress, *, resume: bool, accept_chang
     report.raise_errors()
     inputs = report.inputs
     assert inputs is not None  # without an error, the rows are rendered
+    progress.status("asking the teachers at teacher.url")
+    asyncio.run(ask_remote_teachers(config))
     if resumed is None:
         clear(config.run.path)
     with report_at_end(config.run.path, progress.line), interruptible(), cluster() as dashboard:
@@ -190,7 +194,11 @@ def cluster() -> Iterator[str | None]:
         share_cores(os.environ)  # actors inherit it
     # Without an address Ray would join any cluster that runs on this machine, even another user's.
     address, dashboard = ("local", False) if local else (None, None)
-    ray.init(address, log_to_driver=False, logging_level="WARNING", include_dashboard=dashboard)
+    try:
+        ray.init(address, log_to_driver=False, logging_level="WARNING", include_dashboard=dashboard)
+    except Exception as error:  # of grpc, of the operating system and of Ray itself
+        where = "here" if local else f"at {os.environ['RAY_ADDRESS']} (RAY_ADDRESS)"
+        raise RunError(f"Ray does not start or answer {where}: {one_line(error)}") from error
     try:
         yield _dashboard()
     finally:

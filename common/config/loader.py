@@ -147,6 +147,8 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
     if not location or detail["type"] == "value_error":
         return message
     hint = ""
+    if detail["type"] in ("tuple_type", "list_type") and isinstance(detail["input"], str):
+        return f"bad value {key}={detail['input']!r}: expected a list: {key}=[{detail['input']}]"
     if detail["type"] == "literal_error":
         value = str(detail["input"])
         if (_first_teacher(key), value) in RENAMED_VALUES:

@@ -122,7 +122,7 @@ def evaluation_rules(settings: EvalConfig, data: DataConfig) -> Iterator[str]:
     if settings.every and data.valid is None:
         yield (
             f"eval.every is {settings.every} and data.valid is not set: evaluation during training needs rows apart "
-            "from data.eval"
+            "from data.eval: set data.valid, or eval.every=0"
         )
     if settings.temperature == 0 and (settings.samples > 1 or settings.top_p != 1 or settings.top_k):
         yield (

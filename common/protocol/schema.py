@@ -235,6 +235,9 @@ class TeacherInfo(BaseModel):
     model: str
     model_fingerprint: str
     tokenizer_fingerprint: str
+    """Of the base vocabulary (`common.data.fingerprint`)."""
+    added_tokens: dict[int, str]
+    """Tokens above the base vocabulary; a student's must be among them."""
     chat_template_fingerprint: str
     backend: str
     path: ForwardPathName

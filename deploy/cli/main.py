@@ -226,7 +226,13 @@ def key(
         if not TENANT.fullmatch(tenant):
             raise ConfigError(f"tenant {tenant!r}: 1 to 64 letters, digits, dots, dashes and underscores")
         if out is not None:
-            with open(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as stream:
+            try:
+                descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            except FileExistsError:
+                raise ConfigError(
+                    f"{out} exists already, and a key in use is never replaced: choose another --out"
+                ) from None
+            with open(descriptor, "w", encoding="ascii") as stream:
                 stream.write(secret + "\n")
     typer.echo(f"{tenant} {digest}")
     typer.echo(f"the key, printed only once: {secret}" if out is None else f"the key is in {out}", err=True)

@@ -35,6 +35,8 @@ SUPPORT_MODES: dict[str, ScoreMode] = {"student": "at_ids", "teacher": "teacher_
 """``loss.support`` -> scoring mode of the request."""
 START_TIMEOUT_S = 900.0
 """Time limit for loading a model."""
+FIRST_ANSWER_S = 8.0
+"""Time limit for the first answer of a teacher that the run does not start."""
 METRICS_TIMEOUT_S = 2.0
 WATCH_EVERY_S = 5.0
 MAX_RESTARTS = 3
@@ -89,7 +91,12 @@ class Teachers:
             self.all[name] = teacher
 
     async def connect(
-        self, contexts: Mapping[str, Context], *, tokenizer_fingerprint: str, longest_tokens: int
+        self,
+        contexts: Mapping[str, Context],
+        *,
+        tokenizer_fingerprint: str,
+        added_tokens: Mapping[int, str],
+        longest_tokens: int,
     ) -> ScorerFactory | None:
         """Shake hands with all teachers. The returned factory makes, inside a worker, the scorer that asks the right
         teacher for each row; None if the learner scores (``teacher.kind: base``).
@@ -108,6 +115,7 @@ class Teachers:
             handshake(
                 teacher.info,
                 tokenizer_fingerprint=tokenizer_fingerprint,
+                added_tokens=added_tokens,
                 k=config.loss.top_k,
                 mode=SUPPORT_MODES[config.loss.support],
                 temperature=config.loss.temperature,
@@ -220,6 +228,23 @@ class Teachers:
             return await client.info()
         finally:
             await client.close()
+
+
+async def ask_remote_teachers(config: Config) -> None:
+    """Ask each teacher at a ``url`` for its information, before anything heavy starts.
+
+    Raises TeacherError within `FIRST_ANSWER_S` for one that is down, and at once for a key that is missing or wrong.
+    """
+    for section in config.named_teachers().values():
+        if section.url is not None:
+            key = None if section.client_key_file is None else read_key(section.client_key_file)
+            ca_file = None if section.ca_file is None else str(section.ca_file)
+            timeout_s = min(FIRST_ANSWER_S, section.request_timeout_s)
+            client = TeacherClient(section.url, config.run.name, timeout_s, key, ca_file=ca_file)
+            try:
+                await client.info()
+            finally:
+                await client.close()
 
 
 def local_cluster() -> bool:

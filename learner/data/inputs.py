@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from common.config.model import Config, ConfigError, DataConfig
 from common.data.contexts import Pool, pool_digest, read_pool
-from common.data.fingerprint import tokenizer_fingerprint
+from common.data.fingerprint import added_tokens, tokenizer_fingerprint
 from common.data.model_lookup import load_tokenizer, model_limit
 from common.data.rendering import Renderer, length_faults, teacher_sequence
 from common.data.rows import DataError, Row, digest, read_rows
@@ -55,6 +55,8 @@ class Inputs:
     contexts: dict[str, Context]
     grader: Grader
     tokenizer_fingerprint: str
+    added_tokens: dict[int, str]
+    """Tokens of the student above its base vocabulary."""
     student_limit: int
     """Maximum tokens of a student sequence."""
     data_digest: str
@@ -134,6 +136,7 @@ def render_inputs(config: Config, sources: Sources) -> Inputs:
         contexts=renderer.contexts,
         grader=sources.grader,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        added_tokens=added_tokens(tokenizer),
         student_limit=limit,
         data_digest=digest(config.data, sources.train),
         context_sampler=sampler,

@@ -40,7 +40,7 @@ from learner.loop.kl_alarm import KlAlarm
 from learner.loop.mismatch import MismatchGate, mismatch_bounds
 from learner.loop.step_stats import StepOutcome
 from learner.loop.training_loop import TrainingLoop
-from learner.loop.user_errors import KNOWN_ERRORS, unwrap_ray_error
+from learner.loop.user_errors import known_error, outcome_of, unwrap_ray_error
 from learner.loop.weight_publisher import WeightPublisher
 from learner.trainer.token_records import TokenRecordFiles
 
@@ -118,10 +118,12 @@ class Run:
             self.summary.outcome = "interrupted"
             await self._save_interrupted()
             raise
-        except (*KNOWN_ERRORS, ray.exceptions.RayError) as error:
-            shown = await user_facing_error(error, self._services)
-            self.summary.outcome = f"failed: {type(shown).__name__}: {shown}".splitlines()[0]
-            raise shown from (None if isinstance(shown, KNOWN_ERRORS) else error)
+        except Exception as error:
+            shown = known_error(await user_facing_error(error, self._services), self._config.run.path)
+            self.summary.outcome = outcome_of(shown)
+            if shown is error:
+                raise
+            raise shown from error
         finally:
             self._progress.status("stopping")
             self.summary.add_seconds({"total": time.time() - self._began})
@@ -194,12 +196,14 @@ class Run:
     async def _start_services(self) -> None:
         """Start teachers, ranks and engines, and check that they fit together."""
         config, inputs, services = self._config, self._inputs, self._services
-        self._progress.line("starting the teacher and the learner")
+        starts_teacher = any(one.url is None and one.kind != "base" for one in config.named_teachers().values())
+        self._progress.line(f"starting {'the teacher and ' if starts_teacher else ''}the learner")
         services.teachers.begin(services.placement)
         ranks = services.begin_ranks()
         scorer = await services.teachers.connect(
             inputs.contexts,
             tokenizer_fingerprint=inputs.tokenizer_fingerprint,
+            added_tokens=inputs.added_tokens,
             longest_tokens=max(inputs.teacher_tokens(inputs.train).values()) + config.rollout.max_tokens,
         )
         for name, page in services.teachers.metrics_pages().items():

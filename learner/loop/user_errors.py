@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 import ray
 
 from common.config.model import ConfigError
 from common.data.rows import DataError
+from common.error_text import one_line
 from common.protocol.scoring import TeacherError
 from common.weight_sync.collective import SyncError
 from learner.cluster.placement import PlacementError
@@ -28,8 +32,23 @@ KNOWN_ERRORS = (
     PlacementError,
 )
 """Errors whose text is all that a user needs; other errors show a traceback."""
+TRACEBACK = "error.txt"
 _LOST_WITH_A_NODE = (ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError)
 """Answers over 100 KB lie in the object store of the node that made them and are lost with it."""
+
+
+def known_error(error: Exception, folder: Path) -> Exception:
+    """The error itself if it is known, else a RunError of one line; the traceback goes to ``error.txt`` in `folder`."""
+    if isinstance(error, KNOWN_ERRORS):
+        return error
+    path = folder / TRACEBACK
+    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return RunError(f"{short(error)} (unexpected; the traceback is in {path})")
+
+
+def outcome_of(error: Exception) -> str:
+    """A failed run's outcome in ``summary.json``: one line of plain text."""
+    return f"failed: {type(error).__name__}: {one_line(str(error).partition(chr(10))[0])}"
 
 
 def unwrap_ray_error(error: Exception) -> Exception:

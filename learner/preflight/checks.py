@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator
 from common.config.model import Config, ConfigError
 from common.data.rows import DataError
 from learner.data.inputs import Inputs, read_sources, render_inputs
-from learner.preflight.machine import check_devices, check_folders, check_packages, check_ports
-from learner.preflight.models import check_models, check_student_limits, is_on_this_machine
+from learner.preflight.machine import check_devices, check_folders, check_packages, check_ports, check_ray
+from learner.preflight.models import check_hub, check_models, check_student_limits, is_on_this_machine
 from learner.preflight.needs import check_needs
 from learner.preflight.report import Finding, Report, error, warning
-from learner.preflight.rows import check_lengths, check_token_ids, check_top_k, input_warnings
+from learner.preflight.rows import check_lengths, check_token_ids, check_tokenizers, check_top_k, input_warnings
 from learner.preflight.summary import count_rows, summarize
 
 CONFIG_CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     check_models,
     check_student_limits,
+    check_ray,
     check_packages,
     check_devices,
     check_folders,
@@ -30,6 +31,7 @@ CONFIG_CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
 INPUT_CHECKS: tuple[Callable[[Config, Inputs], Iterator[Finding]], ...] = (
     check_lengths,
     check_token_ids,
+    check_tokenizers,
     check_top_k,
     input_warnings,
     summarize,
@@ -52,7 +54,7 @@ def preflight(config: Config, *, offline: bool = False) -> Report:
         report.findings.append(count_rows(sources))
     except (ConfigError, DataError) as fault:
         report.findings += map(error, str(fault).splitlines())
-    for check in CONFIG_CHECKS:
+    for check in CONFIG_CHECKS if offline else (*CONFIG_CHECKS, check_hub):
         report.findings += _found(check(config))
     if report.texts("error") or sources is None:
         return report

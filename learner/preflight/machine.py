@@ -13,6 +13,10 @@ from common.network import LOOPBACK
 from learner.cluster.placement import bundles_of, shortfall
 from learner.preflight.report import Finding, error
 
+SOCKET_PATH_BYTES = 107
+"""Longest path of a socket on Linux."""
+SESSION_BYTES = len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
+"""Part of the path that Ray adds."""
 PACKAGES = {"wandb": "run.wandb", "mlflow": "run.mlflow"}
 
 
@@ -36,6 +40,22 @@ def check_devices(config: Config) -> Iterator[Finding]:
     count = gpu_count()
     if (why := shortfall(bundles, {"this machine": count} if count else {})) is not None:
         yield error(f"{why}; for a run on a cluster: opcd submit, or set RAY_ADDRESS")
+
+
+def check_ray(config: Config) -> Iterator[Finding]:
+    """Find an address that Ray does not take, and a folder for temporary files whose name is too long for sockets."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address is not None and address.startswith(("http://", "https://")):
+        yield error(
+            f"RAY_ADDRESS is {address}, the address of the dashboard: a run joins a cluster by HOST:PORT or `auto`; "
+            "`opcd submit --address` takes the dashboard's"
+        )
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", "/tmp")
+    if on_this_machine() and len(os.fsencode(folder)) + SESSION_BYTES > SOCKET_PATH_BYTES:
+        yield error(
+            f"the folder {folder} for temporary files is too long: paths of Ray's sockets in it would have over "
+            f"{SOCKET_PATH_BYTES} bytes; set RAY_TMPDIR to one of at most {SOCKET_PATH_BYTES - SESSION_BYTES} bytes"
+        )
 
 
 def check_packages(config: Config) -> Iterator[Finding]:

@@ -39,6 +39,16 @@ def check_models(config: Config) -> Iterator[Finding]:
             yield warning(f"{key} {model} is not on this machine: not a folder, and not in the hub's cache")
 
 
+def check_hub(config: Config) -> Iterator[Finding]:
+    """Find hub names that are not in the cache and that the hub does not provide, in one request each."""
+    for key, model in named_models(config).items():
+        if not Path(model).is_dir() and not looks_like_path(model):
+            try:
+                require_model(model)
+            except ConfigError as fault:
+                yield error(f"{key}: {fault}")
+
+
 def check_student_limits(config: Config) -> Iterator[Finding]:
     """Find a length that the student's model does not have."""
     asked = config.student.max_sequence_tokens

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from common.config.model import Config, StudentConfig, TeacherConfig
-from common.data.model_lookup import load_model_config, model_limit
+from common.data.fingerprint import vocabulary_fault
+from common.data.model_lookup import load_model_config, load_tokenizer, model_limit
 from common.data.rendering import length_faults
 from learner.data.inputs import Inputs, answer_limit
 from learner.preflight.models import is_on_this_machine
@@ -75,6 +76,25 @@ def check_token_ids(config: Config, inputs: Inputs) -> Iterator[Finding]:
         for row in inputs.train:
             if (row.teacher or "default") == name:
                 yield from _outside(f"data.train: row {row.row_id!r}", row.teacher_ids.tolist(), key, model, width)
+
+
+def check_tokenizers(config: Config, inputs: Inputs) -> Iterator[Finding]:
+    """Find a teacher to which the student's token ids mean other text, or whose own ids the student cannot score."""
+    student = load_tokenizer(config.student.model)
+    for name, section in config.named_teachers().items():
+        model = section.model
+        if section.url is not None or model in (None, config.student.model) or not is_on_this_machine(str(model)):
+            continue
+        key = ("teacher" if name == "default" else f"teachers.{name}") + f".model {model}"
+        tokenizer = load_tokenizer(str(model))
+        if (fault := vocabulary_fault(student, tokenizer)) is not None:
+            yield error(f"{key} has another tokenizer than student.model: {fault}; use models of one family")
+        width = int(load_model_config(config.student.model).vocab_size)
+        if config.loss.support != "student" and (last := max(tokenizer.get_vocab().values())) >= width:
+            yield error(
+                f"loss.support `{config.loss.support}` takes ids of {key}, up to {last}, and the student has {width} "
+                "outputs: set loss.support to `student`"
+            )
 
 
 def _outside(place: str, ids: Sequence[int], key: str, model: str, width: int) -> Iterator[Finding]:

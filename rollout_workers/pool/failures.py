@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ray
 
+from common.error_text import one_line
+
 ACTOR_LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 """Errors that a call raises when the actor's process is gone. Ray raises OutOfMemoryError, which is no RayActorError,
 for a process that Ray itself killed because its node ran out of memory."""
-MAX_CHARACTERS = 300
-"""Length of an error in one line: Ray's texts go on for pages."""
 
 
 class EngineLost(RuntimeError):
@@ -17,7 +17,6 @@ class EngineLost(RuntimeError):
 
 def short(error: BaseException) -> str:
     """An error's text in one line; for a traceback from an actor, its last line."""
-    text = str(error)
     if isinstance(error, ray.exceptions.RayTaskError):
-        text = text.rstrip().rpartition("\n")[2]
-    return " ".join(text.split())[:MAX_CHARACTERS] or type(error).__name__
+        return one_line(str(error).rstrip().rpartition("\n")[2])
+    return one_line(error)

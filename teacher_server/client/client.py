@@ -61,13 +61,14 @@ class TeacherClient:
             url, timeout_s=timeout_s, lost_after_s=lost_after_s, api_key=api_key, ca_file=ca_file
         )
         self.url = self._transport.url
+        self._has_key = api_key is not None
         self._contexts: dict[str, Context] = {}
         self._limits = RequestLimits()
 
     async def info(self) -> TeacherInfo:
         """Information about the teacher. Later requests keep to the limits that it states."""
         reply = await self._transport.send("GET", "/v1/info")
-        _raise_for(reply, self.url)
+        _raise_for(reply, self.url, has_key=self._has_key)
         try:
             info = TeacherInfo.model_validate_json(reply.content)
         except ValueError as error:
@@ -137,7 +138,7 @@ class TeacherClient:
         reply = await self._transport.send(
             "POST", "/v1/score", encode_request(request), route=items[0].context if items else None
         )
-        _raise_for(reply, self.url)
+        _raise_for(reply, self.url, has_key=self._has_key)
         try:
             response = decode_response(reply.content)
         except CodecError as error:
@@ -166,7 +167,7 @@ class TeacherClient:
         if parent is not None and reply.status_code == 404:
             await self._put(parent, route=route)
             reply = await self._transport.send("PUT", path, body, route=route)
-        _raise_for(reply, self.url)
+        _raise_for(reply, self.url, has_key=self._has_key)
 
 
 async def _all_or_cancel(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -183,9 +184,15 @@ def _identity(response: ScoreResponse) -> tuple[str, int]:
     return response.model_fingerprint, response.weight_version
 
 
-def _raise_for(reply: httpx.Response, url: str) -> None:
+def _raise_for(reply: httpx.Response, url: str, *, has_key: bool) -> None:
     if reply.status_code < 400:
         return
+    if reply.status_code == 401:
+        if has_key:
+            raise TeacherError(
+                f"the teacher at {url} does not know the key in teacher.client_key_file: it is wrong or expired"
+            )
+        raise TeacherError(f"the teacher at {url} wants a key: set teacher.client_key_file to the file that holds it")
     try:
         detail = reply.json()
         text = f"{detail['error']}: {detail['message']}"

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from common.data.fingerprint import added_token_fault
 from common.protocol.schema import PROTOCOL_VERSION, ScoreMode, TeacherInfo
 from common.protocol.scoring import TeacherError
 
 
 def handshake(
-    info: TeacherInfo, *, tokenizer_fingerprint: str, k: int, mode: ScoreMode, temperature: float, longest_tokens: int
+    info: TeacherInfo,
+    *,
+    tokenizer_fingerprint: str,
+    added_tokens: Mapping[int, str],
+    k: int,
+    mode: ScoreMode,
+    temperature: float,
+    longest_tokens: int,
 ) -> None:
     """Raise TeacherError, with numbers and remedy, if the teacher does not fit the run."""
     if info.protocol != PROTOCOL_VERSION:
@@ -21,6 +30,8 @@ def handshake(
             f"the teacher {info.model} has another tokenizer ({info.tokenizer_fingerprint[:12]}) than the student "
             f"({tokenizer_fingerprint[:12]}): the same token ids mean different text; use models of one family"
         )
+    if (fault := added_token_fault(added_tokens, info.added_tokens)) is not None:
+        raise TeacherError(f"the teacher {info.model} has another tokenizer: {fault}; use models of one family")
     if mode not in info.modes:
         raise TeacherError(
             f"the teacher's {info.backend} backend cannot score in mode {mode} (it can {', '.join(info.modes)}): "

@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from common.config.model import TeacherConfig
-from common.data.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
+from common.data.fingerprint import added_tokens, chat_template_fingerprint, tokenizer_fingerprint
 from common.data.model_lookup import load_tokenizer
 from common.protocol.scoring import TeacherError
 from teacher_server.backends.base import Backend, BackendError
@@ -51,7 +51,9 @@ def build_service(config: TeacherConfig, *, on_failure: Callable[[str], None] = 
         backend, on_stop = _backend(config, config.model)
     except (BackendError, OSError, ValueError) as error:
         raise TeacherError(f"teacher.model {config.model} cannot be loaded: {error}") from error
-    identity = TokenizerIdentity(tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer))
+    identity = TokenizerIdentity(
+        tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer), added_tokens(tokenizer)
+    )
     return TeacherService(backend, config, identity, thread_setup=set_threads, on_stop=on_stop, on_failure=on_failure)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,10 +33,11 @@ CONTEXT_IDS_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """Fingerprints of the model's tokenizer."""
+    """Fingerprints of the model's tokenizer, and the tokens above its base vocabulary."""
 
     tokenizer: str
     chat_template: str
+    added_tokens: Mapping[int, str] = field(default_factory=dict)
 
 
 class TeacherService:
@@ -154,6 +155,7 @@ class TeacherService:
             model=backend.model_name,
             model_fingerprint=backend.model_fingerprint,
             tokenizer_fingerprint=self._identity.tokenizer,
+            added_tokens=dict(self._identity.added_tokens),
             chat_template_fingerprint=self._identity.chat_template,
             backend=backend.name,
             path=backend.path,

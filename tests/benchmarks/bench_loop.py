@@ -81,7 +81,7 @@ async def _timed_steps(config: Any, count: int) -> list[tuple[float, float]]:
     try:
         services.teachers.begin(services.placement)
         ranks = services.begin_ranks()
-        scorer = await services.teachers.connect({}, tokenizer_fingerprint="1" * 64, longest_tokens=64)
+        scorer = await services.teachers.connect({}, tokenizer_fingerprint="1" * 64, added_tokens={}, longest_tokens=64)
         await services.start_workers("none", scorer, config.rollout.workers)
         await services.wait_ranks(ranks)
         rows = prompts(64)

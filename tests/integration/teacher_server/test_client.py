@@ -242,6 +242,7 @@ async def test_something_else_on_the_port() -> None:
     [
         ({"protocol": 9}, {}, "protocol 9"),
         ({"tokenizer_fingerprint": "cd" * 32}, {}, "another tokenizer"),
+        ({}, {"added_tokens": {9999: "<new>"}}, "token id 9999 is '<new>' for the student and does not exist"),
         ({"modes": {"sampled": None}}, {}, "cannot score in mode at_ids"),
         ({"modes": {"at_ids": (1.0,)}}, {"temperature": 0.7}, r"\[1.0\].*0.7"),
         ({}, {"k": 600}, "loss.top_k is 600.*at most 512"),
@@ -251,6 +252,7 @@ async def test_something_else_on_the_port() -> None:
 def test_handshake(teacher: Running, info: dict[str, object], asked: dict[str, object], says: str) -> None:
     fits = {
         "tokenizer_fingerprint": teacher.info.tokenizer_fingerprint,
+        "added_tokens": teacher.info.added_tokens,
         "k": 256,
         "mode": "at_ids",
         "temperature": 1.0,

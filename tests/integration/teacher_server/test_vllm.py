@@ -64,6 +64,7 @@ def test_modes_that_a_cpu_runner_lacks_are_not_offered(teacher: Running) -> None
     assert (teacher.info.backend, teacher.info.vocab_size, teacher.info.max_sequence_tokens) == ("vllm", 512, 4095)
     wanted = {
         "tokenizer_fingerprint": teacher.info.tokenizer_fingerprint,
+        "added_tokens": teacher.info.added_tokens,
         "k": 8,
         "temperature": 1.0,
         "longest_tokens": 100,

@@ -110,6 +110,7 @@ def test_an_unknown_key_without_a_near_one_lists_the_section(path: Path) -> None
         ("rollout.top_p=1.5", ("rollout.top_p=1.5", "less than or equal to 1")),
         ("loss.form=tial", ("loss.form='tial'", "did you mean tail?")),
         ("run.name=../up", ("run.name='../up'", "pattern")),
+        ("rollout.stop=foo", ("expected a list: rollout.stop=[foo]",)),
     ],
 )
 def test_a_bad_value_names_key_value_and_what_is_valid(path: Path, override: str, parts: tuple[str, ...]) -> None:

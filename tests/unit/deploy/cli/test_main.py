@@ -170,7 +170,9 @@ def test_a_new_key_opens_the_teacher_whose_file_holds_its_line(tmp_path: Path) -
 
 def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("in use")
-    assert "File exists" in refusal(opcd("key", "team-a", "--out", tmp_path / "key"))
+    assert "exists already, and a key in use is never replaced" in refusal(
+        opcd("key", "team-a", "--out", tmp_path / "key")
+    )
     assert (tmp_path / "key").read_text() == "in use"
 
 

@@ -14,11 +14,12 @@ import pytest
 from common.config.model import Config, ConfigError
 from learner.preflight import machine
 from learner.preflight.checks import CONFIG_CHECKS, INPUT_CHECKS, preflight
-from learner.preflight.machine import check_devices, check_folders, check_packages, check_ports
+from learner.preflight.machine import check_devices, check_folders, check_packages, check_ports, check_ray
 from learner.preflight.models import check_models, check_student_limits
 from learner.preflight.report import Finding
 from tests.support.configs import config_of
 from tests.support.tiny import make_tokenizer
+from tests.support.tokenizers import build_tokenizer
 
 Make = Callable[..., Config]
 
@@ -139,6 +140,24 @@ def test_a_folder_that_cannot_be_written_is_an_error(
     assert f"no permission in {tmp_path}" in found
 
 
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_folder_too_long_for_sockets_is_an_error(variable: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert not texts(check_ray(make()))
+    monkeypatch.setenv(variable, "/" + "x" * 60)
+    (found,) = texts(check_ray(make()))
+    assert "set RAY_TMPDIR to one of at most 39 bytes" in found
+
+
+def test_the_address_of_the_dashboard_is_no_cluster_to_join(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    (found,) = texts(check_ray(make()))
+    assert found.startswith("RAY_ADDRESS is http://head:8265, the address of the dashboard")
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert not texts(check_ray(make()))
+
+
 def test_a_port_in_use_and_one_used_twice_are_errors(make: Make) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -229,3 +248,40 @@ def test_more_ids_than_the_vocabulary_has_are_an_error(make: Make) -> None:
     assert found.startswith("loss.top_k is 513")
     (found,) = errors(make(loss={"top_k": 256, "form": "exact"}))
     assert "set loss.top_k=512" in found
+
+
+# --- a teacher of another model ---------------------------------------------------------------------------------------
+
+
+def with_tokenizer(model: Path, folder: Path, **options: Any) -> str:
+    """A copy of `model` with another tokenizer; by default with the same special tokens."""
+    shutil.copytree(model, folder)
+    build_tokenizer(**{"named": ("<|im_end|>", "<|im_start|>"), **options}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_teacher_with_the_same_ids_and_another_eos_fits(make: Make, tmp_path: Path, tiny_model: Path) -> None:
+    """Base student, instruct teacher: one vocabulary, in which another token ends a text."""
+    teacher = with_tokenizer(tiny_model, tmp_path / "t", eos="<|im_start|>")
+    assert errors(make(teacher={"model": teacher})) == []
+
+
+def test_a_teacher_may_know_more_tokens_but_not_fewer_or_others(make: Make, tmp_path: Path, tiny_model: Path) -> None:
+    more = with_tokenizer(tiny_model, tmp_path / "more", plain=("<tool>",))
+    other = with_tokenizer(tiny_model, tmp_path / "other", named=("<|im_end|>", "<|user|>"))
+    assert errors(make(teacher={"model": more})) == []
+    (found,) = errors(make(student={"model": more}, teacher={"model": str(tiny_model)}))
+    assert "token id 258 is '<tool>' for the student and does not exist for the teacher" in found
+    (found,) = errors(make(teacher={"model": other}))
+    assert "is '<|im_start|>' for the student and is '<|user|>' for the teacher" in found
+
+
+def test_a_teachers_own_tokens_are_no_support_of_a_narrower_student(
+    make: Make, tmp_path: Path, tiny_model: Path
+) -> None:
+    more = with_tokenizer(tiny_model, tmp_path / "more", plain=("<tool>",))
+    student = narrow(tiny_model, tmp_path / "narrow", 258)
+    parts: dict[str, Any] = {"student": {"model": student}, "teacher": {"model": more}}
+    assert errors(make(loss={"top_k": 8}, **parts)) == []
+    (found,) = errors(make(loss={"top_k": 8, "support": "union"}, **parts))
+    assert "up to 258, and the student has 258 outputs" in found

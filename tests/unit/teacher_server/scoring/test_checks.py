@@ -19,6 +19,7 @@ INFO = TeacherInfo(
     model="m",
     model_fingerprint="a",
     tokenizer_fingerprint="b",
+    added_tokens={},
     chat_template_fingerprint="c",
     backend="transformers",
     path="shared_prefix",
