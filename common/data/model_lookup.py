@@ -65,11 +65,16 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_model_config(model: str) -> Any:
-    """Load the configuration of a folder's or hub name's text model. Raises ConfigError if there is none."""
+def load_full_config(model: str) -> Any:
+    """Load the configuration of a folder or hub name. Raises ConfigError if there is none."""
     from transformers import AutoConfig
 
-    return _load(AutoConfig, model, "model configuration").get_text_config()
+    return _load(AutoConfig, model, "model configuration")
+
+
+def load_model_config(model: str) -> Any:
+    """Load the configuration of a folder's or hub name's text model. Raises ConfigError if there is none."""
+    return load_full_config(model).get_text_config()
 
 
 def model_limit(model: str) -> int | None:

@@ -20,6 +20,8 @@ def sequence_limit(config: Any, configured: int | None = None) -> int | None:
 def fix_rope(model: Any, max_sequence_tokens: int | None) -> None:
     """Fix the rotary frequencies of `model` for sequences of at most `max_sequence_tokens` tokens.
 
+    Of a model on the meta device, copies are fixed: only the errors count.
+
     With ``longrope`` all sequences get the long factors if `max_sequence_tokens` exceeds the original length, else the
     short ones (vLLM's rule). Raises ValueError for a model whose positions still depend on the batch.
     """
@@ -29,6 +31,8 @@ def fix_rope(model: Any, max_sequence_tokens: int | None) -> None:
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
         if not any(_changes_with_length(kind) for kind in kinds):
             continue
+        if module.inv_freq.is_meta:
+            module = type(module)(module.config)
         if limit is None or len(kinds) > 1:
             raise ValueError(f"{_where(model, name)}: rope types {sorted(set(kinds))} cannot be fixed for one length")
         if module.rope_type == "longrope":

@@ -135,8 +135,6 @@ def _check_names(model: Any, named: Mapping[str, nn.Parameter]) -> None:
     """Refuse an architecture whose parameter names differ from its checkpoint's: no engine would know them."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    if getattr(model, "_weight_conversions", None) is None:
-        return
     meta_tensors = {name: torch.empty(full_shape(p), device="meta") for name, p in named.items()}
     saved = set(revert_weight_conversion(model, meta_tensors))
     if saved != set(named):

@@ -39,10 +39,11 @@ class Adapter:
 def add_adapters(model: Any, config: LoraConfig) -> None:
     """Insert adapters into `model` in place and freeze all other parameters. Adapters start at zero (b = 0).
 
-    Raises ValueError if `target_modules` names no layer of the model.
+    Raises ValueError if `target_modules` names no layer of the model, or one that stores its weight transposed (GPT-2).
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
     from learner.trainer.merged_lora import MergedLinear, gather_together
 
@@ -55,12 +56,15 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    if model.dtype == torch.float32:  # merging loses nothing
-        inject_adapter_in_model(settings, model, adapter_name=_NAME)
-        return
-    settings._register_custom_module({nn.Linear: MergedLinear})
+    rounded = model.dtype != torch.float32  # in float32 merging loses nothing
+    if rounded:
+        settings._register_custom_module({nn.Linear: MergedLinear})
     inject_adapter_in_model(settings, model, adapter_name=_NAME)
-    gather_together(model)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and isinstance(module.get_base_layer(), Conv1D):
+            raise ValueError(f"learner.lora: {name} is a Conv1D, which adapters do not support here: train all weights")
+    if rounded:
+        gather_together(model)
 
 
 def checkpoint_name(name: str) -> str | None:

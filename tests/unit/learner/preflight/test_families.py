@@ -1,0 +1,51 @@
+"""Families that cannot be right are refused by name, from the configuration alone; all others pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.preflight.families import check_families
+from tests.support.configs import config_of
+from tests.support.families import CORE, family_config
+
+MOE = {"qwen3_moe", "deepseek_v3"}
+"""Families of the core whose experts have other names than in the checkpoint."""
+
+
+def faults(folder: Path, name: str, **sections: Any) -> list[str]:
+    family_config(name).save_pretrained(folder)
+    found = check_families(config_of(student={"model": str(folder), **sections.pop("student", {})}, **sections))
+    return [finding.text.replace(str(folder), name) for finding in found]
+
+
+@pytest.mark.parametrize("name", [name for name in CORE if name not in MOE])
+def test_families_of_the_core_pass_without_weights(name: str, tmp_path: Path) -> None:
+    assert faults(tmp_path, name) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "message"),
+    [
+        ("qwen3_moe", {}, "student.model qwen3_moe: Qwen3MoeForCausalLM keeps its weights under other names"),
+        ("deepseek_v3", {}, "student.model deepseek_v3: DeepseekV3ForCausalLM keeps its weights under other names"),
+        ("llama4-text", {}, "student.model llama4-text: Llama4ForCausalLM is not a decoder"),
+        ("qwen3_vl", {}, "student.model qwen3_vl: model type qwen3_vl: transformers has no causal language model"),
+        ("bloom", {}, "student.model bloom: its configuration names no longest sequence: set student.max_sequence"),
+        ("gpt2", {"learner": {"lora": {"rank": 4}}}, "learner.lora: transformer.h.0.attn.c_attn is a Conv1D"),
+        ("mamba2", {"learner": {"lora": {"rank": 4}}}, "incompatible with Mamba-based models"),
+        ("llama-dynamic-ntk", {"student": {"max_sequence_tokens": 1024}}, "set student.max_sequence_tokens to at most"),
+        ("llama-dynamic-ntk", {"teacher": {"max_sequence_tokens": 1024}}, "set teacher.max_sequence_tokens to at most"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_by_name(
+    name: str, sections: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    assert any(message in fault for fault in faults(tmp_path, name, **sections))
+
+
+def test_a_teacher_elsewhere_or_in_vllm_is_not_checked(tmp_path: Path) -> None:
+    for teacher in ({"url": "http://127.0.0.1:1"}, {"backend": "vllm"}):
+        assert [fault for fault in faults(tmp_path, "qwen3_vl", teacher=teacher) if "teacher" in fault] == []
