@@ -1,4 +1,4 @@
 """What a model family needs in every service: positions, attention, the transform of the logits.
 
-May import nothing else of this repository; torch and transformers inside functions only.
+May import error_text; torch and transformers inside functions only.
 """

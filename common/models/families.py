@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from common.error_text import one_line
 from common.models.positions import fix_rope, sequence_limit
 
 
@@ -21,8 +22,11 @@ def model_on_meta(config: Any) -> Any:
             f"model type {config.model_type}: transformers has no causal language model for it; use the checkpoint of "
             "its language model alone"
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"transformers cannot build it: {one_line(error)}") from error
     if model.get_output_embeddings() is None or model.get_decoder() is model or config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is not a decoder with a separate output layer")
     return model

@@ -46,8 +46,8 @@ ENTRY_POINTS = {
 """Rooms of ``deploy`` -> the modules of services that they start or check with; the simulator runs the loop's rules."""
 ORDER = {
     "common": [
-        {"async_utils", "error_text", "float32_head", "models", "network", "openmp"},
-        {"protocol", "config"},
+        {"async_utils", "error_text", "float32_head", "network", "openmp"},
+        {"protocol", "config", "models"},
         {"devices", "data", "telemetry", "evaluation", "weight_sync", "sizing", "import_names"},
     ],
     "learner": [

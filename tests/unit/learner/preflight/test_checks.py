@@ -182,7 +182,7 @@ def narrow(model: Path, folder: Path, vocab_size: int) -> str:
     """A copy of `model` whose configuration says that it has `vocab_size` embedding rows."""
     shutil.copytree(model, folder)
     settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**settings, "vocab_size": vocab_size}))
+    (folder / "config.json").write_text(json.dumps({**settings, "vocab_size": vocab_size, "pad_token_id": None}))
     return str(folder)
 
 

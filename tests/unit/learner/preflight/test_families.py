@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def test_what_cannot_be_right_is_refused_by_name(
     name: str, sections: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     assert any(message in fault for fault in faults(tmp_path, name, **sections))
+
+
+def test_a_configuration_that_transformers_cannot_build_is_one_line(tmp_path: Path) -> None:
+    settings = family_config("llama").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "pad_token_id": settings["vocab_size"]}))
+    (fault, _) = check_families(config_of(student={"model": str(tmp_path)}))
+    assert "transformers cannot build it: " in fault.text
 
 
 def test_a_teacher_elsewhere_or_in_vllm_is_not_checked(tmp_path: Path) -> None:
