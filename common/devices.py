@@ -24,3 +24,12 @@ def limit_memory(gpus: float) -> None:
         import torch
 
         torch.cuda.set_per_process_memory_fraction(gpus)
+
+
+def memory_bytes(gpus: float) -> int:
+    """Memory that this process may take on its GPU, or on its part of it; 0 without a GPU."""
+    if not gpus:
+        return 0
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory * (gpus if is_part(gpus) else 1))

@@ -28,6 +28,8 @@ REDUCE_ELEMENTS = 500_000_000
 
 CUDA_BYTES = 768 * 1024**2
 """CUDA's context and communication buffers of a process; a guess."""
+LEAST_KEPT = 0.7
+"""Activations of a layer, measured, over `layer_token_bytes`: the least of the tested families."""
 
 OBJECT_STORE = "object store"
 
@@ -202,6 +204,27 @@ def longest_trainable(config: Config, model: ModelSize, memory_bytes: int) -> in
     stage, trained = zero_stage(learner, element), model.trained(learner.lora)
     fixed = sum(_pass(learner, model, 0, element).values()) + _reduction(stage, learner.ranks, trained, model, element)
     return max(0, (room - fixed) // token_bytes(learner, model, element))
+
+
+@dataclass(frozen=True, slots=True)
+class LengthFault:
+    """A sequence too long for a rank's memory; `certain` also for the models that keep least (`LEAST_KEPT`)."""
+
+    text: str
+    certain: bool
+
+
+def length_fault(config: Config, model: ModelSize, memory_bytes: int, longest: int) -> LengthFault | None:
+    """Explain why a rank with `memory_bytes` cannot train a sequence of `longest` tokens; None if it can."""
+    trainable = longest_trainable(config, model, memory_bytes)
+    if longest <= trainable:
+        return None
+    text = (
+        f"a rank with {memory_bytes / GIB:.1f} GiB can train sequences of about {trainable:,} tokens; the longest "
+        f"prompt plus rollout.max_tokens has {longest:,}: more learner.ranks with learner.zero_stage 3, "
+        "learner.gradient_checkpointing, learner.cpu_offload, or shorter answers"
+    )
+    return LengthFault(text, longest * LEAST_KEPT > trainable)
 
 
 # --- engines and teachers -------------------------------------------------------------------------------------------

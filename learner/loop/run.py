@@ -19,6 +19,8 @@ from common.config.model import Config, ConfigError, LossConfig
 from common.data.rendering import length_faults, teacher_sequence
 from common.data.rows import DataError
 from common.protocol.schema import Sample
+from common.sizing.memory import CUDA_BYTES, length_fault
+from common.sizing.model_size import read_model_size
 from common.telemetry.run_files import Progress, RunFiles, write_json
 from common.telemetry.trace import TraceFile
 from common.weight_sync.collective import SyncError
@@ -233,6 +235,9 @@ class Run:
         assert info is not None
         if info.unpacked:
             self._progress.line(f"WARNING: learner.packing: sequences are padded, not packed: {info.unpacked}")
+        longest = max(len(row.student_ids) for row in inputs.train) + config.rollout.max_tokens
+        if (warning := check_longest(config, info.memory_bytes, longest)) is not None:
+            self._progress.line(f"WARNING: {warning}")
         check_exact(config.loss, info.vocab_size, services.teachers.vocab_sizes())
         self._mismatch = MismatchGate(
             mismatch_bounds(config.sync, dtype=info.dtype, max_staleness=config.rollout.max_staleness)
@@ -375,6 +380,19 @@ def check_exact(loss: LossConfig, vocab_size: int, teachers: Mapping[str, int]) 
                 f"loss.form: `exact` needs one vocabulary: the student has {vocab_size} outputs, teacher {name!r} "
                 f"{size}; set loss.form=tail"
             )
+
+
+def check_longest(config: Config, memory_bytes: int, longest: int) -> str | None:
+    """Return a warning if a rank with `memory_bytes` may be too small for a sequence of `longest` tokens, and raise
+    ConfigError if it is. 0 bytes: unknown.
+    """
+    size = read_model_size(config.student.model) if memory_bytes else None
+    fault = None if size is None else length_fault(config, size, memory_bytes - CUDA_BYTES, longest)
+    if fault is None:
+        return None
+    if fault.certain:
+        raise ConfigError(fault.text)
+    return fault.text
 
 
 async def user_facing_error(error: Exception, services: Services) -> Exception:

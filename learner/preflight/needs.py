@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from common.config.gpus import is_part
 from common.config.model import Config
 from common.sizing.disk import disk_needs, folder_bytes, free_bytes
 from common.sizing.machine import GIB, Machine, available_memory_bytes, cuda_devices, total_memory_bytes
-from common.sizing.memory import CUDA_BYTES, ProcessNeed, longest_trainable, process_needs
+from common.sizing.memory import CUDA_BYTES, ProcessNeed, length_fault, longest_trainable, process_needs
 from common.sizing.model_size import ModelSize, read_model_size
 from learner.data.inputs import Inputs
 from learner.preflight.machine import on_this_machine
@@ -40,6 +41,11 @@ def find_needs(config: Config, *, context_tokens: int = 0, longest_prompt: int =
     machine, alone = gather_machine(wants_gpus=any(need.gpus for need in needs)), on_this_machine()
     yield from _memory(config, student, needs, machine)
     yield from _memory_faults(needs, machine, alone=alone)
+    rank = next(need for need in needs if need.name == "rank")
+    if rank.gpus and machine.gpus and longest_prompt and rank.certain <= (room := _gpu(machine, rank.gpus)):
+        fault = length_fault(config, student, room, longest_prompt + config.rollout.max_tokens)
+        if fault is not None and fault.certain:  # otherwise the rank's memory is a warning already
+            yield (error if alone else warning)(fault.text)
     yield from _disk(config, student)
 
 
@@ -75,7 +81,11 @@ def _memory(config: Config, student: ModelSize, needs: Sequence[ProcessNeed], ma
         name, size = max(need.peak.items(), key=lambda part: part[1])
         number = f"{need.count} x " if need.count > 1 else ""
         where = (
-            "" if not need.gpus else " on GPU, no GPU here" if not machine.gpus else f" of {_gib(_gpu(machine))} on GPU"
+            ""
+            if not need.gpus
+            else " on GPU, no GPU here"
+            if not machine.gpus
+            else f" of {_gib(_gpu(machine, need.gpus))} on GPU"
         )
         yield summary(
             "memory", f"{number}{need.name} {_gib(need.total)} GiB{where} ({_parts({**need.parts, name: size})})"
@@ -84,7 +94,7 @@ def _memory(config: Config, student: ModelSize, needs: Sequence[ProcessNeed], ma
     yield summary("memory", f"of the host, all processes: {_gib(total)} GiB, {_gib(machine.memory_free)} free")
     rank = next(need for need in needs if need.name == "rank")
     if not rank.gpus or machine.gpus:
-        room = _gpu(machine) if rank.gpus else machine.memory_free // rank.count
+        room = _gpu(machine, rank.gpus) if rank.gpus else machine.memory_free // rank.count
         tokens = min(longest_trainable(config, student, room), student.max_tokens)
         yield summary("memory", f"a rank can train sequences of about {tokens:,} tokens")
 
@@ -102,21 +112,23 @@ def _memory_faults(needs: Sequence[ProcessNeed], machine: Machine, *, alone: boo
             f"the run needs about {_gib(total)} GiB of host memory, {_gib(machine.memory_free)} are free here"
         )
     for need in (need for need in needs if need.gpus and machine.gpus):
-        has = f"a GPU of this machine has {_gib(_gpu(machine))}"
-        if alone and need.certain > _gpu(machine):
+        room = _gpu(machine, need.gpus)
+        part = f"{need.gpus:g} of " if is_part(need.gpus) else ""
+        has = f"{part}a GPU of this machine has {_gib(room)}"
+        if alone and need.certain > room:
             yield error(
                 f"a {need.name} needs at least {_gib(need.certain)} GiB ({_parts(need.parts)}), {has}: {REMEDY}"
             )
-        elif need.total > _gpu(machine):
+        elif need.total > room:
             yield warning(f"a {need.name} needs about {_gib(need.total)} GiB, {has}")
 
 
 REMEDY = "a smaller model, learner.lora, learner.cpu_offload, or learner.zero_stage 3 over more learner.ranks"
 
 
-def _gpu(machine: Machine) -> int:
-    """Bytes of the smallest GPU, without CUDA's own."""
-    return int(min(gpu.memory_gib for gpu in machine.gpus) * GIB) - CUDA_BYTES
+def _gpu(machine: Machine, gpus: float) -> int:
+    """Bytes of the smallest GPU, or of the part `gpus` of it, without CUDA's own."""
+    return int(min(gpu.memory_gib for gpu in machine.gpus) * GIB * (gpus if is_part(gpus) else 1)) - CUDA_BYTES
 
 
 def _parts(parts: Mapping[str, int]) -> str:

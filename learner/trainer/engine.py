@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.config.model import Config
-from common.devices import limit_memory
+from common.devices import limit_memory, memory_bytes
 from common.openmp import usable_cores
 from common.protocol.schema import ScoredTrajectory
 from common.weight_sync.manifest import TensorSpec
@@ -133,6 +133,7 @@ class LearnerEngine:
             vocab_size=self._vocab_size,
             tensors=self._weights.specs,
             weight_version=self._version,
+            memory_bytes=memory_bytes(self._config.learner.gpus_per_rank),
             packed=self._layout is PACKED,
             unpacked=self._unpacked or "",
         )

@@ -25,6 +25,8 @@ class LearnerInfo:
     vocab_size: int
     tensors: tuple[TensorSpec, ...]
     weight_version: int
+    memory_bytes: int = 0
+    """Memory that the rank may take on its GPU; 0 on CPU."""
     packed: bool = False
     unpacked: str = ""
 

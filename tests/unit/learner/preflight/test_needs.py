@@ -51,7 +51,7 @@ def machine(*, gpu_gib: float = 79.6, free_gib: int = 900, total_gib: int = 1000
 def test_a_run_that_fits_is_a_table(judge: Judge) -> None:
     report = judge(LARGE)
     lines = [text for _, text in report.summary_lines()]
-    assert any(line.startswith("4 x rank ") and " of 79.6 on GPU (weights 3.8, gradients 7.6" in line for line in lines)
+    assert any(line.startswith("4 x rank ") and " of 78.8 on GPU (weights 3.8, gradients 7.6" in line for line in lines)
     assert any(line.startswith("3 x rollout worker ") for line in lines)
     assert any(line.startswith("teacher ") and "contexts 2.2" in line for line in lines)
     assert "a rank can train sequences of about 40,960 tokens" in lines  # the model's own limit
@@ -83,7 +83,7 @@ def test_what_cannot_fit_is_an_error(judge: Judge, where: Machine, changes: dict
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        (machine(gpu_gib=44.5), "a rank needs about 47.0 GiB, a GPU of this machine has 44.5"),
+        (machine(gpu_gib=44.5), "a rank needs about 47.7 GiB, a GPU of this machine has 43.8"),
         (machine(free_gib=4), "of host memory, 4.0 are free here"),
     ],
     ids=["GPU", "host"],
@@ -99,6 +99,24 @@ def test_memory_is_no_error_where_processes_may_start_elsewhere(judge: Judge, mo
     report = judge(machine(gpu_gib=15, free_gib=1, total_gib=1))
     assert not report.texts("error")
     assert len(report.texts("warning")) == 4  # host, rank, worker, teacher
+
+
+def test_an_answer_far_beyond_a_ranks_memory_is_an_error(judge: Judge) -> None:
+    """Memory for 15,000 tokens is certain to be too little for 30,000, and perhaps enough for 16,000."""
+    small = machine(gpu_gib=54)
+    (found,) = judge(small, rollout={"gpus_per_worker": 1, "max_tokens": 30_000}).texts("error")
+    assert re.search(r"a rank with 53.2 GiB can train sequences of about 1\d,\d{3} tokens; .* has 30,500: more", found)
+    perhaps = judge(small, rollout={"gpus_per_worker": 1, "max_tokens": 18_000})
+    assert not perhaps.texts("error")
+    assert any("a rank needs about" in text for text in perhaps.texts("warning"))
+
+
+def test_a_process_that_shares_a_gpu_is_judged_by_its_part(judge: Judge) -> None:
+    sections = {"rollout": {"gpus_per_worker": 0.5}, "teacher": {"kind": "base"}}
+    learner = {"gpus_per_rank": 0.5, "lora": {"rank": 16}, "gradient_checkpointing": True}
+    assert not judge(machine(), learner=learner, **sections).texts("error")
+    found, _ = judge(machine(gpu_gib=30), learner=learner, **sections).texts("error")
+    assert re.match(r"a rank needs at least 15\.\d GiB .*, 0.5 of a GPU of this machine has 14.2", found)
 
 
 def test_a_machine_without_gpus_does_not_judge_them(judge: Judge) -> None:
