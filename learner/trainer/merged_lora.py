@@ -59,9 +59,9 @@ def gather_together(model: nn.Module) -> None:
     """Have ZeRO-3 gather a layer's base weight with its factors; call it before ``deepspeed.initialize``."""
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
-    from deepspeed.zero import register_external_parameter
+    import deepspeed
 
     for layer in model.modules():
         if isinstance(layer, MergedLinear):
             for parameter in layer.parameters():
-                register_external_parameter(layer, parameter)
+                deepspeed.zero.register_external_parameter(layer, parameter)

@@ -89,3 +89,24 @@ def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_a
     assert tracks >= {"worker 0", "worker 1", "rank 0", "rank 1", "teacher", "controller"}
     summary = json.loads((run / "summary.json").read_text())
     assert 0 <= summary["trainer_idle_ratio"] <= 1
+
+
+def test_low_rank_adapters_in_bfloat16_end_without_a_warning(
+    tiny_model: Path, tmp_path: Path, shared_cluster: dict[str, str]
+) -> None:
+    """The learner trains the weights that engines get: only their kernels round differently."""
+    config = write_run(
+        tmp_path,
+        tiny_model,
+        student={"dtype": "bfloat16"},
+        learner={"steps": 3, "lora": {"rank": 4, "alpha": 8}},
+        sync={"probe_prompts": 8, "probe_tokens": 32},
+        eval={"every": 0},
+    )
+    with started_run(config, environment=shared_cluster) as process:
+        assert "WARNING: " not in finish(process)
+    lines = metric_lines(tmp_path / "runs/tiny")
+    assert [line["weight_version"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert 1e-4 < line["parity/rms_nats"] < 0.1  # bfloat16 it is
+        assert 1e-4 < line["mismatch/rms"] < 0.1

@@ -89,6 +89,31 @@ def test_published_weights_are_the_merged_ones_and_compute_what_the_learner_comp
         assert 0 < result["trained"] < 0.2 * sum(tensor.numel() for tensor in before.values())
 
 
+def logprobs_by_learner(rank: int, config: Config, scored: list[ScoredTrajectory]) -> list[np.ndarray]:
+    from learner.trainer.engine import LearnerEngine
+    from learner.trainer.micro_batch import student_sequence
+
+    return LearnerEngine(config).inference.logprobs([student_sequence(item) for item in scored])
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_in_bfloat16_the_learner_trains_the_policy_that_it_publishes(
+    two: Ranks, tiny_model: Path, tmp_path: Path, stage: int
+) -> None:
+    """Bit for bit: rounding loses part of a step, and the learner loses the same part."""
+    scored, folder = make_scored(4), tmp_path / "checkpoint"
+    config = lora_config(tiny_model, stage)
+    config = config.model_copy(update={"student": config.student.model_copy(update={"dtype": "bfloat16"})})
+    results = two.call(several_steps, config, scored, str(folder))
+    student = config.student.model_copy(update={"model": str(folder)})
+    merged = config.model_copy(update={"student": student, "learner": config.learner.model_copy(update={"lora": None})})
+    expected, start = two.call(logprobs_by_learner, merged, scored)[0], two.call(logprobs_by_learner, config, scored)[0]
+    for result in results:
+        for got, wanted in zip(result["logprobs"], expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+    assert max(float(np.abs(a - b).max()) for a, b in zip(expected, start, strict=True)) > 0.01
+
+
 def test_an_adapter_alone_is_saved_as_peft_opens_it(one: Ranks, tiny_model: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
