@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -28,9 +28,11 @@ async def evaluate_rows(
     step: int,
     files: RunFiles,
     with_context: bool,
+    on_cut: Callable[[float], None] = lambda share: None,
 ) -> Accuracy:
     """Accuracy over ``eval.samples`` answers to each row; every answer goes to ``samples.jsonl``. A won game is right.
 
+    `on_cut` is called with the share of answers that reached ``max_tokens``.
     Each answer's seed is a function of the run's seed, the row and the answer's number: equal before and after training
     for any number of workers.
     """
@@ -41,7 +43,7 @@ async def evaluate_rows(
     verdicts: dict[str, list[bool]] = {row.row_id: [] for row in rows}
     right: list[bool] = []
     if prompts:
-        right += await _answer(services, config, inputs, prompts, labels, files, with_context)
+        right += await _answer(services, config, inputs, prompts, labels, files, with_context, on_cut)
     if games:
         right += await _play(services, config, games, labels, files, with_context)
     for (row, _), verdict in zip([*prompts, *games], right, strict=True):
@@ -75,12 +77,14 @@ async def _answer(
     labels: dict[str, Any],
     files: RunFiles,
     with_context: bool,
+    on_cut: Callable[[float], None],
 ) -> list[bool]:
     sequences = [
         teacher_sequence(row, inputs.contexts) if with_context else row.student_ids.tolist() for row, _ in requested
     ]
     samplings = [eval_sampling(config, row.row_id, number) for row, number in requested]
     answers = await services.generate(list(zip(sequences, samplings, strict=True)))
+    on_cut(sum(answer.finish_reason == "length" for answer in answers) / len(answers))
     verdicts = []
     for (row, number), answer in zip(requested, answers, strict=True):
         verdicts.append(inputs.grader(answer.text, str(row.answer)))

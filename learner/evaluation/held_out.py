@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from common.async_utils import run_in_background
@@ -19,6 +20,12 @@ from learner.evaluation.summary import RunSummary
 
 ROW_SCORES_FILE = "accuracy.json"
 """File in the run's folder: set -> row id -> share of right answers."""
+
+
+MANY_CUT = 0.5
+"""Share of answers that reach the limit of tokens, above which a warning says so."""
+WORTHWHILE_GAP = 0.05
+"""A gap between accuracies of which even the interval's upper end is below this is nothing to distil."""
 
 
 class HeldOutEvaluator:
@@ -63,17 +70,17 @@ class HeldOutEvaluator:
         write_json(self._config.run.path / ROW_SCORES_FILE, summary.row_scores())
 
     def warn_if_no_gap(self) -> None:
-        """Warn if the context does not raise accuracy, so there is nothing to distil."""
+        """Warn if the context does not raise accuracy, or if too few rows were asked to tell."""
         base, in_context = self._summary.base, self._summary.in_context
-        if base is None or in_context is None:
-            return
-        gap = change(base, in_context)
-        if gap.covers_zero or gap.change <= 0:
-            low, high = gap.ci95
+        if base is not None and in_context is not None and (warning := gap_warning(base, in_context)) is not None:
+            self._progress.line(f"WARNING: {warning}")
+
+    def _warn_if_cut(self, name: str, share: float) -> None:
+        if share > MANY_CUT:
+            limit = self._config.eval.max_tokens or self._config.rollout.max_tokens
             self._progress.line(
-                f"WARNING: there is nothing to distil: {in_context.accuracy:.3f} right with the context, "
-                f"{base.accuracy:.3f} without, a gap of {gap.change:+.3f} ({low:+.3f} to {high:+.3f}, n = {base.n}); "
-                "try another context, or more rows in data.eval"
+                f"WARNING: {share:.0%} of the answers of {name} did not end within {limit} tokens: raise "
+                "eval.max_tokens or rollout.max_tokens, or set rollout.stop"
             )
 
     async def accuracy(
@@ -86,7 +93,15 @@ class HeldOutEvaluator:
         self._progress.status(f"evaluating: {name}, {len(rows)} rows")
         async with run_in_background(self._keep_workers(step)):
             result = await evaluate_rows(
-                self._services, self._config, self._inputs, rows, name, step, self._files, with_context
+                self._services,
+                self._config,
+                self._inputs,
+                rows,
+                name,
+                step,
+                self._files,
+                with_context,
+                partial(self._warn_if_cut, name),
             )
         self._summary.add_seconds({"evaluation": time.time() - started})
         self._files.metrics(step, {f"accuracy/{name}": result.accuracy})
@@ -117,3 +132,18 @@ def accuracy_line(name: str, result: Accuracy) -> str:
     """One line of progress."""
     (low, high), answers = result.ci95, f" x {result.samples}" if result.samples > 1 else ""
     return f"accuracy {name:<11} {result.accuracy:.3f} ({low:.3f} to {high:.3f}, n = {result.n}{answers})"
+
+
+def gap_warning(base: Accuracy, in_context: Accuracy) -> str | None:
+    """Explain that there is nothing to distil, or that the rows cannot tell; None if the context helps."""
+    gap = change(base, in_context)
+    low, high = gap.ci95
+    found = (
+        f"{in_context.accuracy:.3f} right with the context, {base.accuracy:.3f} without, a gap of {gap.change:+.3f} "
+        f"({low:+.3f} to {high:+.3f}, n = {base.n})"
+    )
+    if high < WORTHWHILE_GAP:
+        return f"there is nothing to distil: {found}; try another context"
+    if gap.covers_zero:
+        return f"{base.n} rows cannot tell whether there is anything to distil: {found}; use more rows in data.eval"
+    return None

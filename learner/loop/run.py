@@ -28,7 +28,7 @@ from learner.cluster.services import Services
 from learner.data.inputs import Inputs
 from learner.data.teacher_answers import open_teacher_answers
 from learner.errors import ServiceLost
-from learner.evaluation.held_out import HeldOutEvaluator
+from learner.evaluation.held_out import MANY_CUT, HeldOutEvaluator
 from learner.evaluation.summary import Best, RunSummary, step_line, summary_json
 from learner.loop.checkpoints import (
     LEARNER,
@@ -85,6 +85,7 @@ class Run:
         self._resumed = resumed
         self._checkpoints = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep)
         self._began = time.time()
+        self._warned_of_cut = False
         self.summary = RunSummary(planned_steps=config.learner.steps)
         self._held_out = HeldOutEvaluator(
             config, self._services, inputs, files, progress, self.summary, self._keep_workers
@@ -280,11 +281,22 @@ class Run:
         left_s = (summary.planned_steps - summary.steps) * summary.times.total_s / summary.steps
         self._progress.line(step_line(outcome.version, summary.planned_steps, outcome.metrics, left_s))
         for warning in (
+            self._cut_warning(outcome.metrics["rollout/stopped_by_length"]),
             self._mismatch.check(outcome.version, outcome.metrics),
             self._alarm.observe(outcome.metrics["kl/lower_bound"]),
         ):
             if warning is not None:
                 self._progress.line(f"WARNING: {warning}")
+
+    def _cut_warning(self, share: float) -> str | None:
+        """Say once that most answers reach the limit of tokens."""
+        if self._warned_of_cut or share <= MANY_CUT:
+            return None
+        self._warned_of_cut = True
+        return (
+            f"{share:.0%} of the step's answers did not end within {self._config.rollout.max_tokens} tokens: raise "
+            "rollout.max_tokens, or set rollout.stop"
+        )
 
     async def _validate(self, version: int) -> None:
         """Measure accuracy on ``data.valid``, which alone chooses ``best/``; a tie keeps the earlier step."""

@@ -207,6 +207,21 @@ def test_the_demo_passes_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "200 train, 32 valid, 64 eval" in result.stdout
 
 
+def test_the_start_for_ones_own_rows_passes_a_dry_run(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the files that its comments ask for, in both forms of rows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "context.txt").write_text("Answer with the plural.\n")
+    chat = {"id": "a", "messages": [{"role": "user", "content": "Plural of cat?"}], "answer": "cats"}
+    for row in (chat, {"id": "a", "prompt": "Q: cat\nA:", "answer": "cats"}):
+        for name in ("train", "eval"):
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        result = opcd("train", ROOT / "deploy/configs/own.yaml", f"student.model={tiny_model}", "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert "1 train, 1 eval" in result.stdout
+
+
 def test_the_demos_sets_share_no_word_with_each_other_or_the_context() -> None:
     folder = ROOT / "deploy/configs/demo"
     sets = {

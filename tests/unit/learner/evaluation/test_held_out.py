@@ -16,11 +16,12 @@ import pytest
 from common.config.loader import validate
 from common.config.model import Config, ConfigError
 from common.data.rows import DataError
+from common.evaluation.accuracy import Accuracy, pass_at_1
 from common.protocol.schema import Sampling, TokenSequence
 from common.telemetry.run_files import Progress, RunFiles
 from learner.cluster.services import Services
 from learner.data.inputs import read_inputs
-from learner.evaluation.held_out import HeldOutEvaluator
+from learner.evaluation.held_out import HeldOutEvaluator, gap_warning
 from learner.evaluation.summary import RunSummary, final_table, summary_json
 from tests.support.runs import run_settings
 
@@ -31,12 +32,13 @@ class StubServices:
 
     answer: Callable[[list[int], Sampling], str]
     nats: float = 2.0
+    finish_reason: str = "stop"
     asked: list[tuple[list[int], Sampling]] = field(default_factory=list)
 
     async def generate(self, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[Any]:
         self.asked += [(list(ids), sampling) for ids, sampling in asked]
         return [
-            SimpleNamespace(text=self.answer(list(ids), sampling), finish_reason="stop", ids=[])
+            SimpleNamespace(text=self.answer(list(ids), sampling), finish_reason=self.finish_reason, ids=[])
             for ids, sampling in asked
         ]
 
@@ -114,6 +116,16 @@ async def test_greedy_answers_have_no_seed(configured: Callable[..., Config]) ->
     assert {(s.temperature, s.seed, s.top_k) for _, s in judged.services.asked} == {(0.0, None, 0)}
 
 
+def test_few_rows_cannot_tell_and_many_can() -> None:
+    def accuracy(rows: int, right: int) -> Accuracy:
+        return pass_at_1({str(row): [row < right] for row in range(rows)})
+
+    assert (gap_warning(accuracy(14, 5), accuracy(14, 6)) or "").startswith("14 rows cannot tell")
+    assert (gap_warning(accuracy(400, 100), accuracy(400, 100)) or "").startswith("there is nothing to distil")
+    assert (gap_warning(accuracy(400, 100), accuracy(400, 60)) or "").startswith("there is nothing to distil")
+    assert gap_warning(accuracy(400, 100), accuracy(400, 200)) is None
+
+
 @pytest.mark.parametrize("key", ["samples", "top_k", "top_p"])
 def test_greedy_answers_cannot_differ(configured: Callable[..., Config], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"eval\.{key} \({0.5 if key == 'top_p' else 4}\)"):
@@ -134,8 +146,8 @@ async def test_a_context_that_changes_nothing_is_a_warning_with_the_numbers(
     await judged.run(knows())
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert (
-        "nothing to distil: 0.000 right with the context, 0.000 without, a gap of +0.000 (-0.462 to +0.462, n = 4)"
-        in warning
+        "4 rows cannot tell whether there is anything to distil: 0.000 right with the context, 0.000 without, a gap of "
+        "+0.000 (-0.462 to +0.462, n = 4); use more rows in data.eval" in warning
     )
     assert summary_json(judged.summary)["gap_closed_ci95"] is None
 
@@ -208,3 +220,14 @@ def test_a_row_of_another_task_that_is_too_long_is_named(configured: Callable[..
     config = configured(student={"max_sequence_tokens": 100}, eval={"ood": {"other": str(tmp_path / "other.jsonl")}})
     with pytest.raises(DataError, match=r"eval\.ood\.other: row 'cat': 208 student tokens"):
         read_inputs(config)
+
+
+async def test_answers_that_mostly_reach_the_limit_are_a_warning(
+    configured: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    services = StubServices(knows())
+    services.finish_reason = "length"
+    await Judged(configured(rollout={"max_tokens": 8}), services).run(knows())
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert warnings
+    assert all("100% of the answers of " in line and "did not end within 8 tokens" in line for line in warnings)
