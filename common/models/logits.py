@@ -55,24 +55,21 @@ def check_logit_transform(model: Any, decoder: Any, transform: LogitTransform) -
     seen: dict[str, Tensor] = {}
     vocabulary = model.config.get_text_config().vocab_size  # a partitioned weight has no shape
 
-    def keep_hidden(_module: Any, _inputs: Any, output: Any) -> None:
-        seen["hidden"] = output.last_hidden_state
-
     def known_logits(_module: Any, inputs: Any, output: Tensor) -> Tensor:
         seen["input"] = inputs[0]
         ramp = torch.linspace(-PROBE_LOGIT, PROBE_LOGIT, output.shape[-1], device=output.device)
         return ramp.expand(output.shape).clone()
 
     head = model.get_output_embeddings()
-    hooks = [decoder.register_forward_hook(keep_hidden), head.register_forward_hook(known_logits)]
+    hook = head.register_forward_hook(known_logits)
     ids = torch.arange(8, device=head.weight.device).mul(7).remainder(vocabulary).unsqueeze(0)
     try:
         with torch.no_grad():
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             logits = model(input_ids=ids, use_cache=False).logits.float()
     finally:
-        for hook in hooks:
-            hook.remove()
-    hidden, fed = (seen[name].float().flatten() for name in ("hidden", "input"))
+        hook.remove()
+    hidden, fed = hidden.float().flatten(), seen["input"].float().flatten()
     factor = float(fed @ hidden / (hidden @ hidden))
     ramp = torch.linspace(-PROBE_LOGIT, PROBE_LOGIT, logits.shape[-1], device=logits.device)
     difference = float((logits - transform(ramp / factor)).abs().max() / transform(ramp / factor).abs().max())

@@ -54,6 +54,8 @@ class TransformersBackend:
         self.model_name = model_name
         self.weight_version = 0
         self._model = model.eval()
+        if model.get_output_embeddings() is None or model.get_decoder() is model:
+            raise BackendError(f"{type(model).__name__} is not a decoder with a separate output layer")
         self._output_layer = model.get_output_embeddings()
         self.vocab_size = int(self._output_layer.weight.shape[0])
         self._embedded = int(model.get_input_embeddings().weight.shape[0])

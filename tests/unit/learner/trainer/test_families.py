@@ -9,20 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.config.model import Config
-from common.protocol.schema import ScoredTrajectory
-from learner.trainer.inference import PolicyInference
-from learner.trainer.micro_batch import build_micro_batch, count_loss_tokens, student_sequence
-from learner.trainer.objective import Objective
-from learner.trainer.packing import pack
-from learner.trainer.policy import load_policy
-from tests.support.configs import config_of
+from learner.trainer.micro_batch import student_sequence
 from tests.support.families import CORE, ORIGINAL, Families
+from tests.support.family_matrix import LONGEST, four_rows, gradients, load_learner
 from tests.support.learner_oracle import expected_gradients, relative_difference
-from tests.support.scored import make_scored
-
-LONGEST = 128
-"""Tokens of the longest sequence, above every window and every original length."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,35 +24,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def learner(folder: Path, max_sequence_tokens: int = LONGEST) -> tuple[Config, PolicyInference]:
-    config = config_of(
-        student={"model": str(folder), "max_sequence_tokens": max_sequence_tokens},
-        learner={"micro_batch_tokens": 4096},
-    )
-    device = torch.device("cpu")
-    policy = load_policy(config.student, config.learner, device, torch.float32)
-    policy.check()
-    return config, PolicyInference(policy, pack(policy.model), config.learner, 1.0, device)
-
-
-def rows() -> list[ScoredTrajectory]:
-    """Four rows of one micro-batch: two below every window and original length, two above."""
-    short = make_scored(2, prompt_tokens=(4, 6), response_tokens=(6, 9))
-    return short + make_scored(2, seed=1, prompt_tokens=(40, 70), response_tokens=(30, 50))
-
-
-def gradients(inference: PolicyInference, config: Config, scored: list[ScoredTrajectory]) -> dict[str, torch.Tensor]:
-    policy = inference._policy
-    batch = build_micro_batch(scored, config.loss, inference._layout)
-    (policy(batch, Objective(batch, config.loss, scale=1.0))).backward()
-    tokens = sum(count_loss_tokens(item.trajectory, config.loss) for item in scored)
-    return {name: p.grad / tokens for name, p in policy.model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("name", CORE)
 def test_gradients_and_log_probs(name: str, families: Families) -> None:
-    config, inference = learner(families / name)
-    scored = rows()
+    config, inference = load_learner(families / name)
+    scored = four_rows()
     expected = expected_gradients(config, scored, pad_to=LONGEST)
     assert relative_difference(gradients(inference, config, scored), expected) < 2e-5
     sequences = [student_sequence(item) for item in scored]
@@ -74,8 +39,8 @@ def test_gradients_and_log_probs(name: str, families: Families) -> None:
 
 def test_longrope_takes_the_short_factors_if_no_sequence_is_long(families: Families) -> None:
     folder = families / "phi4-mini-longrope"
-    config, inference = learner(folder, ORIGINAL)
-    scored = rows()[:2]
+    config, inference = load_learner(folder, ORIGINAL)
+    scored = four_rows()[:2]
     assert relative_difference(gradients(inference, config, scored), expected_gradients(config, scored)) < 2e-5
 
 
@@ -98,5 +63,5 @@ def test_positions_that_depend_on_the_batch_are_refused(tmp_path: Path) -> None:
 
 def test_dynamic_positions_are_refused_where_they_change(families: Families) -> None:
     with pytest.raises(ValueError, match="set max_sequence_tokens to at most that, not 1024"):
-        learner(families / "llama-dynamic-ntk", 1024)
-    learner(families / "llama-dynamic-ntk", 512)
+        load_learner(families / "llama-dynamic-ntk", 1024)
+    load_learner(families / "llama-dynamic-ntk", 512)

@@ -1,0 +1,126 @@
+"""The table of docs/models.md: what teacher and learner do with each family, each cell from a run on a tiny model.
+
+``python -m tests.support.family_matrix`` writes the table of all families (minutes).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.config.model import Config
+from common.protocol.schema import ItemScore, ScoredTrajectory, as_ids
+from learner.trainer.batch_layout import PACKED, PADDED
+from learner.trainer.export import WeightView
+from learner.trainer.inference import PolicyInference
+from learner.trainer.micro_batch import build_micro_batch, count_loss_tokens
+from learner.trainer.objective import Objective
+from learner.trainer.packing import pack
+from learner.trainer.policy import load_policy
+from teacher_server.backends.base import BackendError, Work
+from teacher_server.backends.hf.backend import TransformersBackend
+from tests.support.configs import config_of
+from tests.support.families import FAMILIES, Families
+from tests.support.learner_oracle import expected_gradients, relative_difference
+from tests.support.scored import make_scored
+from tests.support.teacher_oracle import Oracle, assert_score, random_item
+
+LONGEST = 160
+"""Tokens of the longest sequence, above every window and every original length."""
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+HEADER = "| family | teacher (transformers) | learner |\n|---|---|---|\n"
+
+
+def matrix_row(name: str, folder: Path) -> str:
+    """Return the table's line of family `name`. Raises AssertionError for numbers that are not exact."""
+    return f"| {name} | {_teacher(folder)} | {_learner(folder)} |"
+
+
+def _teacher(folder: Path) -> str:
+    try:
+        backend = TransformersBackend.load(str(folder), max_sequence_tokens=LONGEST, prefill_tokens=64)
+    except (BackendError, ValueError) as error:
+        return _refusal(error)
+    context = as_ids(np.random.default_rng(7).integers(0, 490, 80))
+    rng, prefix = np.random.default_rng(0), backend.prefill(context, None)
+    batch = [
+        Work(random_item(rng, prompt=p, response=r, vocabulary=490), prefix, "at_ids", 1.0, 8)
+        for p, r in ((7, 20), (0, 9))
+    ]
+    oracle = Oracle.load(folder, pad_to=LONGEST)
+    for work, score in zip(batch, backend.score(batch), strict=True):
+        assert isinstance(score, ItemScore)
+        assert_score(score, oracle.logprobs(context, work.item.prompt_ids, work.item.response_ids), work.item)
+    return f"exact, `{backend.path}`"
+
+
+def load_learner(folder: Path, limit: int = LONGEST) -> tuple[Config, PolicyInference]:
+    """Load a family as the learner does, without DeepSpeed."""
+    config = config_of(
+        student={"model": str(folder), "max_sequence_tokens": limit}, learner={"micro_batch_tokens": 4096}
+    )
+    device = torch.device("cpu")
+    policy = load_policy(config.student, config.learner, device, torch.float32)
+    policy.check()
+    layout = PACKED if pack(policy.model) is None else PADDED
+    return config, PolicyInference(policy, layout, config.learner, 1.0, device, lambda passes: passes)
+
+
+def four_rows() -> list[ScoredTrajectory]:
+    """Rows of one micro-batch: two below every window and original length, two above."""
+    short = make_scored(2, prompt_tokens=(4, 6), response_tokens=(6, 9), vocabulary=490)
+    return short + make_scored(2, seed=1, prompt_tokens=(40, 70), response_tokens=(30, 50), vocabulary=490)
+
+
+def gradients(inference: PolicyInference, config: Config, scored: list[ScoredTrajectory]) -> dict[str, torch.Tensor]:
+    """Gradient of the step's loss by parameter name, from one micro-batch."""
+    policy = inference._policy
+    batch = build_micro_batch(scored, config.loss, inference._layout)
+    policy(batch, Objective(batch, config.loss, scale=1.0)).backward()
+    tokens = sum(count_loss_tokens(item.trajectory, config.loss) for item in scored)
+    return {name: p.grad / tokens for name, p in policy.model.named_parameters() if p.grad is not None}
+
+
+def _learner(folder: Path) -> str:
+    try:
+        config, inference = load_learner(folder)
+        WeightView(inference._policy.model)
+    except ValueError as error:
+        return _refusal(error)
+    scored = four_rows()
+    expected = expected_gradients(config, scored, pad_to=LONGEST)
+    assert relative_difference(gradients(inference, config, scored), expected) < 2e-5
+    return f"exact, {'packed' if inference._layout is PACKED else 'padded'}"
+
+
+def _refusal(error: Exception) -> str:
+    text = str(error)
+    for part, reason in (
+        ("under other names", "weights under other names than the checkpoint's"),
+        ("Unrecognized configuration class", "transformers has no causal language model for it"),
+        ("not a decoder", "not a decoder with a separate output layer"),
+    ):
+        if part in text:
+            return f"refused: {reason}"
+    raise error
+
+
+def main() -> None:
+    """Replace the table of docs/models.md."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        families = Families(Path(folder))
+        lines = []
+        for name in FAMILIES:
+            lines.append(matrix_row(name, families / name))
+            print(lines[-1], file=sys.stderr, flush=True)
+    before = PAGE.read_text().partition(HEADER)[0]
+    PAGE.write_text(before + HEADER + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
