@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def value_of(reference: Any) -> Awaitable[Any]:
@@ -22,6 +24,20 @@ async def within(seconds: float, awaitable: Any) -> Any:
     """Value of a coroutine or object reference; raises TimeoutError after `seconds`."""
     work = awaitable if asyncio.iscoroutine(awaitable) else value_of(awaitable)
     return await asyncio.wait_for(work, seconds)
+
+
+async def despite_cancel(work: Coroutine[Any, Any, T]) -> T:
+    """Value of `work`, which a first cancellation of the caller lets end. It reaches the caller at its next wait."""
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        value = await task  # a second cancellation ends it
+        caller = asyncio.current_task()
+        assert caller is not None
+        caller.uncancel()
+        caller.cancel()
+        return value
 
 
 @asynccontextmanager

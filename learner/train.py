@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import itertools
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,9 @@ from common.config.model import Config, ConfigError
 from common.error_text import one_line
 from common.import_names import use_folder
 from common.openmp import share_cores
+from common.serving import SERVER, server_arguments
 from common.telemetry.environment import environment
+from common.telemetry.library_messages import hide_expected_warnings
 from common.telemetry.run_files import Progress, RunFiles, write_json
 from common.telemetry.run_folder import check_free, check_start, clear, earlier_run, owned
 from common.telemetry.sinks import open_sinks
@@ -54,16 +57,17 @@ def run(
     accept_changes: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> int:
     """Run from start to end; returns the exit status. Raises one of `KNOWN_ERRORS`, whose text is all a user needs.
 
     `resume` starts from the newest checkpoint of ``run.dir/run.name``; `accept_changes` does so even if the model, the
     data or another part of the run has changed since. `overwrite` replaces an earlier run of the name. The folder
-    belongs to this run until it ends.
+    belongs to this run until it ends. `verbose` prints more of each step.
     """
-    progress = Progress(quiet=quiet)
+    hide_expected_warnings()
     check_free(config.run.path, resume=resume, overwrite=overwrite)
-    with owned(config.run.path) as warning:
+    with Progress(quiet=quiet, verbose=verbose) as progress, owned(config.run.path) as warning:
         if warning is not None:
             progress.line(f"WARNING: {warning}")
         replaced = check_start(config.run.path, resume=resume, overwrite=overwrite)
@@ -107,15 +111,18 @@ def _run_owned(config: Config, progress: Progress, *, resume: bool, accept_chang
     progress.line(final_table(summary))
     files = "report.html, summary.json, metrics.jsonl, samples.jsonl, trace.json, checkpoint/"
     progress.line(f"\nwritten to {config.run.path}/: {files}")
+    served = server_arguments(config.run.path / "checkpoint", config.run.name)
+    progress.line(f"to serve it: opcd serve {config.run.path}\nor: {shlex.join(['python', '-m', SERVER, *served])}")
     return 0
 
 
 def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resumed | None) -> RunSummary:
     """Run once, from the start or from `resumed`; ServiceLost ends it early."""
     after = None if resumed is None else resumed.manifest.step
+    trace_bytes = None if resumed is None else resumed.manifest.loop["trace_bytes"]
     with (
         RunFiles(config.run.path, after, open_sinks(config, resume=after is not None)) as files,
-        TraceFile(config.run.path / "trace.json", resume=after is not None) as trace,
+        TraceFile(config.run.path / "trace.json", resume_at=trace_bytes) as trace,
     ):
         a_run = Run(config, inputs, files, trace, progress, resumed)
         (config.run.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -225,7 +232,7 @@ def interruptible() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m learner.train CONFIG [key=value ...] [--resume] [--accept-changes] [--overwrite]``."""
+    """``python -m learner.train CONFIG [key=value ...] [--resume] [--accept-changes] [--overwrite] [--verbose]``."""
     parser = argparse.ArgumentParser(
         prog="python -m learner.train", description="Run a distillation from start to end."
     )
@@ -236,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--accept-changes", action="store_true", help="resume although model, teacher, data, context or loss changed"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run of the same name")
+    parser.add_argument("--verbose", action="store_true", help="print times, queues and parity of each step")
     words = parser.parse_intermixed_args(arguments)
     try:
         use_folder(Path.cwd())
@@ -244,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             resume=words.resume,
             accept_changes=words.accept_changes,
             overwrite=words.overwrite,
+            verbose=words.verbose,
         )
     except KNOWN_ERRORS as error:
         print(f"opcd: {error}", file=sys.stderr)

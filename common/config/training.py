@@ -177,8 +177,9 @@ class LearnerConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints to resume from (``opcd train CONFIG --resume``) and exports to serve."""
 
-    every: NonNegative = 0
-    """Steps between resumable checkpoints; 0 writes none."""
+    every: NonNegative | None = None
+    """Steps between resumable checkpoints; 0 writes none. Default: by time, every 3 minutes, or less often if writing
+    would take more than 2% of the run."""
     keep: Positive = 2
     """Number of resumable checkpoints to keep; older ones are deleted."""
     max_restarts: NonNegative = 3

@@ -25,7 +25,7 @@ def disk_needs(config: Config, student: ModelSize) -> dict[str, int]:
     best = 1 if config.eval.every and config.data.valid is not None else 0
     found = {
         # The new one is written next to those that are kept.
-        "checkpoints": (settings.keep + 1) * state_bytes(config, student) if settings.every else 0,
+        "checkpoints": (settings.keep + 1) * state_bytes(config, student) if settings.every != 0 else 0,
         "exports": (len(periodic) + best + 2) * export,
         "weights/": 2 * element * student.parameters if config.sync.backend == "file" and not config.sync.folder else 0,
         "other files": OTHER_BYTES,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,16 +120,21 @@ class RunFiles:
 
 
 class Progress:
-    """Log lines, and on a terminal one status line that is rewritten during long operations."""
+    """Log lines, and on a terminal one status line that is rewritten during long operations.
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    Use it as a context manager, so that no status text stays before what others print.
+    """
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self._quiet = quiet
+        self.verbose = verbose
+        """True if the user asked for details."""
         self._terminal = sys.stdout.isatty() and not quiet
         self._open = False
 
     def line(self, text: str) -> None:
         """Print a line."""
-        self._clear()
+        self.clear()
         if not self._quiet:
             print(text, flush=True)
 
@@ -139,7 +146,24 @@ class Progress:
             sys.stdout.flush()
             self._open = True
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Remove the status line."""
         if self._open:
             sys.stdout.write("\r\033[K")
+            sys.stdout.flush()
             self._open = False
+
+    async def waiting(self, text: str) -> None:
+        """Show `text` and the seconds since now in the status line, until cancelled."""
+        began = time.monotonic()
+        while True:
+            self.status(f"{text}, {time.monotonic() - began:.0f} s")
+            await asyncio.sleep(1)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()

@@ -37,6 +37,7 @@ RUN_FILES = (
     "summary.json",
     "accuracy.json",
     "report.html",
+    "error.txt",
     "wandb.id",
     "mlflow.id",
     "tensorboard",

@@ -156,15 +156,16 @@ def _whole_events(data: bytes) -> tuple[list[Event], int]:
 class TraceFile:
     """``trace.json`` of a run, written during the run; `close` (or leaving the block) makes it strict JSON.
 
-    With `resume` an existing file is continued with its tracks; otherwise it is overwritten.
+    With `resume_at`, a `size` that the file had, it is continued with its tracks: what was written after that, by steps
+    that are repeated now, is dropped. Otherwise the file is overwritten.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
+    def __init__(self, path: Path, *, resume_at: int | None = None) -> None:
         self._layout = TraceLayout()
         path.parent.mkdir(parents=True, exist_ok=True)
         events: list[Event] = []
-        if resume and path.exists():
-            events, kept = _whole_events(path.read_bytes())
+        if resume_at is not None and path.exists():
+            events, kept = _whole_events(path.read_bytes()[:resume_at])
             os.truncate(path, kept)
             self._layout.restore(events)
         self._empty = not events
@@ -181,6 +182,10 @@ class TraceFile:
             self._stream.write(("" if self._empty else ",\n") + ",\n".join(lines))
             self._stream.flush()
             self._empty = False
+
+    def size(self) -> int:
+        """Bytes written so far."""
+        return os.fstat(self._stream.fileno()).st_size
 
     def close(self) -> None:
         """Write the closing bracket, once."""

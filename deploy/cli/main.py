@@ -13,8 +13,9 @@ import typer
 from common.config.loader import dump_config, load_teacher_config
 from common.config.model import ConfigError
 from common.protocol.scoring import TeacherError
+from common.telemetry.library_messages import hide_expected_warnings
 from common.telemetry.run_folder import check_free
-from deploy.cli import compare, experience, report, submit, version
+from deploy.cli import compare, experience, report, serve, submit, version
 from deploy.cli.errors import known_errors
 from deploy.cli.loading import load_run_config
 
@@ -61,6 +62,9 @@ def train(
         bool, typer.Option("--accept-changes", help="Resume although model, teacher, data, context or loss changed.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print times, queues and parity of each step, too.")
+    ] = False,
 ) -> None:
     """Distil a context into a student: a whole run."""
     with known_errors(ConfigError):
@@ -84,7 +88,9 @@ def train(
     from learner import train as entry
 
     with known_errors(*entry.KNOWN_ERRORS):
-        raise typer.Exit(entry.run(resolved, resume=resume, accept_changes=accept_changes, overwrite=overwrite))
+        raise typer.Exit(
+            entry.run(resolved, resume=resume, accept_changes=accept_changes, overwrite=overwrite, verbose=verbose)
+        )
 
 
 @app.command()
@@ -271,11 +277,13 @@ version.register(app)
 submit.register(app)
 app.add_typer(experience.app, name="experience")
 report.register(app)
+serve.register(app)
 app.command()(compare.compare)
 
 
 def main() -> None:
     """Run the ``opcd`` command line."""
+    hide_expected_warnings()
     app()
 
 

@@ -1,6 +1,7 @@
 """Measurements of a run for the fit, from ``trace.json``, ``metrics.jsonl`` and ``config.yaml``.
 
-The first step includes start-up (caches, compiled kernels, the context). It is left out if the run has others.
+The first step includes start-up (caches, compiled kernels, the context), and so does the first one after a resume. They
+are left out if the run has others.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +50,7 @@ class Measured:
     all_answers: tuple[Answer, ...]
     """All finished answers, for the load that they put on workers and teacher."""
     answers: tuple[Answer, ...]
-    """Answers to fit: none of the first step, none in flight with answers that the run ended without."""
+    """Answers to fit: none of a first step, none in flight with answers that the run ended without."""
     micro_batches: tuple[tuple[int, Interval], ...]
     steps: tuple[Interval, ...]
     busy: dict[str, tuple[Interval, ...]]
@@ -75,21 +77,21 @@ def measured(folder: Path) -> Measured:
         raise ConfigError(
             f"{folder}: cannot be fitted: no finished step has answers with response_tokens in trace.json"
         )
-    first = min(line["step"] for line in steps)
+    cold = {min(group) for group in _by_part(steps).values()}
     # Answers of the last steps shared workers with answers that never ended and are not in the timeline.
     known = max(answer.step for answer in answers) - config.rollout.max_staleness
-    later = [line for line in steps if line["step"] > first] or steps
+    later = [line for line in steps if line["step"] not in cold] or steps
 
     def warm(stage: str, key: Callable[[Event], int]) -> list[Event]:
         of_stage = [event for event in spans if event["name"] == stage and "version" in event["args"]]
-        return [event for event in of_stage if key(event) > first] or of_stage
+        return [event for event in of_stage if key(event) not in cold] or of_stage
 
     accumulated = warm("accumulate", lambda event: event["args"]["version"] + 1)
     batches = [event for event in accumulated if event["args"].get("padded_tokens")]
     closing = {stage: warm(stage, lambda event: event["args"]["version"]) for stage in ("step", "sync", "parity")}
     return Measured(
         config=config,
-        answers=tuple(answer for answer in answers if first <= answer.step <= known) or tuple(answers),
+        answers=tuple(one for one in answers if one.step + 1 not in cold and one.step <= known) or tuple(answers),
         all_answers=tuple(answers),
         micro_batches=tuple((event["args"]["padded_tokens"], _span(event)) for event in batches),
         steps=tuple(_span(event) for event in closing["step"]),
@@ -102,6 +104,14 @@ def measured(folder: Path) -> Measured:
         parity_s=tuple(event["dur"] / 1e6 for event in closing["parity"]),
         loop_s=tuple(line["time/total_s"] * line.get("time/wait_ratio/other", 0.0) for line in later),
     )
+
+
+def _by_part(lines: Sequence[dict[str, Any]]) -> dict[int, list[int]]:
+    """Steps by the process of the run that made them; a resumed run has several."""
+    parts: dict[int, list[int]] = {}
+    for line in lines:
+        parts.setdefault(line.get("run/part", 1), []).append(line["step"])
+    return parts
 
 
 def _answers(spans: Sequence[Event], tracks: dict[int, str]) -> list[Answer]:

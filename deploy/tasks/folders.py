@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.files import apply_umask
+
 
 class PrepareError(Exception):
     """A model or task that cannot be prepared; the text holds the remedy."""
@@ -20,15 +22,15 @@ class PrepareError(Exception):
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder, rename it to `folder` at the end, and remove it after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    private = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial = private / folder.name
+    partial.mkdir()
     try:
         yield partial
-        for path in partial.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
-        partial.chmod(0o755)
+        apply_umask(partial)
         os.rename(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -151,13 +151,21 @@ class LearnerRank:
         manifest = SyncManifest(engine.weight_specs(), self._config.sync.bucket_bytes, engine.weight_version)
         return self._sender.send(weights, manifest)
 
+    def weight_version(self) -> int:
+        """Number of finished steps."""
+        return self._running.weight_version
+
     def save(self, folder: str) -> None:
         """Export a Hugging Face folder; every rank is called, rank 0 writes."""
         self._running.save(Path(folder))
 
-    def save_state(self, folder: str) -> None:
-        """Write this rank's part of the resumable state; every rank is called, with the same folder."""
-        self._running.save_state(Path(folder))
+    def try_save(self, folder: str) -> None:
+        """Try to export to `folder`, before the first step; every rank is called, rank 0 writes and removes it."""
+        self._running.try_save(Path(folder))
+
+    def save_state(self, folder: str, drop_step: bool = False) -> None:
+        """Write this rank's part of the resumable state; every rank is called, with the same arguments."""
+        self._running.save_state(Path(folder), drop_step=drop_step)
 
     def load_state(self, folder: str) -> LearnerInfo:
         """Load what `save_state` wrote; every rank is called, after `setup`."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from common.weight_sync.manifest import SyncManifest
 from learner.cluster.placement import Placement, cluster_gpus, draining_nodes, outside_options, unused_gpus
 from learner.cluster.rank import LearnerRank
 from learner.cluster.teachers import START_TIMEOUT_S, Teachers
-from learner.errors import ServiceLost
+from learner.errors import SaveError, ServiceLost
 from learner.trainer.reports import LearnerInfo, PrepareReport, StepReport
 from rollout_workers.actor import (
     GROUPS,
@@ -135,11 +136,19 @@ class Services:
             for rank in range(learner.ranks)
         ]
         host, port = ray.get(self.ranks[0].address.remote(), timeout=START_TIMEOUT_S)
-        return [rank.setup.remote(host, port) for rank in self.ranks]
+        trial = str((self.config.run.path / "checkpoint.trial").absolute())
+        started = [rank.setup.remote(host, port) for rank in self.ranks]
+        return [*started, *(rank.try_save.remote(trial) for rank in self.ranks)]
 
     async def wait_ranks(self, started: Sequence[Any]) -> None:
-        """Wait until DeepSpeed runs on all ranks and the learner holds its weights."""
-        self.learner_info = (await within(START_TIMEOUT_S, all_of(started)))[0]
+        """Wait until DeepSpeed runs on all ranks, the learner holds its weights, and an export has been tried.
+
+        Raises SaveError if that export failed.
+        """
+        setups, trials = started[: len(self.ranks)], started[len(self.ranks) :]
+        self.learner_info = (await within(START_TIMEOUT_S, all_of(setups)))[0]
+        async with self._saving():
+            await all_of(trials)
         self.manifest = SyncManifest(tensors=self.learner_info.tensors, bucket_bytes=self.config.sync.bucket_bytes)
 
     @property
@@ -345,13 +354,30 @@ class Services:
         shares = await all_of([rank.logprobs.remote(sequences[n::count]) for n, rank in enumerate(self.ranks)])
         return [shares[index % count][index // count] for index in range(len(sequences))]
 
-    async def save(self, folder: str) -> None:
-        """Export the learner's weights as a Hugging Face folder."""
-        await all_of([rank.save.remote(folder) for rank in self.ranks])
+    async def weight_version(self) -> int:
+        """Number of optimiser steps in the learner's weights."""
+        return int(await value_of(self.ranks[0].weight_version.remote()))
 
-    async def save_state(self, folder: str) -> None:
-        """Write the resumable state: every rank's part, and the weights of averaging teachers."""
-        await all_of([rank.save_state.remote(folder) for rank in self.ranks])
+    async def save(self, folder: str) -> None:
+        """Export the learner's weights as a Hugging Face folder. Raises SaveError; training can go on after it."""
+        async with self._saving():
+            await all_of([rank.save.remote(folder) for rank in self.ranks])
+
+    @asynccontextmanager
+    async def _saving(self) -> AsyncIterator[None]:
+        """Turn a rank's OSError into a SaveError, or into a ServiceLost if another rank's death made it fail."""
+        try:
+            yield
+        except OSError as error:
+            await self.check_ranks()
+            raise SaveError(short(error)) from None
+
+    async def save_state(self, folder: str, *, drop_step: bool = False) -> None:
+        """Write the resumable state: every rank's part, and the weights of averaging teachers.
+
+        `drop_step` leaves out the gradients of a step that has begun; the run must end after it.
+        """
+        await all_of([rank.save_state.remote(folder, drop_step) for rank in self.ranks])
         await self.teachers.save_state(folder)
 
     async def load_state(self, folder: str) -> None:

@@ -158,7 +158,16 @@ def _package_versions() -> dict[str, str]:
 
 
 def step_line(step: int, planned: int, metrics: Mapping[str, Any], left_s: float) -> str:
-    """Progress line of one step: divergence, speed, time by stage, queue depths and `left_s`, the seconds left."""
+    """Progress line of one step, at most 100 columns wide; `left_s` are the seconds left."""
+    return (
+        f"step {step}/{planned}  kl {metrics['kl/lower_bound']:.4f}  grad {metrics['grad_norm']:.2f}  "
+        f"{metrics['tokens_per_s']:.0f} tok/s  {metrics['time/total_s']:.1f} s "
+        f"(waits {metrics['time/trainer_idle_ratio']:.0%})  {timedelta(seconds=round(left_s))} left"
+    )
+
+
+def stage_line(metrics: Mapping[str, Any]) -> str:
+    """Second line of a step for ``--verbose``: seconds and speed by stage, queue depths, age, parity."""
 
     def stage(name: str) -> str:
         speed = metrics.get(f"tokens_per_s/{name}")
@@ -167,10 +176,8 @@ def step_line(step: int, planned: int, metrics: Mapping[str, Any], left_s: float
 
     depths = ", ".join(f"{name} {metrics[f'queue_depth/{name}']:.1f}" for name in DEPTHS)
     return (
-        f"step {step}/{planned}  kl {metrics['kl/lower_bound']:.4f}  grad {metrics['grad_norm']:.2f}  "
-        f"{metrics['tokens_per_s']:.0f} tok/s  {metrics['time/total_s']:.1f} s ({', '.join(map(stage, STAGES))})  "
-        f"depth ({depths})  age {metrics['staleness/mean_age']:.1f}  parity {metrics['parity/max_nats']:.1e}  "
-        f"{timedelta(seconds=round(left_s))} left"
+        f"  {', '.join(map(stage, STAGES))}\n"
+        f"  depth ({depths})  age {metrics['staleness/mean_age']:.1f}  parity {metrics['parity/max_nats']:.1e}"
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.config.model import Config, TeacherConfig
+from common.files import apply_umask
 from learner.cluster.services import Services
 
 FORMAT = 1
@@ -80,7 +81,8 @@ class Manifest(BaseModel):
     """Finished steps: weight version, data cursor, and (with the seed) the state of every sampler."""
     identity: Identity
     loop: dict[str, Any]
-    """State of the loop: summary so far and position in the samples."""
+    """State of the loop: summary so far, position in the samples, ``trace_bytes`` of the timeline, and ``part``: the
+    number of processes that the run has had so far."""
     files: dict[str, int] = {}
     """Every other file of the folder and its size in bytes: a truncated file must not be loaded."""
 
@@ -131,14 +133,16 @@ class Checkpoints:
         self.folder = folder
         self._keep = keep
 
-    async def write(self, manifest: Manifest, services: Services) -> CheckpointError | None:
+    async def write(self, manifest: Manifest, services: Services, *, drop_step: bool = False) -> CheckpointError | None:
         """Write a checkpoint. Returns the disk's error, which need not end a run: the last checkpoint is still there.
+
+        `drop_step` as in `Services.save_state`.
 
         Raises ServiceLost if a rank of the learner died meanwhile, which can read like a disk error on the others.
         """
         try:
             with self.writing(manifest) as folder:
-                await services.save_state(str(folder.absolute()))
+                await services.save_state(str(folder.absolute()), drop_step=drop_step)
         except CheckpointError as error:
             await services.check_ranks()
             return error
@@ -158,6 +162,7 @@ class Checkpoints:
                 self._clear_partial()
                 (partial / LEARNER).mkdir(parents=True)
                 yield partial / LEARNER
+                apply_umask(partial)
                 whole = manifest.model_copy(update={"files": _synced_files(partial)})
                 (partial / MANIFEST).write_text(whole.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 _sync(partial / MANIFEST)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ from learner.data.inputs import Inputs
 from learner.data.teacher_answers import open_teacher_answers
 from learner.errors import ServiceLost
 from learner.evaluation.held_out import MANY_CUT, HeldOutEvaluator
-from learner.evaluation.summary import Best, RunSummary, step_line, summary_json
+from learner.evaluation.summary import RunSummary, stage_line, step_line, summary_json
 from learner.loop.checkpoints import (
     LEARNER,
-    Checkpoints,
     Identity,
     Manifest,
     identity_of,
@@ -40,6 +39,7 @@ from learner.loop.checkpoints import (
 )
 from learner.loop.kl_alarm import KlAlarm
 from learner.loop.mismatch import MismatchGate, mismatch_bounds
+from learner.loop.run_saves import RunSaves
 from learner.loop.step_stats import StepOutcome
 from learner.loop.training_loop import TrainingLoop
 from learner.loop.user_errors import known_error, outcome_of, unwrap_ray_error
@@ -48,8 +48,6 @@ from learner.trainer.token_records import TokenRecordFiles
 
 RESUME_PLACEMENT_TIMEOUT_S = 600.0
 """Time that a resumed run waits for its GPUs: a lost node may have to be replaced first."""
-BEST = "best.json"
-"""File in ``best/`` with the step and the accuracy of its weights."""
 
 
 @dataclass(frozen=True)
@@ -83,27 +81,23 @@ class Run:
         self._teacher_answers = open_teacher_answers(config, inputs)
         self._alarm = KlAlarm(config.learner.kl_alarm_ratio)
         self._resumed = resumed
-        self._checkpoints = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep)
         self._began = time.time()
         self._warned_of_cut = False
+        self._part = 1 if resumed is None else resumed.manifest.loop["part"] + 1
         self.summary = RunSummary(planned_steps=config.learner.steps)
         self._held_out = HeldOutEvaluator(
             config, self._services, inputs, files, progress, self.summary, self._keep_workers
         )
+        self._saves = RunSaves(config, self._services, progress, self.summary, self._manifest)
+        self._position: dict[str, Any] | None = None
+        """Position in the samples after the last whole step of this process; None before one."""
         self._token_files = TokenRecordFiles(files, config.student.model, inputs.contexts)
         if resumed is None:
             self._token_files.add_questions(inputs.eval)
         else:
             self.summary.restore(resumed.manifest.loop["summary"])
-            self._forget_other_best()
+            self._saves.forget_other_best()
             self._refuse_changes(resumed, resumed.manifest.identity.teachers)
-
-    def _forget_other_best(self) -> None:
-        """Choose ``best/`` anew if it holds later weights, written between the checkpoint and a crash."""
-        path, best = self._config.run.path / "best" / BEST, self.summary.best
-        if best is not None and (not path.exists() or json.loads(path.read_text()) != asdict(best)):
-            self._progress.line(f"WARNING: best/ no longer holds the weights of step {best.step}; it is chosen anew")
-            self.summary.best = None
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -119,17 +113,23 @@ class Run:
             self.summary.outcome = "finished"
         except asyncio.CancelledError:
             self.summary.outcome = "interrupted"
-            await self._save_interrupted()
+            self._progress.line(f"interrupted after {self.summary.steps} of {self._config.learner.steps} steps")
+            if self._position is not None:
+                await self._saves.interrupted()
+            elif self._resumed is not None:
+                self._progress.line(self._saves.how_to_resume())
             raise
         except Exception as error:
             shown = known_error(await user_facing_error(error, self._services), self._config.run.path)
             self.summary.outcome = outcome_of(shown)
+            if self._position is not None:
+                await self._saves.failed(shown)
             if shown is error:
                 raise
             raise shown from error
         finally:
             self._progress.status("stopping")
-            self.summary.add_seconds({"total": time.time() - self._began})
+            self._count_total()
             write_json(self._config.run.path / "summary.json", summary_json(self.summary))
             if self._loop is not None:
                 await self._loop.close()
@@ -199,8 +199,7 @@ class Run:
     async def _start_services(self) -> None:
         """Start teachers, ranks and engines, and check that they fit together."""
         config, inputs, services = self._config, self._inputs, self._services
-        starts_teacher = any(one.url is None and one.kind != "base" for one in config.named_teachers().values())
-        self._progress.line(f"starting {'the teacher and ' if starts_teacher else ''}the learner")
+        self._progress.line(f"starting {self._what_starts()}; this takes about a minute for the demo")
         services.teachers.begin(services.placement)
         ranks = services.begin_ranks()
         scorer = await services.teachers.connect(
@@ -222,14 +221,13 @@ class Run:
             raise DataError("\n".join(faults))
         if self._resumed is not None:
             self._refuse_changes(self._resumed, services.teachers.fingerprints())
-        self._progress.line("starting the rollout engines")
-        if any(map(is_part, reserved_gpus(config.learner, config.rollout, config.named_teachers()).values())):
-            # vLLM takes what a starting neighbour allocates for its own use, so the learner loads first.
-            await services.wait_ranks(ranks)
+        shared = any(map(is_part, reserved_gpus(config.learner, config.rollout, config.named_teachers()).values()))
+        async with run_in_background(self._progress.waiting("starting the learner and the rollout engines")):
+            if shared:  # vLLM takes what a starting neighbour allocates for its own use, so the learner loads first
+                await services.wait_ranks(ranks)
             await services.start_workers(config.student.model, scorer, config.rollout.workers)
-        else:
-            await services.start_workers(config.student.model, scorer, config.rollout.workers)
-            await services.wait_ranks(ranks)
+            if not shared:
+                await services.wait_ranks(ranks)
         if config.teacher.kind == "base":
             await services.give_contexts(inputs.contexts)
         info = services.learner_info
@@ -243,6 +241,16 @@ class Run:
         self._mismatch = MismatchGate(
             mismatch_bounds(config.sync, dtype=info.dtype, max_staleness=config.rollout.max_staleness)
         )
+
+    def _what_starts(self) -> str:
+        """The services that this run starts."""
+        teachers = [t for t in self._config.named_teachers().values() if t.url is None and t.kind != "base"]
+        counts = {
+            "teacher": len(teachers),
+            "learner rank": self._config.learner.ranks,
+            "rollout engine": self._config.rollout.workers,
+        }
+        return ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items() if count)
 
     async def _collect_teacher_answers(self) -> None:
         """Have the running engines make the missing teacher's answers (``rollout.source: teacher``)."""
@@ -263,10 +271,12 @@ class Run:
 
     async def _train(self) -> None:
         assert self._loop is not None
+        self._saves.schedule.begin()
         async for outcome in self._loop.steps(self.summary.steps):
+            self._position = self._loop.position()
             self._record(outcome)
             await self._validate(outcome.version)
-            await self._checkpoint(outcome.version)
+            await self._saves.after_step(outcome.version)
 
     def _record(self, outcome: StepOutcome) -> None:
         summary = self.summary
@@ -274,12 +284,14 @@ class Run:
         summary.kl.append(outcome.metrics["kl/lower_bound"])
         summary.parity_max_nats = max(summary.parity_max_nats, outcome.parity.max_nats)
         summary.add_times(outcome.times)
-        self._files.metrics(outcome.version, outcome.metrics)
+        self._files.metrics(outcome.version, {**outcome.metrics, "run/part": self._part})
         self._files.audit(outcome.version, outcome.trained, outcome.failed, outcome.contexts)
         self._token_files.add_records(outcome.version, outcome.tokens)
         self._trace.write(outcome.spans)
         left_s = (summary.planned_steps - summary.steps) * summary.times.total_s / summary.steps
         self._progress.line(step_line(outcome.version, summary.planned_steps, outcome.metrics, left_s))
+        if self._progress.verbose:
+            self._progress.line(stage_line(outcome.metrics))
         for warning in (
             self._cut_warning(outcome.metrics["rollout/stopped_by_length"]),
             self._mismatch.check(outcome.version, outcome.metrics),
@@ -305,30 +317,28 @@ class Run:
             return
         found = await self._held_out.accuracy("valid", version, self._inputs.valid)
         if found is not None and (best is None or found.accuracy > best.accuracy):
-            folder = config.run.path / "best"
-            await self._services.save(str(folder.absolute()))
-            self.summary.best = Best(step=version, accuracy=found.accuracy)
-            write_json(folder / BEST, asdict(self.summary.best))
+            await self._saves.best(version, found.accuracy)
 
-    async def _checkpoint(self, version: int) -> None:
-        """Write the export and the checkpoint that are due after step `version`."""
-        settings, last = self._config.checkpoint, version == self._config.learner.steps
-        if version in settings.export_at or (settings.export_every and version % settings.export_every == 0):
-            await self._services.save(str((self._config.run.path / "exports" / f"step-{version:06d}").absolute()))
-        if not settings.every or (version % settings.every and not last):
-            return
-        started = time.time()
-        self._progress.status(f"step {version}: checkpoint")
-        assert self._loop is not None
-        manifest = Manifest(
-            step=version,
+    def _manifest(self) -> Manifest:
+        """Describe the last whole step for a checkpoint."""
+        assert self._position is not None
+        self._count_total()
+        return Manifest(
+            step=self.summary.steps,
             identity=self._identity(self._services.teachers.fingerprints()),
-            loop={"summary": self.summary.state(), "position": self._loop.position()},
+            loop={
+                "summary": self.summary.state(),
+                "position": self._position,
+                "trace_bytes": self._trace.size(),
+                "part": self._part,
+            },
         )
-        if (error := await self._checkpoints.write(manifest, self._services)) is not None:
-            self.summary.failed_checkpoints += 1
-            self._progress.line(f"WARNING: {error}; the run goes on without it")
-        self.summary.add_seconds({"checkpoint": time.time() - started})
+
+    def _count_total(self) -> None:
+        """Add this process's time since the last call to the run's."""
+        now = time.time()
+        self.summary.add_seconds({"total": now - self._began})
+        self._began = now
 
     def _identity(self, teachers: dict[str, str]) -> Identity:
         inputs = self._inputs
@@ -348,15 +358,7 @@ class Run:
     async def _finish(self) -> None:
         await self._held_out.after(self.summary.steps)
         self._progress.status("saving")
-        await self._services.save(str((self._config.run.path / "checkpoint").absolute()))
-
-    async def _save_interrupted(self) -> None:
-        """Save the weights of the last whole step, if any. A second interrupt leaves without them."""
-        steps, folder = self.summary.steps, self._config.run.path / "checkpoint"
-        self._progress.line(f"interrupted after {steps} of {self._config.learner.steps} steps")
-        if steps:
-            self._progress.line(f"saving the weights of step {steps} to {folder}; interrupt again to leave without")
-            await self._services.save(str(folder.absolute()))
+        await self._saves.at_end()
 
     def _keep_workers(self, version: int) -> Coroutine[Any, Any, None]:
         """Background work of an evaluation: replace dead workers by ones with the evaluated weights."""

@@ -31,7 +31,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from common.async_utils import all_of, run_in_background
+from common.async_utils import all_of, despite_cancel, run_in_background
 from common.config.model import Config
 from common.protocol.schema import Prompt, Sample
 from common.telemetry.trace import TraceSpan
@@ -108,7 +108,12 @@ class TrainingLoop:
         workers = len(services.pool.members)
         async with run_in_background(services.pool.watch(), services.teachers.watch(), self.keep_workers(step)):
             stats = await self._train(step)
-        step_started = time.time()
+        # Half a step is of no use to a checkpoint: an interrupt waits for the optimiser and the sync.
+        return await despite_cancel(self._update(step, stats, started, workers))
+
+    async def _update(self, step: int, stats: StepStats, started: float, workers: int) -> StepOutcome:
+        """Optimiser step and sync: everything after the gradients."""
+        services, step_started = self._services, time.time()
         reports = await services.finish_step(stats.tokens, stats.sequences)
         stats.spans.append(TraceSpan("step", "rank 0", step_started, time.time(), {"version": step + 1}))
         check_step(step, reports, stats.sample_ids, self._config.learner.max_skipped_steps, self._record_skipped)

@@ -67,7 +67,12 @@ def _disk(config: Config, student: ModelSize) -> Iterator[Finding]:
     has = free_bytes(config.run.path) + folder_bytes(config.run.path)
     needed = f"{_gib(sum(needs.values()))} GiB at its fullest ({_parts(needs)}), {_gib(has)} free"
     yield summary("disk", needed)
-    if sum(needs.values()) > has:
+    by_time = needs.get("checkpoints", 0) if config.checkpoint.every is None else 0  # one that fails costs a warning
+    if sum(needs.values()) > has >= sum(needs.values()) - by_time:
+        yield warning(
+            f"run.dir: {config.run.path} takes {needed}: checkpoints may fail, and an interrupted run may not resume"
+        )
+    elif sum(needs.values()) > has:
         yield error(
             f"run.dir: {config.run.path} takes {needed}: free some, choose another run.dir, lower checkpoint.keep or "
             "write fewer exports"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,6 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from common.config.model import Config
@@ -38,6 +38,7 @@ from learner.trainer.packing import pack
 from learner.trainer.policy import device_of, dtype_of, load_policy
 from learner.trainer.reports import AccumulateReport, LearnerInfo, StepReport
 from learner.trainer.skipped_records import MAX_RECORDS, skipped_record
+from learner.trainer.source_files import check_reading, exported_files, read_source_files
 from learner.trainer.state import load_state, save_state
 from learner.trainer.step_metrics import METRICS, step_means
 from learner.trainer.token_watch import TokenRecorder, TokenWatch
@@ -100,6 +101,7 @@ class LearnerEngine:
             agreed_passes=lambda passes: self._agreed_passes(passes) if self._stage == 3 else passes,
         )
         self._weights = WeightView(self._policy.model)
+        self._source_files = read_source_files(config.student.model) if self._rank == 0 else {}
         self._version = 0
         self._updates = 0
         self._skipped_in_a_row = 0
@@ -309,31 +311,54 @@ class LearnerEngine:
         """
         return self._weights.gathered(self._config.sync.bucket_bytes)
 
-    def save(self, folder: Path) -> None:
-        """Export a Hugging Face folder with the tokenizer, or the adapter alone (``learner.lora.publish``).
+    def save(self, folder: Path, *, sample: bool = False) -> None:
+        """Export a Hugging Face folder with the source's other files, or the adapter alone (``learner.lora.publish``).
 
-        Rank 0 writes; the folder is complete or absent. Raises OSError on every rank if the write fails.
+        Rank 0 writes; the folder is complete or absent. `sample` writes one element of each tensor. Raises OSError on
+        every rank if the write fails, for whatever reason: training and further saves can go on.
         """
         failure: Exception | None = None
         try:
             self._weights.export(
                 folder,
-                self._config.student.model,
+                exported_files(self._source_files, self.info().dtype),
                 self._config.learner.lora,
+                self._config.student.model,
                 write=self._rank == 0,
                 group_bytes=self._config.sync.bucket_bytes,
+                sample=sample,
             )
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # noqa: BLE001, whatever a library raises, the weights must outlive it
             failure = error
         raise_on_all(failure, f"{folder} was not written")
 
-    def save_state(self, folder: Path) -> None:
+    def try_save(self, folder: Path) -> None:
+        """Save once before the first step, to `folder`, which is removed: a fault shows now, not after the training.
+
+        Raises OSError on every rank: for a failed save, an export that transformers reads otherwise than its source, or
+        a disk without room for a whole export.
+        """
+        self.save(folder, sample=True)
+        failure: Exception | None = None
+        if self._rank == 0:
+            try:
+                check_reading(folder, self._config.student.model)
+                needed, free = sum(spec.nbytes for spec in self.weight_specs()), shutil.disk_usage(folder).free
+                if free < needed:
+                    raise OSError(f"an export takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+            except Exception as error:  # noqa: BLE001, raised on all ranks below
+                failure = error
+            shutil.rmtree(folder, ignore_errors=True)
+        raise_on_all(failure, f"an export to {folder.parent} would fail")
+
+    def save_state(self, folder: Path, *, drop_step: bool = False) -> None:
         """Save DeepSpeed's state, counters and random number generators: enough for a bit-identical continuation.
 
         Every rank writes its part. The caller must treat `folder` as valid only when all ranks have returned. Raises
         RuntimeError within a step, and OSError on every rank if one rank cannot write; training can continue then.
+        `drop_step` saves the state before a step that has begun, which cannot be finished then.
         """
-        if self._passes or self._held or self._counts["sequences"]:
+        if not drop_step and (self._passes or self._held or self._counts["sequences"]):
             raise RuntimeError("save_state was called in the middle of a step: its gradients would be lost")
         save_state(
             self._deepspeed,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config.model import LoraConfig
+from common.files import apply_umask
 from common.weight_sync.manifest import TensorSpec
 from learner.trainer.lora import Adapter, adapters_of, checkpoint_name, save_adapter
 
@@ -55,35 +56,36 @@ class WeightView:
                     yield name, weight.detach() if adapter is None else adapter.merged(weight.detach())
 
     def export(
-        self, folder: Path, student_model: str, lora: LoraConfig | None, *, write: bool, group_bytes: int
+        self,
+        folder: Path,
+        files: Mapping[str, bytes],
+        lora: LoraConfig | None,
+        base_model: str,
+        *,
+        write: bool,
+        group_bytes: int,
+        sample: bool = False,
     ) -> None:
-        """Export the model with its tokenizer, or the adapter alone (``learner.lora.publish``); complete or absent.
+        """Export the model with `files` (`exported_files`), or the adapter alone (``learner.lora.publish``).
 
-        Every rank calls this; the rank with `write` writes. Raises OSError or SafetensorError there on a failed write.
+        The folder is complete and read back, or absent. Every rank calls this; the rank with `write` writes. With
+        `sample` one element of each tensor stands for it: a trial of everything but the size. Raises OSError or
+        SafetensorError there on a failed write.
         """
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(student_model) if write else None
-        if lora is not None and lora.publish == "adapter":
-            factors = self._adapter_factors()
-            if write:
-                _replace_folder(folder, lambda partial: save_adapter(partial, factors, lora, student_model))
-            return
+        adapter = lora is not None and lora.publish == "adapter"
         state = {}
-        for name, tensor in self.gathered(group_bytes):
+        for name, tensor in self._adapter_factors().items() if adapter else self.gathered(group_bytes):
             if write:
-                state[name] = tensor.to("cpu", copy=tensor.device.type != "cpu" or hasattr(tensor, "ds_id"))
-        if tokenizer is None:
+                state[name] = tensor.flatten()[:1].cpu().clone() if sample else _host_copy(tensor)
+        if not write:
+            return
+        if lora is not None and adapter:
+            _replace_folder(folder, lambda partial: save_adapter(partial, state, lora, base_model))
             return
         for name, buffer in self._model.named_buffers():
             if name in self._model.state_dict():
-                state[name] = buffer.detach().cpu()
-
-        def fill(partial: Path) -> None:
-            self._model.save_pretrained(partial, state_dict=state)
-            tokenizer.save_pretrained(partial)
-
-        _replace_folder(folder, fill)
+                state[name] = buffer.detach().cpu().clone()
+        _replace_folder(folder, lambda partial: save_model(partial, state, files))
 
     def _adapter_factors(self) -> dict[str, Tensor]:
         """Copy the adapters' parameters by name. A collective under ZeRO-3."""
@@ -96,9 +98,62 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a temporary folder, then rename it to `folder`, so that `folder` is always complete."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    fill(partial)
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # half a model on a full disk helps no one
+        raise
+    apply_umask(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def save_model(folder: Path, state: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
+    """Write `files` and, as safetensors, `state`; read all of it back. Raises OSError or SafetensorError."""
+    from huggingface_hub import save_torch_state_dict
+
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    save_torch_state_dict(dict(state), folder, metadata={"format": "pt"})
+    check_written(folder, state, files)
+
+
+def check_written(folder: Path, state: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
+    """Raise OSError unless `folder` holds exactly these bytes."""
+    from safetensors import safe_open
+
+    left = dict(state)
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118, it is no mapping
+                if name not in left or not _same_bytes(stored.get_tensor(name), left.pop(name)):
+                    raise OSError(f"{shard}: {name} does not read back as it was written")
+    if left:
+        raise OSError(f"{folder}: {len(left)} tensors are missing, for example {min(left)}")
+    for name, content in files.items():
+        if (folder / name).read_bytes() != content:
+            raise OSError(f"{folder / name} does not read back as it was written")
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    """True for equal bits: a NaN equals itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    """`tensor` in host memory, valid after the next group is gathered, in a storage of its own size.
+
+    A writer of shards takes tensors in one storage for one tied tensor, and DeepSpeed may keep all of them in one.
+    """
+    lasting = tensor.device.type == "cpu" and not hasattr(tensor, "ds_id")
+    if lasting and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

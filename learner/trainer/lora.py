@@ -102,7 +102,6 @@ def save_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfig
     from peft import LoraConfig as PeftConfig
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True)
     targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in factors})
     settings = PeftConfig(
         r=config.rank,

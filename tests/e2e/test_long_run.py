@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from common.telemetry.trace import read_trace
 from tests.support import prometheus_server
 from tests.support.dashboard import queries
 from tests.support.processes import assert_nothing_left, descendants, free_port
@@ -40,7 +42,6 @@ class InterruptedRun:
 ADAPTERS: dict[str, dict[str, Any]] = {
     "learner": {"steps": 10_000, "lora": {"rank": 8, "publish": "adapter"}},
     "sync": {"backend": "file"},
-    "checkpoint": {"every": 2},
     "eval": {"every": 0},
 }
 
@@ -74,6 +75,10 @@ def test_ctrl_c_keeps_the_weights_and_leaves_no_process(interrupted_run: Interru
     assert summary["outcome"] == "interrupted"
     assert summary["steps"] >= 3
     assert (run / "checkpoint/adapter_model.safetensors").exists()
+    # A checkpoint of the last whole step, long before the first one by time.
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{summary['steps']:06d}"]
+    command = f"opcd train {run}/config.yaml --resume"
+    assert f"to go on from step {summary['steps']}: {command}" in interrupted_run.printed
     assert_nothing_left(interrupted_run.children)
     lines = metric_lines(run)
     assert lines[-1]["kl/lower_bound"] < lines[0]["kl/lower_bound"]
@@ -142,6 +147,7 @@ def test_an_interrupted_run_resumes_and_a_lost_teacher_ends_it_in_one_clear_line
     printed, errors = process.communicate(timeout=90)
     assert process.returncode == 2
     assert "resumed from" in printed
+    assert "to go on from step" in printed  # a failed run keeps its last whole step, too
     messages = [line for line in errors.splitlines() if line.startswith("opcd: ")]
     assert len(messages) == 1
     assert resumed_run.teacher_url in messages[0]
@@ -153,3 +159,13 @@ def test_an_interrupted_run_resumes_and_a_lost_teacher_ends_it_in_one_clear_line
     assert len(lines) > resumed_run.first_step
     assert lines[-1]["kl/lower_bound"] < lines[0]["kl/lower_bound"]
     assert max(line["parity/max_nats"] for line in lines) <= 2e-4
+    # The files are of the whole run, each step once.
+    earlier = resumed_run.first_step - 1
+    assert [line["run/part"] for line in lines] == [1] * earlier + [2] * (len(lines) - earlier)
+    seconds = json.loads((run / "summary.json").read_text())["time_s"]
+    assert seconds["total"] > sum(line["time/total_s"] for line in lines)
+    assert seconds["start"] < seconds["total"]
+    rollouts = [event for event in read_trace(run / "trace.json") if event["name"] == "rollout"]
+    samples = Counter(event["args"]["sample"] for event in rollouts)
+    assert set(samples.values()) == {1}
+    assert {int(sample.split("/")[0]) for sample in samples} == set(range(len(lines)))

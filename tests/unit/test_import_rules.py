@@ -46,9 +46,9 @@ ENTRY_POINTS = {
 """Rooms of ``deploy`` -> the modules of services that they start or check with; the simulator runs the loop's rules."""
 ORDER = {
     "common": [
-        {"async_utils", "error_text", "float32_head", "network", "openmp"},
+        {"async_utils", "error_text", "files", "float32_head", "network", "openmp"},
         {"protocol", "config", "models"},
-        {"devices", "data", "telemetry", "evaluation", "weight_sync", "sizing", "import_names"},
+        {"devices", "data", "telemetry", "evaluation", "weight_sync", "sizing", "import_names", "serving"},
     ],
     "learner": [
         {"errors"},

@@ -57,7 +57,7 @@ class Rank:
             os._exit(1)
         dist.all_reduce(torch.ones(4))
 
-    def save_state(self, folder: str) -> None:
+    def save_state(self, folder: str, drop_step: bool) -> None:
         self.reduce(dies=False)
 
     def fail(self) -> None:
@@ -102,8 +102,8 @@ async def test_a_rank_that_dies_while_the_state_is_written_is_no_full_disk(
 ) -> None:
     services = services_with(ranks)
 
-    async def save_state(folder: str) -> None:
-        await ranks[0].save_state.remote(folder)  # its error is the first to arrive
+    async def save_state(folder: str, *, drop_step: bool) -> None:
+        await ranks[0].save_state.remote(folder, drop_step)  # its error is the first to arrive
 
     monkeypatch.setattr(services, "save_state", save_state)
     manifest = Manifest.model_construct(step=1)

@@ -145,7 +145,7 @@ def test_a_resumed_file_keeps_whole_events_and_their_tracks(tmp_path: Path, lost
     data = path.read_bytes()
     path.write_bytes(data[: max(0, len(data) - lost)])
     before = read_trace(path)
-    with TraceFile(path, resume=True) as trace:
+    with TraceFile(path, resume_at=len(data)) as trace:
         trace.write([span("rollout", "worker 0", 2, 6), span("rollout", "worker 0", 4, 6), span("parity", "new", 6, 7)])
     events = json.loads(path.read_text())
     assert events[: len(before)] == before
@@ -156,6 +156,18 @@ def test_a_resumed_file_keeps_whole_events_and_their_tracks(tmp_path: Path, lost
         assert late == {2e6: "rollout 2", 4e6: "rollout 0", 6e6: "parity 0"}  # lane 0 is busy until 3, lane 1 until 5
     processes = [e["args"]["name"] for e in events if e["name"] == "process_name"]
     assert len(processes) == len(set(processes))
+
+
+def test_steps_that_a_resumed_run_repeats_are_in_its_file_once(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with TraceFile(path) as trace:
+        trace.write([span("rollout", "worker 0", 0, 3), span("step", "rank 0", 3, 4)])
+        checkpoint = trace.size()
+        trace.write([span("rollout", "worker 0", 4, 7), span("step", "rank 0", 7, 8)])
+    with TraceFile(path, resume_at=checkpoint) as trace:
+        trace.write([span("rollout", "worker 0", 20, 23), span("step", "rank 0", 23, 24)])
+    events = json.loads(path.read_text())
+    assert [event["ts"] - EPOCH * 1e6 for event in complete(events)] == [0, 3e6, 20e6, 23e6]
 
 
 def test_without_resume_a_file_is_begun_anew(tmp_path: Path) -> None:

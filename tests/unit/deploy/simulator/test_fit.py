@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from common.config.loader import dump_config, validate
 from common.config.model import Config, ConfigError
-from common.telemetry.trace import TraceFile, read_trace
+from common.telemetry.trace import TraceFile, TraceSpan, read_trace
 from deploy.cli.main import app
 from deploy.simulator.config import SimulationConfig
 from deploy.simulator.file import load_simulation
@@ -124,6 +125,34 @@ def test_a_fit_predicts_other_runs(tmp_path: Path, change: dict[str, Any]) -> No
     model = fit(tmp_path).simulation.model_dump()
     predicted = simulate(SimulationConfig.model_validate(merged(model, change)))
     assert predicted.step_s == pytest.approx(other.step_s, rel=0.1)
+
+
+def test_a_resumed_run_is_fitted_like_one_that_went_through(tmp_path: Path) -> None:
+    """Its second process starts hours later, and its first step is slow again."""
+    (tmp_path / "through").mkdir()
+    (tmp_path / "resumed").mkdir()
+    through = write_run_files(tmp_path / "through", TRUTH)
+    write_run_files(tmp_path / "resumed", TRUTH)
+    middle = next(span.end for span in through.spans if span.stage == "parity" and span.args["version"] == 3)
+
+    def later(span: TraceSpan) -> TraceSpan:
+        return span if span.end <= middle else replace(span, start=span.start + 9000, end=span.end + 9000)
+
+    spans = [later(span) for span in through.spans]
+    slow = [
+        replace(span, end=span.end + 300) if span.stage == "step" and span.args["version"] == 4 else span
+        for span in spans
+    ]
+    with TraceFile(tmp_path / "resumed/trace.json") as trace:
+        trace.write(slow)
+    path = tmp_path / "resumed/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    parts = [{**line, "run/part": 1 if line["step"] <= 3 else 2} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in parts))
+    expected, found = fit(tmp_path / "through").simulation, fit(tmp_path / "resumed").simulation
+    assert found.learner.step_s == pytest.approx(expected.learner.step_s, rel=1e-3)
+    assert found.rollout.token_s.mean == pytest.approx(expected.rollout.token_s.mean, rel=0.03)
+    assert simulate(found).step_s == pytest.approx(simulate(expected).step_s, rel=0.1)
 
 
 def test_packed_micro_batches_cost_their_tokens(tmp_path: Path) -> None:

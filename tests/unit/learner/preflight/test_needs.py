@@ -94,6 +94,12 @@ def test_what_may_not_fit_is_a_warning(judge: Judge, where: Machine, message: st
     assert not report.texts("error")
 
 
+def test_a_disk_too_small_for_checkpoints_by_time_is_a_warning(judge: Judge) -> None:
+    report = judge(LARGE, disk_gib=100)
+    assert "checkpoints may fail, and an interrupted run may not resume" in report.texts("warning")[0]
+    assert not report.texts("error")
+
+
 def test_memory_is_no_error_where_processes_may_start_elsewhere(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     report = judge(machine(gpu_gib=15, free_gib=1, total_gib=1))
@@ -128,6 +134,7 @@ def test_a_machine_without_gpus_does_not_judge_them(judge: Judge) -> None:
 def test_files_of_a_resumed_run_count(judge: Judge, tmp_path: Path) -> None:
     sections = {
         "run": {"name": "r", "dir": str(tmp_path)},
+        "checkpoint": {"every": 0},
         "learner": {"gpus_per_rank": 1, "ranks": 8, "zero_stage": 3},
     }
     needed = sum(disk_needs(config_of(**{**ON_GPUS, **sections}), qwen3("8B")).values())
