@@ -22,7 +22,7 @@ STAMP := $(VENV)/.setup-done
 LOCKS := deploy/requirements/cpu.txt deploy/requirements/cpu-nodeps.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-unit test-faults soak check format bench gpu-check docs clean lock
+.PHONY: help setup demo test test-unit test-faults test-families soak check format bench gpu-check docs clean lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test-unit: setup ## run the unit tests
 
 test-faults: setup ## kill every process of a run at every moment (about an hour)
 	$(BIN)/python -m pytest tests/faults -m "matrix or not matrix" $(ARGS)
+
+test-families: setup ## run every model family through teacher and learner (minutes)
+	$(BIN)/python -m pytest tests/integration/deploy/test_models_page.py -m "families or not families" $(ARGS)
 
 soak: setup ## load and fuzz the teacher server for minutes instead of seconds
 	$(BIN)/python -m pytest --long -s tests/integration/teacher_server/test_soak.py tests/integration/teacher_server/test_openapi.py tests/unit/teacher_server/http/test_fuzz.py $(ARGS)

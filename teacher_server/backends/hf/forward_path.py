@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.float32_head import float32_forward, float32_linear
+from common.float32_head import float32_linear
 from common.models.logits import LogitTransform
 from common.protocol.schema import ForwardPathName, Ids, as_ids
 from teacher_server.backends.base import BackendError
@@ -141,9 +141,9 @@ class _PathCheck:
     def _plain(self) -> NDArray[np.float64]:
         with torch.inference_mode():
             tokens = torch.from_numpy(self.ids.astype(np.int64))[None].to(self._model.device)
-            with float32_forward(self._model.get_output_embeddings()):
-                logits = self._model(input_ids=tokens, use_cache=False).logits[0].float()
-            return _logprobs(logits[:-1], self.ids[1:])
+            # The decoder alone: a multimodal model would read some of the random ids as places of images.
+            hidden = self._model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
+            return self._scores(hidden[:-1], self.ids[1:])
 
     def _scores(self, hidden: Tensor, response: Ids) -> NDArray[np.float64]:
         """Log-probs of `response`, ``[T]``, which ``hidden [T, d]`` predict."""

@@ -1,0 +1,40 @@
+"""The table of docs/models.md: the rows of the core, repeated; with ``make test-families`` every row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support.families import CORE, FAMILIES, Families
+from tests.support.family_matrix import HEADER, PAGE, matrix_row
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads than free cores make models this small a hundred times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def table() -> list[str]:
+    return PAGE.read_text().partition(HEADER)[2].splitlines()
+
+
+def test_every_family_has_a_row() -> None:
+    assert [row.split(" | ")[0].removeprefix("| ") for row in table()] == list(FAMILIES)
+
+
+@pytest.mark.parametrize("name", CORE[:4])
+def test_rows_of_the_core(name: str, families: Families) -> None:
+    """A few only: the tests of teacher and learner repeat the core's numbers."""
+    assert matrix_row(name, families / name) in table()
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_row(name: str, families: Families) -> None:
+    assert matrix_row(name, families / name) in table()
