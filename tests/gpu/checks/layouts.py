@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from common.float32_head import float32_linear
 from common.protocol.schema import TokenSequence
-from learner.trainer import packing as product
 from learner.trainer.batch_layout import PACKED, PADDED, Layout
+from learner.trainer.packing import pack
 from tests.gpu.compat import adapt_torch
 from tests.gpu.models import joined, load, model_folder, random_sequences, rms
 from tests.gpu.place import Place, gib
@@ -76,17 +75,9 @@ def packing(place: Place) -> Iterator[Figure]:
 def switch(model: Any) -> None:
     """Switch `model` to packed rows; raises RuntimeError with the product's reason if it stays padded."""
     adapt_torch()
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    product.log.addHandler(handler)
-    product.log.setLevel(logging.INFO)
-    try:
-        layout = product.pack(model)
-    finally:
-        product.log.removeHandler(handler)
-    if layout is not PACKED:
-        raise RuntimeError("; ".join(record.getMessage() for record in records))
+    reason = pack(model)
+    if reason is not None:
+        raise RuntimeError(f"the model was not packed: {reason}")
 
 
 def logprobs_and_gradient(model: Any, layout: Layout, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
