@@ -20,6 +20,7 @@ from common.protocol.fields import (
     number_field,
     pack_floats,
     pack_ids,
+    shown,
     text_field,
     unpack_floats,
     unpack_ids,
@@ -79,8 +80,8 @@ def decode_request(body: bytes) -> ScoreRequest:
     """Decode what `encode_request` made. Raises CodecError with the faulty field."""
     message = load_message(body)
     mode = message.get("mode")
-    if mode not in get_args(ScoreMode):
-        raise CodecError(f"mode is {mode!r}, must be one of {', '.join(get_args(ScoreMode))}")
+    if not isinstance(mode, str) or mode not in get_args(ScoreMode):
+        raise CodecError(f"mode is {shown(mode)}, must be one of {', '.join(get_args(ScoreMode))}")
     items = message.get("items")
     if not isinstance(items, list):
         raise CodecError("items: missing or not a list")

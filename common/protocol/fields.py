@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -16,9 +17,27 @@ MAX_ITEMS = 16_384
 MAX_FIELDS = 16
 """Upper bound for the keys of one map; no message of this protocol has more."""
 
+MAX_TEXT = 4096
+"""Upper bound for the bytes of one string, checked before the string is made."""
+
+SHOWN_CHARACTERS = 100
+"""Upper bound for the characters of a received value that an error repeats."""
+
 
 class CodecError(ValueError):
     """Bytes that are not a message of this protocol version; the text names the fault and the field."""
+
+
+class _Short(reprlib.Repr):
+    """`reprlib` cuts strings and lists before it makes their text, and bytes only afterwards."""
+
+    def repr_bytes(self, value: bytes, _: int) -> str:
+        return repr(value[: self.maxstring])
+
+
+def shown(value: object) -> str:
+    """`value` as an error shows it: short, because a reply must not repeat a body of megabytes."""
+    return _Short().repr(value)[:SHOWN_CHARACTERS]
 
 
 def pack_ids(ids: Ids) -> dict[str, Any]:
@@ -38,8 +57,8 @@ def unpack_ids(value: object, field: str) -> Ids:
     packed = map_field(value, field)
     shape, raw = _shape(packed, field), _bytes(packed, field)
     width = packed.get("w")
-    if width not in (2, 3):
-        raise CodecError(f"{field}.w: id width is {width!r}, must be 2 or 3")
+    if type(width) is not int or width not in (2, 3):
+        raise CodecError(f"{field}.w: id width is {shown(width)}, must be 2 or 3")
     _check_size(shape, width, raw, field)
     if width == 2:
         return np.frombuffer(raw, dtype="<u2").astype(np.uint32).reshape(shape)
@@ -105,16 +124,18 @@ def load_message(body: bytes) -> Mapping[str, Any]:
             body,
             raw=False,
             strict_map_key=True,
+            max_str_len=MAX_TEXT,
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_FIELDS,
             max_ext_len=0,
             **_count_containers(),
         )
     except Exception as error:  # msgpack raises its own types, ValueError and TypeError
-        raise CodecError(f"not a msgpack message: {error}") from error
+        raise CodecError(f"not a msgpack message: {str(error)[:SHOWN_CHARACTERS]}") from error
     fields = map_field(message, "the message")
-    if fields.get("v") != PROTOCOL_VERSION:
-        raise CodecError(f"protocol version is {fields.get('v')!r}, this side speaks {PROTOCOL_VERSION}")
+    version = fields.get("v")
+    if type(version) is not int or version != PROTOCOL_VERSION:
+        raise CodecError(f"protocol version is {shown(version)}, this side speaks {PROTOCOL_VERSION}")
     return fields
 
 
@@ -154,7 +175,7 @@ def _shape(packed: Mapping[str, Any], field: str) -> tuple[int, ...]:
         or len(shape) not in (1, 2)
         or any(type(n) is not int or not 0 <= n < 1 << 31 for n in shape)
     ):
-        raise CodecError(f"{field}.n: shape is {shape!r}, must be a list of one or two sizes")
+        raise CodecError(f"{field}.n: shape is {shown(shape)}, must be a list of one or two sizes")
     return tuple(shape)
 
 
@@ -183,10 +204,10 @@ def vector_field(message: Mapping[str, Any], key: str, field: str) -> Ids:
 
 
 def text_field(message: Mapping[str, Any], key: str) -> str:
-    """Return a string of at most 4096 characters."""
+    """Return a string."""
     value = message.get(key)
-    if not isinstance(value, str) or len(value) > 4096:
-        raise CodecError(f"{key}: expected a string of at most 4096 characters, got {type(value).__name__}")
+    if not isinstance(value, str):
+        raise CodecError(f"{key}: expected a string, got {type(value).__name__}")
     return value
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.protocol.schema import ForwardPathName, Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
-from teacher_server.backends.wire_size import own_tokens
+from teacher_server.backends.wire_size import own_tokens, queue_tokens
 
 
 class BackendError(RuntimeError):
@@ -51,6 +51,11 @@ class Work:
         return own_tokens(self.item)
 
     @property
+    def queue_tokens(self) -> int:
+        """Tokens that the item counts in the queue and in a batch."""
+        return queue_tokens(self.item)
+
+    @property
     def teacher_ids(self) -> int:
         """Ids per position that the teacher picks: `k`, or 0 if the mode has none."""
         return self.k if self.mode in ("teacher_topk", "union") else 0
@@ -86,8 +91,11 @@ class Backend(Protocol):
         """Return True if the model has an input embedding for every id."""
         ...
 
-    def prefill(self, ids: Ids, parent: Any | None) -> Any:
-        """State of the prefix ``parent + ids``."""
+    def prefill(self, parts: Sequence[Ids], parent: Any | None) -> list[Any]:
+        """States of the prefixes ``parent + parts[0]``, ``parent + parts[0] + parts[1]``, ..., computed together.
+
+        No part is empty.
+        """
         ...
 
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:

@@ -8,9 +8,18 @@ FIELDS_BYTES = 256
 """Upper bound for names, shapes and the context's hash of one item."""
 
 
+MIN_ITEM_TOKENS = 16
+"""Tokens that an item counts at least: what its checks, bookkeeping and reply cost on the tiniest model."""
+
+
 def own_tokens(item: ScoreItem) -> int:
     """Tokens of prompt and response; the context costs no forward pass."""
     return int(item.prompt_ids.size + item.response_ids.size)
+
+
+def queue_tokens(item: ScoreItem) -> int:
+    """Tokens that an item counts in the queue: a tiny item costs the server more than its tokens."""
+    return max(MIN_ITEM_TOKENS, own_tokens(item))
 
 
 def request_bytes(item: ScoreItem) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from common.protocol.schema import ScoreItem, ScoreMode, TeacherInfo
-from teacher_server.backends.wire_size import own_tokens, reply_bytes, request_bytes
+from teacher_server.backends.wire_size import queue_tokens, reply_bytes, request_bytes
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class RequestLimits:
     """Bytes of the request, and of its reply."""
     max_items: int | None = None
     max_tokens: int | None = None
-    """Tokens of prompts and responses."""
+    """Tokens of prompts and responses; a short item counts as `wire_size.MIN_ITEM_TOKENS`."""
 
     @classmethod
     def of(cls, info: TeacherInfo) -> RequestLimits:
@@ -49,7 +49,7 @@ def split_requests(
         total_bytes = total_tokens = 0
         for entry in same_context:
             size = max(request_bytes(item(entry)), reply_bytes(item(entry), mode, k))
-            tokens = own_tokens(item(entry))
+            tokens = queue_tokens(item(entry))
             full = (
                 total_bytes + size > limits.max_bytes
                 or total_tokens + tokens > max_tokens

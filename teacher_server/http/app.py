@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 import xxhash
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from common.protocol.codec import MEDIA_TYPE, CodecError, decode_context, decode_request, encode_response
 from common.protocol.schema import ItemError, ItemScore, ScoreRequest, TeacherInfo
-from teacher_server.backends.wire_size import reply_bytes
 from teacher_server.http.auth import Authenticator, NotAuthorised
-from teacher_server.http.bodies import ByteBudget, read_body
+from teacher_server.http.bodies import ByteBudget, memory_of, read_body
 from teacher_server.http.headers import DEADLINE_HEADER, ROUTE_HEADER
 from teacher_server.http.openapi import KEY, REFUSALS, Stored, binary_body, binary_reply, refusals, text_reply
 from teacher_server.http.replies import Conflict, Replies
@@ -25,9 +26,13 @@ from teacher_server.scoring.checks import RequestRefused
 from teacher_server.scoring.service import TeacherService
 
 T = TypeVar("T")
+V = TypeVar("V")
 
-INLINE_BYTES = 256 * 1024
-"""Bodies above this size are decoded and encoded in a thread, so that the event loop stays free."""
+INLINE_BYTES = 4096
+"""Larger bodies are decoded and encoded in a thread, so that the event loop stays free."""
+
+RESULT_BYTES = 256
+"""Counted for each result of a reply, besides its log-probs."""
 
 MAX_BODIES = 4
 """Memory bound in bodies of the largest size: for all requests in progress, and again for their replies."""
@@ -46,8 +51,9 @@ class TeacherApi:
     def __init__(self, service: TeacherService, auth: Authenticator) -> None:
         self.service = service
         self.auth = auth
-        self.max_body_bytes = service.info().max_body_bytes
-        self.body_budget = ByteBudget(MAX_BODIES * self.max_body_bytes)
+        info = service.info()
+        self.max_body_bytes, self.max_items = info.max_body_bytes, info.max_items
+        self.body_budget = ByteBudget(MAX_BODIES * memory_of(self.max_body_bytes, self.max_items))
         self.reply_budget = ByteBudget(MAX_BODIES * self.max_body_bytes)
         self.replies = Replies(REPLY_CACHE_BYTES)
 
@@ -64,9 +70,9 @@ class TeacherApi:
         tenant = self.tenant(request)
         if not _HASH.fullmatch(name):
             raise RequestRefused(422, "hash", "a context's name is 64 lowercase hex digits")
-        async with read_body(request, self.body_budget, tenant, self.max_body_bytes) as body:
+        async with read_body(request, self.body_budget, tenant, max_bytes=self.max_body_bytes) as body:
             self.service.metrics.context_bytes_in.labels(tenant).inc(len(body))
-            parent, ids = await _off_loop(decode_context, body, len(body))
+            parent, ids = await self._convert(tenant, len(body), decode_context, body)
             context = self.service.put_context(tenant, name, ids, parent)
         return JSONResponse({"hash": context.hash, "tokens": int(context.ids.size)})
 
@@ -75,47 +81,55 @@ class TeacherApi:
         tenant = self.tenant(request)
         metrics = self.service.metrics
         label = metrics.known(tenant, "")
-        try:
-            async with read_body(request, self.body_budget, tenant, self.max_body_bytes) as body:
-                try:
-                    decoded = await _off_loop(decode_request, body, len(body))
-                    label = metrics.known(tenant, decoded.run)
-                    self.service.check(decoded)
-                    label = metrics.run(tenant, decoded.run)
-                finally:
-                    metrics.bytes_in.labels(label).inc(len(body))
-                digest = await _off_loop(xxhash.xxh3_128_digest, body, len(body))
-                deadline_s = _deadline_s(request)
-                del body  # the decoded arrays are copies
-                reply = await _while_connected(
-                    request,
-                    self.replies.once(
+        async with AsyncExitStack() as stack:
+            try:
+                limits = {"max_bytes": self.max_body_bytes, "max_items": self.max_items}
+                async with read_body(request, self.body_budget, tenant, **limits) as body:
+                    size = len(body)
+                    try:
+                        decoded = await self._convert(tenant, size, decode_request, body)
+                        label = metrics.known(tenant, decoded.run)
+                        reply_size = await self._convert(tenant, size, self.service.check, decoded)
+                        label = metrics.run(tenant, decoded.run)
+                    finally:
+                        metrics.bytes_in.labels(label).inc(size)
+                    digest = await self._convert(tenant, size, xxhash.xxh3_128_digest, body)
+                    deadline_s = _deadline_s(request)
+                    del body  # the decoded arrays are copies
+                    await stack.enter_async_context(self.reply_budget.hold(tenant, reply_size))
+                    once = self.replies.once(
                         (tenant, decoded.run, decoded.request_id),
                         digest,
-                        lambda: self._compute(tenant, decoded, deadline_s),
+                        lambda: self._compute(tenant, decoded),
                         metrics.repeated.labels(label).inc,
-                    ),
-                )
-        except (Conflict, CodecError, RequestRefused) as error:
-            refusal = _as_refusal(error)
-            metrics.rejected.labels(label, refusal.code).inc()
-            metrics.requests.labels(label, str(refusal.status)).inc()
-            raise refusal from error
-        metrics.bytes_out.labels(label).inc(len(reply))
-        metrics.requests.labels(label, "200").inc()
-        return Response(reply, media_type=MEDIA_TYPE)
+                    )
+                    reply = await _while_connected(request, _within(deadline_s, once))
+            except (Conflict, CodecError, RequestRefused) as error:
+                refusal = _as_refusal(error)
+                metrics.rejected.labels(label, refusal.code).inc()
+                metrics.requests.labels(label, str(refusal.status)).inc()
+                raise refusal from error
+            metrics.bytes_out.labels(label).inc(len(reply))
+            metrics.requests.labels(label, "200").inc()
+            held = stack.pop_all()
+        return HeldReply(reply, held)
 
-    async def _compute(self, tenant: str, request: ScoreRequest, deadline_s: float) -> tuple[bytes, bool]:
-        expected = sum(reply_bytes(item, request.mode, request.k) for item in request.items)
-        async with self.reply_budget.hold(tenant, expected):
-            response = await self.service.score(tenant, request, deadline_s=deadline_s)
-            size = sum(result.logprobs.nbytes for result in response.results if isinstance(result, ItemScore))
-            # A reply with a temporary error is not kept: a repeated request may succeed.
-            temporary = any(
-                isinstance(result, ItemError) and result.code in ("internal", "unknown_context")
-                for result in response.results
-            )
-            return await _off_loop(encode_response, response, size), not temporary
+    async def _compute(self, tenant: str, request: ScoreRequest) -> tuple[bytes, bool]:
+        response = await self.service.score(tenant, request)
+        size = sum(
+            RESULT_BYTES + (result.logprobs.nbytes if isinstance(result, ItemScore) else 0)
+            for result in response.results
+        )
+        # A reply with a temporary error is not kept: a repeated request may succeed.
+        temporary = any(
+            isinstance(result, ItemError) and result.code in ("internal", "unknown_context")
+            for result in response.results
+        )
+        return await self._convert(tenant, size, encode_response, response), not temporary
+
+    async def _convert(self, tenant: str, size: int, convert: Callable[[V], T], value: V) -> T:
+        """Convert a value of `size` bytes, in the tenant's turn and in a thread if it is large."""
+        return convert(value) if size <= INLINE_BYTES else await self.service.turns.run(tenant, convert, value)
 
     def metrics(self, request: Request) -> Response:
         """Prometheus text, for the tenant `operator`."""
@@ -141,18 +155,22 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
         await service.stop()
 
     api = TeacherApi(service, auth or Authenticator())
-    app = FastAPI(title="opcd teacher", version="1", lifespan=lifespan)
+    app = FastAPI(title="opcd teacher", version="1", lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
     keyed = [Security(KEY)]
     app.add_exception_handler(RequestRefused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(CodecError, _undecodable)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _failed)
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=None, responses={503: {"description": "The server is broken: restart it."}})
     async def healthz() -> Response:
         """Liveness: 200, or 503 if the server must be restarted."""
         broken = service.failure is not None
         return JSONResponse({"status": "failed" if broken else "ok"}, 503 if broken else 200)
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", response_model=None, responses={503: {"description": REFUSALS[503]}})
     async def readyz() -> Response:
         """Readiness: 200, or 503 while the server starts, drains or is broken."""
@@ -199,6 +217,25 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
     return app
 
 
+class HeldReply(Response):
+    """A msgpack reply that holds its bytes in a budget until the client has taken them."""
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, reply: bytes, held: AsyncExitStack) -> None:
+        super().__init__(reply)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the reply. uvicorn takes the empty last message when the client has taken everything before it."""
+        async with self._held:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            body, self.body = self.body, b""
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            del body
+            await send({"type": "http.response.body", "body": b""})
+
+
 def _as_refusal(error: Conflict | CodecError | RequestRefused) -> RequestRefused:
     if isinstance(error, Conflict):
         return RequestRefused(409, "request_id", str(error))
@@ -218,6 +255,17 @@ async def _refused(_: Request, error: RequestRefused) -> JSONResponse:
 
 async def _undecodable(request: Request, error: CodecError) -> JSONResponse:
     return await _refused(request, _as_refusal(error))
+
+
+async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
+    code = {404: "not_found", 405: "method"}.get(error.status_code, "http")
+    reply = await _refused(request, RequestRefused(error.status_code, code, f"{request.method}: {error.detail}"))
+    reply.headers.update(error.headers or {})
+    return reply
+
+
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    return await _refused(request, RequestRefused(500, "internal", f"the server failed: {type(error).__name__}"))
 
 
 def _deadline_s(request: Request) -> float:
@@ -249,11 +297,15 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
             await asyncio.wait({task})
 
 
+async def _within(deadline_s: float, work: Awaitable[T]) -> T:
+    """Return the result of `work`. The deadline is this waiter's: another waiter for the same reply may have longer."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            return await work
+    except TimeoutError as error:
+        raise RequestRefused(504, "deadline", f"not scored within the requested {deadline_s:g} s") from error
+
+
 async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _off_loop(convert: Callable[..., T], value: object, size: int) -> T:
-    """Convert a value of `size` bytes, in a thread if it is large."""
-    return convert(value) if size <= INLINE_BYTES else await asyncio.to_thread(convert, value)

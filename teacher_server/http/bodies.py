@@ -21,6 +21,13 @@ WAIT_S = 10.0
 """Longest wait for room. The server does not read the body meanwhile, so the wait holds no memory."""
 
 
+ITEM_WIRE_BYTES = 40
+"""Fewest bytes of an item in a body."""
+
+ITEM_BYTES = 4096
+"""Memory of an item from decoding to its result: arrays, queue entry, score."""
+
+
 @dataclass(slots=True, eq=False)
 class _Waiter:
     tenant: str
@@ -29,7 +36,7 @@ class _Waiter:
 
 
 class ByteBudget:
-    """A semaphore of bytes, first come first served. One tenant holds at most half, so no size may be above half."""
+    """A semaphore of bytes, first come first served. One tenant holds at most half; a larger size counts as half."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -44,6 +51,7 @@ class ByteBudget:
     @asynccontextmanager
     async def hold(self, tenant: str, size: int) -> AsyncIterator[None]:
         """Hold `size` bytes until the scope ends. Raises RequestRefused (429) after `WAIT_S` without room."""
+        size = min(size, self._max_bytes // 2)
         waiter = _Waiter(tenant, size)
         self._waiters.append(waiter)
         try:
@@ -76,9 +84,18 @@ class ByteBudget:
             waiter.admitted.set()
 
 
+def memory_of(size: int, max_items: int) -> int:
+    """Bytes that a body of `size` bytes holds once it is decoded: tiny items take far more memory than on the wire."""
+    return size + ITEM_BYTES * min(max_items, size // ITEM_WIRE_BYTES)
+
+
 @asynccontextmanager
-async def read_body(request: Request, budget: ByteBudget, tenant: str, max_bytes: int) -> AsyncIterator[bytes]:
-    """Read a body and hold its bytes in `budget` until the scope ends. A body without Content-Length holds `max_bytes`.
+async def read_body(
+    request: Request, budget: ByteBudget, tenant: str, *, max_bytes: int, max_items: int = 0
+) -> AsyncIterator[bytes]:
+    """Read a body and hold its `memory_of` in `budget` until the scope ends.
+
+    A body without Content-Length counts as `max_bytes`.
 
     Raises RequestRefused: 408 (too slow), 413 (too large), 429 (no room), 499 (the client left).
     """
@@ -86,7 +103,7 @@ async def read_body(request: Request, budget: ByteBudget, tenant: str, max_bytes
     size = int(declared) if declared.isdigit() else max_bytes
     if size > max_bytes:
         raise RequestRefused(413, "body", f"the body has {size} bytes, at most {max_bytes}")
-    async with budget.hold(tenant, size):
+    async with budget.hold(tenant, memory_of(size, max_items)):
         yield await _collect(request, size)
 
 

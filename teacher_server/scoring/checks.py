@@ -6,7 +6,7 @@ import math
 
 from common.protocol.schema import Context, ItemError, ScoreItem, ScoreRequest, TeacherInfo
 from teacher_server.backends.base import Backend
-from teacher_server.backends.wire_size import own_tokens, reply_bytes
+from teacher_server.backends.wire_size import MIN_ITEM_TOKENS, queue_tokens, reply_bytes
 
 MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 1e-3
@@ -20,8 +20,11 @@ class RequestRefused(ValueError):
         self.status, self.code, self.retry_after_s = status, code, retry_after_s
 
 
-def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
-    """Check mode, temperature, k, number of items, tokens and size of the reply. Raises RequestRefused."""
+def check_request(request: ScoreRequest, info: TeacherInfo) -> int:
+    """Check mode, temperature, k, number of items, tokens and size of the reply. Raises RequestRefused.
+
+    Returns an upper bound for the bytes of the reply.
+    """
     if request.mode not in info.modes:
         raise RequestRefused(
             400, "mode", f"mode {request.mode} is not offered by this teacher ({', '.join(info.modes)} are)"
@@ -40,13 +43,13 @@ def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
         )
     if len(request.items) > info.max_items:
         raise RequestRefused(413, "items", f"{len(request.items)} items, at most {info.max_items} in one request")
-    tokens = sum(map(own_tokens, request.items))
+    tokens = sum(map(queue_tokens, request.items))
     if len(request.items) > 1 and tokens > info.max_request_tokens:
         raise RequestRefused(
             413,
             "tokens",
-            f"{len(request.items)} items have {tokens} prompt and response tokens, at most {info.max_request_tokens} "
-            "in one request of several items: send fewer items at a time",
+            f"{len(request.items)} items have {tokens} prompt and response tokens (an item counts as at least "
+            f"{MIN_ITEM_TOKENS}), at most {info.max_request_tokens} in one request of several items: send fewer items",
         )
     reply = sum(reply_bytes(item, request.mode, request.k) for item in request.items)
     if reply > info.max_body_bytes:
@@ -56,14 +59,15 @@ def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
             f"the scores of {len(request.items)} items would take {reply} bytes, at most {info.max_body_bytes}: "
             "send fewer at a time, or a smaller k",
         )
-    if not request.run or len(request.run) > 128:
-        raise RequestRefused(400, "run", "the run's name must have 1 to 128 characters")
+    if not 0 < len(request.run) <= 128 or not request.run.isprintable():
+        raise RequestRefused(400, "run", "the run's name must have 1 to 128 printable characters")
+    return reply
 
 
 def check_item(
     item: ScoreItem, context: Context | None, request: ScoreRequest, info: TeacherInfo, backend: Backend
 ) -> ItemError | None:
-    """Check shapes, ids and lengths of one item against its stored `context`; None if the item is valid."""
+    """Check shapes, ids and lengths of one item under its stored `context`; None if the item is valid."""
     tokens = int(item.response_ids.size)
     wants_ids = request.mode in ("at_ids", "union")
     if wants_ids != (item.topk_ids is not None):
@@ -71,15 +75,13 @@ def check_item(
         return ItemError("bad_shape", f"mode {request.mode} {need} topk ids")
     if item.topk_ids is not None:
         shape = item.topk_ids.shape
-        if len(shape) != 2 or shape[0] != tokens or not 1 <= shape[1] <= info.max_k:
+        fewest = 1 if tokens else 0
+        if len(shape) != 2 or shape[0] != tokens or not fewest <= shape[1] <= info.max_k:
             return ItemError(
                 "bad_shape",
-                f"topk ids of {tokens} response tokens have shape {list(shape)}, must be [{tokens}, 1 to {info.max_k}]",
+                f"topk ids of {tokens} response tokens have shape {list(shape)}, must be "
+                f"[{tokens}, {fewest} to {info.max_k}]",
             )
-    if item.context is not None and context is None:
-        return ItemError(
-            "unknown_context", f"context {item.context} is not stored (never put, or evicted): put the context again"
-        )
     context_tokens = 0 if context is None else int(context.ids.size)
     total = context_tokens + int(item.prompt_ids.size) + tokens
     if total > info.max_sequence_tokens:

@@ -1,12 +1,13 @@
 """Contexts by content hash: the tokens that clients put, and the states that the backend computes from them.
 
-Both stores are bounded in bytes and evict the least recently used entry. Names are always (tenant, hash): a tenant
-cannot see the contexts of another tenant, nor detect them by timing.
+Both stores are bounded in bytes. They evict the least recently used entry of the tenant that holds most, so a tenant
+with endless contexts evicts its own. Names are always (tenant, hash): a tenant cannot see the contexts of another
+tenant, nor detect them by timing.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ import numpy as np
 from common.protocol.schema import Context, Ids, context_hash
 from teacher_server.backends.base import Backend
 
-MAX_PARENTS = 256
-"""Maximum length of a chain of parents: each parent costs a merge in every layer of every forward pass."""
+MAX_CHAIN = 16
+"""Maximum number of contexts in a chain of parents: each costs a merge in every layer of every forward pass."""
 
-MAX_CONTEXTS = 65_536
-"""Maximum number of stored contexts, over all tenants: a short context takes far more memory than its ids."""
+OVERHEAD_BYTES = 4096
+"""Counted for each stored context: a short context takes far more memory than its ids."""
 
 Name = tuple[str, str]
 """(tenant, context hash)."""
@@ -44,22 +45,28 @@ class ContextStore:
         self._fingerprint = tokenizer_fingerprint
         self._max_tokens = max_tokens
         self._max_bytes = max_bytes
-        self._contexts: OrderedDict[Name, Context] = OrderedDict()
-        self.nbytes = 0
+        self._contexts: dict[str, OrderedDict[str, Context]] = {}
+        self._bytes: Counter[str] = Counter()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all contexts."""
+        return self._bytes.total()
 
     def put(self, tenant: str, name: str, ids: Ids, parent: str | None) -> Context:
         """Store ``parent + ids`` under `name`. Putting a context again changes nothing. Raises ContextRefused."""
-        stored = self.get(tenant, name)
+        if not ids.size:
+            raise ContextRefused("empty", "a context has at least one token, and at least one after its parent's")
         if parent is not None:
             head = self.get(tenant, parent)
             if head is None:
                 raise ContextRefused("unknown_parent", f"parent {parent} is not stored: put the parent first")
             ids = np.concatenate([head.ids, ids])
-            if len(self.parents(tenant, head)) + 1 >= MAX_PARENTS:
-                raise ContextRefused("too_deep", f"more than {MAX_PARENTS} contexts in a chain: drop `parent`")
-        if not 0 < ids.size < self._max_tokens:
+            if len(self.parents(tenant, head)) + 2 > MAX_CHAIN:
+                raise ContextRefused("too_deep", f"more than {MAX_CHAIN} contexts in a chain: drop `parent`")
+        if ids.size >= self._max_tokens:
             raise ContextRefused(
-                "too_long", f"a context has 1 to {self._max_tokens - 1} tokens with this model, this one has {ids.size}"
+                "too_long", f"a context has at most {self._max_tokens - 1} tokens with this model, not {ids.size}"
             )
         actual = context_hash(self._fingerprint, ids)
         if actual != name:
@@ -68,24 +75,32 @@ class ContextStore:
                 f"these {ids.size} tokens hash to {actual} under this teacher's tokenizer, not to {name}: "
                 "the tokens are damaged, or the client uses another tokenizer",
             )
-        if stored is not None:
+        if (stored := self.get(tenant, name)) is not None:
             return stored
-        if ids.nbytes > self._max_bytes:
-            raise ContextRefused("too_long", f"{ids.nbytes} bytes of ids, at most {self._max_bytes}")
+        size = ids.nbytes + OVERHEAD_BYTES
+        if size > self._max_bytes:
+            raise ContextRefused("too_long", f"{size} bytes of ids, at most {self._max_bytes}")
         context = Context(hash=name, ids=ids, parent=parent)
-        self._contexts[tenant, name] = context
-        self.nbytes += ids.nbytes
-        while self.nbytes > self._max_bytes or len(self._contexts) > MAX_CONTEXTS:
-            _, oldest = self._contexts.popitem(last=False)
-            self.nbytes -= oldest.ids.nbytes
+        self._contexts.setdefault(tenant, OrderedDict())[name] = context
+        self._bytes[tenant] += size
+        while self.nbytes > self._max_bytes:
+            self._evict()
         return context
+
+    def _evict(self) -> None:
+        ((tenant, _),) = self._bytes.most_common(1)
+        _, oldest = self._contexts[tenant].popitem(last=False)
+        self._bytes[tenant] -= oldest.ids.nbytes + OVERHEAD_BYTES
+        if not self._contexts[tenant]:
+            del self._contexts[tenant], self._bytes[tenant]
 
     def get(self, tenant: str, name: str) -> Context | None:
         """Return the context and mark it as used; None if the tenant has not put it or it was evicted."""
-        context = self._contexts.get((tenant, name))
-        if context is not None:
-            self._contexts.move_to_end((tenant, name))
-        return context
+        contexts = self._contexts.get(tenant)
+        if contexts is None or name not in contexts:
+            return None
+        contexts.move_to_end(name)
+        return contexts[name]
 
     def parents(self, tenant: str, context: Context) -> tuple[Context, ...]:
         """Stored ancestors, the nearest first, up to the first missing one."""
@@ -96,7 +111,7 @@ class ContextStore:
         return tuple(found)
 
     def __len__(self) -> int:
-        return len(self._contexts)
+        return sum(map(len, self._contexts.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +164,13 @@ class PrefixCache:
         self._backend = backend
         self._max_bytes = max_bytes
         self._entries: OrderedDict[tuple[str, str, int], _Entry] = OrderedDict()
-        self.nbytes = 0
+        self._bytes: Counter[str] = Counter()
         self.counts = CacheCounts()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return self._bytes.total()
 
     def fits(self, ref: ContextRef) -> bool:
         """Check that the states of a context and its parents fit into an empty cache together."""
@@ -187,42 +207,46 @@ class PrefixCache:
         for entry in reversed(list(self._entries.values())):
             if entry.key[2] != self._backend.weight_version:
                 del self._entries[entry.key]
-                self.nbytes -= entry.state.nbytes
+                self._bytes[entry.key[0]] -= entry.state.nbytes
 
     def _compute(self, ref: ContextRef) -> _Entry:
+        """Compute all missing states of a chain together: a forward pass for each would cost as many times more."""
         parent: _Entry | None = None
-        chain = (*reversed(ref.parents), ref.context)
-        for context in chain:
+        missing: list[Context] = []
+        for context in (*reversed(ref.parents), ref.context):
             entry = self._entries.get(self._key(ref.tenant, context))
-            if entry is None:
-                entry = self._compute_one(ref.tenant, context, parent)
+            if entry is not None:
+                parent, missing = entry, []
+            else:
+                missing.append(context)
+        begin = 0 if parent is None else parent.state.total_tokens
+        ends = [begin, *(int(context.ids.size) for context in missing)]
+        parts = [ref.context.ids[start:end] for start, end in pairwise(ends)]
+        if parent is not None:
+            parent.pins += 1
+        try:
+            self._make_room(sum(self._backend.prefix_bytes(int(part.size)) for part in parts))
+            states = self._backend.prefill(parts, None if parent is None else parent.state)
+        finally:
+            if parent is not None:
+                parent.pins -= 1
+        self.counts.computed_tokens += ends[-1] - begin
+        self.counts.hit_tokens += begin
+        for context, state in zip(missing, states, strict=True):
+            entry = _Entry(state, self._key(ref.tenant, context), parent)
+            if parent is not None:
+                parent.children += 1
+            self._entries[entry.key] = entry
+            self._bytes[ref.tenant] += state.nbytes
             parent = entry
         assert parent is not None
         return parent
 
-    def _compute_one(self, tenant: str, context: Context, parent: _Entry | None) -> _Entry:
-        begin = 0 if parent is None else parent.state.total_tokens
-        ids = context.ids[begin:]
-        if parent is not None:
-            parent.pins += 1
-        try:
-            self._make_room(self._backend.prefix_bytes(int(ids.size)))
-            state = self._backend.prefill(ids, None if parent is None else parent.state)
-        finally:
-            if parent is not None:
-                parent.pins -= 1
-        self.counts.computed_tokens += int(ids.size)
-        self.counts.hit_tokens += begin
-        entry = _Entry(state, self._key(tenant, context), parent)
-        if parent is not None:
-            parent.children += 1
-        self._entries[entry.key] = entry
-        self.nbytes += state.nbytes
-        return entry
-
     def _make_room(self, needed: int) -> None:
         while self._entries and self.nbytes + needed > self._max_bytes:
-            victim = next((e for e in self._entries.values() if not e.pins and not e.children), None)
+            idle = (entry for entry in self._entries.values() if not entry.pins and not entry.children)
+            # `max` returns the first of equals: the least recently used of the tenant that holds most.
+            victim = max(idle, key=lambda entry: self._bytes[entry.key[0]], default=None)
             if victim is None:
                 raise CacheFull(f"{self.nbytes} bytes of context states are in use, {needed} more are needed")
             self._drop(victim)
@@ -230,7 +254,7 @@ class PrefixCache:
 
     def _drop(self, entry: _Entry) -> None:
         del self._entries[entry.key]
-        self.nbytes -= entry.state.nbytes
+        self._bytes[entry.key[0]] -= entry.state.nbytes
         if entry.parent is not None:
             entry.parent.children -= 1
 

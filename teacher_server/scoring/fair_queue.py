@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from itertools import count
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+MAX_RUNS = 64
+"""Runs of a tenant that wait in separate queues; the runs after them share one. Every turn looks at all of them."""
+
+OTHERS = "*"
+"""Queue of the runs above `MAX_RUNS`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +30,8 @@ class _Flow(Generic[T]):
     """Advance on the credit of a newcomer, for its first item."""
     tokens: int = 0
     """Waiting tokens, of all members."""
-    items: deque[tuple[T, int]] = field(default_factory=deque)
+    items: OrderedDict[int, tuple[T, int]] = field(default_factory=OrderedDict)
+    """Items with their tokens by number, so that one in the middle leaves at once."""
     members: dict[str, _Flow[T]] = field(default_factory=dict)
     lead: int = 0
     """Tokens to serve before the next loan: new names cannot keep overtaking the known ones."""
@@ -54,7 +63,7 @@ class _Flow(Generic[T]):
 
     def cost(self) -> int:
         """Tokens of the next item."""
-        return self.items[0][1] if self.items else self.head().cost()
+        return next(iter(self.items.values()))[1] if self.items else self.head().cost()
 
     def serve(self, tokens: int) -> None:
         """Charge an item that leaves."""
@@ -62,6 +71,10 @@ class _Flow(Generic[T]):
         self.tokens -= tokens
         self.lead -= tokens
         self.loan = 0
+
+
+Ticket = tuple[_Flow[Any], _Flow[Any], int]
+"""Place of an item: its tenant, its run, its number."""
 
 
 class FairQueue(Generic[T]):
@@ -72,6 +85,7 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._root: _Flow[T] = _Flow()
+        self._numbers = count()
 
     @property
     def tokens(self) -> int:
@@ -90,14 +104,18 @@ class FairQueue(Generic[T]):
             flow = flow.members.get(run)
         return 0 if flow is None else flow.tokens
 
-    def push(self, tenant: str, run: str, item: T, tokens: int) -> None:
-        """Append `item`, which costs `tokens` (at least 1)."""
+    def push(self, tenant: str, run: str, item: T, tokens: int) -> Ticket:
+        """Append `item`, which costs `tokens` (at least 1). The ticket is for `discard`."""
         tokens = max(1, tokens)
         owner = self._root.open(tenant, tokens)
+        if run not in owner.members and len(owner.members) >= MAX_RUNS:
+            run = OTHERS
         queue = owner.open(run, tokens)
-        queue.items.append((item, tokens))
+        number = next(self._numbers)
+        queue.items[number] = (item, tokens)
         for flow in (self._root, owner, queue):
             flow.tokens += tokens
+        return owner, queue, number
 
     def pop(self, max_tokens: float = math.inf) -> T | None:
         """Remove and return the next item; None if the queue is empty or the item has more than `max_tokens`."""
@@ -105,10 +123,10 @@ class FairQueue(Generic[T]):
             return None
         owner = self._root.head()
         queue = owner.head()
-        item, tokens = queue.items[0]
+        number, (item, tokens) = next(iter(queue.items.items()))
         if tokens > max_tokens:
             return None
-        queue.items.popleft()
+        del queue.items[number]
         for flow in (self._root, owner, queue):
             flow.serve(tokens)
         if not self.tokens:
@@ -123,15 +141,9 @@ class FairQueue(Generic[T]):
         if self.tokens > self.waiting_tokens(tenant):
             self._root.open(tenant, 0).credit -= tokens
 
-    def discard(self, tenant: str, run: str, items: list[T]) -> None:
-        """Remove those of `items` that still wait."""
-        owner = self._root.members.get(tenant)
-        queue = None if owner is None else owner.members.get(run)
-        if not items or owner is None or queue is None:
-            return
-        unwanted = set(map(id, items))
-        kept = deque(entry for entry in queue.items if id(entry[0]) not in unwanted)
-        tokens = queue.tokens - sum(tokens for _, tokens in kept)
-        queue.items = kept
-        for flow in (self._root, owner, queue):
-            flow.tokens -= tokens
+    def discard(self, tickets: Iterable[Ticket]) -> None:
+        """Remove the items of `tickets` that still wait, at no cost for those behind them."""
+        for owner, queue, number in tickets:
+            _, tokens = queue.items.pop(number, (None, 0))
+            for flow in (self._root, owner, queue):
+                flow.tokens -= tokens

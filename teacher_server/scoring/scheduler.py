@@ -18,7 +18,7 @@ from common.protocol.schema import ItemError, ItemScore
 from teacher_server.backends.base import Backend, BackendLost, Work
 from teacher_server.scoring.batch_size import BatchSizer
 from teacher_server.scoring.contexts import CacheFull, ContextRef, Name, PrefixCache
-from teacher_server.scoring.fair_queue import FairQueue
+from teacher_server.scoring.fair_queue import FairQueue, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ RUN_SHARE = 0.25
 
 TENANT_SHARE = 0.5
 """Part of the queue that one tenant may fill with more than one request."""
+
+
+SLICE_ITEMS = 128
+"""Items that enter the queue before other work of the event loop has its turn."""
 
 
 class QueueFull(RuntimeError):
@@ -46,15 +50,41 @@ Versioned = tuple[ItemScore | ItemError, int]
 
 
 @dataclass(slots=True, eq=False)
-class Job:
-    """One queued item. The worker thread fills in `work.prefix`."""
+class Submission:
+    """The items that one caller waits for."""
 
     tenant: str
     run: str
+    results: list[Versioned | None]
+    done: asyncio.Future[None]
+    """Set with the last result, or with the fault that ends the batch loop; cancelled with its caller."""
+    queued_at: float = field(default_factory=time.monotonic)
+    missing: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.missing = len(self.results)
+
+    def set(self, index: int, result: Versioned) -> None:
+        """Keep the result of item `index`."""
+        self.results[index] = result
+        self.missing -= 1
+        if not self.missing and not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """End the wait with `error`."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One queued item. The worker thread fills in `work.prefix`."""
+
+    submission: Submission
+    index: int
     work: Work
     context: ContextRef | None
-    future: asyncio.Future[Versioned]
-    queued_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +162,26 @@ class Scheduler:
         """
         if self.failure is not None:
             raise SchedulerStopped(self.failure)
-        self._admit(tenant, run, sum(work.own_tokens for work, _ in works))
+        self._admit(tenant, run, sum(work.queue_tokens for work, _ in works))
         self._sizer.record_request(tenant, run)
-        loop = asyncio.get_running_loop()
+        if not works:
+            return []
         if not self.queue.tokens:
             self._waiting_since = time.monotonic()
-        jobs = [Job(tenant, run, work, context, loop.create_future()) for work, context in works]
-        for job in jobs:
-            self.queue.push(tenant, run, job, job.work.own_tokens)
-        self._arrived.set()
+        submission = Submission(tenant, run, [None] * len(works), asyncio.get_running_loop().create_future())
+        tickets: list[Ticket] = []
         try:
-            return list(await asyncio.gather(*(job.future for job in jobs)))
+            for index, (work, context) in enumerate(works):
+                if index % SLICE_ITEMS == 0 and index:
+                    await asyncio.sleep(0)
+                tickets.append(self.queue.push(tenant, run, Job(submission, index, work, context), work.queue_tokens))
+                self._arrived.set()
+            await submission.done
         finally:
-            self.queue.discard(tenant, run, [job for job in jobs if not job.future.done() or job.future.cancelled()])
+            if submission.missing:
+                submission.done.cancel()
+                self.queue.discard(tickets)
+        return [result for result in submission.results if result is not None]
 
     def _admit(self, tenant: str, run: str, tokens: int) -> None:
         run_tokens, tenant_tokens = self.queue.waiting_tokens(tenant, run), self.queue.waiting_tokens(tenant)
@@ -171,8 +208,7 @@ class Scheduler:
                 self.queue.charge(tenant, tokens)
             self._on_batch(report)
             for job, result in zip(jobs, results, strict=True):
-                if not job.future.done():
-                    job.future.set_result((result, version))
+                job.submission.set(job.index, (result, version))
             self._running = []
 
     def _fail_waiting(self, task: asyncio.Task[None]) -> None:
@@ -185,8 +221,7 @@ class Scheduler:
         while (job := self.queue.pop()) is not None:
             self._running.append(job)
         for job in self._running:
-            if not job.future.done():
-                job.future.set_exception(SchedulerStopped(self.failure))
+            job.submission.fail(SchedulerStopped(self.failure))
         self._on_failure(self.failure)
 
     async def _wait_for_work(self) -> bool:
@@ -219,10 +254,10 @@ class Scheduler:
             job = self.queue.pop(budget - tokens if jobs else math.inf)
             if job is None:
                 break
-            if job.future.done():
+            if job.submission.done.done():
                 continue
             jobs.append(job)
-            tokens += job.work.own_tokens
+            tokens += job.work.queue_tokens
             if job.context is not None and job.context.name not in missing and not self.cache.holds(job.context):
                 missing.add(job.context.name)
                 tokens += int(job.context.context.ids.size)
@@ -278,7 +313,7 @@ class Scheduler:
                     works.append(replace(job.work, prefix=prefix))
                     computed = self.cache.counts.computed_tokens - before
                     if computed:
-                        account = (job.tenant, job.run)
+                        account = (job.submission.tenant, job.submission.run)
                         context_tokens[account] = context_tokens.get(account, 0) + computed
                 scored = self._backend.score(works)
                 if len(scored) != len(works):  # every score behind the gap would belong to another item

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,6 @@ from common.protocol.schema import (
     Ids,
     ItemError,
     ItemScore,
-    ScoreItem,
     ScoreRequest,
     ScoreResponse,
     TeacherInfo,
@@ -26,6 +26,10 @@ from teacher_server.scoring.checks import RequestRefused, check_item, check_requ
 from teacher_server.scoring.contexts import ContextRef, ContextRefused, ContextStore
 from teacher_server.scoring.metrics import Metrics
 from teacher_server.scoring.scheduler import RUN_SHARE, BatchReport, QueueFull, Scheduler, SchedulerStopped
+from teacher_server.scoring.turns import Turns
+
+INLINE_ITEMS = 16
+"""Requests of more items are checked in a thread, so that the event loop stays free."""
 
 CONTEXT_IDS_BYTES = 256 * 1024 * 1024
 """Bound on the ids of all stored contexts. ``teacher.context_cache_bytes`` bounds their states."""
@@ -69,6 +73,7 @@ class TeacherService:
         self._broken: str | None = None
         self.contexts = ContextStore(identity.tokenizer, max_tokens=self._max_sequence, max_bytes=CONTEXT_IDS_BYTES)
         self.metrics = Metrics()
+        self.turns = Turns()
 
     def start(self) -> None:
         """Start taking requests."""
@@ -176,38 +181,45 @@ class TeacherService:
         """Store a context. Raises RequestRefused."""
         if self._draining:
             raise _shutting_down()
+        if not self._backend.embeds(ids):
+            raise RequestRefused(
+                422,
+                "bad_ids",
+                f"token id {int(ids.max())} is not in this model's vocabulary of {self._backend.vocab_size}",
+            )
         try:
             return self.contexts.put(tenant, name, ids, parent)
         except ContextRefused as error:
             status = 404 if error.code == "unknown_parent" else 422
             raise RequestRefused(status, error.code, str(error)) from error
 
-    def check(self, request: ScoreRequest) -> TeacherInfo:
-        """Check a request against the bounds of the handshake. Raises RequestRefused."""
-        info = self.info()
-        check_request(request, info)
-        return info
+    def check(self, request: ScoreRequest) -> int:
+        """Check a request against the bounds of the handshake. Thread-safe. Raises RequestRefused.
 
-    async def score(self, tenant: str, request: ScoreRequest, *, deadline_s: float | None = None) -> ScoreResponse:
+        Returns an upper bound for the bytes of its reply.
+        """
+        return check_request(request, self.info())
+
+    async def score(self, tenant: str, request: ScoreRequest) -> ScoreResponse:
         """Score each valid item and return an ItemError for each other one.
 
-        After `deadline_s` the items leave the queue. Raises RequestRefused for the whole request.
+        Items of a cancelled caller leave the queue. Raises RequestRefused for the whole request.
         """
         scheduler = self._scheduler
         self._refuse_if_broken()
         if scheduler is None or self._draining:
             raise _shutting_down()
-        info = self.check(request)
-        faults, works = self._prepare(tenant, request, info, scheduler)
+        contexts = self._find_contexts(tenant, request, scheduler)
+        if len(request.items) > INLINE_ITEMS:
+            faults, works = await self.turns.run(tenant, self._prepare, request, contexts)
+        else:
+            faults, works = self._prepare(request, contexts)
         try:
-            async with asyncio.timeout(deadline_s):
-                scored, version = await _score_with_one_version(scheduler, tenant, request.run, works)
+            scored, version = await _score_with_one_version(scheduler, tenant, request.run, works)
         except QueueFull as error:
             raise RequestRefused(429, "busy", str(error), retry_after_s=error.retry_after_s) from error
         except SchedulerStopped as error:
             raise RequestRefused(503, "broken", str(error)) from error
-        except TimeoutError as error:
-            raise RequestRefused(504, "deadline", f"not scored within the requested {deadline_s:g} s") from error
         self._refuse_if_broken()  # an update may have failed while these items waited
         scores = iter(scored)
         results = tuple(next(scores) if fault is None else fault for fault in faults)
@@ -234,29 +246,46 @@ class TeacherService:
         if self._broken is not None:
             raise RequestRefused(503, "broken", self._broken)
 
+    def _find_contexts(
+        self, tenant: str, request: ScoreRequest, scheduler: Scheduler
+    ) -> dict[str, ContextRef | ItemError]:
+        """The contexts that the items name, or the fault of all items under one."""
+        found: dict[str, ContextRef | ItemError] = {}
+        for name in {item.context for item in request.items if item.context is not None}:
+            context = self.contexts.get(tenant, name)
+            if context is None:
+                found[name] = ItemError(
+                    "unknown_context", f"context {name} is not stored (never put, or evicted): put the context again"
+                )
+                continue
+            ref = ContextRef(tenant, context, self.contexts.parents(tenant, context))
+            found[name] = ref
+            if not scheduler.cache.fits(ref):
+                found[name] = ItemError(
+                    "too_long",
+                    f"the state of a context of {context.ids.size} tokens takes more than "
+                    f"teacher.context_cache_bytes={self._config.context_cache_bytes}",
+                )
+        return found
+
     def _prepare(
-        self, tenant: str, request: ScoreRequest, info: TeacherInfo, scheduler: Scheduler
+        self, request: ScoreRequest, contexts: Mapping[str, ContextRef | ItemError]
     ) -> tuple[list[ItemError | None], list[tuple[Work, ContextRef | None]]]:
-        """Return a fault or None for each item, and the work of the items without a fault."""
+        """Return a fault or None for each item, and the work of the items without a fault. Thread-safe."""
+        info = self.info()
+        check_request(request, info)
         faults: list[ItemError | None] = []
         works: list[tuple[Work, ContextRef | None]] = []
         for item in request.items:
-            ref = self._find_context(tenant, item)
-            fault = check_item(item, None if ref is None else ref.context, request, info, self._backend)
-            if fault is None and ref is not None and not scheduler.cache.fits(ref):
-                fault = ItemError(
-                    "too_long",
-                    f"the state of a context of {ref.context.ids.size} tokens takes more than "
-                    f"teacher.context_cache_bytes={self._config.context_cache_bytes}",
-                )
+            context = None if item.context is None else contexts[item.context]
+            if isinstance(context, ItemError):
+                faults.append(context)
+                continue
+            fault = check_item(item, None if context is None else context.context, request, info, self._backend)
             faults.append(fault)
             if fault is None:
-                works.append((Work(item, None, request.mode, request.temperature, request.k), ref))
+                works.append((Work(item, None, request.mode, request.temperature, request.k), context))
         return faults, works
-
-    def _find_context(self, tenant: str, item: ScoreItem) -> ContextRef | None:
-        context = None if item.context is None else self.contexts.get(tenant, item.context)
-        return None if context is None else ContextRef(tenant, context, self.contexts.parents(tenant, context))
 
     def _observe(self, report: BatchReport) -> None:
         metrics = self.metrics
@@ -265,8 +294,8 @@ class TeacherService:
         metrics.batch_tokens.observe(report.own_tokens)
         metrics.batch_s.observe(report.seconds)
         for job in report.jobs:
-            label = metrics.run(job.tenant, job.run)
-            metrics.queue_s.labels(label).observe(report.began - job.queued_at)
+            label = metrics.run(job.submission.tenant, job.submission.run)
+            metrics.queue_s.labels(label).observe(report.began - job.submission.queued_at)
             metrics.tokens_computed.labels(label).inc(job.work.own_tokens)
             if job.context is not None:
                 requested[label] = requested.get(label, 0) + int(job.context.context.ids.size)
@@ -277,12 +306,11 @@ class TeacherService:
 
     def _count(self, tenant: str, request: ScoreRequest, results: Sequence[ItemScore | ItemError]) -> None:
         label = self.metrics.run(tenant, request.run)
-        for result in results:
-            if isinstance(result, ItemError):
-                self.metrics.rejected.labels(label, result.code).inc()
-            else:
-                self.metrics.tokens_scored.labels(label).inc(result.sampled_logprob.size)
-                self.metrics.floored.labels(label).inc(result.floored)
+        scores = [result for result in results if isinstance(result, ItemScore)]
+        self.metrics.tokens_scored.labels(label).inc(sum(score.sampled_logprob.size for score in scores))
+        self.metrics.floored.labels(label).inc(sum(score.floored for score in scores))
+        for code, count in Counter(result.code for result in results if isinstance(result, ItemError)).items():
+            self.metrics.rejected.labels(label, code).inc(count)
 
 
 def _shutting_down() -> RequestRefused:

@@ -89,7 +89,7 @@ def seconds(action: Callable[[], object]) -> float:
 def cache_speedup(backend: TransformersBackend) -> Figures:
     """Context of 1,024 tokens, cached, against the same backend with the context ahead of every prompt."""
     context = as_ids(np.random.default_rng(1).integers(0, 49_152, 1024))
-    prefix = backend.prefill(context, None)
+    prefix = backend.prefill([context], None)[0]
     cached, whole = works(make_items(16), prefix), works(make_items(16, lead=context))
     backend.score(cached)
     with_cache, without = [], []
@@ -107,7 +107,7 @@ def cache_speedup(backend: TransformersBackend) -> Figures:
 
 def linearity(backend: TransformersBackend) -> Figures:
     """Seconds a sample at 64 samples over seconds a sample at 8."""
-    prefix = backend.prefill(as_ids(np.random.default_rng(1).integers(0, 49_152, 1024)), None)
+    prefix = backend.prefill([as_ids(np.random.default_rng(1).integers(0, 49_152, 1024))], None)[0]
     few, many = works(make_items(8), prefix), works(make_items(64), prefix)
     backend.score(few)
     each_few, each_many = [], []
@@ -145,8 +145,10 @@ def print_memory() -> None:
     torch.set_num_threads(THREADS)
     backend = TransformersBackend.load(str(MODEL))
     context = as_ids(np.random.default_rng(1).integers(0, 49_152, 4096))
-    backend.score(works(make_items(2), backend.prefill(context[:64], None)))  # the libraries' own first allocations
-    prefix = backend.prefill(context, None)
+    backend.score(
+        works(make_items(2), backend.prefill([context[:64]], None)[0])
+    )  # the libraries' own first allocations
+    prefix = backend.prefill([context], None)[0]
     held = prefix.nbytes
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -112,9 +112,9 @@ class TransformersBackend:
         )
 
     @torch.inference_mode()
-    def prefill(self, ids: Ids, parent: Any | None) -> Any:
-        """State of the prefix ``parent + ids`` on this model's path."""
-        return self._path.prefill(ids, parent)
+    def prefill(self, parts: Sequence[Ids], parent: Any | None) -> list[Any]:
+        """States of the prefixes ``parent + parts[0]``, ``parent + parts[0] + parts[1]``, ... on this model's path."""
+        return self._path.prefill(parts, parent)
 
     @torch.inference_mode()
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:

@@ -38,8 +38,8 @@ class ForwardPath(Protocol):
     name: ForwardPathName
     cost: str
 
-    def prefill(self, ids: Ids, parent: Any) -> Any:
-        """State of the prefix ``parent + ids``."""
+    def prefill(self, parts: Sequence[Ids], parent: Any) -> list[Any]:
+        """States of the prefixes ``parent + parts[0]``, ``parent + parts[0] + parts[1]``, ..."""
         ...
 
     def prefix_bytes(self, tokens: int) -> int:
@@ -119,8 +119,7 @@ class _PathCheck:
         ids = self.ids
         a, b, c = len(ids) // 4, len(ids) // 2, 5 * len(ids) // 8
         with torch.inference_mode():
-            parent = path.prefill(ids[:a], None)
-            child = path.prefill(ids[a:b], parent)
+            _, child = path.prefill([ids[:a], ids[a:b]], None)
             sequences = [
                 PrefixedSequence(child, ids[b:c], ids[c:]),
                 PrefixedSequence(child, ids[:0], ids[b:]),

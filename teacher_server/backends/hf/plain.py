@@ -52,7 +52,15 @@ class FullPath:
         self._decoder = model.get_decoder()
         self._pass_tokens = 1 if alone else CPU_PASS_TOKENS if model.device.type == "cpu" else PASS_TOKENS
 
-    def prefill(self, ids: Ids, parent: PlainPrefix | None) -> PlainPrefix:
+    def prefill(self, parts: Sequence[Ids], parent: PlainPrefix | None) -> list[PlainPrefix]:
+        """States of the prefixes ``parent + parts[0]``, ``parent + parts[0] + parts[1]``, ..."""
+        states: list[PlainPrefix] = []
+        for part in parts:
+            parent = self._extend(part, parent)
+            states.append(parent)
+        return states
+
+    def _extend(self, ids: Ids, parent: PlainPrefix | None) -> PlainPrefix:
         """Keep the ids."""
         whole = ids if parent is None else np.concatenate([parent.ids, ids])
         return PlainPrefix(whole, whole.nbytes)
@@ -103,7 +111,7 @@ class CachePath(FullPath):
         self._prefill_tokens = prefill_tokens
         self._layers: list[_LayerBytes] = []
 
-    def prefill(self, ids: Ids, parent: PlainPrefix | None) -> PlainPrefix:
+    def _extend(self, ids: Ids, parent: PlainPrefix | None) -> PlainPrefix:
         """Run `ids` after a copy of the parent's cache."""
         config = self._model.config.get_text_config(decoder=True)
         cache = DynamicCache(config=config) if parent is None else copy.deepcopy(parent.cache)
@@ -117,7 +125,7 @@ class CachePath(FullPath):
     def measure(self, ids: Ids) -> None:
         """Learn the size of a cache from prefixes of two lengths."""
         short, long = len(ids) // 2, len(ids)
-        caches = [self.prefill(ids[:n], None).cache for n in (short, long)]
+        caches = [self._extend(ids[:n], None).cache for n in (short, long)]
         self._layers = []
         for few, many in zip(*(cache.layers for cache in caches), strict=True):
             small, large = (sum(t.nbytes for t in _tensors(layer)) for layer in (few, many))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -40,28 +41,31 @@ class SharedPrefixPath:
         self._token_bytes = self._hidden_bytes = 0
         model.set_attn_implementation(ATTENTION_NAME)
 
-    def prefill(self, ids: Ids, parent: PrefixState | None) -> PrefixState:
-        """Keys and values of `ids` after `parent`, computed in chunks of `prefill_tokens`.
+    def prefill(self, parts: Sequence[Ids], parent: PrefixState | None) -> list[PrefixState]:
+        """Keys and values of every part after `parent` and the parts before it, in chunks of `prefill_tokens`.
 
         Raises UnsupportedAttention if a layer computed its attention in another way.
         """
-        chunks: list[PrefixState] = []
+        ids = np.concatenate(parts)
+        sizes = [int(part.size) for part in parts]
+        ends = np.cumsum(sizes)
+        chunks: list[KeyValues] = []
+        last_hidden: list[Tensor] = []
         last = parent
         for start in range(0, ids.size, self._prefill_tokens):
-            last = self._prefill_chunk(ids[start : start + self._prefill_tokens], last)
-            chunks.append(last)
-        assert last is not None
+            chunk = ids[start : start + self._prefill_tokens]
+            own, hidden = self._prefill_chunk(chunk, last)
+            last = _state(last, own, int(chunk.size), hidden[-1].clone())
+            chunks.append(own)
+            last_hidden += [hidden[end - 1 - start].clone() for end in ends if start < end <= start + chunk.size]
         if not self._token_bytes:
-            self._token_bytes = sum(t.nbytes for t in (*last.own.keys, *last.own.values)) // last.own_tokens
-            self._hidden_bytes = last.last_hidden.nbytes
-        if len(chunks) == 1:
-            return chunks[0]
-        layers = range(len(last.own.keys))
-        own = KeyValues(
-            keys=[torch.cat([chunk.own.keys[layer] for chunk in chunks], 1) for layer in layers],
-            values=[torch.cat([chunk.own.values[layer] for chunk in chunks], 1) for layer in layers],
-        )
-        return _state(parent, own, int(ids.size), last.last_hidden)
+            self._token_bytes = sum(t.nbytes for t in (*own.keys, *own.values)) // int(chunk.size)
+            self._hidden_bytes = last_hidden[-1].nbytes
+        states: list[PrefixState] = []
+        for own, size, hidden in zip(_split(chunks, sizes), sizes, last_hidden, strict=True):
+            parent = _state(parent, own, size, hidden)
+            states.append(parent)
+        return states
 
     def prefix_bytes(self, tokens: int) -> int:
         """Bytes of keys and values of `tokens` tokens in all layers, and of the last hidden state."""
@@ -74,7 +78,8 @@ class SharedPrefixPath:
             hidden = self._hidden(packed)
             yield indices, [hidden[rows] for rows in packed.rows]
 
-    def _prefill_chunk(self, ids: Ids, parent: PrefixState | None) -> PrefixState:
+    def _prefill_chunk(self, ids: Ids, parent: PrefixState | None) -> tuple[KeyValues, Tensor]:
+        """Keys and values of `ids` after `parent`, and their final hidden states ``[N, d]``."""
         packed = pack_batch([PrefixedSequence(parent, ids, as_ids([0]))])
         record: dict[int, tuple[Tensor, Tensor]] = {}
         plan = AttentionPlan(packed.plan.blocks, packed.plan.prefix_spans, record)
@@ -83,8 +88,7 @@ class SharedPrefixPath:
         missing = [layer for layer in layers if layer not in record]
         if missing:
             raise UnsupportedAttention(f"layers {missing} compute attention outside transformers' interface")
-        own = KeyValues([record[layer][0] for layer in layers], [record[layer][1] for layer in layers])
-        return _state(parent, own, int(ids.size), hidden[-1].clone())
+        return KeyValues([record[layer][0] for layer in layers], [record[layer][1] for layer in layers]), hidden
 
     def _hidden(self, packed: PackedBatch) -> Tensor:
         """Final hidden states ``[N + prefixes, d]`` of the packed tokens, then of the prefixes' last tokens."""
@@ -105,6 +109,20 @@ class SharedPrefixPath:
             attention_plan=plan,
         )
         return output.last_hidden_state[0]
+
+
+def _split(chunks: Sequence[KeyValues], sizes: Sequence[int]) -> list[KeyValues]:
+    """Keys and values of consecutive `chunks`, cut into parts of `sizes` tokens. Parts share no memory."""
+    if len(chunks) == len(sizes) == 1:
+        return list(chunks)
+
+    def cut(layers: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """``[part][layer]`` of ``[chunk][layer]``."""
+        whole = [torch.cat(list(tensors), 1).split(list(sizes), 1) for tensors in zip(*layers, strict=True)]
+        return [[layer[part].clone() for layer in whole] for part in range(len(sizes))]
+
+    keys, values = cut([chunk.keys for chunk in chunks]), cut([chunk.values for chunk in chunks])
+    return [KeyValues(*pair) for pair in zip(keys, values, strict=True)]
 
 
 def _state(parent: PrefixState | None, own: KeyValues, tokens: int, last_hidden: Tensor) -> PrefixState:

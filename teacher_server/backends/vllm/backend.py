@@ -100,12 +100,16 @@ class VllmBackend:
     def embeds(self, ids: Ids) -> bool:
         return int(ids.max(initial=0)) < self.vocab_size
 
-    def prefill(self, ids: Ids, parent: VllmPrefix | None) -> VllmPrefix:
-        """Have the engine compute ``parent + ids`` into its cache."""
-        whole = ids if parent is None else np.concatenate([parent.ids, ids])
+    def prefill(self, parts: Sequence[Ids], parent: VllmPrefix | None) -> list[VllmPrefix]:
+        """Have the engine compute the longest of the prefixes into its cache, where it serves the shorter ones."""
+        whole = np.concatenate([*([] if parent is None else [parent.ids]), *parts])
         salt = uuid.uuid4().hex if parent is None else parent.salt
         self.engine.run([EngineRequest(whole.tolist(), salt)])
-        return VllmPrefix(whole, salt, self.prefix_bytes(int(ids.size)))
+        ends = np.cumsum([0 if parent is None else parent.ids.size, *(part.size for part in parts)])[1:]
+        return [
+            VllmPrefix(whole[:end], salt, self.prefix_bytes(int(part.size)))
+            for part, end in zip(parts, ends, strict=True)
+        ]
 
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
         """Results in the order of `batch`; the engine forms its own batches."""

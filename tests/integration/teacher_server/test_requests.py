@@ -16,6 +16,7 @@ import pytest
 
 from common.protocol.codec import decode_response, encode_request
 from common.protocol.schema import ItemScore, as_ids
+from teacher_server.backends.wire_size import MIN_ITEM_TOKENS
 from tests.support.teacher_running import KEYS, Running, items, post, request_of, running
 
 
@@ -71,7 +72,7 @@ async def test_a_cancelled_request_leaves_the_queue(teacher: Running) -> None:
             running_now = await begin_batch(teacher, http)
             async with teacher.http() as impatient:
                 queued = asyncio.create_task(post(impatient, request_of(items(2, 5))))
-                await until(lambda: queued_tokens(teacher) == 5 * 14)
+                await until(lambda: queued_tokens(teacher) == 5 * MIN_ITEM_TOKENS)
                 queued.cancel()
                 await asyncio.gather(queued, return_exceptions=True)
             await until(lambda: queued_tokens(teacher) == 0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.protocol.codec import encode_request, encode_response
 from common.protocol.schema import ItemScore, ScoreItem, ScoreMode, ScoreRequest, ScoreResponse, as_ids
-from teacher_server.backends.wire_size import own_tokens, reply_bytes, request_bytes
+from teacher_server.backends.wire_size import queue_tokens, reply_bytes, request_bytes
 from teacher_server.client.request_batching import RequestLimits, split_requests
 from tests.support.teacher_oracle import random_item
 from tests.support.teacher_running import items
@@ -52,7 +52,7 @@ def test_every_item_once_in_order_within_the_limits(
         assert len({item.context for item in group}) == 1
         assert len(group) == 1 or sum(both_ways(item, mode, k) for item in group) <= limits.max_bytes
         assert limits.max_items is None or len(group) <= limits.max_items
-        assert len(group) == 1 or limits.max_tokens is None or sum(map(own_tokens, group)) <= limits.max_tokens
+        assert len(group) == 1 or limits.max_tokens is None or sum(map(queue_tokens, group)) <= limits.max_tokens
 
 
 def test_groups_are_as_few_as_the_limits_allow() -> None:
@@ -64,7 +64,7 @@ def test_groups_are_as_few_as_the_limits_allow() -> None:
 
     assert sizes("at_ids", 8, max_bytes=4 * size) == [4, 4, 2]
     assert sizes("at_ids", 8, max_bytes=100 * size, max_items=9) == [9, 1]
-    assert sizes("at_ids", 8, max_tokens=3 * own_tokens(entries[0])) == [3, 3, 3, 1]
+    assert sizes("at_ids", 8, max_tokens=3 * queue_tokens(entries[0])) == [3, 3, 3, 1]
     assert sizes("teacher_topk", 1000, max_bytes=100 * size) == [1] * 10  # replies of 40,000 bytes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +11,15 @@ import pytest
 
 from common.protocol.schema import Context, Ids, as_ids, context_hash
 from teacher_server.backends.base import Backend
-from teacher_server.scoring.contexts import CacheFull, ContextRef, ContextRefused, ContextStore, PrefixCache
+from teacher_server.scoring.contexts import (
+    MAX_CHAIN,
+    OVERHEAD_BYTES,
+    CacheFull,
+    ContextRef,
+    ContextRefused,
+    ContextStore,
+    PrefixCache,
+)
 
 TOKENIZER = "ab" * 32
 
@@ -26,7 +35,7 @@ def make(length: int, parent: Context | None = None) -> Context:
 
 @pytest.fixture
 def store() -> ContextStore:
-    return ContextStore(TOKENIZER, max_tokens=100, max_bytes=4 * 250)
+    return ContextStore(TOKENIZER, max_tokens=100, max_bytes=5 * (OVERHEAD_BYTES + 200))
 
 
 def test_put_and_get_with_parent(store: ContextStore) -> None:
@@ -44,7 +53,7 @@ def test_put_and_get_with_parent(store: ContextStore) -> None:
     [
         (as_ids([1, 2]), "0" * 64, None, "hash_mismatch"),
         (as_ids([1, 2]), named(as_ids([1, 2])), "0" * 64, "unknown_parent"),
-        (as_ids([]), named(as_ids([])), None, "too_long"),
+        (as_ids([]), named(as_ids([])), None, "empty"),
         (as_ids(np.arange(100)), named(as_ids(np.arange(100))), None, "too_long"),
     ],
 )
@@ -78,14 +87,14 @@ def test_least_recently_used_leaves_first(store: ContextStore) -> None:
     store.put("t", named(contexts[5]), contexts[5], None)
     assert store.get("t", named(contexts[0])) is not None
     assert store.get("t", named(contexts[1])) is None
-    assert store.nbytes == 5 * 200
+    assert len(store) == 5
 
 
 def test_putting_again_changes_nothing(store: ContextStore) -> None:
     ids = as_ids([1, 2, 3])
     first = store.put("t", named(ids), ids, None)
     assert store.put("t", named(ids), ids, None) is first
-    assert store.nbytes == ids.nbytes
+    assert store.nbytes == ids.nbytes + OVERHEAD_BYTES
 
 
 # --- computed states --------------------------------------------------------------------------------------------------
@@ -108,10 +117,15 @@ class CountingBackend:
     def prefix_bytes(self, tokens: int) -> int:
         return 10 * tokens
 
-    def prefill(self, ids: Ids, parent: State | None) -> State:
+    def prefill(self, parts: Sequence[Ids], parent: State | None) -> list[State]:
         begin = 0 if parent is None else parent.total_tokens
-        self.computed.append((begin, begin + ids.size))
-        return State(parent, begin + int(ids.size), 10 * int(ids.size))
+        self.computed.append((begin, begin + sum(part.size for part in parts)))
+        states: list[State] = []
+        for part in parts:
+            begin += int(part.size)
+            parent = State(parent, begin, 10 * int(part.size))
+            states.append(parent)
+        return states
 
 
 @pytest.fixture
@@ -145,7 +159,7 @@ def test_parents_are_computed_first_and_reused(cache: PrefixCache, backend: Coun
     child, sibling = make(50, parent), make(40, parent)
     use(cache, ContextRef("t", child, (parent, grand)))
     use(cache, ContextRef("t", sibling, (parent, grand)))
-    assert backend.computed == [(0, 10), (10, 30), (30, 50), (30, 40)]
+    assert backend.computed == [(0, 50), (30, 40)]
     assert cache.nbytes == 600
 
 
@@ -207,7 +221,7 @@ def test_failed_computation_leaves_no_pins(cache: PrefixCache, backend: Counting
     parent = make(50)
     use(cache, ContextRef("t", parent))
 
-    def fail(ids: Ids, parent: State | None) -> State:
+    def fail(parts: Sequence[Ids], parent: State | None) -> list[State]:
         raise RuntimeError("out of memory")
 
     backend.prefill = fail
@@ -231,10 +245,11 @@ def test_what_is_said_to_fit_does(tokens: int) -> None:
         def prefix_bytes(self, tokens: int) -> int:
             return super().prefix_bytes(tokens) + 75
 
-        def prefill(self, ids: Ids, parent: State | None) -> State:
-            state = super().prefill(ids, parent)
-            state.nbytes += 75
-            return state
+        def prefill(self, parts: Sequence[Ids], parent: State | None) -> list[State]:
+            states = super().prefill(parts, parent)
+            for state in states:
+                state.nbytes += 75
+            return states
 
     cache = PrefixCache(cast(Backend, Padded()), max_bytes=1000)
     grand = make(10)
@@ -248,10 +263,58 @@ def test_what_is_said_to_fit_does(tokens: int) -> None:
         assert 10 * tokens + 3 * 75 > 1000
 
 
-def test_many_short_contexts_are_bounded_by_number(monkeypatch: pytest.MonkeyPatch, store: ContextStore) -> None:
-    monkeypatch.setattr("teacher_server.scoring.contexts.MAX_CONTEXTS", 3)
+def test_a_short_context_counts_with_its_overhead() -> None:
+    store = ContextStore(TOKENIZER, max_tokens=100, max_bytes=3 * (OVERHEAD_BYTES + 4))
     shorts = [as_ids([n]) for n in range(4)]
     for ids in shorts:
         store.put("t", named(ids), ids, None)
     assert [store.get("t", named(ids)) is not None for ids in shorts] == [False, True, True, True]
-    assert (len(store), store.nbytes) == (3, 12)
+    assert len(store) == 3
+
+
+def test_a_tenant_with_endless_contexts_evicts_its_own() -> None:
+    store = ContextStore(TOKENIZER, max_tokens=100, max_bytes=4 * (OVERHEAD_BYTES + 4))
+    honest = as_ids([7])
+    store.put("honest", named(honest), honest, None)
+    for n in range(50):
+        store.put("hostile", named(as_ids([n])), as_ids([n]), None)
+    assert store.get("honest", named(honest)) is not None
+    assert len(store) == 4
+
+
+def test_a_tenant_with_endless_states_evicts_its_own(cache: PrefixCache, backend: CountingBackend) -> None:
+    use(cache, ContextRef("honest", make(30)))
+    for length in range(20, 50):
+        use(cache, ContextRef("hostile", make(length)))
+    backend.computed.clear()
+    use(cache, ContextRef("honest", make(30)))
+    assert backend.computed == []
+
+
+def test_a_new_chain_is_computed_at_once(cache: PrefixCache, backend: CountingBackend) -> None:
+    """A forward pass for each context made a chain of 250 tokens cost as much as thousands of tokens."""
+    chain = [make(10)]
+    for length in range(11, 11 + MAX_CHAIN - 1):
+        chain.insert(0, make(length, chain[0]))
+    use(cache, ContextRef("t", chain[0], tuple(chain[1:])))
+    assert backend.computed == [(0, 10 + MAX_CHAIN - 1)]
+    use(cache, *(ContextRef("t", one, tuple(chain[i + 1 :])) for i, one in enumerate(chain)))
+    assert len(backend.computed) == 1
+
+
+def test_a_chain_has_a_longest_length() -> None:
+    store = ContextStore(TOKENIZER, max_tokens=100, max_bytes=1 << 20)
+    ids = as_ids(np.arange(MAX_CHAIN + 1))
+    for n in range(1, MAX_CHAIN + 1):
+        store.put("t", named(ids[:n]), ids[n - 1 : n], named(ids[: n - 1]) if n > 1 else None)
+    with pytest.raises(ContextRefused) as caught:
+        store.put("t", named(ids), ids[MAX_CHAIN:], named(ids[:MAX_CHAIN]))
+    assert caught.value.code == "too_deep"
+
+
+def test_a_context_that_adds_nothing_is_refused(store: ContextStore) -> None:
+    ids = as_ids([1, 2])
+    store.put("t", named(ids), ids, None)
+    with pytest.raises(ContextRefused) as caught:
+        store.put("t", named(ids), as_ids([]), named(ids))
+    assert caught.value.code == "empty"

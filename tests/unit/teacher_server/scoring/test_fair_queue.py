@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from teacher_server.scoring.fair_queue import FairQueue
+from teacher_server.scoring.fair_queue import MAX_RUNS, FairQueue, Ticket
 
 T = TypeVar("T")
 
@@ -185,23 +185,22 @@ def test_a_context_is_charged_to_its_tenant_and_to_none_of_its_runs() -> None:
 def test_counts_survive_any_order_of_calls() -> None:
     rng = random.Random(0)
     queue: FairQueue[object] = FairQueue()
-    waiting: dict[int, tuple[str, str, object, int]] = {}
+    waiting: dict[int, tuple[str, str, Ticket, int]] = {}
+    items: list[object] = []  # keeps them alive: their ids are the keys
     for _ in range(3000):
         action = rng.random()
         if action < 0.5:
             tenant, run, tokens, item = rng.choice("xy"), rng.choice("abc"), rng.randint(1, 300), object()
-            queue.push(tenant, run, item, tokens)
-            waiting[id(item)] = (tenant, run, item, tokens)
+            items.append(item)
+            waiting[id(item)] = (tenant, run, queue.push(tenant, run, item, tokens), tokens)
         elif action < 0.8 and waiting:
             limit = rng.randint(1, 300)
             if (popped := queue.pop(limit)) is not None:
                 assert waiting.pop(id(popped))[3] <= limit
         elif waiting:
             tenant, run, _, _ = rng.choice(list(waiting.values()))
-            gone = [e for e in waiting.values() if e[:2] == (tenant, run)][:2]
-            queue.discard(tenant, run, [entry[2] for entry in gone])
-            for entry in gone:
-                del waiting[id(entry[2])]
+            gone = [key for key, entry in waiting.items() if entry[:2] == (tenant, run)][:2]
+            queue.discard([waiting.pop(key)[2] for key in gone])
         assert queue.tokens == sum(entry[3] for entry in waiting.values())
         assert queue.waiting_runs == len({entry[:2] for entry in waiting.values()})
         for tenant in "xy":
@@ -229,3 +228,15 @@ def test_names_do_not_pile_up(tokens: int) -> None:
         drain(queue, 2)
     del run, tenant
     assert len(alive) < 20
+
+
+def test_a_tenant_with_thousands_of_run_names_makes_no_turn_dearer() -> None:
+    """Every turn looks at all waiting runs: names are free, so they must not become work for other tenants."""
+    queue: FairQueue[str] = FairQueue()
+    for i in range(5000):
+        queue.push("hostile", f"{i}", "hostile", 10)
+    assert queue.waiting_runs <= MAX_RUNS + 1
+    drain(queue, 10)
+    queue.push("honest", "run", "honest", 10)
+    assert queue.pop() == "honest"
+    assert len(drain(queue)) == 4990

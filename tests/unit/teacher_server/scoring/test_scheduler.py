@@ -33,9 +33,9 @@ class Held:
     def prefix_bytes(self, tokens: int) -> int:
         return 10 * tokens
 
-    def prefill(self, ids: Ids, parent: Any) -> Any:
-        self.prefills.append(ids.size)
-        return Prefix(int(ids.size))
+    def prefill(self, parts: Sequence[Ids], parent: Any) -> list[Any]:
+        self.prefills += [part.size for part in parts]
+        return [Prefix(int(part.size)) for part in parts]
 
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
         self.entered.set()

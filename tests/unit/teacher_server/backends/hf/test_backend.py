@@ -42,9 +42,9 @@ def oracle(tiny_model: Path) -> Oracle:
 @pytest.fixture(scope="module")
 def prefixes(backend: TransformersBackend) -> dict[int, PrefixState | None]:
     """Prefixes by length: none, a short one, its child (longer than `prefill_tokens`), a grandchild."""
-    first = backend.prefill(CONTEXT[:5], None)
-    second = backend.prefill(CONTEXT[5:100], first)
-    return {0: None, 5: first, 100: second, 150: backend.prefill(CONTEXT[100:], second)}
+    (first,) = backend.prefill([CONTEXT[:5]], None)
+    second, third = backend.prefill([CONTEXT[5:100], CONTEXT[100:]], first)
+    return {0: None, 5: first, 100: second, 150: third}
 
 
 def work(rng: np.random.Generator, prefix: PrefixState | None, prompt: int, response: int) -> Work:
@@ -220,7 +220,7 @@ def test_in_bfloat16_scores_are_as_near_to_exact_ones_as_the_models_own(tiny_mod
     own = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     exact = Oracle(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).float())
     rng = np.random.default_rng(17)
-    batch = [work(rng, backend.prefill(CONTEXT, None), 10, 60) for _ in range(8)]
+    batch = [work(rng, backend.prefill([CONTEXT], None)[0], 10, 60) for _ in range(8)]
     errors: dict[str, list[float]] = {"packed": [], "own": []}
     for one, score in zip(batch, backend.score(batch), strict=True):
         sequence = (CONTEXT, one.item.prompt_ids, one.item.response_ids)
@@ -239,7 +239,7 @@ def test_longest_sequence(backend: TransformersBackend, oracle: Oracle) -> None:
 
 def test_untied_output_layer(tiny_untied_model: Path) -> None:
     backend, oracle = TransformersBackend.load(str(tiny_untied_model)), Oracle.load(tiny_untied_model)
-    check(backend, oracle, [work(np.random.default_rng(11), backend.prefill(CONTEXT, None), 5, 9)])
+    check(backend, oracle, [work(np.random.default_rng(11), backend.prefill([CONTEXT], None)[0], 5, 9)])
 
 
 def test_ids_the_teacher_lacks_get_the_floor(backend: TransformersBackend, oracle: Oracle) -> None:

@@ -105,7 +105,7 @@ def expected(work: Work) -> torch.Tensor:
 @pytest.mark.parametrize("mode", MODES)
 def test_fixed_id_rows_are_the_full_distribution_with_its_tail(mode: ScoreMode) -> None:
     backend = backend_of(FakeEngine())
-    prefix = backend.prefill(as_ids(range(10)), None)
+    (prefix,) = backend.prefill([as_ids(range(10))], None)
     batch = [work_of(mode, seed=seed, prefix=prefix if seed % 2 else None) for seed in range(4)]
     for work, score in zip(batch, backend.score(batch), strict=True):
         assert isinstance(score, ItemScore)
@@ -118,7 +118,7 @@ def test_fixed_id_rows_are_the_full_distribution_with_its_tail(mode: ScoreMode) 
 def test_top_k_rows_are_the_full_distribution_with_its_tail(mode: ScoreMode) -> None:
     backend = backend_of(FakeEngine(fixed_ids=False))
     assert set(backend.modes) == {"teacher_topk", "sampled"}
-    prefix = backend.prefill(as_ids(range(10)), None)
+    (prefix,) = backend.prefill([as_ids(range(10))], None)
     for work in (work_of(mode), work_of(mode, seed=1, prefix=prefix), work_of(mode, seed=2, k=V)):
         (score,) = backend.score([work])
         assert isinstance(score, ItemScore)
@@ -216,7 +216,7 @@ FAULTS = [drop, cached_too_far, short, unwritten, zeros, positive, another_value
 def test_an_invalid_result_is_requested_again_without_the_cache(damage: Any) -> None:
     engine = FakeEngine(damage=damage, faults=1)
     backend = backend_of(engine)
-    prefix = backend.prefill(as_ids(range(10)), None)
+    (prefix,) = backend.prefill([as_ids(range(10))], None)
     batch = [work_of("at_ids", seed=seed, prefix=prefix) for seed in range(3)]
     for work, score in zip(batch, backend.score(batch), strict=True):
         assert isinstance(score, ItemScore)
@@ -278,9 +278,9 @@ def test_unwritten_rows_are_nan() -> None:
 def test_only_chains_of_contexts_share_a_salt() -> None:
     engine = FakeEngine()
     backend = backend_of(engine)
-    root = backend.prefill(as_ids(range(10)), None)
-    leaf = backend.prefill(as_ids(range(10, 14)), root)
-    twin = backend.prefill(as_ids(range(10)), None)
+    (root,) = backend.prefill([as_ids(range(10))], None)
+    (leaf,) = backend.prefill([as_ids(range(10, 14))], root)
+    (twin,) = backend.prefill([as_ids(range(10))], None)
     assert leaf.salt == root.salt != twin.salt
     assert leaf.ids.tolist() == list(range(14))
     assert (leaf.total_tokens, leaf.nbytes) == (14, 8)
@@ -292,7 +292,7 @@ def test_a_batch_never_needs_more_cache_than_there_is() -> None:
     """Each item: 3 + 7 own tokens and two blocks, the context of 10 once a call."""
     engine = FakeEngine(cache_tokens=50)
     backend = backend_of(engine)
-    prefix = backend.prefill(as_ids(range(10)), None)
+    (prefix,) = backend.prefill([as_ids(range(10))], None)
     results = backend.score([work_of("sampled", seed=seed, prefix=prefix) for seed in range(5)])
     assert [len(requests) for requests in engine.calls] == [1, 2, 2, 1]
     assert all(isinstance(result, ItemScore) for result in results)
