@@ -18,7 +18,7 @@ class BackendError(RuntimeError):
 
 
 class BackendLost(RuntimeError):
-    """The process that runs the model died; only a restart helps."""
+    """The process that runs the model died. `Backend.restart` starts another one."""
 
 
 class Prefix(Protocol):
@@ -99,7 +99,14 @@ class Backend(Protocol):
         ...
 
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
-        """Results in the order of `batch`. A batch may mix prefixes, modes, temperatures and lengths."""
+        """Results in the order of `batch`. A batch may mix prefixes, modes, temperatures and lengths.
+
+        Raises BackendLost.
+        """
+        ...
+
+    def restart(self) -> None:
+        """Start the model's process again after BackendLost. Prefixes stay valid. Raises BackendError."""
         ...
 
 

@@ -209,6 +209,11 @@ class PrefixCache:
                 del self._entries[entry.key]
                 self._bytes[entry.key[0]] -= entry.state.nbytes
 
+    def clear(self) -> None:
+        """Drop all states. Call it between batches."""
+        self._entries.clear()
+        self._bytes.clear()
+
     def _compute(self, ref: ContextRef) -> _Entry:
         """Compute all missing states of a chain together: a forward pass for each would cost as many times more."""
         parent: _Entry | None = None

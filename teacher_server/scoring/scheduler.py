@@ -7,6 +7,7 @@ A batch may mix tenants and contexts: the backend packs the items together.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import time
@@ -28,6 +29,11 @@ RUN_SHARE = 0.25
 TENANT_SHARE = 0.5
 """Part of the queue that one tenant may fill with more than one request."""
 
+
+MAX_RESTARTS = 10
+"""Restarts of the model's process within `RESTARTS_S`. One more death ends the batch loop: it is not one bad item."""
+
+RESTARTS_S = 3600.0
 
 SLICE_ITEMS = 128
 """Items that enter the queue before other work of the event loop has its turn."""
@@ -139,6 +145,11 @@ class Scheduler:
         """The fault that ended the batch loop."""
         self._on_batch = on_batch
         self._on_failure = on_failure
+
+        self._restarts: list[float] = []
+        """Times of the last restarts of the backend."""
+        self._deadly: set[bytes] = set()
+        """Fingerprints of the items that ended the model's process; `MAX_RESTARTS` bounds how fast they grow."""
 
     # --- on the event loop ------------------------------------------------------------------------------------------
 
@@ -280,19 +291,38 @@ class Scheduler:
         return report, results, version
 
     def _compute_safely(self, jobs: list[Job]) -> tuple[BatchReport, list[ItemScore | ItemError]]:
-        """Score a batch. If that fails, score item by item: a bad item fails alone and the server lives on."""
+        """Score a batch. If that fails, score item by item: a bad item fails alone and the server lives on.
+
+        An item during which the model's process dies is refused from then on. Raises BackendLost above `MAX_RESTARTS`.
+        """
+        deadly = [job for job in jobs if self._deadly and _fingerprint(job) in self._deadly]
+        if len(jobs) == len(deadly):
+            return _failed(jobs, "the model's process died of this item before")
         try:
-            return self._compute(jobs)
-        except BackendLost:
-            raise
+            if not deadly:
+                return self._compute(jobs)
+        except BackendLost as error:
+            self._restart(error)
+            if len(jobs) == 1:
+                self._deadly.add(_fingerprint(jobs[0]))
+                return _failed(jobs, "the model's process died of this item")
         except Exception as error:
             log.exception("a batch of %d items failed", len(jobs))
             if len(jobs) == 1:
-                failed = ItemError(code="internal", message=f"the backend failed: {type(error).__name__}")
-                return BatchReport(jobs, time.monotonic(), 0.0, {}), [failed]
+                return _failed(jobs, f"the backend failed: {type(error).__name__}")
         began = time.monotonic()
         results = [self._compute_safely([job])[1][0] for job in jobs]
         return BatchReport(jobs, began, time.monotonic() - began, {}), results
+
+    def _restart(self, error: BackendLost) -> None:
+        now = time.monotonic()
+        self._restarts = [at for at in self._restarts if now - at < RESTARTS_S]
+        if len(self._restarts) >= MAX_RESTARTS:
+            raise error
+        self._restarts.append(now)
+        log.error("%s: starting it again", error)
+        self._backend.restart()
+        self.cache.clear()
 
     def _compute(self, jobs: list[Job]) -> tuple[BatchReport, list[ItemScore | ItemError]]:
         """Score a batch, in several passes if its contexts do not fit into the cache together."""
@@ -320,3 +350,18 @@ class Scheduler:
                     raise RuntimeError(f"the backend got {len(works)} items and returned {len(scored)} results")
                 results += scored
         return BatchReport(jobs, began, time.monotonic() - began, context_tokens), results
+
+
+def _failed(jobs: list[Job], message: str) -> tuple[BatchReport, list[ItemScore | ItemError]]:
+    failed: list[ItemScore | ItemError] = [ItemError(code="internal", message=message) for _ in jobs]
+    return BatchReport(jobs, time.monotonic(), 0.0, {}), failed
+
+
+def _fingerprint(job: Job) -> bytes:
+    """Digest of all that the model's process gets of an item."""
+    work, item = job.work, job.work.item
+    context = "" if job.context is None else job.context.context.hash
+    digest = hashlib.sha256(f"{context} {work.mode} {work.temperature} {work.k}".encode())
+    for ids in (item.prompt_ids, item.response_ids, item.topk_ids):
+        digest.update(b"|" if ids is None else repr(ids.shape).encode() + ids.tobytes())
+    return digest.digest()

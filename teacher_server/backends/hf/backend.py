@@ -128,6 +128,9 @@ class TransformersBackend:
                 results.update(zip((indices[i] for i in group), scores, strict=True))
         return [results[i] for i in range(len(batch))]
 
+    def restart(self) -> None:
+        """The model runs in this process, which cannot lose it."""
+
     def embeds(self, ids: Ids) -> bool:
         return int(ids.max(initial=0)) < self._embedded
 

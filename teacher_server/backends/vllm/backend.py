@@ -93,6 +93,10 @@ class VllmBackend:
         """End the engine's processes."""
         self.engine.close()
 
+    def restart(self) -> None:
+        """Start a new engine, which computes each context again when an item needs it. Raises BackendError."""
+        self.engine.restart()
+
     def prefix_bytes(self, tokens: int) -> int:
         """Bytes of keys and values of `tokens` tokens in the engine's memory."""
         return tokens * self.engine.token_bytes

@@ -41,8 +41,16 @@ class ScoringEngine:
     def __init__(self, model: str, config: TeacherConfig) -> None:
         """Load the model, which takes tens of seconds. Raises BackendError."""
         self._model, self._config = model, config
+        self._load()
+
+    def restart(self) -> None:
+        """Start again after BackendLost. Raises BackendError."""
+        self.close()
+        self._load()
+
+    def _load(self) -> None:
         gpu = torch.cuda.is_available()
-        dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if gpu else "float32")
+        dtype = self._config.dtype if self._config.dtype != "auto" else ("bfloat16" if gpu else "float32")
         self._llm = self._start(dtype, gpu)
         resolved = self._llm.llm_engine.vllm_config
         model_config = resolved.model_config

@@ -163,7 +163,7 @@ class Breakable(TeacherActor):
         def dies(*_: object) -> None:
             raise BackendLost("the engine died")
 
-        TransformersBackend.score = dies
+        TransformersBackend.score = TransformersBackend.restart = dies
 
 
 def test_a_broken_actor_dies(tiny_model: Path) -> None:

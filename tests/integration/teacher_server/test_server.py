@@ -113,10 +113,10 @@ async def test_a_backend_that_fails_takes_only_the_item_along(teacher: Running) 
 async def test_a_broken_server_refuses_and_fails_its_checks(tiny_model: Path) -> None:
     with running(tiny_model) as broken:
 
-        def engine_dies(_: object) -> bool:
+        def engine_dies(*_: object) -> bool:
             raise BackendLost("the engine died")
 
-        broken.gate.fails = engine_dies
+        broken.gate.fails = broken.gate.restart = engine_dies
         async with broken.http() as http:
             for _ in ("meets the fault", "comes after it"):
                 reply = await post(http, request_of(items(1, 1)))

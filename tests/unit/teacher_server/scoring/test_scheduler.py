@@ -236,17 +236,49 @@ async def test_one_bad_item_is_alone_with_its_failure() -> None:
     assert numbers(results) == [1, "internal", 2]
 
 
-async def test_a_dead_backend_stops_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise items would fail one by one behind a health check that passes."""
-    backend = Held()
+class Mortal(Held):
+    """A backend whose process dies of every item with `k` 13."""
 
-    def lost(_: Sequence[Work]) -> list[ItemScore | ItemError]:
-        raise BackendLost("the engine died")
+    def __init__(self) -> None:
+        super().__init__()
+        self.restarts = 0
 
-    monkeypatch.setattr(backend, "score", lost)
+    def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
+        if any(work.k == 13 for work in batch):
+            raise BackendLost("the engine died")
+        return super().score(batch)
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+
+async def test_an_item_that_ends_the_models_process_is_refused_for_good() -> None:
+    """The process starts again, the other items are answered, and the item never reaches the process again."""
+    backend = Mortal()
+    async with scheduler_of(backend, window_s=0.01) as scheduler:
+        assert numbers(await scheduler.submit("t", "r", [work(10, 1), work(10, 13), work(10, 2)])) == [1, "internal", 2]
+        assert backend.restarts == 2  # the batch, then the item alone
+        assert numbers(await scheduler.submit("u", "r", [work(10, 13)])) == ["internal"]
+        assert numbers(await scheduler.submit("u", "r", [work(10, 13), work(10, 3)])) == ["internal", 3]
+        assert scheduler.failure is None
+    assert backend.restarts == 2
+
+
+async def test_states_of_a_dead_process_are_not_used() -> None:
+    backend = Mortal()
     async with scheduler_of(backend) as scheduler:
+        await scheduler.submit("t", "r", [work(10, 1, context(50))])
+        await scheduler.submit("t", "r", [work(10, 13)])
+        await scheduler.submit("t", "r", [work(10, 2, context(50))])
+    assert backend.prefills == [50, 50]
+
+
+async def test_a_process_that_keeps_dying_stops_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise items would fail one by one behind a health check that passes."""
+    monkeypatch.setattr("teacher_server.scoring.scheduler.MAX_RESTARTS", 1)
+    async with scheduler_of(Mortal()) as scheduler:
         with pytest.raises(SchedulerStopped, match="the batch loop failed: BackendLost the engine died"):
-            await asyncio.wait_for(scheduler.submit("t", "r", [work(10), work(10)]), 5)
+            await asyncio.wait_for(scheduler.submit("t", "r", [work(10, 13), work(10)]), 5)
         assert scheduler.failure is not None
 
 
