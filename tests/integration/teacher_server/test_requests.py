@@ -92,6 +92,17 @@ async def test_a_late_request_leaves_the_queue(teacher: Running) -> None:
         assert bad.status_code == 400
 
 
+async def test_a_short_deadline_ends_no_other_wait_for_the_same_request(teacher: Running) -> None:
+    request = request_of(items(6, 1), request_id="two deadlines")
+    async with teacher.http() as http, teacher.http() as patient:
+        with teacher.gate.held():
+            short = asyncio.create_task(post(http, request, **{"X-Deadline-S": "0.2"}))
+            await asyncio.sleep(0.05)
+            long = asyncio.create_task(post(patient, request))
+            assert (await short).status_code == 504
+        assert (await long).status_code == 200
+
+
 async def begin_batch(teacher: Running, http: httpx.AsyncClient) -> asyncio.Task[httpx.Response]:
     """Send one item; returns when the gate holds its batch."""
     while teacher.gate.entered.acquire(blocking=False):
@@ -269,6 +280,36 @@ async def test_memory_of_replies_is_bounded_before_it_is_taken(
             assert not other.done()  # it is in the queue: another tenant's half is not touched
         assert {reply.status_code for reply in await asyncio.gather(*two, other)} == {200}
         assert (await post(red, request)).status_code == 200
+
+
+async def test_a_reply_counts_until_the_client_has_it(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two computed replies of nearly the largest size wait to be read: a third one finds no room."""
+    monkeypatch.setattr("teacher_server.http.bodies.WAIT_S", 0.2)
+    many = [replace(item, topk_ids=None) for item in items(0, 50, response=30)]
+    request = request_of(many, mode="teacher_topk", k=512)
+    body = encode_request(request)
+    host, port = teacher.url.removeprefix("http://").split(":")
+    head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['red']}\r\nContent-Length: {len(body)}"
+    unread = []
+    for _ in range(2):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        unread.append(connection)
+    try:
+        await until(lambda: len(teacher.gate.batches) > 0 and queued_tokens(teacher) == 0)
+        await asyncio.sleep(1)  # both are computed
+        async with teacher.http("red") as red:
+            refused = await post(red, request)
+            assert (refused.status_code, refused.json()["error"]) == (429, "memory")
+            for connection in unread:
+                connection.close()
+            await asyncio.sleep(0.2)
+            assert (await post(red, request)).status_code == 200
+    finally:
+        for connection in unread:
+            connection.close()
 
 
 async def test_keys_are_not_logged(teacher: Running, caplog: pytest.LogCaptureFixture) -> None:

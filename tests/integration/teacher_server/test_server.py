@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import msgpack
 import pytest
 
 from common.protocol.codec import encode_context, encode_request
@@ -214,6 +215,46 @@ async def test_contexts_are_checked(teacher: Running) -> None:
 
 
 # --- tenants --------------------------------------------------------------------------------------------------------
+
+
+async def test_paths_and_methods_that_are_not_there(teacher: Running) -> None:
+    async with teacher.http() as http:
+        for method, path, status, code in (
+            ("GET", "/v1/nothing", 404, "not_found"),
+            ("GET", "/v1/info/", 404, "not_found"),
+            ("DELETE", "/v1/score", 405, "method"),
+        ):
+            reply = await http.request(method, path)
+            assert (reply.status_code, reply.json()["error"]) == (status, code)
+        for path in ("/healthz", "/readyz"):
+            assert (await http.head(path)).status_code == 200
+
+
+async def test_a_refusal_repeats_little_of_the_body(teacher: Running) -> None:
+    """Otherwise megabytes of a wrong mode come back, several times over, and nothing counts them."""
+    fields = {"v": 1, "id": "", "run": "r", "mode": "at_ids", "temperature": 1.0, "k": 0, "items": []}
+    wrong = [
+        {**fields, key: value}
+        for key in ("v", "mode")
+        for value in ("x" * (1 << 20), b"x" * (1 << 20), [b"x" * (1 << 20)], "x" * 4096)
+    ]
+    array = {"n": [1], "w": b"x" * (1 << 20), "b": b"12"}
+    wrong.append({**fields, "items": [{"prompt": array, "response": array}]})
+    wrong.append({**fields, "items": [{"prompt": {**array, "n": [b"x" * (1 << 20)]}, "response": array}]})
+    async with teacher.http() as http:
+        for message in wrong:
+            reply = await http.post("/v1/score", content=msgpack.packb(message))
+            assert reply.status_code == 400
+            assert len(reply.content) < 400
+
+
+async def test_a_context_with_unknown_ids_is_refused(teacher: Running) -> None:
+    """An engine that looked up such an embedding would die, for all tenants."""
+    ids = as_ids([1, teacher.info.vocab_size])
+    context = teacher.context(ids)
+    async with teacher.http() as http:
+        reply = await http.put(f"/v1/contexts/{context.hash}", content=encode_context(context))
+    assert (reply.status_code, reply.json()["error"]) == (422, "bad_ids")
 
 
 async def test_a_key_is_needed(teacher: Running) -> None:

@@ -73,6 +73,8 @@ def refusal(info: TeacherInfo = INFO, **fields: object) -> str | None:
         ({"items": (item(response=90),)}, {"items": (item(response=90), item(0, 1))}, "tokens"),
         ({"run": "r" * 128}, {"run": "r" * 129}, "run"),
         ({}, {"run": ""}, "run"),
+        ({"run": "größe 7"}, {"run": "r\n"}, "run"),
+        ({}, {"run": "r\u2028"}, "run"),
         ({}, {"temperature": float("inf")}, "temperature"),
         ({}, {"temperature": float("nan")}, "temperature"),
     ],
@@ -114,7 +116,6 @@ def test_lengths() -> None:
     assert fault(item(0, 4)) == "bad_shape"
     assert fault(item(0, 0)) is None
     assert fault(item(3, 0)) is None
-    assert fault(item(**under)) == "unknown_context"
 
 
 @pytest.mark.parametrize("mode", ["at_ids", "union"])
@@ -124,6 +125,11 @@ def test_supports_of_modes_that_need_one(mode: ScoreMode) -> None:
     assert fault(replace(item(), topk_ids=as_ids(rows[:, :64])), mode) is None
     for wrong in (rows, rows[:, :0], rows[:3, :8], rows[0, :4]):
         assert fault(replace(item(), topk_ids=as_ids(wrong)), mode) == "bad_shape"
+
+
+def test_an_empty_response_may_have_an_empty_support() -> None:
+    for width in (0, 8):
+        assert fault(replace(item(3, 0), topk_ids=as_ids(np.empty((0, width))))) is None
 
 
 @pytest.mark.parametrize("mode", ["teacher_topk", "sampled"])
