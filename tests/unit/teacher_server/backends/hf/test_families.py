@@ -54,8 +54,8 @@ def load(folder: Path, dtype: str = "float32", limit: int = LONGEST) -> Transfor
 def works(backend: TransformersBackend) -> list[Work]:
     """Items without a context, under a context, and under its child: with and without a prompt, short and long."""
     rng = np.random.default_rng(0)
-    parent = backend.prefill(CONTEXT[:5], None)
-    child = backend.prefill(CONTEXT[5:], parent)
+    (parent,) = backend.prefill([CONTEXT[:5]], None)
+    (child,) = backend.prefill([CONTEXT[5:]], parent)
     sizes = (
         (None, 5, 9),
         (parent, 7, 12),
@@ -87,7 +87,7 @@ def test_scores_are_those_of_a_plain_forward_pass(name: str, families: Families)
 def test_prefix_bytes_bound_what_a_context_takes(name: str, families: Families) -> None:
     backend = load(families / name)
     for tokens in (1, 10, 80):
-        taken, bound = backend.prefill(CONTEXT[:tokens], None).nbytes, backend.prefix_bytes(tokens)
+        taken, bound = backend.prefill([CONTEXT[:tokens]], None)[0].nbytes, backend.prefix_bytes(tokens)
         assert taken <= bound
         assert tokens < 80 or bound <= 1.01 * taken
 
