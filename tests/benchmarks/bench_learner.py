@@ -189,7 +189,7 @@ def shared_passes() -> dict[str, dict[str, Any]]:
         model = make_tiny_model(Path(folder) / "tiny")
         alone, *_ = _on_ranks(1, free_port(), model)
         shares = _on_ranks(2, free_port(), model)
-    how = f"tiny model, {ANSWERS} answers of 4 to 64 tokens, micro-batches of {BUDGET_TOKENS} tokens, fillers included"
+    how = f"tiny model, {4 * ANSWERS} answers of 4 to 64 tokens, micro-batches of {BUDGET_TOKENS}, with fillers"
     return {"learner.shared_pass_ratio": figure(max(shares) / alone, 0.6, how, at_most=True)}
 
 
@@ -208,7 +208,7 @@ def _topk_tokens(rank: int, ranks: int, port: int, model: Path) -> int:
 
     join_ranks(rank, ranks, "127.0.0.1", port, torch.device("cpu"), 60.0)
     learner = {"micro_batch_tokens": BUDGET_TOKENS, "zero_stage": 3, "ranks": ranks}
-    inference = LearnerEngine(learner_config(model, learner=learner)).inference
+    engine = LearnerEngine(learner_config(model, learner=learner))
     tokens = 0
 
     def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -216,11 +216,11 @@ def _topk_tokens(rank: int, ranks: int, port: int, model: Path) -> int:
         tokens += inputs[0].numel() if isinstance(module, nn.Embedding) else 0
 
     nn.modules.module.register_module_forward_pre_hook(count)
-    batcher: MicroBatcher[Any] = MicroBatcher(ranks, BUDGET_TOKENS)
-    sequences = [student_sequence(one) for one in make_scored(ANSWERS, response_tokens=(4, 65))]
+    batcher: MicroBatcher[Any] = MicroBatcher(ranks, BUDGET_TOKENS, packed=engine.info().packed)
+    sequences = [student_sequence(one) for one in make_scored(4 * ANSWERS, response_tokens=(4, 65))]
     groups = [group for s in sequences for group in batcher.add(len(s.prompt_ids) + len(s.response_ids), s)]
     for group in (*groups, *batcher.flush()):
-        inference.topk(group[rank], K)
+        engine.inference.topk(group[rank], K)
     return tokens
 
 
