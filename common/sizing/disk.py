@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from common.config.model import Config
-from common.sizing.memory import FLOAT32, element_bytes
+from common.sizing.memory import FLOAT32, element_bytes, zero_stage
 from common.sizing.model_size import ModelSize
 
 OTHER_BYTES = 256 * 1024**2
@@ -34,10 +34,11 @@ def disk_needs(config: Config, student: ModelSize) -> dict[str, int]:
 
 
 def state_bytes(config: Config, student: ModelSize) -> int:
-    """One resumable checkpoint: the trained weights, their float32 copies (ZeRO 1 to 3) and two moments."""
+    """One resumable checkpoint: two moments, with ZeRO float32 weights, and below stage 3 the model's own weights."""
     element = element_bytes(config.student.dtype, config.learner.gpus_per_rank)
-    sharded = config.learner.zero_stage > 0 or element < FLOAT32
-    return student.trained(config.learner.lora) * (element + (3 if sharded else 2) * FLOAT32)
+    stage = zero_stage(config.learner, element)
+    own, master = element if stage < 3 else 0, FLOAT32 if stage > 0 else 0
+    return student.trained(config.learner.lora) * (own + master + 2 * FLOAT32)
 
 
 def free_bytes(path: Path) -> int:

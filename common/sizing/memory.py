@@ -160,6 +160,10 @@ def _reduction(stage: int, ranks: int, trained: int, model: ModelSize, element: 
         return FLOAT32 * min(REDUCE_ELEMENTS, trained) if ranks > 1 else 0
     buckets = 2 if stage == 2 and ranks > 1 else 1  # with `overlap_comm` one fills while the other is reduced
     buffer = element * (buckets * min(BUCKET_ELEMENTS, trained) + min(model.largest, trained))
+    if element < FLOAT32:  # a reduced bucket is converted before it is added; stage 3 converts the rank's share
+        buffer += FLOAT32 * min(BUCKET_ELEMENTS, trained) // (ranks if stage == 3 else 1)
+    elif stage < 3:  # float32 sums are not added in place: a second copy of the partition
+        buffer += FLOAT32 * trained // ranks
     return buffer + (element * min(LIVE_ELEMENTS, model.parameters) if stage == 3 else 0)
 
 

@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("stage", "dtype", "ranks", "low", "high"),
-    [(0, "float32", 1, 0.9, 1.1), (3, "bfloat16", 1, 0.9, 1.1)],
+    [(0, "float32", 1, 0.9, 1.1), (2, "bfloat16", 1, 0.9, 1.1), (3, "bfloat16", 1, 0.9, 1.1)],
 )
 def test_a_rank_takes_the_memory_and_the_disk_that_the_table_says(
     stage: int, dtype: str, ranks: int, low: float, high: float, model: Path

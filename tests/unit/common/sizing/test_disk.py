@@ -33,6 +33,8 @@ def config(folder: Path = Path("runs"), model: str = "unused", **sections: dict[
 def test_one_checkpoint_more_than_is_kept() -> None:
     needs = disk_needs(config(learner=GPU, checkpoint={"every": 10, "keep": 2}), EIGHT)
     assert needs["checkpoints"] == 3 * state_bytes(config(learner=GPU), EIGHT) == 3 * 14 * N
+    assert state_bytes(config(learner={**GPU, "zero_stage": 3}), EIGHT) == 12 * N
+    assert state_bytes(config(), EIGHT) == 12 * N  # float32 without ZeRO
 
 
 def test_exports_are_counted_with_best_the_last_one_and_the_one_being_written() -> None:
