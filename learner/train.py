@@ -41,7 +41,7 @@ from learner.evaluation.held_out import accuracy_line
 from learner.evaluation.report_process import report_at_end
 from learner.evaluation.summary import RunSummary, final_table
 from learner.loop.checkpoints import CheckpointError, Checkpoints
-from learner.loop.run import Resumed, Run
+from learner.loop.run import Resumed, Run, refuse_changes
 from learner.loop.user_errors import KNOWN_ERRORS
 from learner.preflight.checks import preflight
 
@@ -88,6 +88,8 @@ def _run_owned(config: Config, progress: Progress, *, resume: bool, accept_chang
     report.raise_errors()
     inputs = report.inputs
     assert inputs is not None  # without an error, the rows are rendered
+    if resumed is not None:
+        refuse_changes(config, inputs, resumed, resumed.manifest.identity.teachers)
     progress.status("asking the teachers at teacher.url")
     asyncio.run(ask_remote_teachers(config))
     if resumed is None:

@@ -97,7 +97,6 @@ class Run:
         else:
             self.summary.restore(resumed.manifest.loop["summary"])
             self._saves.forget_other_best()
-            self._refuse_changes(resumed, resumed.manifest.identity.teachers)
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -220,7 +219,7 @@ class Run:
         if faults:
             raise DataError("\n".join(faults))
         if self._resumed is not None:
-            self._refuse_changes(self._resumed, services.teachers.fingerprints())
+            refuse_changes(config, inputs, self._resumed, services.teachers.fingerprints())
         shared = any(map(is_part, reserved_gpus(config.learner, config.rollout, config.named_teachers()).values()))
         async with run_in_background(self._progress.waiting("starting the learner and the rollout engines")):
             if shared:  # vLLM takes what a starting neighbour allocates for its own use, so the learner loads first
@@ -325,7 +324,7 @@ class Run:
         self._count_total()
         return Manifest(
             step=self.summary.steps,
-            identity=self._identity(self._services.teachers.fingerprints()),
+            identity=_identity(self._config, self._inputs, self._services.teachers.fingerprints()),
             loop={
                 "summary": self.summary.state(),
                 "position": self._position,
@@ -340,21 +339,6 @@ class Run:
         self.summary.add_seconds({"total": now - self._began})
         self._began = now
 
-    def _identity(self, teachers: dict[str, str]) -> Identity:
-        inputs = self._inputs
-        return identity_of(
-            self._config,
-            tokenizer=inputs.tokenizer_fingerprint,
-            teachers=teachers,
-            contexts=tuple(inputs.contexts),
-            data=inputs.data_digest,
-            pool=inputs.pool_digest,
-        )
-
-    def _refuse_changes(self, resumed: Resumed, teachers: dict[str, str]) -> None:
-        if not resumed.accept_changes:
-            refuse_other_run(resumed.manifest, resumed.path, self._identity(teachers))
-
     async def _finish(self) -> None:
         await self._held_out.after(self.summary.steps)
         self._progress.status("saving")
@@ -365,6 +349,26 @@ class Run:
         if self._loop is None:
             return self._services.admit_replacements()
         return self._loop.keep_workers(version)
+
+
+def refuse_changes(config: Config, inputs: Inputs, resumed: Resumed, teachers: dict[str, str]) -> None:
+    """Raise CheckpointError if the checkpoint belongs to another run; `teachers` are fingerprints by name.
+
+    Before the teachers run, the checkpoint's own fingerprints stand for them, so that all else is compared at once.
+    """
+    if not resumed.accept_changes:
+        refuse_other_run(resumed.manifest, resumed.path, _identity(config, inputs, teachers))
+
+
+def _identity(config: Config, inputs: Inputs, teachers: dict[str, str]) -> Identity:
+    return identity_of(
+        config,
+        tokenizer=inputs.tokenizer_fingerprint,
+        teachers=teachers,
+        contexts=tuple(inputs.contexts),
+        data=inputs.data_digest,
+        pool=inputs.pool_digest,
+    )
 
 
 def write_skipped(
