@@ -23,7 +23,7 @@ from learner.data.inputs import read_inputs
 from learner.loop import run as run_module
 from learner.loop.checkpoints import Checkpoints
 from learner.loop.run import Resumed, Run
-from learner.trainer.reports import StepReport
+from learner.trainer.reports import LearnerInfo, StepReport
 from tests.support.runs import write_run
 from tests.support.stub_loop import OrderedServices, StubPublisher
 
@@ -34,7 +34,7 @@ class Actors(OrderedServices):
     def __init__(self, at: Callable[[str, int], None]) -> None:
         super().__init__()
         self.at = at
-        self.learner_info = SimpleNamespace(dtype="float32", vocab_size=512, unpacked="")
+        self.learner_info = LearnerInfo(0, 1, "cpu", "float32", 0, 1, 512, (), 0)
         self.teachers = SimpleNamespace(
             watch=self._idle,
             begin=lambda placement: None,
