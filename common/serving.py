@@ -9,6 +9,8 @@ from common.config.base import ConfigError
 
 SERVER = "vllm.entrypoints.openai.api_server"
 """Module of vLLM's server. ``vllm serve`` starts the same, but fails in the CPU build, a package of another name."""
+CPU_CACHE_BYTES = 2 * 1024**3
+"""Key-value cache of a server on CPU."""
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for ``--max-lora-rank``."""
 
@@ -22,17 +24,19 @@ def exported_weights(run: Path, weights: str | None = None) -> Path:
     raise ConfigError(f"{run} holds no weights to serve: no model in {' or '.join(f'{name}/' for name in names)}")
 
 
-def server_arguments(folder: Path, name: str) -> list[str]:
+def server_arguments(folder: Path, name: str, *, gpu: bool) -> list[str]:
     """Arguments of `SERVER` that serve the export `folder` as the model `name`.
 
-    vLLM would halve the precision of float32 weights, so the dtype is named. An adapter is served on its base model.
+    vLLM would halve the precision of float32 weights, so the dtype is named. On CPU it would ask for 92% of the memory,
+    so the cache's size is named. An adapter is served on its base model.
     """
+    memory = [] if gpu else ["--kv-cache-memory-bytes", str(CPU_CACHE_BYTES)]
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         config = json.loads(adapter.read_text(encoding="utf-8"))
         rank = next(rank for rank in _LORA_RANKS if rank >= config["r"])
         lora = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{name}={folder}"]
-        return ["--model", config["base_model_name_or_path"], *lora]
+        return ["--model", config["base_model_name_or_path"], *lora, *memory]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype = config.get("dtype") or config.get("torch_dtype") or "auto"
-    return ["--model", str(folder), "--served-model-name", name, "--dtype", dtype]
+    return ["--model", str(folder), "--served-model-name", name, "--dtype", dtype, *memory]

@@ -113,7 +113,8 @@ def _run_owned(config: Config, progress: Progress, *, resume: bool, accept_chang
     progress.line(final_table(summary))
     files = "report.html, summary.json, metrics.jsonl, samples.jsonl, trace.json, checkpoint/"
     progress.line(f"\nwritten to {config.run.path}/: {files}")
-    served = server_arguments(config.run.path / "checkpoint", config.run.name)
+    gpu = config.rollout.gpus_per_worker > 0
+    served = server_arguments(config.run.path / "checkpoint", config.run.name, gpu=gpu)
     progress.line(f"to serve it: opcd serve {config.run.path}\nor: {shlex.join(['python', '-m', SERVER, *served])}")
     return 0
 

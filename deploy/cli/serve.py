@@ -28,7 +28,10 @@ def serve(
     All further options go to vLLM, for example --port 8001 or --max-model-len 4096.
     """
     with known_errors(ConfigError):
-        arguments = [*server_arguments(exported_weights(run, weights), run.resolve().name), *context.args]
+        folder = exported_weights(run, weights)
+    import torch
+
+    arguments = [*server_arguments(folder, run.resolve().name, gpu=torch.cuda.is_available()), *context.args]
     command = ["-m", SERVER, *arguments]
     if show:
         typer.echo(shlex.join(["python", *command]))

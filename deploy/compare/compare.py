@@ -14,6 +14,8 @@ from deploy.compare.picture import picture
 from deploy.compare.plan import PlannedRun, can_resume, has_config, is_finished
 from deploy.compare.table import Failed, Outcome, compared, markdown, read_outcome
 
+STEP_LINE_S = 60.0
+"""Time between two printed step lines of one run."""
 Train = Callable[[PlannedRun, Path, Callable[[str], None]], None]
 """Executes one run until it finishes or fails, logs to the path, and passes each line to the callback."""
 
@@ -48,11 +50,26 @@ def _outcome(run: PlannedRun, label: str, root: Path, progress: Progress, train:
     progress.line(f"{label}: {'resumes' if can_resume(run) else 'starts'}")
     (root / "logs").mkdir(exist_ok=True)
     started = time.time()
-    train(run, root / "logs" / f"{run.name}.log", lambda text: progress.status(f"{label}: {text}"))
+    train(run, root / "logs" / f"{run.name}.log", _Lines(label, progress))
     # The result of an earlier attempt must not count as this one's.
     found = read_outcome(run) if is_finished(run) else Failed(run, _reason(root / "logs" / f"{run.name}.log"))
     progress.line(f"{label}: {_result(found)} after {time.time() - started:.0f} s")
     return found
+
+
+class _Lines:
+    """Shows a run's lines: the newest in the status line, and a step's line once a minute for those who have none."""
+
+    def __init__(self, label: str, progress: Progress) -> None:
+        self._label = label
+        self._progress = progress
+        self._shown = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        self._progress.status(f"{self._label}: {text}")
+        if text.startswith("step ") and time.monotonic() - self._shown >= STEP_LINE_S:
+            self._progress.line(f"{self._label}: {text}")
+            self._shown = time.monotonic()
 
 
 def _result(outcome: Outcome) -> str:

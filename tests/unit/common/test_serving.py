@@ -25,13 +25,14 @@ def test_a_whole_model_is_served_in_its_own_precision(tmp_path: Path) -> None:
     write_json(tmp_path / "checkpoint/config.json", {"torch_dtype": "float32"})
     folder = exported_weights(tmp_path)
     expected = ["--model", f"{tmp_path}/checkpoint", "--served-model-name", "demo", "--dtype", "float32"]
-    assert server_arguments(folder, "demo") == expected
+    assert server_arguments(folder, "demo", gpu=True) == expected
+    assert server_arguments(folder, "demo", gpu=False) == [*expected, "--kv-cache-memory-bytes", "2147483648"]
 
 
 def test_an_adapter_is_served_on_its_base_model(tmp_path: Path) -> None:
     write_json(tmp_path / "checkpoint/adapter_config.json", {"base_model_name_or_path": "models/base", "r": 12})
     lora = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"demo={tmp_path}/checkpoint"]
-    assert server_arguments(exported_weights(tmp_path), "demo") == ["--model", "models/base", *lora]
+    assert server_arguments(exported_weights(tmp_path), "demo", gpu=True) == ["--model", "models/base", *lora]
 
 
 def test_best_is_served_if_the_run_did_not_end_and_a_run_without_weights_is_refused(tmp_path: Path) -> None:

@@ -219,6 +219,24 @@ def test_finished_runs_are_skipped_and_failed_ones_repeated(path: Path, tmp_path
     assert started == ["pg-0", "pg-1"]
 
 
+def test_a_runs_steps_are_shown_once_a_minute(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def train(run: PlannedRun, log: Path, on_line: Any) -> None:
+        on_line("starting 1 teacher")
+        for step in range(1, 10):
+            clock[0] += 25
+            on_line(f"step {step}/9  kl 1.0")
+        log.write_text("opcd: bye\n")
+
+    compare(plan(path, [], ["opcd"], [0]), ["opcd"], tmp_path / "root", "opcd compare", Progress(), train)
+    shown = [line for line in capsys.readouterr().out.splitlines() if ": step" in line]
+    assert shown == [f"[1/1] opcd-0: step {step}/9  kl 1.0" for step in (3, 6, 9)]
+
+
 def test_the_result_of_another_configuration_does_not_count(path: Path, tmp_path: Path) -> None:
     (old,) = plan(path, ["learner.lr=1e-3"], ["opcd"], [0])
     write_result(old, "1111")
