@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from deploy.report.numbers import Point, thin, tick, ticks
+from deploy.report.numbers import Point, thin, tick_texts, ticks
 
 WIDTH, WIDE = 420, 860
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 36
@@ -205,7 +205,7 @@ def _y_axis(low: float, high: float, height: int) -> tuple[Scale, Marks]:
 
 
 def _marks(scale: Scale, values: Sequence[float], unit: str = "") -> Marks:
-    return [(scale(value), tick(value) + unit) for value in values]
+    return [(scale(value), text + unit) for value, text in zip(values, tick_texts(values), strict=True)]
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:

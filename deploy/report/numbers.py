@@ -76,6 +76,16 @@ def tick(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """Labels of an axis's ticks, with as many digits as it takes to tell them apart."""
+    texts = [tick(value) for value in values]
+    decimals = 0
+    while len(set(texts)) < len(set(values)) and decimals < 12:
+        decimals += 1
+        texts = [f"{value:,.{decimals}f}" for value in values]
+    return texts
+
+
 def thin(points: Sequence[Point], max_points: int = 300) -> list[Point]:
     """About `max_points` points that draw the same line: the lowest and the highest of each stretch."""
     if len(points) <= max_points:

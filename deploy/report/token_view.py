@@ -144,6 +144,7 @@ def _sample(run: RunData, record: Record) -> View:
             *([("Teacher", str(record["teacher"]))] if record.get("teacher") else []),
         ],
         "context": _context(run, record.get("context")),
+        "student_start": str(record.get("student_start", "")),
         "prompt": str(record.get("prompt", MISSING)),
         "tokens": tokens,
         "logprobs": _logprobs(title, tokens),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ class TokenRecordFiles:
                 "teacher": prompt.teacher,
                 "context": self._context(prompt),
                 "context_id": prompt.context_id,
-                "prompt": decode_ids(self._tokenizer, prompt.student_ids),
+                **self._prompt(prompt),
                 "pieces": token_texts(self._tokenizer, values["ids"]),
                 **{side: self._as_text(values[side]) for side in ("student_top", "teacher_top")},
             }
@@ -137,6 +138,17 @@ class TokenRecordFiles:
 
     def _as_text(self, rows: Sequence[Sequence[tuple[int, float]]]) -> list[list[tuple[str, float]]]:
         return [[(decode_ids(self._tokenizer, [token]), value) for token, value in row] for row in rows]
+
+    def _prompt(self, prompt: Prompt) -> dict[str, str]:
+        """The end of the prompt that both sides saw, and the student's tokens before it, if any."""
+        theirs = [*(self._contexts[prompt.context].ids if prompt.context is not None else ()), *prompt.teacher_ids]
+        pairs = zip(reversed(prompt.student_ids), reversed(theirs), strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        start = len(prompt.student_ids) - shared
+        return {
+            "prompt": decode_ids(self._tokenizer, prompt.student_ids[start:]),
+            "student_start": decode_ids(self._tokenizer, prompt.student_ids[:start]),
+        }
 
     def _context(self, prompt: Prompt) -> str | None:
         """Return the name of the text that only the teacher saw; write the text at its first use.

@@ -21,7 +21,7 @@ from deploy.report.charts import (
     stacked_bars,
     timeline,
 )
-from deploy.report.numbers import duration, fixed, number, percent, spaced, thin, tick, ticks
+from deploy.report.numbers import duration, fixed, number, percent, spaced, thin, tick, tick_texts, ticks
 from deploy.report.page import render
 
 
@@ -65,6 +65,13 @@ def test_ticks_cover_the_range_in_even_round_steps(low: float, high: float) -> N
     steps = {f"{b - a:.6e}" for a, b in pairwise(marks)}
     assert len(steps) == 1
     assert steps.pop()[0] in "125"
+
+
+@pytest.mark.parametrize("values", [[1000.0, 1000.5, 1001.0], [10000.0, 10000.05], [0.123450, 0.123455]])
+def test_two_ticks_never_have_one_label(values: list[float]) -> None:
+    texts = tick_texts(values)
+    assert len(set(texts)) == len(values)
+    assert [float(text.replace(",", "")) for text in texts] == pytest.approx(values, rel=1e-9)
 
 
 def test_tick_texts_are_short() -> None:

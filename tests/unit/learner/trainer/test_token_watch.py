@@ -208,6 +208,7 @@ def test_the_files_hold_text(tmp_path: Path, tiny_model: Path) -> None:
     assert [line["context"] for line in lines] == [None, "c", "prompt of merged", "c"]
     assert lines[0]["pieces"] == ["a", "\n", "", "é"]
     assert lines[0]["prompt"] == "Q: x"
+    assert [line["student_start"] for line in lines] == ["", "", "", ""]
     assert (lines[0]["row"], lines[0]["step"]) == ("plain", 3)
     assert tokens_of(lines[0])[0].student_top == [("a", -0.5)]
     texts = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
@@ -221,3 +222,18 @@ def test_the_files_hold_text(tmp_path: Path, tiny_model: Path) -> None:
         pass
     assert (tmp_path / "tokens.jsonl").read_text() == ""
     assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_prompt_shows_as_both_only_what_both_saw(tmp_path: Path, tiny_model: Path) -> None:
+    tokenizer = make_tokenizer()
+
+    def ids(text: str) -> np.ndarray:
+        return as_ids(tokenizer(text)["input_ids"])
+
+    contexts = {"c": Context("c", ids("system: the rules"))}
+    row = Prompt("row", ids("system: default\nQ: x"), ids("\nQ: x"), "c")  # the student has a system turn, too
+    values = {"student_top": [], "teacher_top": [], "ids": ids("a").tolist()}
+    with RunFiles(tmp_path) as files:
+        TokenRecordFiles(files, str(tiny_model), contexts).add_records(1, [TokenRecord(row, values)])
+    (line,) = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
+    assert (line["student_start"], line["prompt"]) == ("system: default", "\nQ: x")
