@@ -52,7 +52,7 @@ def ray_cluster(
                 command = [*place.prefix, *command, f"--node-ip-address={place.address}"]
             with log.open("ab") as output:
                 started.append(subprocess.Popen(command, env=variables, stdout=output, stderr=output))
-            _wait_for_raylet(started[-1], log)
+            _wait_for_nodes(started, log)
         yield {**variables, "RAY_ADDRESS": address}
     finally:
         pids = {node.pid for node in started}.union(*(descendants(node.pid) for node in started))
@@ -83,11 +83,12 @@ def drain(node: str) -> None:
     )
 
 
-def _wait_for_raylet(started: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(1200):
-        if any("raylet/raylet" in command_of(pid) for pid in descendants(started.pid)):
+def _wait_for_nodes(started: list[subprocess.Popen[bytes]], log: Path) -> None:
+    """Wait until all of the ``ray start``, of which the last is new, say that their node is known to the head."""
+    for _ in range(3600):  # a busy machine takes more than a minute
+        if log.read_text().count("Ray runtime started.") == len(started):
             return
-        if started.poll() is not None:
+        if started[-1].poll() is not None:
             break
         time.sleep(0.05)
     raise AssertionError(log.read_text())
