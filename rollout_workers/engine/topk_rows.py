@@ -37,14 +37,15 @@ class TopKRows:
     def append(self, ids: NDArray[Any], logprobs: NDArray[Any]) -> None:
         """Add the rows ``[n, k + 1]`` of the next n tokens, the sampled token in the first column.
 
-        The rows are copied: those of vLLM lie in a received message, which they would keep in memory.
+        Rows are wider if another request of the batch asked for more than k ids. They are copied: those of vLLM lie in
+        a received message, which they would keep in memory.
         """
         start, end = self._length, self._length + len(ids)
         if end > len(self._topk_ids):
             self._grow(end + end // 4 + GROWTH_ROWS)
         self._sampled_ids[start:end] = ids[:, 0]
         self._sampled_logprobs[start:end] = logprobs[:, 0]
-        self._topk_ids[start:end] = ids[:, 1:]
+        self._topk_ids[start:end] = ids[:, 1 : 1 + self._topk_ids.shape[1]]
         self._length = end
 
     def _grow(self, rows: int) -> None:

@@ -80,10 +80,13 @@ def run(steps: Sequence[Step], finish: FinishReason = FinishReason.STOP, k: int 
     return front.output("one").outputs[0]
 
 
-@pytest.mark.parametrize("k", [0, 1, K])
+@pytest.mark.parametrize(("k", "width"), [(0, 0), (1, 1), (K, K), (0, K), (3, K)])
 @pytest.mark.parametrize("sizes", [[1], [1] * 200, [3, 1, 2, 4]], ids=["one token", "200 tokens", "several a step"])
-def test_ids_and_values_are_vllms_to_the_bit(k: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = make_steps(sizes, k)
+def test_ids_and_values_are_vllms_to_the_bit(
+    k: int, width: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows have the `width` of the request with the most log-probs of the batch."""
+    steps = make_steps(sizes, width)
     ours = run(steps, k=k)
     monkeypatch.setattr(output_processor, "LogprobsProcessor", LogprobsProcessor)
     theirs = run(steps, k=k)
