@@ -143,8 +143,7 @@ def _state(
     moments = 2 * FLOAT32
     if stage == 0:
         return {"gradients": FLOAT32 * trained, "optimiser": moments * trained}, {}
-    # Stage 3 in float32 updates the weights themselves; the others a float32 copy of their partition.
-    master = 0 if stage == 3 and element == FLOAT32 and not offload else FLOAT32
+    master = FLOAT32  # a copy of the partition, also of float32 weights
     gradients = FLOAT32 * (trained if stage == 1 else share)
     if not offload:
         return {"gradients": gradients, "optimiser": (master + moments) * share}, {}
@@ -164,7 +163,10 @@ def _reduction(stage: int, ranks: int, trained: int, model: ModelSize, element: 
         buffer += FLOAT32 * min(BUCKET_ELEMENTS, trained) // (ranks if stage == 3 else 1)
     elif stage < 3:  # float32 sums are not added in place: a second copy of the partition
         buffer += FLOAT32 * trained // ranks
-    return buffer + (element * min(LIVE_ELEMENTS, model.parameters) if stage == 3 else 0)
+    if stage < 3:
+        return buffer
+    # A bucket is copied for its reduce-scatter.
+    return buffer + element * (min(BUCKET_ELEMENTS, trained) + min(LIVE_ELEMENTS, model.parameters))
 
 
 def _pass(learner: LearnerConfig, model: ModelSize, tokens: int, element: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,9 +28,13 @@ def measure(model: Path, learner: dict[str, Any], dtype: str, world_size: int = 
     with tempfile.TemporaryDirectory(prefix="rank-memory-") as folder:
         task = {"model": str(model), "learner": learner, "dtype": dtype, "world": world_size, "port": free_port()}
         command = [sys.executable, "-m", "tests.support.rank_memory"]
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # the allocator keeps no tensor that is freed
         ranks = [
             subprocess.Popen(
-                [*command, json.dumps({**task, "rank": rank, "state": folder})], stdout=subprocess.PIPE, text=True
+                [*command, json.dumps({**task, "rank": rank, "state": folder})],
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
             )
             for rank in range(world_size)
         ]
@@ -50,13 +55,12 @@ def main(task: dict[str, Any]) -> None:
     import torch
 
     from learner.trainer.distributed import join_ranks
-
-    torch.set_num_threads(1)
-    join_ranks(task["rank"], task["world"], "127.0.0.1", task["port"], torch.device("cpu"), 800.0)
-    tiny = Path(task["state"]) / f"tiny-{task['rank']}"
     from tests.support.tiny import make_tiny_model
 
-    _train(make_tiny_model(tiny), task)
+    torch.set_num_threads(1)
+    tiny = make_tiny_model(Path(task["state"]) / f"tiny-{task['rank']}")  # in a group, only rank 0 would save it
+    join_ranks(task["rank"], task["world"], "127.0.0.1", task["port"], torch.device("cpu"), 800.0)
+    _train(tiny, task)
     shutil.rmtree(tiny)
     gc.collect()
     figures = _train(Path(task["model"]), task, state=Path(task["state"]) / "state")
