@@ -13,6 +13,7 @@ import pytest
 from tests.gpu.checks import CHECKS
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.timeout(900)  # one process runs every check
 BARE = [check.name for check in CHECKS if not check.gpus]
 """Checks that need neither a GPU nor, therefore, vLLM."""
 
@@ -33,7 +34,6 @@ def results(folder: Path) -> dict[str, Any]:
     return {result["check"]: result for result in json.loads((folder / "results.json").read_text())["results"]}
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", BARE)
 def test_check_is_ok_on_cpu(results: dict[str, Any], name: str) -> None:
     assert results[name]["verdict"] == "OK"
