@@ -203,6 +203,6 @@ async def test_the_engine_refuses_rows_that_are_not_its_own(monkeypatch: pytest.
 
     engine = RolloutEngine(Moved(), None, 256, SyncConfig())
     monkeypatch.setattr(engine, "_resolve_stops", lambda stop: type("Stops", (), {"token_ids": (), "spanning": ()}))
-    monkeypatch.setattr(engine, "_end_ids", list)
+    monkeypatch.setattr(engine, "_end_ids", frozenset)
     with pytest.raises(RolloutError, match=r"moved: vLLM's log-probs do not fit its answer .*FlatLogprobs in place"):
         await engine.generate([1], Sampling(4, top_logprobs=2), "moved")
