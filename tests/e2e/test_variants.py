@@ -91,7 +91,7 @@ def test_two_workers_two_ranks_four_teachers_and_the_learners_own_topk_running_a
     assert 0 <= summary["trainer_idle_ratio"] <= 1
 
 
-def test_low_rank_adapters_in_bfloat16_end_without_a_warning(
+def test_low_rank_adapters_in_bfloat16_end_without_a_warning_of_mismatch(
     tiny_model: Path, tmp_path: Path, shared_cluster: dict[str, str]
 ) -> None:
     """The learner trains the weights that engines get: only their kernels round differently."""
@@ -104,7 +104,7 @@ def test_low_rank_adapters_in_bfloat16_end_without_a_warning(
         eval={"every": 0},
     )
     with started_run(config, environment=shared_cluster) as process:
-        assert "WARNING: " not in finish(process)
+        assert "log-probs of engine and learner differ" not in finish(process)
     lines = metric_lines(tmp_path / "runs/tiny")
     assert [line["weight_version"] for line in lines] == [1, 2, 3]
     for line in lines:
