@@ -470,7 +470,7 @@ class Silent:
         self.dead_error = EngineDeadError()
         self.asked = asyncio.Event()
 
-    async def sleep(self, level: int) -> None:
+    async def check_health(self) -> None:
         self.asked.set()
         await asyncio.Event().wait()
 
@@ -478,7 +478,7 @@ class Silent:
 async def test_an_engine_that_dies_in_a_control_call_is_noticed() -> None:
     silent = Silent()
     engine = RolloutEngine(silent, None, 256, SyncConfig())
-    call = asyncio.create_task(engine.sleep())
+    call = asyncio.create_task(engine.check_health())
     await silent.asked.wait()
     done, _ = await asyncio.wait({call}, timeout=1.5)
     assert not done  # it may take as long as it likes while the engine lives
