@@ -122,7 +122,7 @@ def test_runs_on_nodes_that_have_not_installed_opcd(
     run = opcd(cluster, "submit", "run.yaml", "--id", "run", "--follow")
     assert run.exit_code == 2, run.output  # the run's own
     assert run.stdout.startswith("run\n")
-    assert "opcd: train.jsonl:2: " in run.stdout
+    assert "opcd: data.train: train.jsonl:2: id 'a' was already used" in run.stdout
 
     printed: list[str] = []
     assert jobs.follow("probe", printed.append) == 0
