@@ -1,7 +1,6 @@
 """Learner engines in separate processes, in a world of one rank and in one of two.
 
-The fixtures are for the ``conftest.py`` of a folder, whose tests share them. In a test module they would last until the
-session ends.
+The fixtures are for the ``conftest.py`` of a folder, whose tests share them.
 """
 
 from __future__ import annotations
@@ -61,7 +60,9 @@ class Ranks:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def cluster() -> Iterator[None]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    # Imported into a test module, the fixture would last until the session ends.
+    assert isinstance(request.node, pytest.Package), "import these fixtures into the folder's conftest.py"
     mine = not ray.is_initialized()
     if mine:
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=bool(os.environ.get("OPCD_TEST_LOGS")))

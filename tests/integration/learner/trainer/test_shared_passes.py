@@ -13,10 +13,8 @@ from common.config.model import Config
 from common.protocol.schema import ScoredTrajectory
 from learner.cluster.services import Services
 from learner.trainer.micro_batch import student_sequence
-from tests.support.learner_ranks import Ranks, cluster, one, smooth_config, two
+from tests.support.learner_ranks import Ranks, smooth_config
 from tests.support.scored import make_scored
-
-__all__ = ["cluster", "one", "two"]  # fixtures
 
 pytestmark = pytest.mark.timeout(200)
 
