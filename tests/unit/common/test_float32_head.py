@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import float32_head
 from common.float32_head import float32_forward, float32_linear
+from common.models.logits import LogitTransform
 from teacher_server.backends.hf.outputs import score_hidden
 
 N, V, D = 9, 501, 64
@@ -75,6 +76,8 @@ def test_a_bfloat16_teacher_scores_from_float32_logits() -> None:
     hidden, linear = head(torch.bfloat16)
     sampled = torch.arange(N)
     with torch.no_grad():
-        scores = score_hidden(hidden, linear, V, sampled=sampled, ids=None, mode="sampled", temperature=1.0, k=0)
+        scores = score_hidden(
+            hidden, linear, LogitTransform(), V, sampled=sampled, ids=None, mode="sampled", temperature=1.0, k=0
+        )
     expected = exact(hidden, linear).log_softmax(-1).gather(-1, sampled[:, None])[:, 0]
     assert (scores.sampled - expected).abs().max() < 1e-5

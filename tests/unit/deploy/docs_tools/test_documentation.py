@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from typer.exceptions import TyperException
 from common.config.loader import load_config, load_teacher_config
 from common.config.model import ConfigError
 from deploy.cli.main import app
+from learner.loop.parity import ParityReport
 from tests.support.documentation import (
     PAGES,
     ROOT,
@@ -161,10 +163,11 @@ def test_a_message_that_is_not_in_the_code_is_found() -> None:
 
 def test_every_metric_of_the_tuning_page_is_written_somewhere() -> None:
     code = "\n".join(texts_of_the_code())
-    names = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)+)`", (DOCS / "tuning.md").read_text()))
+    names = set(re.findall(r"`([a-z_]+(?:/[a-z0-9_]+)+)`", (DOCS / "tuning.md").read_text()))
     assert len(names) > 12
     waits = {f"time/wait_ratio/{queue}" for queue in ("rollout", "score", "sync", "parity")}
-    assert [name for name in names - waits if name not in code] == []
+    parity = {f"parity/{field.name}" for field in fields(ParityReport)}
+    assert [name for name in names - waits - parity if name not in code] == []
 
 
 def test_every_key_of_the_guides_exists() -> None:
@@ -173,7 +176,7 @@ def test_every_key_of_the_guides_exists() -> None:
     sections = "|".join({key.partition(".")[0] for key in known})
     for name in ("tuning.md", "cluster.md", "troubleshooting.md"):
         text = (DOCS / name).read_text()
-        used = set(re.findall(rf"`((?:{sections})\.[a-z_.]+[a-z_])", text)) - {"run.yaml"}
+        used = set(re.findall(rf"`((?:{sections})\.[a-z0-9_.]+[a-z0-9_])", text)) - {"run.yaml"}
         assert used
         assert sorted(used - known - {"teacher.md"}) == [], name
 
