@@ -17,4 +17,4 @@ def adapt_torch() -> None:
     def varlen_attn(*arguments: Any, enable_gqa: bool = False, **options: Any) -> Any:
         return original(*arguments, **options)
 
-    varlen.varlen_attn = varlen_attn  # type: ignore[assignment]
+    varlen.varlen_attn = varlen_attn

@@ -101,8 +101,8 @@ def plain_training(
             loss = topk_divergence(
                 logprobs.gather(-1, support),
                 teacher,
-                form=config.loss.form,
-                direction=config.loss.direction,
+                form="tail",
+                direction="reverse",
                 student_tail=logprobs.scatter(-1, support, -torch.inf).logsumexp(-1),
                 teacher_tail=torch.from_numpy(item.score.tail_logprob).to(place.device),
             ).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -42,7 +43,7 @@ def make_tiny_model(folder: Path, *, tied: bool = True, seed: int = 0, hidden: i
     return folder
 
 
-def make_tokenizer():
+def make_tokenizer() -> Any:
     """Byte-level: 256 byte tokens, then ``<|im_start|>``, ``<|im_end|>`` (eos, also pad); a plain ChatML template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

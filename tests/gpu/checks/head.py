@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from common.models.logits import LogitTransform
 from learner.trainer.losses import topk_divergence
-from learner.trainer.output_layer import ChunkView, LogitTransform, OutputLayer
+from learner.trainer.output_layer import ChunkView, OutputLayer
 from tests.gpu.place import Place, free_memory, gib
 from tests.gpu.report import Figure
 
@@ -97,9 +99,9 @@ def head(place: Place) -> Iterator[Figure]:
     # The weight's gradient in float32, a bfloat16 product to add to it, and the bfloat16 gradient that is returned.
     gradients = vocabulary * width * (4 + 2 + 2) + rows * width * 2 * 2
     for chunk in sizes.head_chunks:
-        seconds = place.seconds(lambda chunk=chunk: problem.chunked(chunk))
+        seconds = place.seconds(partial(problem.chunked, chunk))
         problem.clear()
-        peak = place.peak_of(lambda chunk=chunk: problem.chunked(chunk))
+        peak = place.peak_of(partial(problem.chunked, chunk))
         yield gib(f"chunk {chunk}: peak", peak, gradients + CHUNK_BUFFERS * chunk * vocabulary * 4)
         yield Figure("time", seconds, "s")
     problem.clear()

@@ -39,7 +39,7 @@ def counted_kernel() -> Iterator[list[int]]:
     try:
         yield calls
     finally:
-        varlen.varlen_attn = wrapped  # type: ignore[assignment]
+        varlen.varlen_attn = wrapped
 
 
 def packing(place: Place) -> Iterator[Figure]:

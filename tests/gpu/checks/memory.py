@@ -34,7 +34,7 @@ def memory(place: Place) -> Iterator[Figure]:
     backend = TransformersBackend(model, model_name="bf16", prefill_tokens=place.sizes.prefill_tokens)
     base = place.allocated()
     for _ in range(2):
-        prefix = backend.prefill(context_ids(place), None)
+        (prefix,) = backend.prefill([context_ids(place)], None)
     yield gib("one context", place.allocated() - base, prefix.nbytes * 1.02 + SLACK_BYTES)
     del prefix
     yield gib("left by contexts", place.allocated() - base, SLACK_BYTES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ def nccl2(place: Place) -> Iterator[Figure]:
     yield from between(place, "nccl" if place.on_gpu else "gloo", devices)
 
 
-def between(place: Place, backend: str, devices: list[str]) -> Iterator[Figure]:
+def between(place: Place, backend: Literal["ipc", "nccl", "gloo"], devices: list[str]) -> Iterator[Figure]:
     """Send to a process on each of `devices`; kill the last one, send again, then form a new group without it."""
     sizes = place.sizes
     sync = SyncConfig(backend=backend, timeout_s=sizes.sync_timeout_s, bucket_bytes=sizes.sync_bucket_bytes)

@@ -49,7 +49,7 @@ def teacher(place: Place) -> Iterator[Figure]:
     few = items[: sizes.oracle_samples]
 
     def sampled(backend: TransformersBackend) -> torch.Tensor:
-        prefix = backend.prefill(ids, None)
+        (prefix,) = backend.prefill([ids], None)
         return joined([scores_of(backend.score([Work(item, prefix, "at_ids", 1.0, 0)]))[0] for item in few])
 
     model = load(folder, place, torch.float32)
@@ -66,7 +66,7 @@ def teacher(place: Place) -> Iterator[Figure]:
 
     formula = 2 * (2 * shape.layers * shape.kv_heads * shape.head_dim * ids.size + shape.hidden)
     before = place.allocated()
-    prefix = backend.prefill(ids, None)
+    (prefix,) = backend.prefill([ids], None)
     after = place.allocated()
     yield Figure("context bytes", prefix.nbytes / formula, "of the formula", at_least=1.0, at_most=1.0)
     yield gib("context in memory", after - before, formula * ALLOCATOR + SLACK_BYTES)
@@ -75,7 +75,7 @@ def teacher(place: Place) -> Iterator[Figure]:
     tokens = sum(item.prompt_ids.size + item.response_ids.size for item in items)
     yield gib("peak of a batch", place.peak_of(lambda: backend.score(works)))
     yield Figure("scored", tokens / place.seconds(lambda: backend.score(works), 3), "tokens/s")
-    yield Figure("context", ids.size / place.seconds(lambda: backend.prefill(ids, None)), "tokens/s")
+    yield Figure("context", ids.size / place.seconds(lambda: backend.prefill([ids], None)), "tokens/s")
 
 
 def http(place: Place) -> Iterator[Figure]:
@@ -98,7 +98,7 @@ def http(place: Place) -> Iterator[Figure]:
     direct = TransformersBackend(
         load(folder, place, torch.bfloat16), model_name="direct", prefill_tokens=config.batch_tokens
     )
-    prefix = direct.prefill(ids, None)
+    (prefix,) = direct.prefill([ids], None)
     service = build_service(config)
     server = start_in_thread(service, config, Authenticator())
     name = context_hash(service.info().tokenizer_fingerprint, ids)

@@ -105,7 +105,7 @@ def v2(place: Place) -> Iterator[Figure]:
     ids, items = context_ids(place), score_items(place, None)
 
     def scored(backend: Backend, mode: ScoreMode) -> tuple[torch.Tensor, float]:
-        prefix = backend.prefill(ids, None)
+        (prefix,) = backend.prefill([ids], None)
         works = [Work(item, prefix, mode, 1.0, 0) for item in items]
         backend.score(works)
         began = time.monotonic()
