@@ -46,7 +46,7 @@ def _teacher(folder: Path) -> str:
     except (BackendError, ValueError) as error:
         return _refusal(error)
     context = as_ids(np.random.default_rng(7).integers(0, 490, 80))
-    rng, prefix = np.random.default_rng(0), backend.prefill(context, None)
+    rng, prefix = np.random.default_rng(0), backend.prefill([context], None)[0]
     batch = [
         Work(random_item(rng, prompt=p, response=r, vocabulary=490), prefix, "at_ids", 1.0, 8)
         for p, r in ((7, 20), (0, 9))

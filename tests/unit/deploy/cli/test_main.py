@@ -202,7 +202,7 @@ def test_a_missing_argument_shows_the_usage() -> None:
 
 def test_the_demo_passes_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    result = opcd("train", "deploy/configs/demo.yaml", "--dry-run")
+    result = opcd("train", "deploy/configs/demo.yaml", "run.name=never-run", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "200 train, 32 valid, 64 eval" in result.stdout
 

@@ -83,7 +83,7 @@ def test_what_cannot_fit_is_an_error(judge: Judge, where: Machine, changes: dict
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        (machine(gpu_gib=44.5), "a rank needs about 47.7 GiB, a GPU of this machine has 43.8"),
+        (machine(gpu_gib=44.5), "a rank needs about 47.8 GiB, a GPU of this machine has 43.8"),
         (machine(free_gib=4), "of host memory, 4.0 are free here"),
     ],
     ids=["GPU", "host"],
