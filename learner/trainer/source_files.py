@@ -8,7 +8,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
