@@ -36,7 +36,7 @@ PHASES = {
     "accumulation": ("accumulate", 0.02),
     "step": ("finish_step", 0.02),
     "sync": ("publish", 0.02),
-    "checkpoint": ("save_state", 0.02),
+    "checkpoint": ("save_state", 0.0),
 }
 """Method of `Services` that begins the phase, and seconds from its call to the kill. With `SLOW_SCORING` there are
 answers and no scores after 0.6 s."""

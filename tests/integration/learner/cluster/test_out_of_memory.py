@@ -51,7 +51,7 @@ for _ in range(2):  # in the middle of a call, and after it
 def test_an_actor_that_ray_ends_for_its_memory_is_lost_like_any_other() -> None:
     alone = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=alone, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=alone, capture_output=True, text=True, timeout=120, check=False
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("True 1 an actor of the run died: ")]
     assert len(lines) == 2, done.stdout + done.stderr
