@@ -34,7 +34,7 @@ LEAST_KEPT = 0.7
 OBJECT_STORE = "object store"
 
 PROCESS_BYTES = {"rank": 600 * 1024**2, "engine": 1500 * 1024**2, "teacher": 900 * 1024**2, "driver": 800 * 1024**2}
-"""Resident memory before a model is loaded: Python, torch, vLLM (two processes), Ray. Measured on CPU."""
+"""Resident memory before a model is loaded: Python, torch, vLLM (two processes), Ray. Estimates on the safe side."""
 
 
 @dataclass(frozen=True, slots=True)
