@@ -18,6 +18,7 @@ from learner.errors import ServiceLost
 from learner.loop.user_errors import unwrap_ray_error
 
 ray.init(
+    "local",  # not a cluster that another test has started on this machine
     num_cpus=1,
     include_dashboard=False,
     log_to_driver=False,
