@@ -113,8 +113,15 @@ def victims(name: str) -> list[int]:
 
 
 def kill_one(name: str) -> None:
-    """Send SIGKILL to the victim with the lowest process id, or with the highest for a name like ``last rank``."""
-    pid = (max if name.startswith("last ") else min)(victims(name))
+    """Send SIGKILL to the victim with the lowest process id, or with the highest for a name like ``last rank``.
+
+    Without a victim at the moment, for example while it is replaced, wait for one.
+    """
+    found = victims(name)
+    if not found:
+        asyncio.get_running_loop().call_later(0.05, kill_one, name)
+        return
+    pid = (max if name.startswith("last ") else min)(found)
     print(f"killed {name} {pid}", flush=True)
     if name == "driver":
         print("processes of the driver:", *descendants(pid), flush=True)

@@ -54,10 +54,9 @@ def worker(tiny_model: Path) -> Iterator[Any]:
     )
     ray.get(handle.ready.remote())
     yield handle
-    children = descendants(root)
+    engines = {pid for pid in descendants(root) if "VLLM" in command_of(pid)}
     ray.kill(handle)  # without a word: the engine has no chance to shut down
     deadline = time.monotonic() + 15
-    engines = {pid for pid in children if "VLLM" in command_of(pid)}
     while alive(engines) and time.monotonic() < deadline:
         time.sleep(0.2)
     left = alive(engines)
