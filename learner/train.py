@@ -45,7 +45,7 @@ from learner.loop.run import Resumed, Run, refuse_changes
 from learner.loop.user_errors import KNOWN_ERRORS
 from learner.preflight.checks import preflight
 
-__all__ = ["KNOWN_ERRORS", "evaluate", "main", "run"]
+__all__ = ["KNOWN_ERRORS", "check_resume", "evaluate", "main", "run"]
 
 INTERRUPTED = 130
 
@@ -143,6 +143,19 @@ def _finished(config: Config) -> str | None:
         f"{config.run.path} is finished, {found.steps} of {config.learner.steps} steps: nothing to resume; its weights "
         f"are in {config.run.path / 'checkpoint'}, and a larger learner.steps continues it"
     )
+
+
+def check_resume(config: Config, inputs: Inputs | None, *, accept_changes: bool) -> str:
+    """A line about what ``--resume`` would do; starts nothing. Raises CheckpointError if it cannot be done.
+
+    `inputs` is None if the rows could not be rendered here: then only the checkpoint itself is checked.
+    """
+    if (finished := _finished(config)) is not None:
+        return finished
+    resumed = _find_checkpoint(config, accept_changes=accept_changes)
+    if inputs is not None:
+        refuse_changes(config, inputs, resumed, resumed.manifest.identity.teachers)
+    return f"goes on from {resumed.path}, step {resumed.manifest.step} of {config.learner.steps}"
 
 
 def _find_checkpoint(config: Config, *, accept_changes: bool) -> Resumed:

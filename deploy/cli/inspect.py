@@ -34,7 +34,10 @@ def inspect(
     response: Annotated[str | None, typer.Option(help="Text after the prompt; default: the row's answer.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Print every token of long contexts and prompts.")] = False,
 ) -> None:
-    """Print a row as the student and the teacher see it, token by token. Needs the tokenizer, no engine."""
+    """Print a row as the student and the teacher see it, token by token, then the findings of the dry run's checks.
+
+    Needs the tokenizer, no engine. The exit status is 2 if a run would be refused.
+    """
     from common.config.loader import load_config
     from common.config.model import ConfigError
     from common.data.rows import DataError
@@ -46,6 +49,13 @@ def inspect(
     from rich.console import Console
 
     show(Console(), inspected, resolved.rollout.max_tokens, None if everything else MAX_TOKENS)
+    from learner.preflight.checks import preflight
+
+    report = preflight(resolved, offline=True)
+    for text in report.texts("warning"):
+        typer.echo(f"warning: {text}", err=True)
+    with known_errors(ConfigError):
+        report.raise_errors()
 
 
 def _inspect(config: Config, row_id: str | None, context_id: str | None, response: str | None) -> InspectedRow:

@@ -75,12 +75,19 @@ def train(
     if dry_run:
         from deploy.inspect.dry_run import summary_text
         from learner.preflight.checks import preflight
+        from learner.preflight.report import summary as fact
 
         report = preflight(resolved, offline=True)
         for text in report.texts("warning"):
             typer.echo(f"warning: {text}", err=True)
         with known_errors(ConfigError):
             report.raise_errors()
+        if resume:
+            from learner.train import KNOWN_ERRORS, check_resume
+
+            with known_errors(*KNOWN_ERRORS):
+                plan = check_resume(resolved, report.inputs, accept_changes=accept_changes)
+            report.findings.append(fact("resume", plan))
         for line in summary_text(report):
             typer.echo(line, err=print_config)
     if dry_run or print_config:

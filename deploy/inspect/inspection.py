@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common.data.rendering import teacher_sequence
+from common.data.rendering import common_prefix, teacher_sequence
 from common.data.special_tokens import leading_count
 from common.data.token_text import token_texts
 from common.protocol.schema import Context, Prompt
@@ -32,7 +32,7 @@ class InspectedToken:
 
 @dataclass(frozen=True, slots=True)
 class InspectedRow:
-    """A row as both sides see it. `tokens`: the teacher's own, the student's own, then the tokens both sides share."""
+    """A row as both sides see it. `tokens`: the common start, the teacher's own, the student's own, the common end."""
 
     row_id: str
     tokens: Sequence[InspectedToken]
@@ -75,12 +75,16 @@ def inspect_row(
     context = 0 if prompt.context is None else len(contexts[prompt.context].ids)
     equal = equal_at_end(teacher, student)
     teacher_only, student_only = len(teacher) - equal, len(student) - equal
+    head = len(common_prefix([teacher[:teacher_only], student[:student_only]]))
     teacher_ids = [*teacher, *response]
     texts = token_texts(tokenizer, teacher_ids)
     student_texts = token_texts(tokenizer, [*student, *response])
 
-    tokens = [InspectedToken(i, None, "context", teacher[i], texts[i], False) for i in range(teacher_only)]
-    tokens += [InspectedToken(None, i, "prompt", student[i], student_texts[i], False) for i in range(student_only)]
+    tokens = [InspectedToken(i, i, "prompt", teacher[i], texts[i], False) for i in range(head)]
+    tokens += [InspectedToken(i, None, "context", teacher[i], texts[i], False) for i in range(head, teacher_only)]
+    tokens += [
+        InspectedToken(None, i, "prompt", student[i], student_texts[i], False) for i in range(head, student_only)
+    ]
     for i in range(teacher_only, len(teacher_ids)):
         on_student = i - teacher_only + student_only
         counted = i >= len(teacher) + skip_first

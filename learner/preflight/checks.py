@@ -16,7 +16,14 @@ from learner.preflight.machine import check_devices, check_folders, check_packag
 from learner.preflight.models import check_hub, check_models, check_student_limits, is_on_this_machine
 from learner.preflight.needs import check_needs
 from learner.preflight.report import Finding, Report, error, warning
-from learner.preflight.rows import check_lengths, check_token_ids, check_tokenizers, check_top_k, input_warnings
+from learner.preflight.rows import (
+    check_bos,
+    check_lengths,
+    check_token_ids,
+    check_tokenizers,
+    check_top_k,
+    input_warnings,
+)
 from learner.preflight.summary import count_rows, summarize
 
 CONFIG_CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
@@ -35,6 +42,7 @@ INPUT_CHECKS: tuple[Callable[[Config, Inputs], Iterator[Finding]], ...] = (
     check_token_ids,
     check_tokenizers,
     check_top_k,
+    check_bos,
     input_warnings,
     summarize,
     check_needs,

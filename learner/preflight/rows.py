@@ -9,6 +9,7 @@ from common.config.model import Config, StudentConfig, TeacherConfig
 from common.data.fingerprint import vocabulary_fault
 from common.data.model_lookup import load_model_config, load_tokenizer, model_limit
 from common.data.rendering import length_faults
+from common.protocol.schema import Ids, Prompt
 from learner.data.inputs import Inputs, answer_limit
 from learner.preflight.models import is_on_this_machine
 from learner.preflight.report import Finding, error, warning
@@ -115,6 +116,32 @@ def check_top_k(config: Config, inputs: Inputs) -> Iterator[Finding]:
             f"loss.form `exact` is over the whole vocabulary of {width}, loss.top_k is {config.loss.top_k}; set "
             f"loss.top_k={width} (for small vocabularies), or loss.form=tail"
         )
+
+
+def check_bos(config: Config, inputs: Inputs) -> Iterator[Finding]:
+    """Find rows that begin with the BOS token for one of student and teacher alone: their positions then differ."""
+    bos = load_tokenizer(config.student.model).bos_token_id
+    if bos is None:
+        return
+    for key in ("data.train", "data.valid", "data.eval"):
+        rows = inputs.sets().get(key, [])
+        uneven = [
+            row.row_id for row in rows if _begins_with(bos, row.student_ids) != _begins_with(bos, _lead(inputs, row))
+        ]
+        if uneven:
+            yield warning(
+                f"{key}: {len(uneven)} rows begin with the BOS token for one of student and teacher alone, because of "
+                f"the chat template; the first is row {uneven[0]!r}"
+            )
+
+
+def _lead(inputs: Inputs, row: Prompt) -> Ids:
+    """The tokens with which the teacher's prompt of `row` begins."""
+    return row.teacher_ids if row.context is None else inputs.contexts[row.context].ids
+
+
+def _begins_with(token: int, ids: Ids) -> bool:
+    return len(ids) > 0 and int(ids[0]) == token
 
 
 def input_warnings(config: Config, inputs: Inputs) -> Iterator[Finding]:

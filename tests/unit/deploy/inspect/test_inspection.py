@@ -77,11 +77,12 @@ def test_a_system_turn_of_the_students_own_is_seen_apart() -> None:
     renderer = Renderer(TOKENIZER, CONTEXT, StudentConfig(model="unused", system="text", system_text="Hello."))
     prompt = renderer.render(CHAT)
     seen = inspect_row(TOKENIZER, prompt, renderer.contexts, [])
-    student_only = [token for token in seen.tokens if token.teacher is None]
     teacher_only = [token for token in seen.tokens if token.student is None]
-    assert {token.role for token in student_only} == {"prompt"}
-    assert "".join(token.piece for token in student_only) == "<|im_start|>system"
-    assert "".join(token.piece for token in teacher_only) == f"<|im_start|>system\n{CONTEXT}\n"
+    assert "".join(token.piece for token in teacher_only) == f"\n{CONTEXT}\n"  # the end is compared first
+    assert {token.role for token in teacher_only} == {"context"}
+    assert not [token for token in seen.tokens if token.teacher is None]
+    both = "".join(token.piece for token in seen.tokens if token.student is not None)
+    assert both.startswith("<|im_start|>system\nHello.<|im_end|>")
 
 
 class WithBos:
@@ -191,6 +192,18 @@ def lines_of(text: str) -> list[str]:
 
 def load_tokens(text: str) -> list[int]:
     return list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+
+
+def test_the_command_has_the_findings_of_the_dry_run(path: Path, tmp_path: Path) -> None:
+    more = ["rollout.gpus_per_worker=4096", f"run.dir={tmp_path / 'runs'}"]
+    result = opcd(path, *more)
+    assert result.exit_code == 2
+    assert "'A'" in result.stdout  # the row itself is shown
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("opcd: the run asks for 4096 GPUs")
+    forged = json.dumps({"id": "f", "messages": [{"role": "user", "content": "a<|im_end|>"}], "answer": "b"})
+    (tmp_path / "eval.jsonl").write_text(forged)
+    assert "warning: data.eval: 1 rows hold the text of a special token" in opcd(path, more[1]).stderr
 
 
 def test_the_command_finds_held_out_rows_and_takes_a_response(path: Path) -> None:

@@ -18,7 +18,7 @@ from learner.preflight.machine import check_devices, check_folders, check_packag
 from learner.preflight.models import check_models, check_student_limits
 from learner.preflight.report import Finding
 from tests.support.configs import config_of
-from tests.support.tiny import make_tokenizer
+from tests.support.tiny import CHAT_TEMPLATE, make_tokenizer
 from tests.support.tokenizers import build_tokenizer
 
 Make = Callable[..., Config]
@@ -285,3 +285,18 @@ def test_a_teachers_own_tokens_are_no_support_of_a_narrower_student(
     assert errors(make(loss={"top_k": 8}, **parts)) == []
     (found,) = errors(make(loss={"top_k": 8, "support": "union"}, **parts))
     assert "up to 258, and the student has 258 outputs" in found
+
+
+def test_a_template_that_gives_bos_to_one_side_alone_is_a_warning(make: Make, tmp_path: Path) -> None:
+    template = "{% if messages[0].role != 'system' %}{{ bos_token }}{% endif %}" + CHAT_TEMPLATE
+    folder = shutil.copytree(make().student.model, tmp_path / "uneven")
+    build_tokenizer(template, bos="<|begin|>").save_pretrained(folder)
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"id": "a", "messages": [{"role": "user", "content": "hi"}]}')
+    uneven = make(student={"model": str(folder)}, data={"train": str(chat)})
+    (line,) = preflight(uneven, offline=True).texts("warning")
+    assert line.startswith("data.train: 1 rows begin with the BOS token for one of student and teacher alone")
+    even = make(
+        student={"model": str(folder)}, data={"train": str(chat)}, context={"text": "c", "placement": "user_prefix"}
+    )
+    assert preflight(even, offline=True).texts("warning") == []
