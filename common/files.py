@@ -1,9 +1,14 @@
-"""Permissions of written files."""
+"""Permissions of written files, and the place of missing ones."""
 
 from __future__ import annotations
 
 import stat
 from pathlib import Path
+
+
+def seen_from(path: Path) -> str:
+    """Name the folder that a relative path was searched in, for the error of a missing file."""
+    return "" if path.is_absolute() else f" (seen from {Path.cwd()})"
 
 
 def apply_umask(folder: Path) -> None:

@@ -90,8 +90,9 @@ def _run_owned(config: Config, progress: Progress, *, resume: bool, accept_chang
     assert inputs is not None  # without an error, the rows are rendered
     if resumed is not None:
         refuse_changes(config, inputs, resumed, resumed.manifest.identity.teachers)
-    progress.status("asking the teachers at teacher.url")
-    asyncio.run(ask_remote_teachers(config))
+    if any(teacher.url is not None for teacher in config.named_teachers().values()):
+        progress.status("asking the teachers at teacher.url")
+        asyncio.run(ask_remote_teachers(config))
     if resumed is None:
         clear(config.run.path)
     with report_at_end(config.run.path, progress.line), interruptible(), cluster() as dashboard:

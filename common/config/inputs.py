@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from common.config.base import ConfigError, Dtype, Fraction, NonNegative, Positive, PositiveFloat, Section
+from common.files import seen_from
 from common.network import LOOPBACK
 
 
@@ -206,8 +207,7 @@ def _read_context(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
-        seen_from = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
-        raise ConfigError(f"context.file: cannot read {path}: {error.strerror}{seen_from}") from error
+        raise ConfigError(f"context.file: cannot read {path}: {error.strerror}{seen_from(path)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"context.file: {path} is not UTF-8: {error}") from error
     if text.startswith("\ufeff"):

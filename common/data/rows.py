@@ -126,7 +126,8 @@ def read_rows(
 def digest(data: DataConfig, rows: Sequence[Row]) -> str:
     """Hex sha256 of the training data: the file's bytes, or `rows` if the source is no file or has mapped columns."""
     if is_file(data.train) and not (data.columns or data.user_template or data.labels):
-        return hashlib.sha256(data.train.read_bytes()).hexdigest()
+        with data.train.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     content = hashlib.sha256()
     for row in rows:
         content.update(row.model_dump_json().encode() + b"\n")
@@ -137,7 +138,8 @@ def _parse(record: Any, mapping: DataConfig | None) -> Row | str:
     if isinstance(record, InvalidJson):
         return str(record)
     if not isinstance(record, dict):
-        return f"expected an object with the columns of one row, got {type(record).__name__}"
+        hint = "; a file of JSON lines holds one row a line, no array" if isinstance(record, list) else ""
+        return f"expected an object with the columns of one row, got {type(record).__name__}{hint}"
     try:
         record = nan_to_none(record)
         return Row.model_validate(without_nulls(map_columns(record, mapping) if mapping else record))

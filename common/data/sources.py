@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 import yaml
 
 from common.error_text import one_line
+from common.files import seen_from
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 """Code points that UTF-8 cannot encode; text cut inside an emoji's escape sequence holds one."""
@@ -53,14 +54,14 @@ def is_file(source: Path) -> bool:
 def json_lines(path: Path) -> Iterator[Record]:
     """Yield the lines of a file that are not blank. Raises DataError for an unreadable file."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="\n") as stream:  # U+2028 and the like end no line
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _parsed(line)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}{seen_from(path)}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parsed(line)
 
 
 def _parsed(line: str) -> Any:
@@ -72,11 +73,6 @@ def _parsed(line: str) -> Any:
     if half is not None:
         return InvalidJson(f"holds half a character ({half.group()!a}, a surrogate without its pair), which is no text")
     return value
-
-
-def seen_from(path: Path) -> str:
-    """Name the folder that a relative path was searched in."""
-    return "" if path.is_absolute() else f" (seen from {Path.cwd()})"
 
 
 def _parquet(path: Path) -> Iterator[Record]:

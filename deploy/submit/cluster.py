@@ -39,6 +39,8 @@ INTERRUPTED = 130
 QUIET = logging.getLogger("opcd.submit")
 """Logger for Ray's packer, whose default logger lists the files that it leaves out."""
 HEAD_START_S = 60
+NO_AGENT = "No available agent"
+"""Start of the job server's refusal while no node has an agent that starts jobs."""
 
 
 class Cluster:
@@ -84,11 +86,20 @@ class Cluster:
 
     def submit(self, job: Job) -> str:
         """Upload the files of `job`, start it and return its id. Retries for a minute while the head node starts."""
-        with ray_errors():
-            return self._submit(job)
+        try:
+            with ray_errors():
+                return self._submit(job)
+        except ClusterError as error:
+            if NO_AGENT not in str(error):
+                raise
+            raise ClusterError(
+                f"{self.address} has had no agent to start jobs for {HEAD_START_S} s: another Ray on the head's "
+                "machine may hold the agent's port (52365); start the head with another one: ray start --head "
+                "--dashboard-agent-listen-port PORT"
+            ) from error
 
     @retry(
-        retry=retry_if_exception(lambda error: "No available agent" in str(error)),
+        retry=retry_if_exception(lambda error: NO_AGENT in str(error)),
         stop=stop_after_delay(HEAD_START_S),
         wait=wait_fixed(1),
         reraise=True,

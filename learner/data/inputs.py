@@ -13,13 +13,14 @@ from common.data.fingerprint import added_tokens, tokenizer_fingerprint
 from common.data.model_lookup import load_tokenizer, model_limit
 from common.data.rendering import Renderer, length_faults, teacher_sequence
 from common.data.rows import DataError, Row, digest, read_rows
-from common.data.sources import seen_from
 from common.data.special_tokens import control_tokens
 from common.evaluation.graders import Grader, make_grader
 from common.evaluation.perplexity import split_into_chunks
+from common.files import seen_from
 from common.protocol.schema import Context, Prompt, TokenSequence, as_ids
 from learner.data.context_sampling import ContextSampler
 from learner.data.games import environment_error, first_turn, refuse_games_if_unsupported
+from learner.data.text_sizes import oversized_texts
 
 T = TypeVar("T")
 
@@ -39,6 +40,11 @@ class Sources:
     """The context; with a pool, its first one."""
     pool: Pool | None
     grader: Grader
+
+    def sets(self) -> dict[str, list[Row]]:
+        """Rows by the key of their set."""
+        named = {"data.train": self.train, "data.valid": self.valid, "data.eval": self.eval}
+        return named | {f"eval.ood.{name}": rows for name, rows in self.ood.items()}
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ def render_inputs(config: Config, sources: Sources) -> Inputs:
             f"{config.student.model} states no longest sequence (max_position_embeddings): set "
             "student.max_sequence_tokens"
         )
+    if faults := list(oversized_texts(config, tokenizer, sources.context, sources.sets(), limit)):
+        raise DataError("\n".join(faults))
     turns = [first_turn(row) for row in sources.train]
     pool = sources.pool
     sampler = None if pool is None else ContextSampler(pool, renderer, config.run.seed, turns)

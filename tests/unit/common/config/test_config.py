@@ -198,6 +198,7 @@ def test_a_file_without_a_configuration_is_refused(path: Path, text: str, part: 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert mistake(tmp_path / "none.yaml").startswith("cannot read ")
+    assert mistake(Path("none.yaml")).endswith(f"(seen from {Path.cwd()})")
 
 
 def test_sections_are_closed_and_immutable(path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from ray.job_submission import JobDetails
+from tenacity import stop_after_attempt, wait_none
 
 from deploy.submit import cluster as submit_cluster
-from deploy.submit.cluster import Cluster, exit_status, gpus_of, read_token
+from deploy.submit.cluster import Cluster, ClusterError, exit_status, gpus_of, read_token
 from deploy.submit.submit import Job
 
 
@@ -81,6 +82,16 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 def test_a_head_that_has_just_started_is_waited_for(cluster: Cluster) -> None:
     assert cluster.submit(Job("mine-1", ("python",), Path(), {}, {})) == "mine-1"
+
+
+def test_a_head_whose_agent_never_comes_is_told_the_remedy(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    retried = Cluster._submit.retry  # type: ignore[attr-defined]
+    monkeypatch.setattr(retried, "stop", stop_after_attempt(2))
+    monkeypatch.setattr(retried, "wait", wait_none())
+    monkeypatch.setattr(cluster._jobs, "refusals", 9, raising=False)
+    with pytest.raises(ClusterError, match=r"port \(52365\).*--dashboard-agent-listen-port") as caught:
+        cluster.submit(Job("mine-1", ("python",), Path(), {}, {}))
+    assert "\n" not in str(caught.value)
 
 
 def test_only_our_jobs_are_listed_the_newest_first(cluster: Cluster) -> None:
