@@ -1,4 +1,4 @@
-"""Accuracy on held-out rows, its change and the gap closed, each with a 95% interval.
+"""Accuracy on held-out rows and its change, each with a 95% interval.
 
 Rows are the random sample of the task, so every interval counts rows. Several answers to one row make the row's share
 of right answers more precise; they do not count as more rows.
@@ -15,9 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Z95 = 1.959964
-RESAMPLES = 2000
-"""Resamples of a bootstrap; with this many, the interval's ends are good to about a tenth of its width."""
-
 Interval = tuple[float, float]
 
 
@@ -101,39 +98,6 @@ def change(before: Accuracy, after: Accuracy) -> Change:
     variance = (float((differences**2).sum()) + 2) / (n + 2) - centre**2
     half = Z95 * math.sqrt(variance / (n + 2))
     return Change(after.accuracy - before.accuracy, (max(-1.0, centre - half), min(1.0, centre + half)))
-
-
-def gap_closed(base: Accuracy, in_context: Accuracy, final: Accuracy) -> float | None:
-    """Return (final - base) / (in context - base), or None if the context makes no difference."""
-    gap = in_context.accuracy - base.accuracy
-    return None if gap == 0 else (final.accuracy - base.accuracy) / gap
-
-
-def gap_closed_ci95(base: Accuracy, in_context: Accuracy, final: Accuracy, seed: int = 0) -> Interval | None:
-    """Return the 95% interval of `gap_closed`: percentiles of a paired bootstrap over rows, a function of `seed`.
-
-    None if the gap's own interval covers zero: a ratio to it has no meaning. Resamples whose gap has the opposite sign
-    are left out; they are under 2.5%, or the gap's interval would cover zero.
-    """
-    if change(base, in_context).covers_zero:
-        return None
-    scores = align_rows(base.rows, in_context.rows, final.rows).T
-    means = bootstrap_means(scores, np.random.default_rng(seed))
-    return ratio_interval(means[:, 2] - means[:, 0], means[:, 1] - means[:, 0])
-
-
-def ratio_interval(gains: NDArray[np.float64], gaps: NDArray[np.float64]) -> Interval:
-    """Return the 2.5% and 97.5% percentiles of gain over gap, without gaps of the minority's sign."""
-    usable = gaps * np.sign(np.median(gaps)) > 0
-    low, high = np.quantile(gains[usable] / gaps[usable], (0.025, 0.975))
-    return float(low), float(high)
-
-
-def bootstrap_means(scores: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Return the means ``[RESAMPLES, m]`` of resamples of the rows of ``scores [rows, m]``."""
-    rows = len(scores)
-    even = np.full(rows, 1 / rows)
-    return np.stack([rng.multinomial(rows, even) @ scores / rows for _ in range(RESAMPLES)])
 
 
 def align_rows(*results: Mapping[str, float]) -> NDArray[np.float64]:

@@ -1,8 +1,9 @@
-"""Accuracy figures over several runs that differ only in their seed, with intervals over rows and seeds.
+"""Accuracy figures over one or more runs that differ only in their seed, with intervals over rows and seeds.
 
 Every run answers every row, so two variances add up: that of the mean over rows and that of the mean over seeds. Both
 contain a part of the sampling noise of the answers, so their sum is slightly too large, never too small. The variance
-over seeds comes from one value per seed: with three seeds it is rough, with one seed it is unknown and left out.
+over seeds comes from one value per seed, so it counts by Student's t quantile for that many seeds instead of the
+normal one. With one seed it is unknown and left out: the interval is then that of this run, not of the method.
 """
 
 from __future__ import annotations
@@ -12,22 +13,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
-from common.evaluation.accuracy import (
-    RESAMPLES,
-    Z95,
-    Accuracy,
-    Change,
-    Interval,
-    align_rows,
-    change,
-    effective_n,
-    ratio_interval,
-    wilson,
-)
+from common.evaluation.accuracy import Z95, Accuracy, Change, Interval, align_rows, change, effective_n, wilson
 
 Rows = Mapping[str, float]
 """Maps a row's id to its share of right answers in one run."""
+PSEUDO_ROWS = 4.0
+"""Artificial rows of a ratio's interval, spread evenly over all combinations of right and wrong (Agresti and Coull's
+"plus four"). Without them the interval has no width when no row differs."""
 
 
 def accuracy_over_seeds(runs: Sequence[Rows]) -> Accuracy:
@@ -38,7 +32,7 @@ def accuracy_over_seeds(runs: Sequence[Rows]) -> Accuracy:
     scores = align_rows(*runs)
     seeds, rows = scores.shape
     mean = float(scores.mean())
-    variance = float(scores.mean(axis=0).var()) / rows + _seed_variance(scores)
+    variance = float(scores.mean(axis=0).var()) / rows + float(_seed_covariance(scores[..., None])[0, 0])
     n = effective_n(mean, variance, max_n=rows * seeds, if_constant=rows)
     return Accuracy(mean, rows, wilson(mean, n), seeds, dict(zip(runs[0], scores.mean(axis=0).tolist(), strict=True)))
 
@@ -49,37 +43,54 @@ def change_over_seeds(before: Sequence[Rows], after: Sequence[Rows]) -> Change:
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} and {len(after)} runs cannot be paired")
-    first, second = accuracy_over_seeds(before), accuracy_over_seeds(after)
-    over_rows = change(first, second)
+    over_rows = change(accuracy_over_seeds(before), accuracy_over_seeds(after))
     scores = align_rows(*before, *after)
-    over_seeds = Z95 * math.sqrt(_seed_variance(scores[len(before) :] - scores[: len(before)]))
+    differences = scores[len(before) :] - scores[: len(before)]
     low, high = over_rows.ci95
     half = (high - low) / 2
-    wider = math.hypot(half, over_seeds) - half
+    wider = math.hypot(half, Z95 * math.sqrt(_seed_covariance(differences[..., None])[0, 0])) - half
     return Change(over_rows.change, (max(-1.0, low - wider), min(1.0, high + wider)))
 
 
-def gap_closed_over_seeds(
-    base: Sequence[Rows], in_context: Sequence[Rows], final: Sequence[Rows], seed: int = 0
+def gap_closed(
+    base: Sequence[Rows], in_context: Sequence[Rows], final: Sequence[Rows]
 ) -> tuple[float | None, Interval | None]:
-    """Return (mean gain over mean gap, its interval from a bootstrap over rows and runs), a function of `seed`.
+    """Return the share of the context's benefit that the weights hold, mean gain over mean gap, and its interval.
 
-    The value is None without a gap; the interval is None if the gap's own interval covers zero.
+    The gain is final minus base, the gap in context minus base, both paired by row and run. The interval is Fieller's
+    (1954), with `PSEUDO_ROWS`: the ratios r for which gain - r * gap may be zero. The value is None without a gap; the
+    interval is None if the gap itself may be zero. Raises ValueError if the rows are not the same.
     """
     stacked = np.stack(np.split(align_rows(*base, *in_context, *final), 3), axis=-1)
-    gain, gap = (stacked[..., i] - stacked[..., 0] for i in (2, 1))
-    value = float(gain.mean() / gap.mean()) if gap.mean() else None
-    if value is None or change_over_seeds(base, in_context).covers_zero:
-        return value, None
-    runs, rows, _ = stacked.shape
-    rng, means = np.random.default_rng(seed), np.empty((RESAMPLES, 3))
-    for index in range(RESAMPLES):
-        weights = rng.multinomial(rows, np.full(rows, 1 / rows)) / rows
-        means[index] = weights @ stacked[rng.integers(runs, size=runs)].mean(axis=0)
-    return value, ratio_interval(means[:, 2] - means[:, 0], means[:, 1] - means[:, 0])
+    pairs = stacked[..., [2, 1]] - stacked[..., [0]]  # [runs, rows, (gain, gap)]
+    gain, gap = pairs.mean(axis=(0, 1))
+    value = float(gain / gap) if gap else None
+    rows, total = pairs.mean(axis=0), pairs.shape[1] + PSEUDO_ROWS
+    mean = rows.sum(axis=0) / total
+    # Over the eight combinations of right and wrong, a difference has mean square 1/2, two with one term in common 1/4.
+    square = (rows.T @ rows + PSEUDO_ROWS * np.array([[0.5, 0.25], [0.25, 0.5]])) / total
+    covariance = (square - np.outer(mean, mean)) / total + _seed_covariance(pairs)
+    return value, fieller(mean, covariance)
 
 
-def _seed_variance(scores: NDArray[np.float64]) -> float:
-    """Return the variance of the mean over runs, estimated from the runs' means; 0 for a single run."""
-    runs = len(scores)
-    return float(scores.mean(axis=1).var(ddof=1)) / runs if runs > 1 else 0.0
+def fieller(mean: NDArray[np.float64], covariance: NDArray[np.float64]) -> Interval | None:
+    """Return Fieller's 95% interval of ``mean[0] / mean[1]`` for means ``[2]`` with a covariance ``[2, 2]``.
+
+    None if the denominator may be zero.
+    """
+    (c, b), (_, a) = np.outer(mean, mean) - Z95**2 * covariance
+    if a <= 0:
+        return None
+    half = math.sqrt(max(b * b - a * c, 0.0))
+    return float((b - half) / a), float((b + half) / a)
+
+
+def _seed_covariance(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the covariance ``[m, m]`` of the means over runs of ``scores [runs, rows, m]``, estimated from the runs'
+    means. It is enlarged so that `Z95` standard deviations are Student's 95% quantile. Zero for a single run.
+    """
+    runs, _, figures = scores.shape
+    if runs == 1:
+        return np.zeros((figures, figures))
+    enlarged = (stdtrit(runs - 1, 0.975) / Z95) ** 2
+    return np.asarray(enlarged * np.atleast_2d(np.cov(scores.mean(axis=1), rowvar=False)) / runs)

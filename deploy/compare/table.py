@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.evaluation.accuracy import Change, Interval
-from common.evaluation.multi_seed import Rows, accuracy_over_seeds, change_over_seeds, gap_closed_over_seeds
+from common.evaluation.multi_seed import Rows, accuracy_over_seeds, change_over_seeds, gap_closed
 from deploy.compare.plan import METHODS, TITLES, PlannedRun
 
 
@@ -95,7 +95,7 @@ def _arm(arm_outcomes: Sequence[Outcome], reference: str, outcomes: Sequence[Out
     gap, interval = None, None
     if all("in_context" in one.rows for one in each):
         base, in_context, after = ([one.rows[name] for one in each] for name in ("base", "in_context", "final"))
-        gap, interval = gap_closed_over_seeds(base, in_context, after)
+        gap, interval = gap_closed(base, in_context, after)
     return {
         "title": title,
         "runs": len(runs),

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from common.evaluation.accuracy import Accuracy, Change, change, gap_closed, gap_closed_ci95
+from common.evaluation.accuracy import Accuracy, Change, Interval, change
+from common.evaluation.multi_seed import gap_closed
 from common.evaluation.perplexity import Perplexity, perplexity_change
 from common.telemetry.step_times import DEPTHS, StepTimes
 
@@ -76,17 +77,11 @@ class RunSummary:
         self.best = state["best"] and Best(**state["best"])
         self.times = StepTimes(**state["times"])
 
-    def gap_closed(self) -> float | None:
-        """Share of the context's benefit that the weights hold; None if accuracies are missing or there is no gap."""
+    def gap_closed(self) -> tuple[float | None, Interval | None]:
+        """Share of the context's benefit that the weights hold, and its 95% interval; each None if it has no value."""
         if self.base is None or self.in_context is None or self.final is None:
-            return None
-        return gap_closed(self.base, self.in_context, self.final)
-
-    def gap_closed_ci95(self) -> tuple[float, float] | None:
-        """95% interval of `gap_closed`; None if the gap may be zero."""
-        if self.base is None or self.in_context is None or self.final is None:
-            return None
-        return gap_closed_ci95(self.base, self.in_context, self.final)
+            return None, None
+        return gap_closed([self.base.rows], [self.in_context.rows], [self.final.rows])
 
     def in_context_gap(self) -> Change | None:
         """Accuracy with the context minus accuracy without it, before training."""
@@ -124,6 +119,7 @@ class RunSummary:
 def summary_json(summary: RunSummary) -> dict[str, Any]:
     """Content of ``summary.json``. Stages overlap, so their seconds need not add up to the total."""
     gap = summary.in_context_gap()
+    closed, interval = summary.gap_closed()
     return {
         "outcome": summary.outcome,
         **{
@@ -131,8 +127,8 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
             for name, value in (("base", summary.base), ("in_context", summary.in_context), ("final", summary.final))
         },
         "in_context_gap": None if gap is None else asdict(gap),
-        "gap_closed": summary.gap_closed(),
-        "gap_closed_ci95": summary.gap_closed_ci95(),
+        "gap_closed": closed,
+        "gap_closed_ci95": interval,
         **summary.forgetting(),
         "best_on_valid": None if summary.best is None else asdict(summary.best),
         "steps": summary.steps,
@@ -195,8 +191,7 @@ def final_table(summary: RunSummary) -> str:
         else:
             low, high = value.ci95
             lines.append(f"{name:<26}{value.accuracy:>8.3f}   {low:.3f} to {high:.3f}  {value.n:>5}")
-    gap = summary.gap_closed()
-    bounds = summary.gap_closed_ci95()
+    gap, bounds = summary.gap_closed()
     between = "" if bounds is None else f"   {bounds[0]:.1%} to {bounds[1]:.1%}"
     lines.append(f"{'gap closed':<26}{'-' if gap is None else f'{gap:.1%}':>8}{between}")
     forgotten = summary.forgetting()

@@ -1,4 +1,4 @@
-"""Accuracy with several answers per row, paired changes and the gap closed, with their intervals."""
+"""Accuracy with several answers per row, and paired changes, with their intervals."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from common.evaluation.accuracy import (
-    Accuracy,
-    change,
-    gap_closed,
-    gap_closed_ci95,
-    pass_at_1,
-    wilson,
-)
+from common.evaluation.accuracy import Accuracy, change, pass_at_1, wilson
 from tests.support.verdicts import accuracy_of
 
 
@@ -33,12 +26,6 @@ def test_the_interval_is_wilsons() -> None:
     assert half.accuracy == 0.5
     assert half.ci95 == pytest.approx((0.4146, 0.5854), abs=2e-4)  # n = 128 at p = 0.5: about 8.5 points either way
     assert accuracy_of([False] * 10).ci95 == pytest.approx((0.0, 0.2775), abs=2e-4)
-
-
-def test_gap_closed() -> None:
-    base, teacher, final = (accuracy_of([True] * n + [False] * (10 - n)) for n in (1, 9, 7))
-    assert gap_closed(base, teacher, final) == pytest.approx(0.75)
-    assert gap_closed(base, base, final) is None
 
 
 def test_pass_at_1_is_the_mean_of_the_rows_shares() -> None:
@@ -119,42 +106,6 @@ def test_the_interval_of_a_change_covers_the_truth() -> None:
 def test_results_of_other_rows_are_not_compared() -> None:
     with pytest.raises(ValueError, match="different rows"):
         change(binary("110"), binary("11"))
-
-
-def test_the_gap_closed_has_an_interval_if_there_is_a_gap() -> None:
-    base, teacher, final = binary("0" * 90 + "1" * 10), binary("0" * 10 + "1" * 90), binary("0" * 40 + "1" * 60)
-    value, found = gap_closed(base, teacher, final), gap_closed_ci95(base, teacher, final)
-    assert value == pytest.approx(50 / 80)
-    assert found is not None
-    assert found[0] < value < found[1]
-    assert found == gap_closed_ci95(base, teacher, final)  # seeded
-    assert found != gap_closed_ci95(base, teacher, final, seed=1)
-
-
-def test_the_gap_closeds_interval_is_the_delta_methods() -> None:
-    """With 400 rows a ratio of means is nearly normal: compare both ends with the linearised variance."""
-    rng = np.random.default_rng(2)
-    base, teacher = rng.random(400) < 0.2, rng.random(400) < 0.8
-    final = np.where(rng.random(400) < 0.6, teacher, base)
-    results = [accuracy_of(list(values)) for values in (base, teacher, final)]
-    value, found = gap_closed(*results), gap_closed_ci95(*results)
-    assert value is not None
-    assert found is not None
-    gaps, gains = teacher.astype(float) - base, final.astype(float) - base
-    half = 1.96 * (gains - value * gaps).std() / gaps.mean() / 400**0.5
-    assert found == pytest.approx((value - half, value + half), abs=0.15 * half)
-
-
-def test_if_the_gap_may_be_zero_the_gap_closed_has_no_interval() -> None:
-    base, teacher = binary("0101010101"), binary("0101010111")
-    assert gap_closed(base, teacher, teacher) == pytest.approx(1.0)
-    assert gap_closed_ci95(base, teacher, teacher) is None
-
-
-def test_a_harmful_context_has_a_gap() -> None:
-    base, teacher = binary("1" * 90 + "0" * 10), binary("1" * 10 + "0" * 90)
-    found = gap_closed_ci95(base, teacher, teacher)
-    assert found == pytest.approx((1.0, 1.0))
 
 
 def test_an_accuracy_survives_json() -> None:

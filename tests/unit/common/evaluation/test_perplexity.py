@@ -77,7 +77,22 @@ def test_chunks_count_by_their_tokens() -> None:
     found = perplexity_change(of((1.0, 30), (4.0, 10)), of((2.0, 30), (4.0, 10)))
     assert found is not None
     assert found.change == pytest.approx(0.75)
-    assert found.ci95 == pytest.approx((0.0, 1.0))
+    assert found.ci95[0] < 0 < found.ci95[1]  # two chunks that differ say little: Student's quantile is 12.7
+
+
+@pytest.mark.parametrize("sizes", [[511, 511], [511, 60], [511, 511, 200], [511] * 10])
+def test_the_interval_of_a_change_covers_the_truth(sizes: list[int]) -> None:
+    """Every token's change is noise around 0.05. A bootstrap over two chunks would cover it in half of the cases."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1500):
+        changes = [rng.normal(0.05, 0.3 / size**0.5) for size in sizes]
+        found = perplexity_change(
+            of(*((3.0, size) for size in sizes)), of(*((3 + c, size) for c, size in zip(changes, sizes, strict=True)))
+        )
+        assert found is not None
+        covered += found.ci95[0] <= 0.05 <= found.ci95[1]
+    assert 0.935 <= covered / 1500 <= 0.965
 
 
 def test_one_chunk_has_no_interval_and_other_texts_are_refused() -> None:
