@@ -15,7 +15,7 @@ from common.config.model import ConfigError
 from common.protocol.scoring import TeacherError
 from common.telemetry.library_messages import hide_expected_warnings
 from common.telemetry.run_folder import check_free
-from deploy.cli import compare, experience, report, serve, submit, version
+from deploy.cli import compare, experience, init, report, serve, submit, version
 from deploy.cli.errors import known_errors
 from deploy.cli.loading import load_run_config
 
@@ -280,6 +280,7 @@ def doctor(
     raise typer.Exit(status)
 
 
+app.command()(init.init)
 version.register(app)
 submit.register(app)
 app.add_typer(experience.app, name="experience")

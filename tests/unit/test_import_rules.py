@@ -63,7 +63,7 @@ ORDER = {
     "rollout_workers": [{"vllm_plugin", "pool"}, {"engine"}, {"environments"}, {"actor"}],
     "teacher_server": [{"backends"}, {"scoring"}, {"http"}, {"client", "actor"}],
     "deploy": [
-        {"docs_tools", "inspect", "report", "serve", "simulator", "submit", "tasks"},
+        {"docs_tools", "inspect", "report", "serve", "simulator", "starter", "submit", "tasks"},
         {"compare"},
         {"cli"},
     ],
