@@ -22,6 +22,9 @@ ROW_SCORES_FILE = "accuracy.json"
 """File in the run's folder: set -> row id -> share of right answers."""
 
 
+TAUGHT = ("in_context", "valid", "final")
+"""Evaluations whose answers should end: with the context, or after training. An untrained student without the context
+may not know yet where an answer ends."""
 MANY_CUT = 0.5
 """Share of answers that reach the limit of tokens, above which a warning says so."""
 WORTHWHILE_GAP = 0.05
@@ -76,7 +79,7 @@ class HeldOutEvaluator:
             self._progress.line(f"WARNING: {warning}")
 
     def _warn_if_cut(self, name: str, share: float) -> None:
-        if share > MANY_CUT:
+        if name in TAUGHT and share > MANY_CUT:
             limit = self._config.eval.max_tokens or self._config.rollout.max_tokens
             self._progress.line(
                 f"WARNING: {share:.0%} of the answers of {name} did not end within {limit} tokens: raise "

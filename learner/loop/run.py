@@ -28,7 +28,7 @@ from learner.cluster.services import Services
 from learner.data.inputs import Inputs
 from learner.data.teacher_answers import open_teacher_answers
 from learner.errors import ServiceLost
-from learner.evaluation.held_out import MANY_CUT, HeldOutEvaluator
+from learner.evaluation.held_out import HeldOutEvaluator
 from learner.evaluation.summary import RunSummary, stage_line, step_line, summary_json
 from learner.loop.checkpoints import (
     LEARNER,
@@ -37,6 +37,7 @@ from learner.loop.checkpoints import (
     identity_of,
     refuse_other_run,
 )
+from learner.loop.cut_answers import CutAnswers
 from learner.loop.kl_alarm import KlAlarm
 from learner.loop.mismatch import MismatchGate, mismatch_bounds
 from learner.loop.run_saves import RunSaves
@@ -82,7 +83,7 @@ class Run:
         self._alarm = KlAlarm(config.learner.kl_alarm_ratio)
         self._resumed = resumed
         self._began = time.time()
-        self._warned_of_cut = False
+        self._cut_answers = CutAnswers(config.rollout.max_tokens)
         self._part = 1 if resumed is None else resumed.manifest.loop["part"] + 1
         self.summary = RunSummary(planned_steps=config.learner.steps)
         self._held_out = HeldOutEvaluator(
@@ -292,22 +293,12 @@ class Run:
         if self._progress.verbose:
             self._progress.line(stage_line(outcome.metrics))
         for warning in (
-            self._cut_warning(outcome.metrics["rollout/stopped_by_length"]),
+            self._cut_answers.observe(outcome.metrics["rollout/stopped_by_length"]),
             self._mismatch.check(outcome.version, outcome.metrics),
             self._alarm.observe(outcome.metrics["kl/lower_bound"]),
         ):
             if warning is not None:
                 self._progress.line(f"WARNING: {warning}")
-
-    def _cut_warning(self, share: float) -> str | None:
-        """Say once that most answers reach the limit of tokens."""
-        if self._warned_of_cut or share <= MANY_CUT:
-            return None
-        self._warned_of_cut = True
-        return (
-            f"{share:.0%} of the step's answers did not end within {self._config.rollout.max_tokens} tokens: raise "
-            "rollout.max_tokens, or set rollout.stop"
-        )
 
     async def _validate(self, version: int) -> None:
         """Measure accuracy on ``data.valid``, which alone chooses ``best/``; a tie keeps the earlier step."""

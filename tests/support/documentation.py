@@ -14,10 +14,10 @@ from tests.support.imports import PACKAGES
 from tests.support.paths import ROOT
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-SHELLS = ("console", "bash", "sh")
+SHELLS = ("bash", "sh")
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<attributes>[^\n]*)\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE)
 NEEDS = re.compile(r'title="needs [^"]+"')
-"""Marks a block that needs more than the environment: ```` ```console title="needs a Ray cluster" ````."""
+"""Marks a block that needs more than the environment: ```` ```bash title="needs a Ray cluster" ````."""
 ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=.*")
 ENDS = ("<", ">", ">>", "|", "&&", ";")
 
@@ -39,16 +39,14 @@ def commands(page: Path) -> Iterator[Command]:
     for block in FENCE.finditer(page.read_text(encoding="utf-8")):
         if block["language"] in SHELLS:
             marked = bool(NEEDS.search(block["attributes"]))
-            for line in lines_of(block["body"], prompt=block["language"] == "console"):
+            for line in lines_of(block["body"]):
                 for words in simple_commands(line):
                     yield Command(page.name, words, marked)
 
 
-def lines_of(body: str, *, prompt: bool) -> list[str]:
-    """Return the command lines of a block, continuations joined; with `prompt` only the lines after a ``$``."""
+def lines_of(body: str) -> list[str]:
+    """Return the command lines of a block, continuations joined."""
     joined = body.replace("\\\n", " ").splitlines()
-    if prompt:
-        return [line[2:] for line in joined if line.startswith("$ ")]
     return [line for line in joined if line.strip() and not line.startswith("#")]
 
 

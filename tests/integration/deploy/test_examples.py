@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from common.config.loader import dump_config
 from common.config.model import TeacherConfig
 from deploy.cli.main import app
 from teacher_server.http.auth import Authenticator
 from teacher_server.http.serve import build_service, start_in_thread
+from tests.support.configs import config_of
 from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "docs/examples"
@@ -67,6 +71,38 @@ def test_answers_are_scored_by_a_shared_teacher(tiny_model: Path) -> None:
         kl = (top_p * (top_p / top_q).log()).sum(-1) + rest_p * (rest_p / rest_q).log()
         assert kl.mean() > 0.1
         assert float(line.rsplit(" ", 1)[1]) == pytest.approx(kl.mean().item(), rel=5e-3)  # values travel as f16
+
+
+def test_a_style_is_measured_by_what_the_context_explains(tiny_model: Path, tmp_path: Path) -> None:
+    """Against whole forward passes: mean log-prob of the answer after context and prompt, minus after the prompt."""
+    context, prompt = "Q: cat\nA: cats\n", "Q: dog\nA:"
+    (tmp_path / "eval.jsonl").write_text('{"id": "a", "prompt": "Q: dog\\nA:", "answer": "x"}\n')
+    config = config_of(
+        student={"model": str(tiny_model)},
+        context={"text": context},
+        data={"train": "t", "eval": str(tmp_path / "eval.jsonl")},
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    answers = {"base": " hound", "in_context": " dogs", "final": " dogs", "valid": " left out"}
+    lines = [json.dumps({"set": name, "id": "a", "answer": answer}) for name, answer in answers.items()]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    printed = run("style_win_rate.py", tmp_path).splitlines()
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+    def mean(lead: str, answer: str) -> float:
+        ids, tail = tokenizer(lead)["input_ids"], tokenizer(answer)["input_ids"]
+        with torch.no_grad():
+            loss = model(torch.tensor([ids + tail]), labels=torch.tensor([[-100] * len(ids) + tail])).loss
+        return -float(loss)
+
+    carried = {name: mean(context + prompt, one) - mean(prompt, one) for name, one in answers.items()}
+    assert abs(carried["base"] - carried["in_context"]) > 0.01
+    base_wins = float(carried["base"] >= carried["in_context"])
+    for line, (name, rate) in zip(printed, (("base", base_wins), ("in_context", 1.0), ("final", 1.0)), strict=True):
+        assert float(re.findall(r"[+-]\d+\.\d+", line)[0]) == pytest.approx(carried[name], abs=1e-4)
+        assert f"win rate {rate:.3f}   n = 1" in line
 
 
 def test_the_loss_trains_in_a_plain_loop(tiny_model: Path) -> None:

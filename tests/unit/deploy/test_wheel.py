@@ -47,7 +47,7 @@ def test_every_module_is_in_it_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert {path.rpartition(".")[2] for path in report} == {"css", "js", "html", "svg"}
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     templates = {f"learner/experience/templates/{name}.txt" for name in ("extract", "extract_game", "context")}
-    assert inside == {"opcd_start.py"} | modules | report | templates
+    assert inside == {"opcd_start.py", "deploy/starter/template.yaml"} | modules | report | templates
     assert {name.split("/")[0] for name in inside} == {"opcd_start.py", *PACKAGES}
 
 

@@ -129,6 +129,14 @@ def test_commands_with_special_needs_are_marked(page: Path) -> None:
     assert unmarked == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_can_be_copied(page: Path) -> None:
+    """No prompt stands before a command, and output has a block of its own."""
+    text = page.read_text(encoding="utf-8")
+    assert "```console" not in text
+    assert re.findall(r"^\$ .*", text, re.MULTILINE) == []
+
+
 @pytest.mark.parametrize("command", of("python"), ids=str)
 def test_a_script_exists(command: Command) -> None:
     words = command.words[1:]
@@ -184,7 +192,7 @@ def test_every_key_of_the_guides_exists() -> None:
 def test_the_simulators_output_is_what_it_prints() -> None:
     """Commands of the cluster page, with the block that follows each."""
     text = (DOCS / "cluster.md").read_text()
-    shown = re.findall(r"```console\n\$ opcd (simulate [^\n]+)\n```\n\n```text\n(.*?)```", text, re.DOTALL)
+    shown = re.findall(r"```bash\nopcd (simulate [^\n]+)\n```\n\n```text\n(.*?)```", text, re.DOTALL)
     assert len(shown) == 2
     for words, output in shown:
         done = subprocess.run(

@@ -9,53 +9,49 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
 from deploy.cli.main import app
 from deploy.tasks.gguf import SMOLLM2_PACKAGE, SMOLLM2_REQUIREMENT, find_packaged_gguf
-from tests.support.documentation import PAGES, ROOT, Command, commands, inline_commands
+from tests.support.documentation import PAGES, ROOT, commands, inline_commands
 
 DOCS = ROOT / "docs"
 OTHERS = ("test_documentation.py", Path(__file__).name)
-FIRST_RUNS = [
-    command
-    for page in ("README.md", "docs/index.md")
-    for command in commands(ROOT / page)
-    if "--dry-run" in command.words
-]
+FILES = {"--model": "model", "--context": "context.txt", "--train": "train.jsonl", "--eval": "eval.jsonl"}
+"""Answers to what `opcd init` asks on a terminal, as options."""
 
 
-@pytest.mark.parametrize("command", FIRST_RUNS, ids=str)
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_a_run_of_ones_own_passes_its_check(
-    command: Command, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs in a folder with the files that the page tells to write, a model, and the clone's `deploy/configs`."""
-    shutil.copytree(ROOT / "deploy/configs", tmp_path / "deploy/configs")
+    """Runs `opcd init` and the dry run of the page in a folder with the files that the page tells to write."""
+    words = [command.words[1:] for command in commands(ROOT / page) if command.words[0] == ".venv/bin/opcd"]
+    made, checked, run = words[:3]
+    assert (made[0], checked[0], run) == ("init", "train", tuple(word for word in checked if word != "--dry-run"))
     (tmp_path / "context.txt").write_text("Q: dog\nA: dogs\n")
     (tmp_path / "train.jsonl").write_text('{"id": "1", "prompt": "Q: cat\\nA:"}\n')
-    for name in ("valid", "eval"):
-        (tmp_path / f"{name}.jsonl").write_text(f'{{"id": "{name}", "prompt": "Q: cup\\nA:", "answer": "cups"}}\n')
+    (tmp_path / "eval.jsonl").write_text('{"id": "2", "prompt": "Q: cup\\nA:", "answer": "cups"}\n')
+    shutil.copytree(tiny_model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    words = [re.sub(r"^student\.model=.*", f"student.model={tiny_model}", word) for word in command.words[1:]]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
+    options = [word for pair in FILES.items() for word in pair]
+    for arguments in ((*made, *options), checked):
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == 0, result.output
     facts = dict(line.split(None, 1) for line in result.stdout.splitlines())
-    assert facts["rows"].startswith("1 train")
-    assert Path(facts.get("folder", "runs/mine")).name == "mine"
-
-
-def test_the_dry_run_checks_the_command_that_follows() -> None:
-    """Both commands of the quickstart differ only in ``--dry-run``."""
-    checked, run = [one.words for one in commands(DOCS / "index.md") if "run.name=mine" in one.words]
-    assert tuple(word for word in checked if word != "--dry-run") == run
+    assert facts["rows"] == "1 train, 1 eval"
+    assert Path(facts["folder"]).name == "mine"
 
 
 def test_the_inspected_row_looks_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command of the page with SmolLM2's own tokenizer; the page shows some of its lines."""
     packaged = find_packaged_gguf(SMOLLM2_PACKAGE, SMOLLM2_REQUIREMENT)
-    AutoTokenizer.from_pretrained(packaged.parent, gguf_file=packaged.name).save_pretrained(tmp_path)
-    shown = re.search(r"```console\n\$ opcd (inspect [^\n]+)\n(.*?)```", (DOCS / "report.md").read_text(), re.DOTALL)
+    for loader in (AutoTokenizer, AutoConfig):
+        loader.from_pretrained(packaged.parent, gguf_file=packaged.name).save_pretrained(tmp_path)
+    shown = re.search(
+        r"```bash\nopcd (inspect [^\n]+)\n```\n\n```text\n(.*?)```", (DOCS / "report.md").read_text(), re.DOTALL
+    )
     assert shown is not None
     monkeypatch.chdir(ROOT)
     result = CliRunner().invoke(app, [*shlex.split(shown[1]), f"student.model={tmp_path}"], env={"COLUMNS": "120"})

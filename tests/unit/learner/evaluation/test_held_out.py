@@ -229,5 +229,7 @@ async def test_answers_that_mostly_reach_the_limit_are_a_warning(
     services.finish_reason = "length"
     await Judged(configured(rollout={"max_tokens": 8}), services).run(knows())
     warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
-    assert warnings
-    assert all("100% of the answers of " in line and "did not end within 8 tokens" in line for line in warnings)
+    named = [
+        line.partition("100% of the answers of ")[2].partition(" did not end within 8 tokens")[0] for line in warnings
+    ]
+    assert named == ["in_context", "final"]  # not of the untrained student without the context
