@@ -25,6 +25,7 @@ from common.config.model import Config, ConfigError
 from common.error_text import one_line
 from common.import_names import use_folder
 from common.openmp import share_cores
+from common.protocol.schema import Prompt
 from common.serving import SERVER, server_arguments
 from common.telemetry.environment import environment
 from common.telemetry.library_messages import hide_expected_warnings
@@ -82,12 +83,17 @@ def run(
 def _run_owned(config: Config, progress: Progress, *, resume: bool, accept_changes: bool) -> int:
     resumed = _find_checkpoint(config, accept_changes=accept_changes) if resume else None
     progress.status("checking models, data and this machine")
-    report = preflight(config)
+    report = preflight(config, every_row=False)
     for text in report.texts("warning"):
         progress.line(f"WARNING: {text}")
     report.raise_errors()
     inputs = report.inputs
     assert inputs is not None  # without an error, the rows are rendered
+    if (checked := len(inputs.facts["data.train"])) < len(inputs.train):
+        progress.line(
+            f"checked {checked} of {len(inputs.train)} training rows, the longest among them; the others are checked "
+            "when their turn comes (`opcd train --dry-run` checks all)"
+        )
     if resumed is not None:
         refuse_changes(config, inputs, resumed, resumed.manifest.identity.teachers)
     if any(teacher.url is not None for teacher in config.named_teachers().values()):
@@ -185,7 +191,8 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
             if (warning := services.reserve(workers_only=True)) is not None:
                 progress.line(f"WARNING: {warning}")
             await services.start_workers(model, None, config.rollout.workers)
-            sets = [("without context", inputs.eval, False), ("with context", inputs.eval, True)]
+            sets: list[tuple[str, Sequence[Prompt], bool]] = [("without context", inputs.eval, False)]
+            sets += [("with context", inputs.eval, True)] if inputs.has_context_for_eval else []
             sets += [(f"ood/{name}", rows, False) for name, rows in inputs.ood.items()]
             for name, rows, with_context in sets:
                 async with run_in_background(services.admit_replacements()):

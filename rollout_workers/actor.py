@@ -153,7 +153,10 @@ class RolloutWorker:
                 return summary, TextAnswer(answer, ids, generation.finish_reason)
         else:
             renderer = self._renderer(sample.prompt)
-            episode = await play_sample(engine, renderer, self._config.environment, sample, in_context=in_context)
+            own = sample.prompt.game.context if self._config.context.from_rows else None
+            episode = await play_sample(
+                engine, renderer, self._config.environment, sample, in_context=in_context, own_context=own
+            )
             item = trajectories_of(episode, sample)
             totals = EpisodeSummary(len(item), len(episode.exchanges), episode.reward, episode.success)
             summary = replace(_summary(self._number, item, started), sample_id=sample.sample_id, episode=totals)
@@ -188,7 +191,8 @@ class RolloutWorker:
 
     def _renderer(self, prompt: Prompt) -> Renderer:
         """The renderer of a game's turns, under the game's context or else the run's."""
-        context = None if prompt.game is None else prompt.game.context
+        own = self._config.context.from_rows  # then the context belongs to the row, not to the renderer
+        context = None if prompt.game is None or own else prompt.game.context
         if context not in self._renderers:
             self._renderers[context] = self._make_renderer(context)
             if len(self._renderers) > MAX_RENDERERS:
@@ -201,7 +205,14 @@ class RolloutWorker:
             context = "" if config.context.pool else config.context.read()  # with a pool, every game has a context
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(config.student.model)
-        return Renderer(self._tokenizer, context, config.student, config.context.placement)
+        return Renderer(
+            self._tokenizer,
+            context,
+            config.student,
+            config.context.placement,
+            teacher_template_kwargs=config.context.chat_template_kwargs,
+            contexts_travel=config.context.from_rows,
+        )
 
     # --- control ----------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,8 @@ class StudentConfig(Section):
     system_text: str | None = None
     """System turn for `system: text`."""
     chat_template_kwargs: dict[str, Any] = {}
-    """Arguments of the chat template, for student and teacher alike, for example ``{enable_thinking: false}``."""
+    """Arguments of the chat template, for example ``{enable_thinking: false}``. For the teacher too, unless
+    `context.chat_template_kwargs` is set."""
     template_date: date | Literal["template"] = date(2026, 1, 1)
     """The date that a chat template may print. It is fixed so that a repeated or resumed run renders the same prompts.
     `template` leaves it to the template, which may print a date of its own, or today's."""
@@ -160,7 +161,7 @@ class TeacherConfig(Section):
 
 
 class ContextConfig(Section):
-    """The text that only the teacher sees. Set exactly one of `text`, `file` and `pool`."""
+    """The text that only the teacher sees. Set one of `text`, `file` and `pool`, or `from_rows`."""
 
     text: str | None = None
     """The context itself."""
@@ -169,35 +170,49 @@ class ContextConfig(Section):
     pool: Path | None = None
     """JSON lines with `id` and `text`, one context per line. Each sample gets one of them, chosen by run seed, step,
     row and sample."""
+    from_rows: bool = False
+    """Each row has its own context, in its column `context` or `teacher_messages`, or made by `data.teacher_template`.
+    `text` or `file` may hold a text for all rows; it comes before the row's own."""
     placement: Literal["prefix", "system", "user_prefix"] | None = None
     """Position of the context: before a raw prompt (`prefix`), in the system turn (`system`), or before the first user
     content (`user_prefix`). Default: `prefix` for raw rows, `system` for chat rows."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template on the teacher's side. Default: `student.chat_template_kwargs`. Both prompts must
+    end with the same tokens; if only the student's has more of them at its end, the teacher gets these too."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ContextConfig:
-        if sum(source is not None for source in (self.text, self.file, self.pool)) != 1:
-            raise ValueError("exactly one of context.text, context.file and context.pool must be set")
+        sources = sum(source is not None for source in (self.text, self.file, self.pool))
+        if self.from_rows:
+            if self.pool is not None or sources > 1:
+                raise ValueError("context.from_rows takes at most one of context.text and context.file, and no pool")
+        elif sources != 1:
+            raise ValueError(
+                "exactly one of context.text, context.file and context.pool must be set, or context.from_rows"
+            )
         return self
 
     def inline(self) -> ContextConfig:
         """Replace `file` by its text, for processes that cannot read the file. A pool stays: its texts travel with the
         samples.
         """
-        if self.pool is not None:
-            return self
-        return ContextConfig(text=self.read(), placement=self.placement)
+        return self if self.file is None else self.model_copy(update={"text": self.read(), "file": None})
 
     def read(self) -> str:
-        """Return the context's text, byte for byte. Raises ConfigError for an unreadable file and for a pool."""
+        """Return the text for all rows, byte for byte; empty if each row has its own and there is none for all.
+
+        Raises ConfigError for an unreadable file and for a pool.
+        """
         if self.pool is not None:
             raise ConfigError(
                 f"context.pool: {self.pool} holds many contexts; this command needs context.text or context.file"
             )
         if self.text is not None:
             text, source = self.text, "context.text"
-        else:
-            assert self.file is not None
+        elif self.file is not None:
             text, source = _read_context(self.file), f"context.file: {self.file}"
+        else:
+            return ""
         if not text.strip():
             raise ConfigError(f"{source} is empty: the teacher would see what the student sees")
         return text
@@ -218,7 +233,18 @@ def _read_context(path: Path) -> str:
     return text
 
 
-Column = Literal["id", "prompt", "messages", "answer", "teacher", "environment", "options", "seed"]
+Column = Literal[
+    "id",
+    "prompt",
+    "messages",
+    "answer",
+    "teacher",
+    "environment",
+    "options",
+    "seed",
+    "context",
+    "teacher_messages",
+]
 
 
 class DataConfig(Section):
@@ -235,10 +261,14 @@ class DataConfig(Section):
     user_template: str | None = None
     """Text of a single user turn, for sources without a column `prompt` or `messages`; ``{column}`` is replaced by the
     source's value."""
+    teacher_template: str | None = None
+    """Text of the teacher's last user turn (`context.from_rows`), for example ``"{prompt}\\n\\nA worked
+    solution:\\n{solution}"``; ``{prompt}`` is the student's last user turn, any other ``{column}`` the source's value.
+    Earlier turns stay."""
     labels: tuple[str, ...] = ()
     """Texts that replace integer answers, counted from 0."""
     ignore: tuple[str, ...] = ()
-    """Columns of the source to leave out, for example one whose name looks like a misspelt column of a row."""
+    """Columns of the source to leave out, for example an `answer` that is no answer. Unused columns need no entry."""
 
 
 class EvalConfig(Section):

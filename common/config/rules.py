@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from common.config.gpus import is_part, member_gpus, parts_of_one_gpu, reserved_gpus
-from common.config.inputs import DataConfig, EvalConfig, StudentConfig, TeacherConfig
+from common.config.inputs import ContextConfig, DataConfig, EvalConfig, StudentConfig, TeacherConfig
 from common.config.training import LearnerConfig, LossConfig, RolloutConfig, SyncConfig
 
 
@@ -116,6 +116,15 @@ def gpu_rules(learner: LearnerConfig, rollout: RolloutConfig, teachers: Mapping[
     for key, (utilization, gpus) in engines.items():
         if utilization is not None and is_part(gpus) and utilization > gpus:
             yield f"{key} ({utilization:g}) is more than the process's part of the GPU ({gpus:g})"
+
+
+def context_rules(context: ContextConfig, data: DataConfig) -> Iterator[str]:
+    keys = [f"data.columns.{name}" for name in ("context", "teacher_messages") if name in data.columns]
+    keys += ["data.teacher_template"] if data.teacher_template is not None else []
+    if keys and not context.from_rows:
+        yield f"{keys[0]} gives each row its own context: set context.from_rows=true, or remove the key"
+    if data.teacher_template is not None and "data.columns.teacher_messages" in keys:
+        yield "data.teacher_template makes the teacher's messages: remove data.columns.teacher_messages"
 
 
 def evaluation_rules(settings: EvalConfig, data: DataConfig) -> Iterator[str]:

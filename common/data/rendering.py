@@ -6,7 +6,10 @@ same tokens, and a response is appended to both as tokens, never as text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,6 +30,13 @@ SEPARATOR = "\n\n"
 _PROBES = ("Alpha", "7", "(z", "\u00e9t\u00e9")
 """User contents that share no first token, so that their renderings share exactly the context's prefix."""
 
+_MARK = "\u00abcontent\u00bb"
+
+MAX_PARENTS = 16
+"""Texts before the rows' own contexts that become contexts themselves; the most frequent ones."""
+MIN_PARENT_TOKENS = 16
+"""A shorter text before a row's own context is computed with it."""
+
 
 @dataclass
 class Renderer:
@@ -43,8 +53,13 @@ class Renderer:
     without_shared_prefix: list[str] = field(default_factory=list)
     """Rows whose first user token merges with the context's last token. Their scores are right, but they cannot use the
     context's cache."""
+    teacher_template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template on the teacher's side. Default: the student's."""
+    contexts_travel: bool = False
+    """Each prompt carries its context, instead of naming one of `contexts`, which then holds parents alone."""
     _fingerprint: str = field(init=False)
     _prefixes: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    _parents: dict[str, Context] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._fingerprint = tokenizer_fingerprint(self.tokenizer)
@@ -65,13 +80,26 @@ class Renderer:
         """Return the tokens between two answers of one conversation: end of the assistant turn, user turn with
         `observation`, head of the next answer. They are the same for student and teacher and for every history.
         """
-        mark = "\u00abanswer\u00bb"
-        roles = (("user", "question"), ("assistant", mark), ("user", observation))
-        text = self._template([{"role": role, "content": content} for role, content in roles], "a game")
-        _, found, after = text.partition(mark)
+        roles = (("user", "question"), ("assistant", _MARK), ("user", observation))
+        messages = [{"role": role, "content": content} for role, content in roles]
+        _, found, after = self._template(messages, "a game").partition(_MARK)
         if not found or observation.strip() not in after:
             raise DataError("this chat template does not render an answer and the user turn after it unchanged")
+        if not self._template(messages, "a game", teacher=True).endswith(after):
+            raise DataError("context.chat_template_kwargs renders the turns of a game differently for the teacher")
         return self._tokens(after)
+
+    def share_parents(self, rows: Iterable[Row]) -> None:
+        """Make contexts of the texts that stand before the own contexts of several `rows`.
+
+        `render` then names such a context as the parent of a row's own, so that a teacher computes it once.
+        """
+        keys = Counter(key for row in rows if (key := self._parent_key(row)) is not None)
+        for key, count in keys.most_common(MAX_PARENTS):
+            ids = self._before_own(key)
+            if count > 1 and len(ids) >= MIN_PARENT_TOKENS:
+                parent = self._parents[key] = self._context(ids)
+                self.contexts[parent.hash] = parent
 
     # --- raw text ---------------------------------------------------------------------------------------------------
 
@@ -83,18 +111,13 @@ class Renderer:
             )
         lead = self._lead()
         ids = self._tokens(prompt)
-        own = self._tokens(self.context_text)
+        shared, own = self._tokens(self.context_text), self._tokens(row.context or "")
         self._check_raw_bos(row, "prompt", ids, lead)
-        self._check_raw_bos(row, "context", own, lead)
-        context = self._context((*lead, *own))
-        return Prompt(
-            row_id=row.id,
-            student_ids=as_ids((*lead, *ids)),
-            teacher_ids=as_ids(ids),
-            context=context,
-            answer=row.answer,
-            teacher=row.teacher,
-        )
+        self._check_raw_bos(row, "context", shared or own, lead)
+        student_ids = (*lead, *ids)
+        if not own:
+            return self._prompt(row, student_ids, ids, (*lead, *shared)) if shared else _plain(row, student_ids)
+        return self._prompt_with_own(row, student_ids, (*lead, *shared, *own, *ids), len(lead) + len(shared) + len(own))
 
     def _lead(self) -> tuple[int, ...]:
         """Return the special tokens that the tokenizer puts before a text (BOS or none)."""
@@ -110,32 +133,93 @@ class Renderer:
     # --- chat -------------------------------------------------------------------------------------------------------
 
     def _chat(self, row: Row) -> Prompt:
+        placement = self._chat_placement(row)
+        system, turns = self._split(row)
+        name = f"row {row.id!r}"
+        context = SEPARATOR.join(filter(None, (self.context_text, row.context)))
+        messages, theirs = with_system(system, turns), self._teacher_messages(row, placement, context, system, turns)
+        student_text = self._template(messages, name)
+        student_ids = self._tokens(student_text)
+        if theirs is None:
+            self._check_contents(name, messages, student_text)
+            self._check_bos(row, student_ids, student_ids)
+            return _plain(row, student_ids)
+        teacher_text = self._template(theirs, name, teacher=True)
+        self._check_context(name, placement, context, teacher_text)
+        self._check_contents(name, messages, student_text)
+        self._check_contents(name, theirs if row.teacher_messages else messages, teacher_text)
+        head = self._answer_head(messages, name)
+        if row.teacher_messages is not None or self.teacher_template_kwargs is not None:
+            teacher_text += _missing_end(name, head, self._answer_head(theirs, name, teacher=True))
+        if row.teacher_messages is None:
+            self._check_tail(row, turns[-1]["content"], student_text, teacher_text)
+        if not row.has_own_context:
+            teacher_ids = self._tokens(teacher_text)
+            self._check_ends(row, head, student_ids, teacher_ids)
+            self._check_bos(row, student_ids, teacher_ids)
+            prefix = self._prefix(placement, system)
+            if teacher_ids[: len(prefix)] != prefix or len(prefix) == len(teacher_ids):
+                self.without_shared_prefix.append(row.id)
+                prefix = ()
+            return self._prompt(row, student_ids, teacher_ids[len(prefix) :], prefix)
+        boundary = len(teacher_text) - len(head)
+        if row.teacher_messages is None:
+            boundary = teacher_text.find(context.strip()) + len(context.strip())
+        teacher_ids, own_tokens = self._tokens_up_to(teacher_text, boundary)
+        self._check_ends(row, head, student_ids, teacher_ids)
+        self._check_bos(row, student_ids, teacher_ids)
+        return self._prompt_with_own(row, student_ids, teacher_ids, min(own_tokens, len(teacher_ids) - 1))
+
+    def _chat_placement(self, row: Row) -> Placement:
         placement = self.placement or "system"
         if placement == "prefix":
             raise DataError(
                 f"row {row.id!r} has messages: context.placement `prefix` is for raw text; "
                 "use `system` or `user_prefix`"
             )
-        system, turns = self._split(row)
-        name = f"row {row.id!r}"
-        student_text = self._template(with_system(system, turns), name)
-        teacher_text = self._template(self._insert_context(placement, system, turns), name)
-        self._check_contents(name, placement, system, turns, student_text, teacher_text)
-        student_ids, teacher_ids = self._tokens(student_text), self._tokens(teacher_text)
-        self._check_tail(row, turns[-1]["content"], student_text, teacher_text, student_ids, teacher_ids)
-        self._check_bos(row, student_ids, teacher_ids)
-        prefix = self._prefix(placement, system)
-        if teacher_ids[: len(prefix)] != prefix or len(prefix) == len(teacher_ids):
-            self.without_shared_prefix.append(row.id)
-            prefix = ()
-        return Prompt(
-            row_id=row.id,
-            student_ids=as_ids(student_ids),
-            teacher_ids=as_ids(teacher_ids[len(prefix) :]),
-            context=self._context(prefix) if prefix else None,
-            answer=row.answer,
-            teacher=row.teacher,
-        )
+        return placement
+
+    def _teacher_messages(
+        self, row: Row, placement: Placement, context: str, system: str | None, turns: Messages
+    ) -> Messages | None:
+        """Return the teacher's chat; None if it is the student's."""
+        if row.teacher_messages is None:
+            return self._insert_context(placement, context, system, turns) if context else None
+        turns = [message.model_dump() for message in row.teacher_messages]
+        system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
+        return self._insert_context(placement, context, system, turns) if context else with_system(system, turns)
+
+    def _parent_key(self, row: Row) -> str | None:
+        """Identify the text before the row's own context; None without an own context."""
+        if not row.has_own_context:
+            return None
+        if row.messages is None:
+            return json.dumps(["raw" if row.prompt is not None else "game", None])
+        if row.teacher_messages is not None:
+            first = row.teacher_messages[0]
+            return json.dumps(["chat", first.content if first.role == "system" else None])
+        if self._chat_placement(row) == "system":
+            return json.dumps(["system", None])
+        return json.dumps(["user", self._split(row)[0]])
+
+    def _before_own(self, key: str) -> tuple[int, ...]:
+        """Return the tokens that stand before every own context of the kind `key`."""
+        kind, system = json.loads(key)
+        if kind == "raw":
+            return (*self._lead(), *self._tokens(self.context_text)) if self.context_text else ()
+        placement: Placement = "user_prefix" if kind == "user" else self.placement or "system"
+        renderings = []
+        for probe in _PROBES:
+            turn: Messages = [{"role": "user", "content": probe}]
+            if kind != "chat":
+                probe = SEPARATOR.join(filter(None, (self.context_text, probe)))
+                messages = self._insert_context(placement, probe, system, [{"role": "user", "content": "-"}])
+            elif self.context_text:
+                messages = self._insert_context(placement, self.context_text, system, turn)
+            else:
+                messages = with_system(system, turn)
+            renderings.append(self._tokens(self._template(messages, "the context", teacher=True)))
+        return common_prefix(renderings)
 
     def _split(self, row: Row) -> tuple[str | None, Messages]:
         """Return (student's system content, other turns); None leaves the system turn to the template."""
@@ -154,11 +238,12 @@ class Renderer:
             )
         return (self.student.system_text if mode == "text" else own), turns
 
-    def _insert_context(self, placement: Placement, system: str | None, turns: Messages) -> Messages:
+    @staticmethod
+    def _insert_context(placement: Placement, context: str, system: str | None, turns: Messages) -> Messages:
         if placement == "system":
-            return with_system(SEPARATOR.join(filter(None, (self.context_text, system))), turns)
+            return with_system(SEPARATOR.join(filter(None, (context, system))), turns)
         first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
-        turn = {"role": "user", "content": self.context_text + SEPARATOR + turns[first]["content"]}
+        turn = {"role": "user", "content": context + SEPARATOR + turns[first]["content"]}
         return with_system(system, [*turns[:first], turn, *turns[first + 1 :]])
 
     def _prefix(self, placement: Placement, system: str | None) -> tuple[int, ...]:
@@ -168,7 +253,11 @@ class Renderer:
             renderings = [
                 self._tokens(
                     self._template(
-                        self._insert_context(placement, system, [{"role": "user", "content": probe}]), "the context"
+                        self._insert_context(
+                            placement, self.context_text, system, [{"role": "user", "content": probe}]
+                        ),
+                        "the context",
+                        teacher=True,
                     )
                 )
                 for probe in _PROBES
@@ -187,7 +276,15 @@ class Renderer:
         without = self._template([{"role": "user", "content": probe}], "a probe")
         return without.startswith(head) and not without.startswith(head + probe)
 
-    def _template(self, messages: Messages, name: str) -> str:
+    def _answer_head(self, messages: Messages, name: str, *, teacher: bool = False) -> str:
+        """Return the text between the last message's content and the answer."""
+        marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
+        _, found, after = self._template(marked, name, teacher=teacher).rpartition(_MARK)
+        if not found:
+            raise DataError(f"{name}: this chat template leaves out or changes the last message")
+        return after
+
+    def _template(self, messages: Messages, name: str, *, teacher: bool = False) -> str:
         """Render `messages` of the row `name`. Raises DataError, whatever the template raises."""
         if not self.tokenizer.chat_template:
             raise DataError(
@@ -198,13 +295,13 @@ class Renderer:
         pinned: dict[str, Any] = {}
         if date != "template":
             pinned = {"date_string": date.strftime("%d %b %Y"), "strftime_now": date.strftime}
+        arguments = self.student.chat_template_kwargs
+        if teacher and self.teacher_template_kwargs is not None:
+            arguments = self.teacher_template_kwargs
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **{**pinned, **self.student.chat_template_kwargs},
+                    messages, tokenize=False, add_generation_prompt=True, **{**pinned, **arguments}
                 )
             )
         except Exception as error:  # a template is a program of the model's author
@@ -213,44 +310,38 @@ class Renderer:
                 hint = "; if it takes no system turn, use context.placement=user_prefix and rows without one"
             raise DataError(f"{name}: the chat template refuses the messages: {one_line(error)}{hint}") from error
 
-    def _check_contents(
-        self,
-        name: str,
-        placement: Placement,
-        system: str | None,
-        turns: Messages,
-        student_text: str,
-        teacher_text: str,
-    ) -> None:
-        """Raise DataError if a template leaves out the context, a system message or a user content, in silence."""
-        if self.context_text.strip() not in teacher_text:
+    @staticmethod
+    def _check_context(name: str, placement: Placement, context: str, teacher_text: str) -> None:
+        if context.strip() not in teacher_text:
             remedy = "try context.placement=user_prefix" if placement == "system" else "try context.placement=system"
             raise DataError(
                 f"{name}: the context is nowhere in the teacher's prompt: this chat template leaves out "
                 f"{'system turns' if placement == 'system' else 'a part of the user turn'} or changes them; {remedy}"
             )
-        said = [("system", system or ""), *((turn["role"], turn["content"]) for turn in turns)]
-        for role, content in said:
-            if role != "assistant" and not (content.strip() in student_text and content.strip() in teacher_text):
-                raise DataError(f"{name}: this chat template leaves out or changes a {role} message: {content[:40]!r}")
 
-    def _check_tail(
-        self,
-        row: Row,
-        content: str,
-        student_text: str,
-        teacher_text: str,
-        student_ids: Sequence[int],
-        teacher_ids: Sequence[int],
-    ) -> None:
-        """Raise DataError unless both sides have equal text and equal tokens from the last user content onward."""
+    @staticmethod
+    def _check_contents(name: str, messages: Messages, text: str) -> None:
+        """Raise DataError if a template leaves out a system message or a user content, in silence."""
+        for message in messages:
+            content = message["content"]
+            if message["role"] != "assistant" and content.strip() not in text:
+                raise DataError(
+                    f"{name}: this chat template leaves out or changes a {message['role']} message: {content[:40]!r}"
+                )
+
+    @staticmethod
+    def _check_tail(row: Row, content: str, student_text: str, teacher_text: str) -> None:
+        """Raise DataError unless both sides have equal text from the last user content onward."""
         tail = student_text[max(student_text.rfind(content.strip()), 0) :]
         if content.strip() not in student_text or not teacher_text.endswith(tail):
             raise DataError(
                 f"row {row.id!r}: this chat template renders the last user content differently with the context; try "
                 "another context.placement"
             )
-        after = len(self._tokens(tail[len(content.strip()) :]))
+
+    def _check_ends(self, row: Row, head: str, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> None:
+        """Raise DataError unless both sides have equal tokens between the last user content and the answer."""
+        after = len(self._tokens(head))
         if after and tuple(student_ids[-after:]) != tuple(teacher_ids[-after:]):
             raise DataError(
                 f"row {row.id!r}: the last {after} prompt tokens differ between student and teacher although their "
@@ -275,15 +366,83 @@ class Renderer:
 
     # --- shared -----------------------------------------------------------------------------------------------------
 
+    def _prompt(
+        self, row: Row, student_ids: Sequence[int], teacher_ids: Sequence[int], prefix: Sequence[int]
+    ) -> Prompt:
+        """The prompt under a context for many rows, whose tokens are `prefix`."""
+        context = self._context(prefix) if prefix else None
+        return Prompt(
+            row_id=row.id,
+            student_ids=as_ids(student_ids),
+            teacher_ids=as_ids(teacher_ids),
+            context=None if context is None else context.hash,
+            answer=row.answer,
+            teacher=row.teacher,
+            own_context=context if self.contexts_travel else None,
+        )
+
+    def _prompt_with_own(
+        self, row: Row, student_ids: Sequence[int], teacher_ids: Sequence[int], own_tokens: int
+    ) -> Prompt:
+        """The prompt under the row's own context: the first `own_tokens` of the teacher's whole prompt."""
+        ids = as_ids(teacher_ids[:own_tokens])
+        parent = self._parents.get(str(self._parent_key(row))) if self._parents else None
+        if parent is not None and (len(parent.ids) >= len(ids) or not (ids[: len(parent.ids)] == parent.ids).all()):
+            parent = None
+        own = Context(context_hash(self._fingerprint, ids), ids, None if parent is None else parent.hash)
+        return Prompt(
+            row_id=row.id,
+            student_ids=as_ids(student_ids),
+            teacher_ids=as_ids(teacher_ids[own_tokens:]),
+            context=own.hash,
+            answer=row.answer,
+            teacher=row.teacher,
+            context_id=own_context_id(row),
+            own_context=own,
+        )
+
     def _tokens(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _context(self, ids: Sequence[int]) -> str | None:
-        if not ids:
-            return None
-        name = context_hash(self._fingerprint, as_ids(ids))
-        self.contexts.setdefault(name, Context(hash=name, ids=as_ids(ids)))
-        return name
+    def _tokens_up_to(self, text: str, boundary: int) -> tuple[tuple[int, ...], int]:
+        """Return the tokens of `text`, and how many of them end at or before the character `boundary`."""
+        if not self.tokenizer.is_fast:
+            whole, part = self._tokens(text), self._tokens(text[:boundary])
+            return whole, len(common_prefix([whole, part]))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"]]
+        count = next((index for index, end in enumerate(ends) if end > boundary), len(ends))
+        return tuple(encoded["input_ids"]), count
+
+    def _context(self, ids: Sequence[int]) -> Context:
+        context = Context(context_hash(self._fingerprint, as_ids(ids)), as_ids(ids))
+        return context if self.contexts_travel else self.contexts.setdefault(context.hash, context)
+
+
+def _plain(row: Row, ids: Sequence[int]) -> Prompt:
+    """The prompt of a row without a context: the teacher sees what the student sees."""
+    return Prompt(row.id, as_ids(ids), as_ids(ids), None, answer=row.answer, teacher=row.teacher)
+
+
+def own_context_id(row: Row) -> str:
+    """16 hex digits of the sha256 of the row's own context, as text or messages."""
+    messages = row.teacher_messages
+    own = row.context if messages is None else json.dumps([message.model_dump() for message in messages])
+    return hashlib.sha256(str(own).encode()).hexdigest()[:16]
+
+
+def _missing_end(name: str, student_head: str, teacher_head: str) -> str:
+    """Return the text that the student has before the answer and the teacher lacks at its end.
+
+    Raises DataError if the teacher's prompt ends with something that the student's lacks: the answer's first token
+    would then stand at another place of the template.
+    """
+    if student_head.startswith(teacher_head):
+        return student_head[len(teacher_head) :]
+    raise DataError(
+        f"{name}: the answer follows {student_head!r} for the student and {teacher_head!r} for the teacher: choose "
+        "context.chat_template_kwargs and student.chat_template_kwargs with which both prompts end alike"
+    )
 
 
 def with_system(system: str | None, turns: Messages) -> Messages:
@@ -299,10 +458,17 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(first[:length])
 
 
+def context_of(prompt: Prompt, contexts: Mapping[str, Context]) -> Context | None:
+    """Return the prompt's context: its own, or one of `contexts`."""
+    if prompt.own_context is not None or prompt.context is None:
+        return prompt.own_context
+    return contexts[prompt.context]
+
+
 def teacher_sequence(prompt: Prompt, contexts: Mapping[str, Context]) -> list[int]:
     """Return the teacher's whole prompt, context included, for in-context generation."""
-    lead: list[int] = [] if prompt.context is None else contexts[prompt.context].ids.tolist()
-    return [*lead, *prompt.teacher_ids.tolist()]
+    context = context_of(prompt, contexts)
+    return [*([] if context is None else context.ids.tolist()), *prompt.teacher_ids.tolist()]
 
 
 def length_faults(

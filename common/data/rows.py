@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.config.model import DataConfig
-from common.data.columns import MappingError, map_columns, nan_to_none, without_nulls
+from common.data.columns import (
+    CONTEXT_COLUMNS,
+    MappingError,
+    close_column,
+    joined,
+    map_columns,
+    nan_to_none,
+    unused_columns,
+    without_nulls,
+)
 from common.data.sources import DataError, InvalidJson, is_file, read_records
 
 __all__ = ["DataError", "Message", "Row", "batch_rows", "digest", "read_rows"]
@@ -20,6 +28,7 @@ __all__ = ["DataError", "Message", "Row", "batch_rows", "digest", "read_rows"]
 REPORTED_FAULTS = 20
 FORMS = ("prompt", "messages", "environment")
 """Columns of which a row has exactly one."""
+_ONE_FORM = "exactly one of `prompt`, `messages` and `environment` is needed"
 
 
 class Message(BaseModel):
@@ -34,7 +43,7 @@ class Message(BaseModel):
 class Row(BaseModel):
     """One row: raw text (`prompt`), a conversation that ends with the user (`messages`) or a game (`environment`).
 
-    Unknown columns are ignored, unless they look like a misspelt name of a known one.
+    Unknown columns are ignored.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -51,44 +60,53 @@ class Row(BaseModel):
     answer: str | None = None
     teacher: str | None = None
     """Name of the teacher that scores the row. Default: the `teacher` section."""
+    context: Annotated[str, Field(pattern=r"\S")] | None = None
+    """Text that only the teacher sees, placed as ``context.placement`` says."""
+    teacher_messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
+    """The teacher's chat in place of `messages`; the student's answer follows it too."""
+
+    @property
+    def has_own_context(self) -> bool:
+        """True if the teacher sees something of this row that the student does not."""
+        return self.context is not None or self.teacher_messages is not None
 
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        if all(value.get(form) is None for form in FORMS):
+            for form in FORMS:
+                if (close := close_column(value, form)) is not None and close != form:
+                    raise ValueError(
+                        f"{_ONE_FORM}; unknown column {close!r}, did you mean {form!r}? data.columns maps a column"
+                    )
         if value.get("environment") is None:  # other data sets use these names for other things
             value = {name: column for name, column in value.items() if name not in ("options", "seed")}
-        absent = cls._absent(value)
-        for name in value:
-            close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
-            if name not in cls.model_fields and close and close[0] in absent:
-                raise ValueError(
-                    f"unknown column {name!r}; did you mean {close[0]!r}? data.columns maps a column, data.ignore "
-                    "leaves one out"
-                )
         number = value.get("id")
         if isinstance(number, int | float) and not isinstance(number, bool) and number == int(number):
             value = {**value, "id": str(int(number))}
-        return value
-
-    @classmethod
-    def _absent(cls, value: dict[str, Any]) -> set[str]:
-        """Names of columns that the row lacks: another column with such a name may be a misspelling."""
-        absent = {name for name in cls.model_fields if value.get(name) is None}
-        return absent - set(FORMS) if any(value.get(form) is not None for form in FORMS) else absent
+        return {**value, "context": joined(value["context"])} if "context" in value else value
 
     @model_validator(mode="after")
     def _one_form(self) -> Row:
         if sum(getattr(self, form) is not None for form in FORMS) != 1:
-            raise ValueError("exactly one of `prompt`, `messages` and `environment` is needed")
-        if self.messages is not None:
-            roles = [message.role for message in self.messages]
-            if roles[-1] != "user":
-                raise ValueError(f"the last message must be the user's, it is the {roles[-1]}'s")
-            if "system" in roles[1:]:
-                raise ValueError("a system message can only be the first")
+            raise ValueError(_ONE_FORM)
+        for messages in (self.messages, self.teacher_messages):
+            if messages is not None:
+                _check_roles([message.role for message in messages])
+        if self.teacher_messages is not None and self.messages is None:
+            raise ValueError("`teacher_messages` needs `messages`; for raw text and games use `context`")
+        if self.teacher_messages is not None and self.context is not None:
+            raise ValueError("a row has `context` or `teacher_messages`, not both")
         return self
+
+
+def _check_roles(roles: Sequence[str]) -> None:
+    if roles[-1] != "user":
+        raise ValueError(f"the last message must be the user's, it is the {roles[-1]}'s")
+    if "system" in roles[1:]:
+        raise ValueError("a system message can only be the first")
 
 
 def read_rows(
@@ -96,25 +114,35 @@ def read_rows(
     mapping: DataConfig | None = None,
     *,
     need_answers: bool = False,
+    own_contexts: bool = False,
     check: Callable[[Row], str | None] = lambda row: None,
+    unused: dict[str, str] | None = None,
 ) -> list[Row]:
     """Read all rows of a source (`common.data.sources`), with columns mapped by `mapping`; blank lines are skipped.
 
-    `check` returns a further fault of a row, or None. Raises DataError with one ``location: reason`` line per bad row
-    (the first 20), for a repeated id, for an unreadable or empty source, and, with `need_answers`, for a row without an
-    answer (games need none).
+    With `own_contexts` the columns `CONTEXT_COLUMNS` belong to a row, else they are unused. `check` returns a further
+    fault of a row, or None. `unused` receives each column that no row uses, with the column that its name resembles
+    and that the row lacks, else "".
+
+    Raises DataError with one ``location: reason`` line per bad row (the first 20), for a repeated id, for an unreadable
+    or empty source, and, with `need_answers`, for a row without an answer (games need none).
     """
     rows: list[Row] = []
     faults: list[str] = []
     seen: dict[str, str] = {}
+    known_layouts: set[tuple[str, ...]] = set()
+    used = Row.model_fields.keys() - (() if own_contexts else set(CONTEXT_COLUMNS))
     for location, record in read_records(source):
-        row = _parse(record, mapping)
-        fault = row if isinstance(row, str) else _fault(row, seen, need_answers) or check(row)
+        row = _parse(record, mapping, used)
+        fault = row if isinstance(row, str) else _fault(row, record, seen, need_answers) or check(row)
         if fault is not None:
             faults.append(f"{location}: {fault}")
         elif isinstance(row, Row):
             seen[row.id] = location
             rows.append(row)
+            if unused is not None and mapping is not None and (layout := tuple(map(str, record))) not in known_layouts:
+                known_layouts.add(layout)
+                _note_unused(unused, unused_columns(layout, mapping, used), row)
     if faults:
         more = [f"... and {len(faults) - REPORTED_FAULTS} more"] if len(faults) > REPORTED_FAULTS else []
         raise DataError("\n".join(faults[:REPORTED_FAULTS] + more))
@@ -123,9 +151,16 @@ def read_rows(
     return rows
 
 
+def _note_unused(unused: dict[str, str], names: Sequence[str], row: Row) -> None:
+    """Add the unused columns of a row to `unused`, each with the absent column of a row that its name resembles."""
+    absent = [name for name in ("answer", "teacher") if getattr(row, name) is None]
+    for name in names:
+        unused[name] = next((column for column in absent if close_column([name], column)), "")
+
+
 def digest(data: DataConfig, rows: Sequence[Row]) -> str:
     """Hex sha256 of the training data: the file's bytes, or `rows` if the source is no file or has mapped columns."""
-    if is_file(data.train) and not (data.columns or data.user_template or data.labels):
+    if is_file(data.train) and not (data.columns or data.user_template or data.teacher_template or data.labels):
         with data.train.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     content = hashlib.sha256()
@@ -134,7 +169,7 @@ def digest(data: DataConfig, rows: Sequence[Row]) -> str:
     return content.hexdigest()
 
 
-def _parse(record: Any, mapping: DataConfig | None) -> Row | str:
+def _parse(record: Any, mapping: DataConfig | None, used: Collection[str]) -> Row | str:
     if isinstance(record, InvalidJson):
         return str(record)
     if not isinstance(record, dict):
@@ -142,7 +177,9 @@ def _parse(record: Any, mapping: DataConfig | None) -> Row | str:
         return f"expected an object with the columns of one row, got {type(record).__name__}{hint}"
     try:
         record = nan_to_none(record)
-        return Row.model_validate(without_nulls(map_columns(record, mapping) if mapping else record))
+        columns = map_columns(record, mapping) if mapping else record
+        known = {name: value for name, value in columns.items() if name in used or name not in Row.model_fields}
+        return Row.model_validate(without_nulls(known))
     except MappingError as error:
         return str(error)
     except ValidationError as error:
@@ -163,11 +200,13 @@ def _explain(detail: Any) -> str:
     return f"{column}: {message}" if column else message
 
 
-def _fault(row: Row, seen: dict[str, str], need_answers: bool) -> str | None:
+def _fault(row: Row, record: Mapping[str, Any], seen: dict[str, str], need_answers: bool) -> str | None:
     if row.id in seen:
         return f"id {row.id!r} was already used at {seen[row.id]}"
     if need_answers and row.answer is None and row.environment is None:
-        return f"row {row.id!r} has no `answer` to grade against"
+        close = close_column(record, "answer")
+        hint = f"; it has a column {close!r}: data.columns={{answer: {close}}}" if close not in (None, "answer") else ""
+        return f"row {row.id!r} has no `answer` to grade against{hint}"
     return None
 
 

@@ -69,7 +69,7 @@ class Game:
     options: dict[str, Any]
     seed: int
     context: str | None = None
-    """Text that the teacher sees with every turn. Default: the run's context."""
+    """Text that the teacher sees with every turn: of the pool, or the row's own. Default: the run's context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,9 @@ class Prompt:
     game: Game | None = None
     """Episode of a row with an environment. The prompt holds the first turn; later turns are rendered during play."""
     context_id: str | None = None
-    """Id of the context sampled from ``context.pool``."""
+    """Id of the context sampled from ``context.pool``, or the digest of the row's own context."""
+    own_context: Context | None = None
+    """The context of this row alone, which travels with it; `context` is its hash."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,9 @@ def chat(
     weights: Annotated[
         str | None, typer.Option(help="Folder in the run that holds the student; default: checkpoint, else best.")
     ] = None,
-    context: Annotated[str | None, typer.Option(help="Id in context.pool; default: the pool's first context.")] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Id in context.pool, or of a row with its own context; default: the first.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; default: the limit of the run's evaluation.")
     ] = None,
@@ -64,16 +66,17 @@ def open_conversation(
     run: Path, weights: str | None, context: str | None, max_tokens: int | None, temperature: float, one_at_a_time: bool
 ) -> Conversation:
     """Return a conversation with the models of `run`. Raises ChatError, ConfigError or DataError."""
-    from deploy.cli.inspect import context_text
+    from deploy.cli.inspect import context_text, find_row
     from deploy.inspect.chat import Conversation, Decoding, find_weights, read_config
 
     config = read_config(run)
     student = find_weights(run, weights)
-    device = _device()
+    device, own = _device(), config.context.from_rows
     return Conversation(
         config=config,
         student=student,
-        context=context_text(config.context, context),
+        context=context_text(config.context, None if own else context),
+        own_context=find_row(config, context).context if own else None,
         decoding=Decoding(
             max_tokens or config.eval.max_tokens or config.rollout.max_tokens, temperature, config.rollout.stop
         ),

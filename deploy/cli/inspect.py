@@ -15,7 +15,7 @@ from deploy.cli.errors import known_errors
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from common.config.inputs import ContextConfig, DataConfig
+    from common.config.inputs import ContextConfig
     from common.config.model import Config
     from common.data.rows import Row
     from deploy.inspect.inspection import InspectedRow, InspectedToken
@@ -51,7 +51,7 @@ def inspect(
     show(Console(), inspected, resolved.rollout.max_tokens, None if everything else MAX_TOKENS)
     from learner.preflight.checks import preflight
 
-    report = preflight(resolved, offline=True)
+    report = preflight(resolved, offline=True, every_row=False)
     for text in report.texts("warning"):
         typer.echo(f"warning: {text}", err=True)
     with known_errors(ConfigError):
@@ -64,9 +64,15 @@ def _inspect(config: Config, row_id: str | None, context_id: str | None, respons
     from common.data.special_tokens import control_tokens
     from deploy.inspect.inspection import inspect_row
 
-    row = find_row(config.data, row_id)
+    row = find_row(config, row_id)
     tokenizer = load_tokenizer(config.student.model)
-    renderer = Renderer(tokenizer, context_text(config.context, context_id), config.student, config.context.placement)
+    renderer = Renderer(
+        tokenizer,
+        context_text(config.context, context_id),
+        config.student,
+        config.context.placement,
+        teacher_template_kwargs=config.context.chat_template_kwargs,
+    )
     prompt = renderer.render(row)
     text = response if response is not None else row.answer or ""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -76,7 +82,7 @@ def _inspect(config: Config, row_id: str | None, context_id: str | None, respons
     return replace(inspected, control_token=control_tokens(tokenizer, [row]).get(row.id))
 
 
-def find_row(data: DataConfig, row_id: str | None) -> Row:
+def find_row(config: Config, row_id: str | None) -> Row:
     """Find a row in data.train, data.valid or data.eval by its id; None means the first row of data.train.
 
     Raises DataError for an unknown id and for a row of a game.
@@ -84,8 +90,9 @@ def find_row(data: DataConfig, row_id: str | None) -> Row:
     from common.data.rows import DataError, read_rows
 
     known: list[str] = []
+    data = config.data
     for source in (data.train, data.valid, data.eval):
-        for row in [] if source is None else read_rows(source, data):
+        for row in [] if source is None else read_rows(source, data, own_contexts=config.context.from_rows):
             if row_id is None or row.id == row_id:
                 if row.environment is not None:
                     raise DataError(f"row {row.id!r} is a game: the environment makes its prompts while it is played")
@@ -96,13 +103,17 @@ def find_row(data: DataConfig, row_id: str | None) -> Row:
 
 
 def context_text(config: ContextConfig, context_id: str | None) -> str:
-    """Return the run's context; from a pool, the one with that id, or the first. Raises ConfigError."""
+    """Return the run's context; from a pool, the one with that id, or the first; empty if only rows have contexts.
+
+    Raises ConfigError.
+    """
     from common.config.model import ConfigError
     from common.data.contexts import read_pool
 
     if config.pool is None:
         if context_id is not None:
-            raise ConfigError("--context needs context.pool, and this run has a single context")
+            kind = "a context of its own for each row (--row)" if config.from_rows else "a single context"
+            raise ConfigError(f"--context needs context.pool, and this run has {kind}")
         return config.read()
     pool = {context.id: context.text for context in read_pool(Path(config.pool))}
     if context_id is None:
@@ -127,6 +138,7 @@ def show(console: Console, inspected: InspectedRow, max_answer_tokens: int, max_
 
 def facts(row: InspectedRow, max_answer_tokens: int) -> list[tuple[str, str]]:
     """Return the row's lengths and boundaries as (name, text)."""
+    context = "the row's own context" if row.own_context else "the shared context"
     teacher_only = row.teacher_tokens - row.equal_tokens
     student_only = row.student_tokens - row.equal_tokens
     bos = "the tokenizer has none" if row.bos is None else f"{row.bos[0]} for the student, {row.bos[1]} for the teacher"
@@ -138,7 +150,7 @@ def facts(row: InspectedRow, max_answer_tokens: int) -> list[tuple[str, str]]:
         ),
         (
             "teacher's prompt",
-            f"{row.teacher_tokens} tokens, {row.context_tokens} of them the shared context, "
+            f"{row.teacher_tokens} tokens, {row.context_tokens} of them {context}, "
             f"{row.teacher_tokens + max_answer_tokens} with the longest answer",
         ),
         (

@@ -66,7 +66,7 @@ def asks_raw(config: Config, tokenizer: Any) -> bool:
     if config.context.placement is not None:
         return config.context.placement == "prefix"
     try:
-        first = read_rows(config.data.train, config.data)[0]
+        first = read_rows(config.data.train, config.data, own_contexts=config.context.from_rows)[0]
     except DataError:  # the data has been moved since the run
         return not tokenizer.chat_template
     return first.prompt is not None
@@ -84,6 +84,8 @@ class Conversation:
     keep_both: bool
     """Keep both models in memory; False loads the base and the student again for each question."""
     device: str = "cpu"
+    own_context: str | None = None
+    """Context of a row, after `context`, with ``context.from_rows``."""
     tokenizer: Any = field(init=False)
     raw: bool = field(init=False)
     _models: dict[str, Any] = field(default_factory=dict)
@@ -96,13 +98,24 @@ class Conversation:
         """Yield (voice, answer), each when it is ready. Raises DataError for a prompt that cannot be rendered."""
         without, with_context = self.sequences(text)
         for voice, ids in ((BASE, without), (IN_CONTEXT, with_context), (DISTILLED, without)):
+            if (
+                voice == IN_CONTEXT and with_context == without
+            ):  # rows with teacher_messages: none fits another question
+                continue
             yield voice, self.answer(self._model(voice == DISTILLED), ids)
 
     def sequences(self, text: str) -> tuple[list[int], list[int]]:
         """Return the question's token ids without and with the context, rendered as in the run."""
         turn = Message(role="user", content=text)
-        row = Row(id="question", prompt=text) if self.raw else Row(id="question", messages=(turn,))
-        renderer = Renderer(self.tokenizer, self.context, self.config.student, self.config.context.placement)
+        form: dict[str, Any] = {"prompt": text} if self.raw else {"messages": (turn,)}
+        row = Row(id="question", context=self.own_context, **form)
+        renderer = Renderer(
+            self.tokenizer,
+            self.context,
+            self.config.student,
+            self.config.context.placement,
+            teacher_template_kwargs=self.config.context.chat_template_kwargs,
+        )
         prompt = renderer.render(row)
         return prompt.student_ids.tolist(), teacher_sequence(prompt, renderer.contexts)
 

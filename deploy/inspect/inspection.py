@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common.data.rendering import common_prefix, teacher_sequence
+from common.data.rendering import common_prefix, context_of, teacher_sequence
 from common.data.special_tokens import leading_count
 from common.data.token_text import token_texts
 from common.protocol.schema import Context, Prompt
@@ -36,8 +36,10 @@ class InspectedRow:
 
     row_id: str
     tokens: Sequence[InspectedToken]
+    own_context: bool
+    """True if the teacher's prefix is of this row alone."""
     context_tokens: int
-    """Length of the teacher's prefix that all rows under this context share."""
+    """Length of the teacher's prefix that it computes once: that of all rows under this context, or of this row."""
     teacher_tokens: int
     """Length of the teacher's prompt, context included."""
     student_tokens: int
@@ -72,7 +74,7 @@ def inspect_row(
 ) -> InspectedRow:
     """Compare both sides of `prompt`, followed by `response`; the loss skips the first `skip_first` response tokens."""
     teacher, student = teacher_sequence(prompt, contexts), prompt.student_ids.tolist()
-    context = 0 if prompt.context is None else len(contexts[prompt.context].ids)
+    context = context_of(prompt, contexts)
     equal = equal_at_end(teacher, student)
     teacher_only, student_only = len(teacher) - equal, len(student) - equal
     head = len(common_prefix([teacher[:teacher_only], student[:student_only]]))
@@ -94,7 +96,8 @@ def inspect_row(
     return InspectedRow(
         row_id=prompt.row_id,
         tokens=tokens,
-        context_tokens=context,
+        own_context=prompt.own_context is not None,
+        context_tokens=0 if context is None else len(context.ids),
         teacher_tokens=len(teacher),
         student_tokens=len(student),
         equal_tokens=equal,

@@ -41,18 +41,19 @@ def first_turn(row: Row) -> FirstTurn:
     """The row itself, or the first observation of its game. Raises DataError for an environment that cannot begin."""
     if row.environment is None:
         return FirstTurn(row)
-    game = Game(row.environment, row.options, row.seed)
+    game = Game(row.environment, row.options, row.seed, row.context)
     try:
         observation = asyncio.run(make_environment(game.environment, game.options).reset(game.seed))
     except (ValueError, TypeError) as error:
         raise DataError(f"row {row.id!r}: {game.environment} cannot begin at seed {game.seed}: {error}") from error
     message = Message(role="user", content=observation)
-    return FirstTurn(Row(id=row.id, messages=(message,), answer=row.answer, teacher=row.teacher), game)
+    first = Row(id=row.id, messages=(message,), answer=row.answer, teacher=row.teacher, context=row.context)
+    return FirstTurn(first, game)
 
 
-def refuse_games_if_unsupported(prompts: Sequence[Prompt], rollout: RolloutConfig, teacher: TeacherConfig) -> None:
-    """Raise ConfigError if `prompts` hold games and the settings take single answers only."""
-    if not any(prompt.game for prompt in prompts):
+def refuse_games_if_unsupported(turns: Sequence[FirstTurn], rollout: RolloutConfig, teacher: TeacherConfig) -> None:
+    """Raise ConfigError if `turns` hold games and the settings take single answers only."""
+    if not any(turn.game for turn in turns):
         return
     if rollout.source == "teacher":
         raise ConfigError("data.train has games, which the teacher does not play: rollout.source must be `student`")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.config.model import Config, ConfigError, DataConfig
+import numpy as np
+
+from common.config.model import Config, ConfigError, ContextConfig, StudentConfig
+from common.data.columns import looks_like_context
 from common.data.contexts import Pool, pool_digest, read_pool
 from common.data.fingerprint import added_tokens, tokenizer_fingerprint
 from common.data.model_lookup import load_tokenizer, model_limit
-from common.data.rendering import Renderer, length_faults, teacher_sequence
+from common.data.rendering import Renderer, length_faults
 from common.data.rows import DataError, Row, digest, read_rows
 from common.data.special_tokens import control_tokens
 from common.evaluation.graders import Grader, make_grader
@@ -20,6 +25,7 @@ from common.files import seen_from
 from common.protocol.schema import Context, Prompt, TokenSequence, as_ids
 from learner.data.context_sampling import ContextSampler
 from learner.data.games import environment_error, first_turn, refuse_games_if_unsupported
+from learner.data.prompts import LazyPrompts, PromptFacts, facts_of, rows_to_check
 from learner.data.text_sizes import oversized_texts
 
 T = TypeVar("T")
@@ -37,9 +43,11 @@ class Sources:
     texts: dict[str, str]
     """Texts for perplexity by name."""
     context: str
-    """The context; with a pool, its first one."""
+    """The context for all rows; with a pool, its first one; empty if each row has its own and there is none for all."""
     pool: Pool | None
     grader: Grader
+    unused: dict[str, dict[str, str]]
+    """Set -> column that no row uses -> column of a row that its name resembles and that is absent, else ""."""
 
     def sets(self) -> dict[str, list[Row]]:
         """Rows by the key of their set."""
@@ -51,14 +59,20 @@ class Sources:
 class Inputs:
     """Rendered rows by set, the contexts that they name, and the grader of answers."""
 
-    train: list[Prompt]
+    train: Sequence[Prompt]
     valid: list[Prompt]
     eval: list[Prompt]
     ood: dict[str, list[Prompt]]
     """Rows of other tasks by name, rendered without a context."""
+    facts: dict[str, list[PromptFacts]]
+    """Sizes of the rows by the key of their set; of ``data.train`` those of `rows_to_check`. Sets without rows are left
+    out."""
     texts: dict[str, list[TokenSequence]]
     """Chunks of each text by name, for perplexity."""
     contexts: dict[str, Context]
+    """Contexts that prompts name; contexts of single rows travel with their prompts."""
+    context_names: tuple[str, ...]
+    """Identity of the contexts, in place of those of single rows: the data's digest covers these."""
     grader: Grader
     tokenizer_fingerprint: str
     added_tokens: dict[int, str]
@@ -74,15 +88,10 @@ class Inputs:
     warnings: tuple[str, ...] = ()
     """Likely mistakes in rows and contexts, one line each."""
 
-    def sets(self) -> dict[str, list[Prompt]]:
-        """Rows by the key of their set; sets without rows are left out."""
-        named = {"data.train": self.train, "data.valid": self.valid, "data.eval": self.eval}
-        named |= {f"eval.ood.{name}": rows for name, rows in self.ood.items()}
-        return {key: rows for key, rows in named.items() if rows}
-
-    def teacher_tokens(self, rows: Sequence[Prompt]) -> dict[str, int]:
-        """Teacher prompt tokens by row id, context included."""
-        return {row.row_id: len(teacher_sequence(row, self.contexts)) for row in rows}
+    @property
+    def has_context_for_eval(self) -> bool:
+        """True if the teacher sees more than the student in every row of ``data.eval``."""
+        return not any(map(_is_plain, self.eval))
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -100,25 +109,37 @@ def read_sources(config: Config) -> Sources:
     else:
         text = faults.collect("", config.context.read) or ""
     grader = faults.collect("", make_grader, config.eval.grader)
-    train = faults.collect("data.train", read_rows, data.train, data, check=environment_error) or []
+    own, unused = config.context.from_rows, {name: dict[str, str]() for name in ("train", "valid", "eval")}
+
+    def read(key: str, path: Path | None, columns: dict[str, str] | None, *, need_answers: bool = True) -> list[Row]:
+        options = {"need_answers": need_answers, "own_contexts": own, "check": environment_error, "unused": columns}
+        return [] if path is None else faults.collect(key, read_rows, path, data, **options) or []
+
+    train = read("data.train", data.train, unused["train"], need_answers=False)
     faults.collect("data.train", _check_teachers, train, tuple(config.named_teachers()))
-    valid = faults.collect("data.valid", _held_out, data, data.valid) or []
-    held_out = faults.collect("data.eval", _held_out, data, data.eval) or []
-    ood = {
-        name: faults.collect(f"eval.ood.{name}", _held_out, data, path) or [] for name, path in config.eval.ood.items()
-    }
+    if own and not text:
+        faults.collect("data.train", _check_own_contexts, train)
+    valid = read("data.valid", data.valid, unused["valid"])
+    held_out = read("data.eval", data.eval, unused["eval"])
+    ood = {name: read(f"eval.ood.{name}", path, None) for name, path in config.eval.ood.items()}
     texts = {
         name: faults.collect("eval.perplexity", _text, path) or "" for name, path in config.eval.perplexity.items()
     }
     faults.raise_all()
     assert grader is not None
-    return Sources(train, valid, held_out, ood, texts, text, pool, grader)
+    return Sources(train, valid, held_out, ood, texts, text, pool, grader, unused)
 
 
-def render_inputs(config: Config, sources: Sources) -> Inputs:
-    """Render every row with the student's tokenizer. Raises DataError, which names set and row, and ConfigError."""
-    tokenizer = load_tokenizer(config.student.model)
-    renderer = Renderer(tokenizer, sources.context, config.student, config.context.placement)
+def render_inputs(config: Config, sources: Sources, *, every_row: bool = True) -> Inputs:
+    """Render the rows with the student's tokenizer. Raises DataError, which names set and row, and ConfigError.
+
+    Training rows with their own contexts are rendered again whenever they are read. Without `every_row` only some of
+    them are rendered here (`rows_to_check`), so that a run over many rows starts at once.
+    """
+    tokenizer, own = load_tokenizer(config.student.model), config.context.from_rows
+    renderer = make_renderer(tokenizer, sources.context, config.student, config.context)
+    if own:
+        renderer.share_parents([*sources.train, *sources.valid, *sources.eval])
     limit = config.student.max_sequence_tokens or model_limit(config.student.model)
     if limit is None:
         raise ConfigError(
@@ -131,17 +152,34 @@ def render_inputs(config: Config, sources: Sources) -> Inputs:
     pool = sources.pool
     sampler = None if pool is None else ContextSampler(pool, renderer, config.run.seed, turns)
     other_tasks = replace(renderer, contexts={}, without_shared_prefix=[])  # no teacher gets their contexts
+    checked = rows_to_check(sources.train, every_row=every_row) if own else range(len(turns))
+    train: Sequence[Prompt]
+    if own:
+        train = LazyPrompts(turns, renderer)
+        facts = [facts_of(turns[index].render(renderer), renderer.contexts) for index in checked]
+    else:
+        train = [turn.render(renderer) if sampler is None else sampler.with_longest_context(turn) for turn in turns]
+        facts = [facts_of(prompt, renderer.contexts) for prompt in train]
+    valid, held_out = (_rendered(rows, renderer, sampler) for rows in (sources.valid, sources.eval))
+    ood = {name: [first_turn(row).render(other_tasks) for row in rows] for name, rows in sources.ood.items()}
+    sets = {"data.valid": valid, "data.eval": held_out, **{f"eval.ood.{name}": rows for name, rows in ood.items()}}
+    known = {**renderer.contexts, **other_tasks.contexts}
     chunk_tokens = min(config.eval.perplexity_chunk_tokens, limit)
     inputs = Inputs(
-        train=[turn.render(renderer) if sampler is None else sampler.with_longest_context(turn) for turn in turns],
-        valid=_rendered(sources.valid, renderer, sampler),
-        eval=_rendered(sources.eval, renderer, sampler),
-        ood={name: [first_turn(row).render(other_tasks) for row in rows] for name, rows in sources.ood.items()},
+        train=train,
+        valid=valid,
+        eval=held_out,
+        ood=ood,
+        facts={
+            "data.train": facts,
+            **{key: [facts_of(prompt, known) for prompt in rows] for key, rows in sets.items() if rows},
+        },
         texts={
             name: _chunks(tokenizer, text, chunk_tokens, config.eval.perplexity[name])
             for name, text in sources.texts.items()
         },
         contexts=renderer.contexts,
+        context_names=(_own_identity(config.context, sources.context),) if own else tuple(renderer.contexts),
         grader=sources.grader,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         added_tokens=added_tokens(tokenizer),
@@ -149,9 +187,9 @@ def render_inputs(config: Config, sources: Sources) -> Inputs:
         data_digest=digest(config.data, sources.train),
         context_sampler=sampler,
         pool_digest=None if pool is None else pool_digest(pool),
-        warnings=tuple(_row_warnings(renderer, sources)),
+        warnings=tuple(_row_warnings(renderer, sources, [sources.train[index] for index in checked])),
     )
-    refuse_games_if_unsupported(inputs.train, config.rollout, config.teacher)
+    refuse_games_if_unsupported(turns, config.rollout, config.teacher)
     _check_student_lengths(config, inputs)
     return inputs
 
@@ -166,12 +204,12 @@ def answer_limit(config: Config, key: str) -> tuple[str, int]:
 def _check_student_lengths(config: Config, inputs: Inputs) -> None:
     faults = []
     named = config.student.max_sequence_tokens is not None
-    for key, rows in inputs.sets().items():
+    for key, rows in inputs.facts.items():
         name, tokens = answer_limit(config, key)
         faults += length_faults(
             f"{key}: ",
             "student",
-            {row.row_id: len(row.student_ids) for row in rows},
+            {row.row_id: row.student_tokens for row in rows},
             answer=(name, tokens),
             limit=("student.max_sequence_tokens" if named else "the model's own limit", inputs.student_limit),
         )
@@ -205,8 +243,43 @@ def _rendered(rows: Sequence[Row], renderer: Renderer, sampler: ContextSampler |
     return [turn.render(renderer) if sampler is None else sampler.held_out(turn) for turn in turns]
 
 
-def _row_warnings(renderer: Renderer, sources: Sources) -> Iterator[str]:
-    for name, held_rows in (("train", sources.train), ("valid", sources.valid), ("eval", sources.eval)):
+def make_renderer(tokenizer: Any, text: str, student: StudentConfig, context: ContextConfig) -> Renderer:
+    """The renderer of a run's rows; `text` is the context for all rows, or one of the pool."""
+    return Renderer(
+        tokenizer,
+        text,
+        student,
+        context.placement,
+        teacher_template_kwargs=context.chat_template_kwargs,
+        contexts_travel=context.from_rows,
+    )
+
+
+def _own_identity(context: ContextConfig, text: str) -> str:
+    """Digest of everything but the rows that decides the rows' own contexts."""
+    value = [text, context.placement, context.chat_template_kwargs]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _is_plain(prompt: Prompt) -> bool:
+    """True if the teacher sees what the student sees."""
+    return prompt.context is None and np.array_equal(prompt.teacher_ids, prompt.student_ids)
+
+
+def _row_warnings(renderer: Renderer, sources: Sources, train: Sequence[Row]) -> Iterator[str]:
+    for name, columns in sources.unused.items():
+        for column, resembles in columns.items():
+            if looks_like_context(column):
+                yield (
+                    f"data.{name}: column {column!r} looks like a context and is not used: to show it to the teacher "
+                    f"set context.from_rows=true and data.columns={{context: {column}}}, else name it in data.ignore"
+                )
+            elif resembles:
+                yield (
+                    f"data.{name}: column {column!r} is not used; did you mean {resembles!r}? data.columns maps a "
+                    "column, data.ignore leaves one out"
+                )
+    for name, held_rows in (("train", train), ("valid", sources.valid), ("eval", sources.eval)):
         if held := control_tokens(renderer.tokenizer, held_rows):
             row, token = next(iter(held.items()))
             yield (
@@ -218,10 +291,6 @@ def _row_warnings(renderer: Renderer, sources: Sources) -> Iterator[str]:
             f"{len(rows)} rows (the first is {rows[0]!r}) do not start with the context's own tokens, because the "
             "tokenizer merges across its end: their scores are right, but do not use the context's cache"
         )
-
-
-def _held_out(data: DataConfig, path: Path | None) -> list[Row]:
-    return [] if path is None else read_rows(path, data, need_answers=True, check=environment_error)
 
 
 def _text(path: Path) -> str:
@@ -239,6 +308,16 @@ def _chunks(tokenizer: Any, text: str, tokens: int, path: Path) -> list[TokenSeq
         return split_into_chunks(as_ids(tokenizer(text)["input_ids"]), tokens)
     except ValueError as error:
         raise DataError(f"eval.perplexity: {path}: {error}") from error
+
+
+def _check_own_contexts(rows: Sequence[Row]) -> None:
+    """Raise DataError if a row gives the teacher nothing to see."""
+    without = [row.id for row in rows if not row.has_own_context]
+    if without:
+        raise DataError(
+            f"{len(without)} of {len(rows)} rows (the first is {without[0]!r}) have neither `context` nor "
+            "`teacher_messages`: map one of them (data.columns), or set context.text for all rows"
+        )
 
 
 def _check_teachers(rows: Sequence[Row], known: Sequence[str]) -> None:

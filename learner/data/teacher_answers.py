@@ -211,7 +211,7 @@ def open_teacher_answers(config: Config, inputs: Inputs) -> TeacherAnswers | Non
     """The stored answers of the run; None if it trains on the student's own. Raises RunError as `AnswerFile`."""
     if config.rollout.source == "student":
         return None
-    origin = answers_origin(config, contexts=tuple(inputs.contexts), data=inputs.data_digest)
+    origin = answers_origin(config, contexts=inputs.context_names, data=inputs.data_digest)
     source = SampleSource(config, inputs.train, inputs.context_sampler)
     return TeacherAnswers(config, source, AnswerFile(config.answers_path, origin))
 

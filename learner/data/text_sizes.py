@@ -13,7 +13,7 @@ from common.data.rows import Row
 def oversized_texts(
     config: Config, tokenizer: Any, context: str, sets: dict[str, list[Row]], student_limit: int
 ) -> Iterator[str]:
-    """Yield a line for every row, and for the context, with more characters than any tokens within the limit can hold.
+    """Yield a line for every row, and for a context, with more characters than any tokens within the limit can hold.
 
     The bound is the limit times the characters of the vocabulary's longest token, far above what real text reaches.
     """
@@ -28,6 +28,12 @@ def oversized_texts(
                 yield (
                     f"{key}: row {row.id!r}: {size:,} characters, more than {student_limit:,} tokens of the student "
                     "can hold: shorten the row"
+                )
+            size = len(context) + len(row.context or "") + sum(len(one.content) for one in row.teacher_messages or ())
+            if row.has_own_context and teacher_limit is not None and size > teacher_limit * longest:
+                yield (
+                    f"{key}: row {row.id!r}: {size:,} characters of context, more than {teacher_limit:,} tokens of a "
+                    "teacher can hold: shorten it"
                 )
 
 

@@ -54,7 +54,12 @@ class HeldOutEvaluator:
         self._keep_workers = keep_workers
 
     async def in_context(self) -> None:
-        """Measure accuracy with the context in the prompt: the level that the student should reach without it."""
+        """Measure accuracy with the context in the prompt: the level that the student should reach without it.
+
+        Not measured if a row of ``data.eval`` has no context of its own.
+        """
+        if not self._inputs.has_context_for_eval:
+            return
         self._summary.in_context = await self.accuracy("in_context", 0, self._inputs.eval, with_context=True)
 
     async def before(self) -> None:

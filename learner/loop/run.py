@@ -202,18 +202,19 @@ class Run:
         self._progress.line(f"starting {self._what_starts()}; this takes about a minute for the demo")
         services.teachers.begin(services.placement)
         ranks = services.begin_ranks()
+        trained = inputs.facts["data.train"]
         scorer = await services.teachers.connect(
             inputs.contexts,
             tokenizer_fingerprint=inputs.tokenizer_fingerprint,
             added_tokens=inputs.added_tokens,
-            longest_tokens=max(inputs.teacher_tokens(inputs.train).values()) + config.rollout.max_tokens,
+            longest_tokens=max(row.teacher_tokens for row in trained) + config.rollout.max_tokens,
         )
         for name, page in services.teachers.metrics_pages().items():
             self._files.relay_metrics(name, page)
         faults = length_faults(
             "data.train: ",
             "teacher",
-            inputs.teacher_tokens(inputs.train),
+            {row.row_id: row.teacher_tokens for row in trained},
             answer=("rollout.max_tokens", config.rollout.max_tokens),
             limit=("the teacher's limit", services.teachers.longest_tokens or inputs.student_limit),
         )
@@ -234,7 +235,7 @@ class Run:
         assert info is not None
         if info.unpacked:
             self._progress.line(f"WARNING: learner.packing: sequences are padded, not packed: {info.unpacked}")
-        longest = max(len(row.student_ids) for row in inputs.train) + config.rollout.max_tokens
+        longest = max(row.student_tokens for row in trained) + config.rollout.max_tokens
         if (warning := check_longest(config, info.memory_bytes, longest)) is not None:
             self._progress.line(f"WARNING: {warning}")
         check_exact(config.loss, info.vocab_size, services.teachers.vocab_sizes())
@@ -356,7 +357,7 @@ def _identity(config: Config, inputs: Inputs, teachers: dict[str, str]) -> Ident
         config,
         tokenizer=inputs.tokenizer_fingerprint,
         teachers=teachers,
-        contexts=tuple(inputs.contexts),
+        contexts=inputs.context_names,
         data=inputs.data_digest,
         pool=inputs.pool_digest,
     )

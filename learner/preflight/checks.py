@@ -24,7 +24,7 @@ from learner.preflight.rows import (
     check_top_k,
     input_warnings,
 )
-from learner.preflight.summary import count_rows, summarize
+from learner.preflight.summary import count_rows, summarize, unused_columns
 
 CONFIG_CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     check_models,
@@ -50,9 +50,10 @@ INPUT_CHECKS: tuple[Callable[[Config, Inputs], Iterator[Finding]], ...] = (
 """Checks of the rendered rows; they run if the configuration has no error."""
 
 
-def preflight(config: Config, *, offline: bool = False) -> Report:
+def preflight(config: Config, *, offline: bool = False, every_row: bool = True) -> Report:
     """Run all checks. Errors are in the report: nothing is raised for a fault of the user's.
 
+    Without `every_row` rows with their own contexts are checked in part (`learner.data.prompts.rows_to_check`).
     `offline` asks no hub: a model or data set that is not on this machine stays unchecked, with a warning for a model.
     """
     if offline:
@@ -61,7 +62,7 @@ def preflight(config: Config, *, offline: bool = False) -> Report:
     sources = None
     try:
         sources = read_sources(config)
-        report.findings.append(count_rows(sources))
+        report.findings += [count_rows(sources), *unused_columns(sources)]
     except (ConfigError, DataError) as fault:
         report.findings += map(error, str(fault).splitlines())
     for check in CONFIG_CHECKS if offline else (*CONFIG_CHECKS, check_hub):
@@ -72,7 +73,7 @@ def preflight(config: Config, *, offline: bool = False) -> Report:
         report.findings.append(warning(f"rows are not rendered: {config.student.model} is not on this machine"))
         return report
     try:
-        report.inputs = render_inputs(config, sources)
+        report.inputs = render_inputs(config, sources, every_row=every_row)
     except (ConfigError, DataError) as fault:
         report.findings += map(error, str(fault).splitlines())
         return report

@@ -19,9 +19,16 @@ def check_needs(config: Config, inputs: Inputs) -> Iterator[Finding]:
     """Find needs that exceed the machine, with the lengths of the rendered rows and contexts."""
     yield from find_needs(
         config,
-        context_tokens=sum(len(context.ids) for context in inputs.contexts.values()),
-        longest_prompt=max((len(row.student_ids) for row in inputs.train), default=0),
+        context_tokens=_context_tokens(inputs),
+        longest_prompt=max(row.student_tokens for row in inputs.facts["data.train"]),
     )
+
+
+def _context_tokens(inputs: Inputs) -> int:
+    """Sum over all contexts; own contexts of rows that were not rendered count as the mean of the others."""
+    rows = inputs.facts["data.train"]
+    own = sum(row.own_tokens or 0 for row in rows) * len(inputs.train) // len(rows)
+    return own + sum(len(context.ids) for context in inputs.contexts.values())
 
 
 def find_needs(config: Config, *, context_tokens: int = 0, longest_prompt: int = 0) -> Iterator[Finding]:

@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from common.config.model import Config, StudentConfig, TeacherConfig
 from common.data.fingerprint import vocabulary_fault
 from common.data.model_lookup import load_model_config, load_tokenizer, model_limit
 from common.data.rendering import length_faults
-from common.protocol.schema import Ids, Prompt
 from learner.data.inputs import Inputs, answer_limit
+from learner.data.prompts import PromptFacts
 from learner.preflight.models import is_on_this_machine
 from learner.preflight.report import Finding, error, warning
 
 
 def check_lengths(config: Config, inputs: Inputs) -> Iterator[Finding]:
     """Find rows that are too long for a teacher, or for the engine that answers with the context."""
-    train = inputs.teacher_tokens(inputs.train)
     for name, section in config.named_teachers().items():
         model = section.model or config.student.model
         if section.url is not None or section.kind == "base" or not is_on_this_machine(model):
             continue
         key = "teacher" if name == "default" else f"teachers.{name}"
-        rows = {row.row_id: train[row.row_id] for row in inputs.train if (row.teacher or "default") == name}
+        rows = [row for row in inputs.facts["data.train"] if row.teacher == name]
         yield from _too_long("data.train", "teacher", rows, config, f"{key}.max_sequence_tokens", model, section)
     teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
     if teacher is None or not is_on_this_machine(teacher):
         return
     # An engine of the teacher's model answers with the context, to measure accuracy and for stored answers.
     limit_key = "student.max_sequence_tokens"
-    yield from _too_long(
-        "data.eval", "teacher", inputs.teacher_tokens(inputs.eval), config, limit_key, teacher, config.student
-    )
-    if config.rollout.source == "teacher":
-        yield from _too_long("data.train", "teacher", train, config, limit_key, teacher, config.student)
+    for key in ("data.eval", "data.train") if config.rollout.source == "teacher" else ("data.eval",):
+        yield from _too_long(key, "teacher", inputs.facts.get(key, ()), config, limit_key, teacher, config.student)
 
 
 def _too_long(
     key: str,
     side: Literal["student", "teacher"],
-    tokens: Mapping[str, int],
+    rows: Sequence[PromptFacts],
     config: Config,
     limit_key: str,
     model: str,
@@ -50,6 +46,7 @@ def _too_long(
     known = [(limit, name) for name, limit in limits.items() if limit is not None]
     if known:
         limit, name = min(known)
+        tokens = {row.row_id: row.teacher_tokens for row in rows}
         yield from map(
             error, length_faults(f"{key}: ", side, tokens, answer=answer_limit(config, key), limit=(name, limit))
         )
@@ -59,13 +56,13 @@ def check_token_ids(config: Config, inputs: Inputs) -> Iterator[Finding]:
     """Find token ids outside a model's embedding: a tokenizer can hold more tokens than its model."""
     student = config.student.model
     width = int(load_model_config(student).vocab_size)
-    for key, rows in inputs.sets().items():
+    for key, rows in inputs.facts.items():
         for row in rows:
-            yield from _outside(f"{key}: row {row.row_id!r}", row.student_ids.tolist(), "student.model", student, width)
+            yield from _outside(f"{key}: row {row.row_id!r}", row.student_max_id, "student.model", student, width)
     for name, chunks in inputs.texts.items():
         for chunk in chunks:
-            ids = [*chunk.prompt_ids.tolist(), *chunk.response_ids.tolist()]
-            yield from _outside(f"eval.perplexity.{name}", ids, "student.model", student, width)
+            largest = max([*chunk.prompt_ids.tolist(), *chunk.response_ids.tolist()], default=0)
+            yield from _outside(f"eval.perplexity.{name}", largest, "student.model", student, width)
     for name, section in config.named_teachers().items():
         model = section.model or student
         if section.url is not None or not is_on_this_machine(model):
@@ -73,10 +70,10 @@ def check_token_ids(config: Config, inputs: Inputs) -> Iterator[Finding]:
         key = ("teacher" if name == "default" else f"teachers.{name}") + ".model"
         width = int(load_model_config(model).vocab_size)
         for context in inputs.contexts.values():
-            yield from _outside("the context", context.ids.tolist(), key, model, width)
-        for row in inputs.train:
-            if (row.teacher or "default") == name:
-                yield from _outside(f"data.train: row {row.row_id!r}", row.teacher_ids.tolist(), key, model, width)
+            yield from _outside("the context", int(context.ids.max()), key, model, width)
+        for row in inputs.facts["data.train"]:
+            if row.teacher == name:
+                yield from _outside(f"data.train: row {row.row_id!r}", row.teacher_max_id, key, model, width)
 
 
 def check_tokenizers(config: Config, inputs: Inputs) -> Iterator[Finding]:
@@ -98,10 +95,10 @@ def check_tokenizers(config: Config, inputs: Inputs) -> Iterator[Finding]:
             )
 
 
-def _outside(place: str, ids: Sequence[int], key: str, model: str, width: int) -> Iterator[Finding]:
-    if ids and max(ids) >= width:
+def _outside(place: str, largest: int, key: str, model: str, width: int) -> Iterator[Finding]:
+    if largest >= width:
         yield error(
-            f"{place}: token id {max(ids)} is not in the embedding of {key} {model}, which has {width} rows: the "
+            f"{place}: token id {largest} is not in the embedding of {key} {model}, which has {width} rows: the "
             "tokenizer has more tokens than the model; use the tokenizer that the model was trained with"
         )
 
@@ -124,10 +121,8 @@ def check_bos(config: Config, inputs: Inputs) -> Iterator[Finding]:
     if bos is None:
         return
     for key in ("data.train", "data.valid", "data.eval"):
-        rows = inputs.sets().get(key, [])
-        uneven = [
-            row.row_id for row in rows if _begins_with(bos, row.student_ids) != _begins_with(bos, _lead(inputs, row))
-        ]
+        rows = inputs.facts.get(key, [])
+        uneven = [row.row_id for row in rows if (row.student_first_id == bos) != (row.teacher_first_id == bos)]
         if uneven:
             yield warning(
                 f"{key}: {len(uneven)} rows begin with the BOS token for one of student and teacher alone, because of "
@@ -135,15 +130,11 @@ def check_bos(config: Config, inputs: Inputs) -> Iterator[Finding]:
             )
 
 
-def _lead(inputs: Inputs, row: Prompt) -> Ids:
-    """The tokens with which the teacher's prompt of `row` begins."""
-    return row.teacher_ids if row.context is None else inputs.contexts[row.context].ids
-
-
-def _begins_with(token: int, ids: Ids) -> bool:
-    return len(ids) > 0 and int(ids[0]) == token
-
-
 def input_warnings(config: Config, inputs: Inputs) -> Iterator[Finding]:
     """Pass on the likely mistakes that rendering found."""
     yield from map(warning, inputs.warnings)
+    if config.context.from_rows and not inputs.has_context_for_eval:
+        yield warning(
+            "data.eval has rows without a context of their own: the accuracy with the context is not measured, nor the "
+            "gap that training closes"
+        )

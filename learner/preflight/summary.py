@@ -17,14 +17,27 @@ def count_rows(sources: Sources) -> Finding:
     return summary("rows", ", ".join(f"{len(rows)} {name}" for name, rows in named.items() if rows))
 
 
+def unused_columns(sources: Sources) -> Iterator[Finding]:
+    """Yield the columns that no row uses, once for all sets."""
+    names = dict.fromkeys(name for columns in sources.unused.values() for name in columns)
+    if names:
+        yield summary("not used", f"columns {', '.join(names)}")
+
+
 def summarize(config: Config, inputs: Inputs) -> Iterator[Finding]:
     """Yield the facts of a run in a few lines."""
     rollout, learner = config.rollout, config.learner
-    student = [len(row.student_ids) for rows in inputs.sets().values() for row in rows]
-    teacher = list(inputs.teacher_tokens(inputs.train).values())
+    student = [row.student_tokens for rows in inputs.facts.values() for row in rows]
+    teacher = [row.teacher_tokens for row in inputs.facts["data.train"]]
     yield summary("prompts", f"student {_range(student)} tokens, teacher {_range(teacher)} tokens with the context")
     contexts = [len(context.ids) for context in inputs.contexts.values()]
-    yield summary("contexts", f"{len(contexts)}, {_range(contexts)} tokens")
+    if config.context.from_rows:
+        own = [row.own_tokens for row in inputs.facts["data.train"] if row.own_tokens is not None]
+        yield summary(
+            "contexts", f"of the rows, {_range(own)} tokens; {len(contexts)} shared, {_range(contexts)} tokens"
+        )
+    else:
+        yield summary("contexts", f"{len(contexts)}, {_range(contexts)} tokens")
     yield summary(
         "answers",
         f"at most {rollout.max_tokens} tokens; prompt and answer fit {inputs.student_limit} tokens of the student",

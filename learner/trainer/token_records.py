@@ -12,6 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from common.data.model_lookup import load_tokenizer
+from common.data.rendering import context_of, teacher_sequence
 from common.data.token_text import decode_ids, token_texts
 from common.protocol.schema import LOGPROB_FLOOR, Context, Mask, Prompt, ScoredTrajectory
 from common.telemetry.run_files import RunFiles
@@ -141,7 +142,7 @@ class TokenRecordFiles:
 
     def _prompt(self, prompt: Prompt) -> dict[str, str]:
         """The end of the prompt that both sides saw, and the student's tokens before it, if any."""
-        theirs = [*(self._contexts[prompt.context].ids if prompt.context is not None else ()), *prompt.teacher_ids]
+        theirs = teacher_sequence(prompt, self._contexts)
         pairs = zip(reversed(prompt.student_ids), reversed(theirs), strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         start = len(prompt.student_ids) - shared
@@ -159,7 +160,8 @@ class TokenRecordFiles:
             return None
         name = prompt.context or f"prompt of {prompt.row_id}"
         if name not in self._written:
-            ids = prompt.teacher_ids if prompt.context is None else self._contexts[prompt.context].ids
+            context = context_of(prompt, self._contexts)
+            ids = prompt.teacher_ids if context is None else context.ids
             self._files.text({"context": name, "text": decode_ids(self._tokenizer, ids)})
             self._written.add(name)
         return name

@@ -87,18 +87,20 @@ async def play_episode(
     max_turns: int = MAX_TURNS,
     samples: SampleMode = "observation",
     in_context: bool = False,
+    own_context: str | None = None,
     text_of: Callable[[Sequence[int]], str] | None = None,
 ) -> Episode:
     """Play at most `max_turns` turns of the episode of `seed`; with `in_context` the player sees the context.
 
+    `own_context` is the context of this episode alone, besides the renderer's.
     `text_of` gives an answer's text from its ids. Default: the text without the tokenizer's EOS at its end.
     Prompts are named ``EPISODE_ID/TURN``. Raises what `generate` and the environment raise, and DataError if the chat
     template cannot render a turn; never returns part of an episode.
     """
     talk = (
-        _Conversation(renderer, episode_id, in_context)
+        _Conversation(renderer, episode_id, in_context, own_context)
         if samples == "conversation"
-        else _Turns(renderer, episode_id, in_context, samples)
+        else _Turns(renderer, episode_id, in_context, own_context, samples)
     )
     text_of = text_of or partial(answer_text, renderer.tokenizer, ends=end_ids(renderer.tokenizer))
     observation, reward, done = await environment.reset(seed), 0.0, False
@@ -128,6 +130,7 @@ class _Turns:
     renderer: Renderer
     episode_id: str
     in_context: bool
+    context: str | None
     mode: SampleMode
     _messages: list[Message] = field(default_factory=list)
     _prompts: list[Prompt] = field(default_factory=list)
@@ -138,7 +141,7 @@ class _Turns:
             self._messages = []
         self._messages.append(Message(role="user", content=observation))
         name = f"{self.episode_id}/{len(self._prompts)}"
-        self._prompts.append(self.renderer.render(Row(id=name, messages=tuple(self._messages))))
+        self._prompts.append(self.renderer.render(Row(id=name, messages=tuple(self._messages), context=self.context)))
         return _shown(self._prompts[-1], self.renderer, self.in_context)
 
     def hear(self, generation: Generation, answer: str) -> None:
@@ -156,6 +159,7 @@ class _Conversation:
     renderer: Renderer
     episode_id: str
     in_context: bool
+    context: str | None
     _prompt: Prompt | None = None
     _between: list[Ids] = field(default_factory=list)
     """Tokens before each answer after the first: end of the last turn, observation, head of the answer."""
@@ -163,7 +167,8 @@ class _Conversation:
 
     def ask(self, observation: str) -> Ids:
         if self._prompt is None:
-            row = Row(id=f"{self.episode_id}/0", messages=(Message(role="user", content=observation),))
+            message = Message(role="user", content=observation)
+            row = Row(id=f"{self.episode_id}/0", messages=(message,), context=self.context)
             self._prompt = self.renderer.render(row)
             return _shown(self._prompt, self.renderer, self.in_context)
         between: Ids = as_ids(self.renderer.follow_up(observation))

@@ -39,9 +39,15 @@ class Played:
 
 
 async def play_sample(
-    engine: RolloutEngine, renderer: Renderer, settings: EnvironmentConfig, sample: Sample, *, in_context: bool = False
+    engine: RolloutEngine,
+    renderer: Renderer,
+    settings: EnvironmentConfig,
+    sample: Sample,
+    *,
+    in_context: bool = False,
+    own_context: str | None = None,
 ) -> Episode:
-    """Play the game of `sample.prompt`; every turn has its own seed."""
+    """Play the game of `sample.prompt`; every turn has its own seed. `own_context` is the context of this row alone."""
     game = sample.prompt.game
     assert game is not None
 
@@ -57,6 +63,7 @@ async def play_sample(
         max_turns=settings.max_turns,
         samples=settings.sample_format,
         in_context=in_context,
+        own_context=own_context,
         text_of=lambda ids: engine.answer_text(ids, sample.sampling.stop),
     )
 

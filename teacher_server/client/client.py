@@ -38,6 +38,10 @@ MAX_CONCURRENT_REQUESTS = 4
 """Concurrent requests of one call."""
 
 
+class ContextTooLong(TeacherError):
+    """The server takes no context of that length."""
+
+
 class TeacherClient:
     """Client of one teacher server. Methods raise TeacherError if the teacher is lost or refuses a request."""
 
@@ -80,8 +84,16 @@ class TeacherClient:
 
     async def put_context(self, context: Context) -> None:
         """Put a context, and before it a parent that this client put earlier and the server lacks."""
-        self._contexts[context.hash] = context
+        self.keep_context(context)
         await self._put(context, route=context.hash)
+
+    def keep_context(self, context: Context) -> None:
+        """Keep a context, to put it again if the server evicts it."""
+        self._contexts[context.hash] = context
+
+    def forget_context(self, name: str) -> None:
+        """Drop a context that no score needs any more."""
+        self._contexts.pop(name, None)
 
     async def score(self, items: Sequence[ScoreItem], mode: ScoreMode, temperature: float, k: int) -> ScoreResponse:
         """Score `items`. Contexts of this client that the server evicted are put again."""
@@ -193,12 +205,15 @@ def _raise_for(reply: httpx.Response, url: str, *, has_key: bool) -> None:
                 f"the teacher at {url} does not know the key in teacher.client_key_file: it is wrong or expired"
             )
         raise TeacherError(f"the teacher at {url} wants a key: set teacher.client_key_file to the file that holds it")
+    kind = TeacherError
     try:
         detail = reply.json()
         text = f"{detail['error']}: {detail['message']}"
+        if detail["error"] == "too_long":
+            kind = ContextTooLong
     except (ValueError, KeyError, TypeError):
         text = reply.text[:200]
-    raise TeacherError(f"the teacher at {url} refused with HTTP {reply.status_code}: {text}")
+    raise kind(f"the teacher at {url} refused with HTTP {reply.status_code}: {text}")
 
 
 def _check_url(url: str) -> None:

@@ -18,6 +18,7 @@ from common.protocol.schema import (
 )
 from common.protocol.scoring import ScoringError, TeacherError
 from teacher_server.client.client import LOST_AFTER_S, TeacherClient
+from teacher_server.client.held_contexts import HeldContexts
 from teacher_server.client.request_batching import RequestLimits, split_requests
 from teacher_server.client.validation import score_error
 
@@ -53,7 +54,10 @@ class _PendingItem:
 
 
 class TeacherScorer:
-    """Scores single trajectories; those that finish within `COALESCE_S` share a request."""
+    """Scores single trajectories; those that finish within `COALESCE_S` share a request.
+
+    The run's contexts are put before the first score, a row's own context with its first score.
+    """
 
     def __init__(self, factory: TeacherScorerFactory) -> None:
         self._factory = factory
@@ -65,6 +69,7 @@ class TeacherScorer:
             lost_after_s=factory.lost_after_s,
             ca_file=factory.ca_file,
         )
+        self._held = HeldContexts(self._client)
         self._pending: list[_PendingItem] = []
         self._flush: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[None]] = set()
@@ -76,6 +81,13 @@ class TeacherScorer:
         Raises ScoringError for this sample, TeacherError if the teacher is lost or changed.
         """
         await self._put_contexts()
+        own = trajectory.prompt.own_context
+        if own is None:
+            return await self._score(trajectory)
+        async with self._held.hold(own):
+            return await self._score(trajectory)
+
+    async def _score(self, trajectory: Trajectory) -> ScoredTrajectory:
         wants_ids = self._factory.mode in ("at_ids", "union")
         item = ScoreItem(
             context=trajectory.prompt.context,
@@ -102,6 +114,7 @@ class TeacherScorer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._held.close()
         await self._client.close()
 
     async def _put_contexts(self) -> None:

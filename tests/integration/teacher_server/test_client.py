@@ -17,7 +17,9 @@ import pytest
 from common.protocol.schema import (
     Context,
     ItemScore,
+    ScoreItem,
     ScoreResponse,
+    Trajectory,
     as_ids,
 )
 from common.protocol.scoring import ScoringError, TeacherError
@@ -144,6 +146,65 @@ async def test_evicted_contexts_are_put_again(teacher: Running) -> None:
         assert isinstance(one, ItemScore)
         assert isinstance(other, ItemScore)
         np.testing.assert_allclose(one.sampled_logprob, other.sampled_logprob, atol=1e-5)
+
+
+def own_items(teacher: Running, count: int, parent: Context, samples: int = 3) -> list[tuple[Context, Trajectory]]:
+    """`samples` answers to each of `count` prompts with their own contexts under `parent`."""
+    found = []
+    for n in range(count):
+        context = teacher.context(np.concatenate([parent.ids, tokens(100 + n, 20)]), parent)
+        for item in items(n, samples, context=context.hash):
+            one = trajectory(item)
+            found.append((context, replace(one, prompt=replace(one.prompt, own_context=context))))
+    return found
+
+
+async def test_contexts_of_rows_are_put_with_their_first_score_and_then_forgotten(tiny_model: Path) -> None:
+    """Scores equal those of a plain model; the parent is computed once, and each context once for its three answers."""
+    oracle = Oracle.load(tiny_model)
+    with running(tiny_model) as server:
+        parent = server.context(tokens(7, 30))
+        scorer = factory_for(server, parent)()
+        batch = own_items(server, 5, parent)
+        results = await asyncio.gather(*(scorer.score(one) for _, one in batch))
+        for (context, one), result in zip(batch, results, strict=True):
+            prompt = one.prompt
+            assert_score(
+                result.score,
+                oracle.logprobs(context.ids, prompt.teacher_ids, one.response_ids),
+                ScoreItem(context.hash, prompt.teacher_ids, one.response_ids, one.topk_ids),
+            )
+        assert set(scorer._client._contexts) == {parent.hash}
+        assert not scorer._held._users
+        await scorer.close()
+        async with server.http("operator") as http:
+            page = (await http.get("/metrics")).text
+    assert server.service.contexts.get("red", batch[0][0].hash).parent == parent.hash
+    assert f'opcd_teacher_context_tokens_computed_total{{run="red/run"}} {30 + 5 * 20:.1f}' in page
+
+
+async def test_a_rows_context_that_the_server_evicts_is_put_again_while_a_score_needs_it(teacher: Running) -> None:
+    parent = teacher.context(tokens(8, 30))
+    scorer = factory_for(teacher, parent)()
+    ((_, one),) = own_items(teacher, 1, parent, samples=1)
+    before = await scorer.score(one)
+    teacher.service.contexts._contexts.clear()
+    after = await scorer.score(one)
+    await scorer.close()
+    np.testing.assert_allclose(before.score.sampled_logprob, after.score.sampled_logprob, atol=1e-5)
+
+
+async def test_a_rows_context_that_is_too_long_fails_its_sample_alone(teacher: Running) -> None:
+    parent = teacher.context(tokens(9, 30))
+    scorer = factory_for(teacher, parent)()
+    ((_, good),) = own_items(teacher, 1, parent, samples=1)
+    long = teacher.context(tokens(10, 5000))
+    bad = replace(good, prompt=replace(good.prompt, context=long.hash, own_context=long))
+    results = await asyncio.gather(scorer.score(bad), scorer.score(good), return_exceptions=True)
+    await scorer.close()
+    assert isinstance(results[0], ScoringError)
+    assert "at most 4095 tokens" in str(results[0])
+    assert not isinstance(results[1], BaseException)
 
 
 async def test_another_model_stops_the_run(teacher: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from common.config.model import DataConfig
 from common.data.rows import DataError, batch_rows, read_rows
+
+U = [{"role": "user", "content": "u"}]
 
 
 def write(folder: Path, *lines: Any) -> Path:
@@ -148,10 +151,68 @@ def test_a_name_close_to_a_column_that_is_there_is_another_column(tmp_path: Path
         )
     )
     assert [row.id for row in rows] == ["a", "b"]
-    misspelt = write(tmp_path, {"id": "a", "prompt": "p", "answers": "x"})
-    with pytest.raises(DataError, match=r"unknown column 'answers'; did you mean 'answer'\?.*data\.ignore"):
-        read_rows(misspelt)
-    assert read_rows(misspelt, columns_of(ignore=["answers"]))[0].answer is None
+
+
+def test_an_unused_column_is_no_fault_and_is_noted_once(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "u"}]
+    line = {"messages": chat, "prompt_id": "x", "answers": ["x"], "techer": "t", "source": "book", "context": {"a": 1}}
+    unused: dict[str, str] = {}
+    rows = read_rows(write(tmp_path, line, line), columns_of(ignore=["source"]), unused=unused)
+    assert [row.answer for row in rows] == [None, None]
+    assert unused == {"prompt_id": "", "answers": "answer", "techer": "teacher", "context": ""}
+    with pytest.raises(DataError, match=r"has no `answer` to grade against; it has a column 'answers'"):
+        read_rows(write(tmp_path, line), columns_of(), need_answers=True)
+
+
+def test_columns_that_a_template_or_a_mapping_reads_are_used(tmp_path: Path) -> None:
+    line = {"q": "1+1", "hint": "add", "meta": {"gold": "2"}, "solution": "2"}
+    unused: dict[str, str] = {}
+    mapping = columns_of(
+        user_template="{q}?", teacher_template="{prompt} ({hint})\n{solution}", columns={"answer": "meta.gold"}
+    )
+    (row,) = read_rows(write(tmp_path, line), mapping, own_contexts=True, unused=unused)
+    assert unused == {}
+    assert row.teacher_messages is not None
+    assert row.teacher_messages[-1].content == "1+1? (add)\n2"
+
+
+def test_the_teachers_template_keeps_earlier_turns_and_takes_the_place_of_the_context(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    line = {"prompt": chat, "privileged_context": ["one", "two"]}
+    mapping = columns_of(
+        columns={"messages": "prompt", "context": "privileged_context"},
+        teacher_template="{prompt}\n{privileged_context}",
+    )
+    (row,) = read_rows(write(tmp_path, line), mapping, own_contexts=True)
+    assert row.context is None
+    assert row.teacher_messages is not None
+    assert [message.content for message in row.teacher_messages] == ["s", "u\none\ntwo"]
+
+
+@pytest.mark.parametrize(
+    ("line", "template", "part"),
+    [
+        ({"prompt": "p"}, "{prompt} x", "the row needs `messages`"),
+        ({"messages": U, "d": None}, "{prompt} {d}", "column 'd' has no value"),
+        ({"messages": U}, "{prompt} {d}", "there is no column 'd'"),
+        (
+            {"messages": [{"role": "user", "content": "u"}], "context": "c", "teacher_messages": []},
+            None,
+            "teacher_mess",
+        ),
+        ({"prompt": "p", "teacher_messages": U}, None, "needs `messages`"),
+        ({"prompt": "p", "context": " "}, None, "context"),
+    ],
+)
+def test_faulty_own_contexts_are_named(line: Any, template: str | None, part: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=re.escape(part)):
+        read_rows(write(tmp_path, line), columns_of(teacher_template=template), own_contexts=True)
+
+
+def test_own_contexts_are_read_only_on_demand(tmp_path: Path) -> None:
+    line = {"prompt": "p", "context": ["a", "b"]}
+    assert read_rows(write(tmp_path, line), columns_of())[0].context is None
+    assert read_rows(write(tmp_path, line), columns_of(), own_contexts=True)[0].context == "a\nb"
 
 
 def test_half_a_character_and_a_byte_order_mark(tmp_path: Path) -> None:

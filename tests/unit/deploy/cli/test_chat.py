@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,24 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_a_missing_base_model_is_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(chat.ConfigError, match=f"no model at {tmp_path / 'nowhere'}: no such folder"):
         chat.load_model(str(tmp_path / "nowhere"), "unused", "cpu")
+
+
+def test_the_base_sees_the_context_of_a_row(run: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Of the row that is named, or of the first; rows with whole chats of the teacher's have none for a question."""
+    rows = [
+        '{"id": "a", "prompt": "Q", "context": "one"}',
+        '{"id": "b", "prompt": "Q", "context": "Q: dog\\nA: dogs\\n"}',
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings |= {"context": {"from_rows": True}, "data": {"train": str(tmp_path / "train.jsonl")}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    make_tiny_model(tmp_path / "checkpoint", seed=3)
+    own = cli_chat.open_conversation(tmp_path, None, "b", 6, 0.0, False)
+    assert dict(own.ask(QUESTION))["base + context"] == greedy(tiny_model, CONTEXT + QUESTION)
+    first = cli_chat.open_conversation(tmp_path, None, None, 6, 0.0, False)
+    assert first.sequences(QUESTION)[1] != own.sequences(QUESTION)[1]
+    turn = [{"role": "user", "content": "u"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"id": "a", "messages": turn, "teacher_messages": turn}))
+    without = cli_chat.open_conversation(tmp_path, None, None, 6, 0.0, False)
+    assert list(dict(without.ask("u"))) == ["base", "distilled"]

@@ -261,3 +261,13 @@ def test_refusals_are_one_line(path: Path, arguments: tuple[str, ...], part: str
 def test_a_game_has_no_prompt_to_show(path: Path, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"id": "g", "environment": "frozen_lake"}\n')
     assert "is a game" in opcd(path).stderr
+
+
+def test_a_row_is_shown_with_its_own_context(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(
+        '{"id": "a", "prompt": "P", "hint": "HHH"}\n{"id": "b", "prompt": "P", "hint": "H"}'
+    )
+    overrides = ("context.text=null", "context.from_rows=true", "data.columns={context: hint}")
+    assert "3 of them the row's own context" in opcd(path, *overrides).stdout
+    assert "1 of them the row's own context" in opcd(path, *overrides, "--row", "b").stdout
+    assert "a context of its own for each row (--row)" in opcd(path, *overrides, "--context", "b").stderr
