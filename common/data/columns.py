@@ -94,7 +94,7 @@ def _text_of_number(answer: float, labels: Sequence[str]) -> str:
 
 def nan_to_none(value: Any) -> Any:
     """Replace NaN by None, in nested values too: tables store a missing value as either."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {name: nan_to_none(one) for name, one in value.items()}
     if isinstance(value, list):
         return [nan_to_none(one) for one in value]
@@ -103,7 +103,7 @@ def nan_to_none(value: Any) -> Any:
 
 def without_nulls(value: Any) -> Any:
     """Leave out None values of mappings, in nested values too: Arrow gives every struct every field."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {name: without_nulls(one) for name, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
