@@ -42,6 +42,10 @@ def training_faults(model: Any, lora: LoraConfig | None) -> Iterator[str]:
     from learner.trainer.lora import add_adapters
     from learner.trainer.policy import Policy
 
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is not None:
+        method = dict(quantization).get("quant_method", "an unknown method")
+        yield f"its weights are quantised ({method}), which training cannot change: use a checkpoint in bfloat16"
     try:
         Policy(model, chunk_tokens=1)
         WeightView(model)

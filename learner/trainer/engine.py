@@ -102,6 +102,7 @@ class LearnerEngine:
         )
         self._weights = WeightView(self._policy.model)
         self._source_files = read_source_files(config.student.model) if self._rank == 0 else {}
+        self._untrained = self._weights.untrained(config.student.model) if self._rank == 0 else {}
         self._version = 0
         self._updates = 0
         self._skipped_in_a_row = 0
@@ -324,6 +325,7 @@ class LearnerEngine:
                 exported_files(self._source_files, self.info().dtype),
                 self._config.learner.lora,
                 self._config.student.model,
+                self._untrained,
                 write=self._rank == 0,
                 group_bytes=self._config.sync.bucket_bytes,
                 sample=sample,

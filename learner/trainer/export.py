@@ -5,43 +5,62 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.config.model import LoraConfig
 from common.files import apply_umask
+from common.models.checkpoint_layout import CheckpointUnit, checkpoint_units, other_modules
 from common.weight_sync.manifest import TensorSpec
 from learner.trainer.lora import Adapter, adapters_of, checkpoint_name, save_adapter
+from learner.trainer.untrained import untrained_tensors
+
+Named = tuple[CheckpointUnit, nn.Parameter, Adapter | None]
 
 
 class WeightView:
-    """Names, shapes and gathered values of a model's parameters, the largest (embeddings) last.
+    """Names, shapes and gathered values of a model's trained tensors under their checkpoint names, embeddings last.
 
     A tied output layer appears once, and each adapter is merged into its weight. Shapes come from `full_shape`: under
     ZeRO-3 the shape of a parameter itself is empty.
     """
 
     def __init__(self, model: Any) -> None:
-        """Raises ValueError for an architecture whose parameter names differ from its checkpoint's."""
+        """Raises ValueError for an architecture whose checkpoint cannot be made of its parameters."""
         self._model = model
         adapters = adapters_of(model)
-        self._named: list[tuple[str, nn.Parameter, Adapter | None]] = [
-            (name, parameter, adapters.get(name))
-            for module_name, parameter in model.named_parameters()
-            if (name := checkpoint_name(module_name)) is not None
+        others = tuple(f"{name}." for name in other_modules(model))
+
+        def held(names: Iterable[str]) -> dict[str, str]:
+            """Names without adapters, by the module's name, of what belongs to the language model."""
+            plain = {name: checkpoint_name(name) for name in names}
+            return {name: own for name, own in plain.items() if own is not None and not own.startswith(others)}
+
+        self._held = held(model.state_dict())
+        parameters = dict(model.named_parameters())
+        parameters = {own: parameters[name] for name, own in held(parameters).items()}
+        self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in self._held}
+        placeholders = {
+            name: torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
+            for name, tensor in (parameters | self._buffers).items()
+        }
+        self._units = checkpoint_units(model, placeholders)
+        self._named: list[Named] = [
+            (self._units[name], parameter, adapters.get(name)) for name, parameter in parameters.items()
         ]
-        # An engine loads one layer while the next ones travel, so the slowest tensor to send comes last.
-        sizes = {name: math.prod(full_shape(parameter)) for name, parameter, _ in self._named}
-        self._named.sort(key=lambda named: sizes[named[0]] == max(sizes.values()))
-        _check_names(model, {name: parameter for name, parameter, _ in self._named})
+        # An engine loads one layer while the next ones travel, so the slowest tensors to send come last.
+        ends = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+        self._named.sort(key=lambda named: id(named[1]) in ends)
         self.specs = tuple(
-            TensorSpec(name, str(parameter.dtype).removeprefix("torch."), full_shape(parameter))
-            for name, parameter, _ in self._named
+            TensorSpec(name, str(parameter.dtype).removeprefix("torch."), shape)
+            for unit, parameter, _ in self._named
+            for name, shape in unit.shapes.items()
         )
 
     def gathered(self, group_bytes: int) -> Iterator[tuple[str, Tensor]]:
@@ -50,10 +69,15 @@ class WeightView:
         Partitioned parameters are gathered in groups of at most `group_bytes` (a larger tensor is a group alone), and
         are whole only until the next group starts: copy a tensor to keep it longer.
         """
-        for group in _groups(list(zip(self._named, self.specs, strict=True)), group_bytes):
-            with _whole([one for (_, weight, adapter), _ in group for one in _parts(weight, adapter)]):
-                for (name, weight, adapter), _ in group:
-                    yield name, weight.detach() if adapter is None else adapter.merged(weight.detach())
+        for group in _groups(self._named, group_bytes):
+            with _whole([one for _, weight, adapter in group for one in _parts(weight, adapter)]):
+                for unit, weight, adapter in group:
+                    whole = weight.detach() if adapter is None else adapter.merged(weight.detach())
+                    yield from unit.split(self._model, whole)
+
+    def untrained(self, source: str) -> dict[str, Path]:
+        """Map each tensor of `source`, which the model was loaded from, that training leaves alone to its file."""
+        return untrained_tensors(self._model, self._held.values(), source)
 
     def export(
         self,
@@ -61,6 +85,7 @@ class WeightView:
         files: Mapping[str, bytes],
         lora: LoraConfig | None,
         base_model: str,
+        untrained: Mapping[str, Path],
         *,
         write: bool,
         group_bytes: int,
@@ -68,6 +93,7 @@ class WeightView:
     ) -> None:
         """Export the model with `files` (`exported_files`), or the adapter alone (``learner.lora.publish``).
 
+        `untrained` tensors are copied from their files as they are.
         The folder is complete and read back, or absent. Every rank calls this; the rank with `write` writes. With
         `sample` one element of each tensor stands for it: a trial of everything but the size. Raises OSError or
         SafetensorError there on a failed write.
@@ -82,9 +108,11 @@ class WeightView:
         if lora is not None and adapter:
             _replace_folder(folder, lambda partial: save_adapter(partial, state, lora, base_model))
             return
-        for name, buffer in self._model.named_buffers():
-            if name in self._model.state_dict():
-                state[name] = buffer.detach().cpu().clone()
+        for name, buffer in self._buffers.items():
+            state |= {key: value.cpu().clone() for key, value in self._units[name].split(self._model, buffer)}
+        for name, path in untrained.items():
+            with safe_open(path, "pt") as stored:
+                state[name] = stored.get_tensor(name).flatten()[:1].clone() if sample else stored.get_tensor(name)
         _replace_folder(folder, lambda partial: save_model(partial, state, files))
 
     def _adapter_factors(self) -> dict[str, Tensor]:
@@ -123,8 +151,6 @@ def save_model(folder: Path, state: Mapping[str, Tensor], files: Mapping[str, by
 
 def check_written(folder: Path, state: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
     """Raise OSError unless `folder` holds exactly these bytes."""
-    from safetensors import safe_open
-
     left = dict(state)
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, "pt") as stored:
@@ -161,15 +187,16 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _groups(items: Sequence[tuple[Any, TensorSpec]], limit: int) -> Iterator[list[tuple[Any, TensorSpec]]]:
-    group: list[tuple[Any, TensorSpec]] = []
+def _groups(items: Sequence[Named], limit: int) -> Iterator[list[Named]]:
+    group: list[Named] = []
     size = 0
     for item in items:
-        if group and size + item[1].nbytes > limit:
+        nbytes = math.prod(full_shape(item[1])) * item[1].itemsize
+        if group and size + nbytes > limit:
             yield group
             group, size = [], 0
         group.append(item)
-        size += item[1].nbytes
+        size += nbytes
     if group:
         yield group
 
@@ -184,17 +211,3 @@ def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
-
-
-def _check_names(model: Any, named: Mapping[str, nn.Parameter]) -> None:
-    """Refuse an architecture whose parameter names differ from its checkpoint's: no engine would know them."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    meta_tensors = {name: torch.empty(full_shape(p), device="meta") for name, p in named.items()}
-    saved = set(revert_weight_conversion(model, meta_tensors))
-    if saved != set(named):
-        unknown = sorted(set(named) - saved)[:3]
-        raise ValueError(
-            f"{type(model).__name__} keeps its weights under other names than its checkpoint (for example {unknown}); "
-            "publishing it to an engine is not supported"
-        )

@@ -7,6 +7,7 @@ the name of W, so they need no LoRA support. Below float32 the learner computes 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config.model import LoraConfig
+from common.models.checkpoint_layout import other_modules
 
 _NAME = "default"
 
@@ -47,11 +49,12 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
 
     from learner.trainer.merged_lora import MergedLinear, gather_together
 
-    names = list(config.target_modules)
+    names, others = list(config.target_modules), "|".join(map(re.escape, other_modules(model)))
     settings = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=names[0] if names == ["all-linear"] else names,
+        exclude_modules=rf"({others})(\..*)?" if others else None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",

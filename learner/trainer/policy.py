@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from learner.trainer.lora import add_adapters
 from learner.trainer.micro_batch import MicroBatch
 from learner.trainer.objective import Objective
 from learner.trainer.output_layer import OutputLayer
+from learner.trainer.untrained import freeze_other_modules
 
 log = logging.getLogger(__name__)
 
@@ -139,12 +141,14 @@ def load_policy(
         )
     model.to(device)
     fix_rope(model, student.max_sequence_tokens)
+    freeze_other_modules(model)
     if learner.lora is not None:
         add_adapters(model, learner.lora)
     if learner.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model, logit_chunk_tokens(learner))
     policy.train()  # Hugging Face uses activation checkpointing in training mode only
+    _route_without_noise(model)
     return policy
 
 
@@ -170,6 +174,18 @@ def _disable_dropout(settings: Any) -> None:
             if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value:
                 log.info("%s %s -> 0", name, value)
                 setattr(part, name, 0.0)
+
+
+def _route_without_noise(model: nn.Module) -> None:
+    """Put routers in evaluation mode: in training mode some pick experts at random (Phi-3.5-MoE, Mixtral's jitter).
+
+    No auxiliary loss of a router is added either: the loss is this project's objective alone.
+    """
+    routers = [module for module in model.modules() if re.search("Router|MoeBlock|MoE$", type(module).__name__)]
+    for module in routers:
+        module.eval()
+    if routers:
+        log.info("mixture of experts: routers run without noise, and without an auxiliary loss")
 
 
 def device_of(learner: LearnerConfig) -> torch.device:

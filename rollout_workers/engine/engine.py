@@ -275,7 +275,7 @@ def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
     from vllm.config import WeightTransferConfig
 
     rollout = config.rollout
-    return AsyncEngineArgs(
+    args = AsyncEngineArgs(
         model=model,
         dtype=_dtype(config.student),
         hf_overrides=ENGINE_OVERRIDES,
@@ -283,7 +283,7 @@ def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
         max_model_len=config.student.max_sequence_tokens,
         # Other sequences in the batch, or cached blocks, change the last bit of a log-prob.
         max_num_seqs=1 if config.learner.deterministic else rollout.max_num_seqs,
-        enable_prefix_caching=not config.learner.deterministic,
+        enable_prefix_caching=False if config.learner.deterministic else None,
         tensor_parallel_size=rollout.tensor_parallel_size,
         gpu_memory_utilization=memory_utilization(rollout.gpu_memory_utilization, rollout.gpus_per_worker),
         enforce_eager=enforce_eager(rollout, deterministic=config.learner.deterministic),
@@ -294,9 +294,13 @@ def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
         logprobs_mode="processed_logprobs",
         # The model's own generation_config would silently change temperature, top-k or penalties.
         generation_config="vllm",
+        language_model_only=True,  # a vision tower is neither used nor reloaded
         weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER),
         disable_log_stats=True,
     )
+    if args.enable_chunked_prefill is False and args.create_model_config().has_inner_state:
+        args.enable_prefix_caching = False  # vLLM caches the states of such layers (Mamba) with chunked prompts only
+    return args
 
 
 def _dtype(student: StudentConfig) -> str:

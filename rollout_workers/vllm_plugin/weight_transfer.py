@@ -16,7 +16,9 @@ from common.config.model import SyncConfig
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest, TensorSpec
 from common.weight_sync.receiver import open_receiver
-from rollout_workers.vllm_plugin.arrival import ArrivalProof, PackedCopies
+from rollout_workers.vllm_plugin.arrival import ArrivalProof
+from rollout_workers.vllm_plugin.gpt_oss import one_expert_at_a_time
+from rollout_workers.vllm_plugin.packed_copies import PackedCopies
 
 if TYPE_CHECKING:
     from common.weight_sync.receiver import Receiver
@@ -97,7 +99,8 @@ class SyncWeightTransferEngine(WeightTransferEngine[SyncInitInfo, SyncUpdateInfo
         proof = ArrivalProof(self.model)
         try:
             with proof.counting():
-                self.model.load_weights(self._receiver.receive(update_info.manifest()))
+                weights = self._receiver.receive(update_info.manifest())
+                self.model.load_weights(one_expert_at_a_time(self.model, weights))
             proof.check()
         except BaseException:
             # Otherwise half-loaded layers would count their elements towards the next update.

@@ -1,12 +1,14 @@
-"""The table of docs/models.md: what teacher and learner do with each family, each cell from a run on a tiny model.
+"""The table of docs/models.md: what each service does with each family, each cell from a run on a tiny model.
 
-``python -m tests.support.family_matrix`` writes the table of all families (minutes).
+``python -m tests.support.family_matrix`` writes the table of all families (a quarter of an hour); with names of
+families, their rows.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.hf.backend import TransformersBackend
 from tests.support.configs import config_of
 from tests.support.families import FAMILIES, Families
+from tests.support.family_engine import FamilyEngines
 from tests.support.learner_oracle import expected_gradients, relative_difference
 from tests.support.scored import make_scored
 from tests.support.teacher_oracle import Oracle, assert_score, random_item
@@ -32,12 +35,28 @@ from tests.support.teacher_oracle import Oracle, assert_score, random_item
 LONGEST = 160
 """Tokens of the longest sequence, above every window and every original length."""
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-HEADER = "| family | teacher (transformers) | learner |\n|---|---|---|\n"
+HEADER = "| family | teacher (transformers) | learner | engine (vLLM on CPU) |\n|---|---|---|---|\n"
+
+
+def rows() -> dict[str, str]:
+    """Lines of the table by family, as they are in docs/models.md."""
+    lines = PAGE.read_text().partition(HEADER)[2].splitlines()
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
 
 
 def matrix_row(name: str, folder: Path) -> str:
-    """Return the table's line of family `name`. Raises AssertionError for numbers that are not exact."""
+    """Return the first cells of the table's line of family `name`: all but the engine's.
+
+    Raises AssertionError for numbers that are not exact.
+    """
     return f"| {name} | {_teacher(folder)} | {_learner(folder)} |"
+
+
+def whole_row(name: str, folder: Path, engines: FamilyEngines) -> str:
+    """Return the table's line of family `name`; without a learner there is nothing to compare an engine with."""
+    teacher, learner = _teacher(folder), _learner(folder)
+    engine = "-" if learner.startswith("refused") else engines.cell(folder)
+    return f"| {name} | {teacher} | {learner} | {engine} |"
 
 
 def _teacher(folder: Path) -> str:
@@ -100,7 +119,6 @@ def _learner(folder: Path) -> str:
 def _refusal(error: Exception) -> str:
     text = str(error)
     for part, reason in (
-        ("under other names", "weights under other names than the checkpoint's"),
         ("Unrecognized configuration class", "transformers has no causal language model for it"),
         ("not a decoder", "not a decoder with a separate output layer"),
     ):
@@ -109,18 +127,19 @@ def _refusal(error: Exception) -> str:
     raise error
 
 
-def main() -> None:
-    """Replace the table of docs/models.md."""
+def main(names: Sequence[str]) -> None:
+    """Replace the rows of `names`, or all, in the table of docs/models.md."""
     torch.set_num_threads(1)
+    table, engines = rows(), FamilyEngines()
     with tempfile.TemporaryDirectory() as folder:
         families = Families(Path(folder))
-        lines = []
-        for name in FAMILIES:
-            lines.append(matrix_row(name, families / name))
-            print(lines[-1], file=sys.stderr, flush=True)
+        for name in names or FAMILIES:
+            table[name] = whole_row(name, families / name, engines)
+            print(table[name], file=sys.stderr, flush=True)
+    engines.close()
     before = PAGE.read_text().partition(HEADER)[0]
-    PAGE.write_text(before + HEADER + "\n".join(lines) + "\n")
+    PAGE.write_text(before + HEADER + "\n".join(table[name] for name in FAMILIES if name in table) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -8,18 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.models.checkpoint_layout import checkpoint_units, other_modules
 from common.weight_sync.collective import SyncError
 
 
 class LiveWeights:
-    """Updates a model's parameters in place, by checkpoint name (tied parameters once).
+    """Updates a model's parameters in place, by checkpoint name (tied parameters once; vision towers never).
 
     `decay` None copies every version. Otherwise the parameters are the average
     ``a_v = decay * a_(v-1) + (1 - decay) * w_v`` with ``a_0 = w_0``, kept in float32 for any dtype of the model.
     """
 
     def __init__(self, model: Any, decay: float | None) -> None:
-        self._parameters: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
+        others = tuple(f"{name}." for name in other_modules(model))
+        self._model = model
+        self._parameters: dict[str, Tensor] = {
+            name: p.detach() for name, p in model.named_parameters() if not name.startswith(others)
+        }
+        units = checkpoint_units(model, {name: p.to("meta") for name, p in self._parameters.items()})
+        self._units = {name: unit for unit in units.values() for name in unit.shapes}
         self._decay = decay
         self._average: dict[str, Tensor] = {}
         if decay is not None:
@@ -32,25 +39,33 @@ class LiveWeights:
 
         `repeated`: a version that was loaded before, sent again for another receiver; it leaves an average unchanged.
         """
-        missing = set(self._parameters)
+        missing = set(self._units)
+        parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors:
-            if name not in self._parameters:
+            if name not in self._units:
                 raise SyncError(f"the teacher's model has no parameter {name}: it is not the student's model")
             if name not in missing:
                 raise SyncError(f"parameter {name} arrived twice")
             missing.remove(name)
-            parameter = self._parameters[name]
-            if parameter.shape != tensor.shape:
-                raise SyncError(f"parameter {name} is {tuple(tensor.shape)}, the teacher's is {tuple(parameter.shape)}")
-            if self._decay is None:
-                parameter.copy_(tensor)
-            elif not repeated:
-                average = self._average[name]
-                average.lerp_(tensor.to(average), 1 - self._decay)
-                if average is not parameter:
-                    parameter.copy_(average)
+            unit = self._units[name]
+            if tensor.shape != unit.shapes[name]:
+                raise SyncError(f"parameter {name} is {tuple(tensor.shape)}, the teacher's is {unit.shapes[name]}")
+            arrived = parts.setdefault(unit.name, {})
+            arrived[name] = tensor
+            if len(arrived) == len(unit.shapes):
+                self._update(unit.name, unit.join(self._model, parts.pop(unit.name)), repeated=repeated)
         if missing:
             raise SyncError(f"{len(missing)} parameters did not arrive, the first is {min(missing)}")
+
+    def _update(self, name: str, value: Tensor, *, repeated: bool) -> None:
+        parameter = self._parameters[name]
+        if self._decay is None:
+            parameter.copy_(value)
+        elif not repeated:
+            average = self._average[name]
+            average.lerp_(value.to(average), 1 - self._decay)
+            if average is not parameter:
+                parameter.copy_(average)
 
     def state(self) -> dict[str, Tensor]:
         """State for a checkpoint: the average. Empty for `live`, because the learner sends the version again."""

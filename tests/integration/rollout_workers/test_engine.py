@@ -313,14 +313,14 @@ async def test_an_answer_in_flight_across_a_sync_has_a_span_of_each_version(
 
 
 def leave_output_layer_stale(worker: Any) -> None:
-    from rollout_workers.vllm_plugin.arrival import PackedCopies
+    from rollout_workers.vllm_plugin.packed_copies import PackedCopies
 
     PackedCopies.renewed = PackedCopies.renew  # type: ignore[attr-defined]
     PackedCopies.renew = lambda self: None  # type: ignore[method-assign]
 
 
 def mend_output_layer(worker: Any) -> None:
-    from rollout_workers.vllm_plugin.arrival import PackedCopies
+    from rollout_workers.vllm_plugin.packed_copies import PackedCopies
 
     PackedCopies.renew = PackedCopies.renewed  # type: ignore[attr-defined,method-assign]
 
@@ -370,7 +370,7 @@ async def test_a_weight_that_does_not_arrive_is_named_whichever_it_is(pair: Pair
     await follows(pair)
 
 
-def copy_directly(worker: Any) -> None:
+def copy_directly(worker: Any, copied: str) -> None:
     """Load one weight as vLLM's GPT-OSS loads its sinks: by a copy into the parameter."""
     model = worker.weight_transfer_engine.model
     original = model.load_weights
@@ -378,7 +378,7 @@ def copy_directly(worker: Any) -> None:
     def load_weights(weights: Any) -> Any:
         def others() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
-                if name == "model.layers.1.input_layernorm.weight":
+                if name == copied:
                     model.get_parameter(name).copy_(tensor)
                 else:
                     yield name, tensor
@@ -392,12 +392,20 @@ def load_normally(worker: Any) -> None:
     del worker.weight_transfer_engine.model.load_weights
 
 
-async def test_a_weight_that_the_engine_copies_past_its_loader_is_named(pair: Pair) -> None:
-    await pair.engine._engine.collective_rpc(copy_directly)
+async def test_a_weight_that_the_engine_copies_past_its_loader_arrives(pair: Pair) -> None:
+    await pair.engine._engine.collective_rpc(copy_directly, args=("model.layers.1.input_layernorm.weight",))
     try:
-        with pytest.raises(
-            Exception, match=r"model\.layers\.1\.input_layernorm\.weight \(0 of [\d,]+ elements\) would"
-        ):
+        pair.train(1e-2)
+        await pair.sync()
+    finally:
+        await pair.engine._engine.collective_rpc(load_normally)
+    await follows(pair)
+
+
+async def test_such_a_weight_that_is_packed_after_loading_is_named(pair: Pair) -> None:
+    await pair.engine._engine.collective_rpc(copy_directly, args=("model.layers.1.mlp.down_proj.weight",))
+    try:
+        with pytest.raises(Exception, match=r"model\.layers\.1\.mlp\.down_proj\.weight \(0 of [\d,]+ elements\) would"):
             await pair.sync()
     finally:
         await pair.engine._engine.collective_rpc(load_normally)

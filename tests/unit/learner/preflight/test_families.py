@@ -12,9 +12,6 @@ from learner.preflight.families import check_families
 from tests.support.configs import config_of
 from tests.support.families import CORE, family_config
 
-MOE = {"qwen3_moe", "deepseek_v3"}
-"""Families of the core whose experts have other names than in the checkpoint."""
-
 
 def faults(folder: Path, name: str, **sections: Any) -> list[str]:
     family_config(name).save_pretrained(folder)
@@ -22,7 +19,7 @@ def faults(folder: Path, name: str, **sections: Any) -> list[str]:
     return [finding.text.replace(str(folder), name) for finding in found]
 
 
-@pytest.mark.parametrize("name", [name for name in CORE if name not in MOE])
+@pytest.mark.parametrize("name", CORE)
 def test_families_of_the_core_pass_without_weights(name: str, tmp_path: Path) -> None:
     assert faults(tmp_path, name) == []
 
@@ -30,8 +27,6 @@ def test_families_of_the_core_pass_without_weights(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "sections", "message"),
     [
-        ("qwen3_moe", {}, "student.model qwen3_moe: Qwen3MoeForCausalLM keeps its weights under other names"),
-        ("deepseek_v3", {}, "student.model deepseek_v3: DeepseekV3ForCausalLM keeps its weights under other names"),
         ("llama4-text", {}, "student.model llama4-text: Llama4ForCausalLM is not a decoder"),
         ("qwen3_vl", {}, "student.model qwen3_vl: model type qwen3_vl: transformers has no causal language model"),
         ("bloom", {}, "student.model bloom: its configuration names no longest sequence: set student.max_sequence"),
@@ -52,6 +47,13 @@ def test_a_configuration_that_transformers_cannot_build_is_one_line(tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps({**settings, "pad_token_id": settings["vocab_size"]}))
     (fault, _) = check_families(config_of(student={"model": str(tmp_path)}))
     assert "transformers cannot build it: " in fault.text
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    settings = family_config("gpt_oss").to_dict() | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    found = [finding.text for finding in check_families(config_of(student={"model": str(tmp_path)}))]
+    assert any("its weights are quantised (mxfp4)" in text for text in found)
 
 
 def test_a_teacher_elsewhere_or_in_vllm_is_not_checked(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packed weights of a CPU engine's layers after a reload; `ArrivalProof` is tested on a real engine."""
+"""Packed weights of a CPU engine's layers after a reload."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from common.weight_sync.collective import SyncError
-from rollout_workers.vllm_plugin.arrival import PackedCopies
+from rollout_workers.vllm_plugin.packed_copies import PackedCopies
 
 
 class Method:

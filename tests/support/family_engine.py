@@ -1,0 +1,153 @@
+"""The engine's column of docs/models.md: vLLM on CPU against the learner, before and after a weight sync.
+
+Engines run in one child process, which takes family after family: starting vLLM's processes anew takes ten times as
+long as a tiny model.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.protocol.schema import TokenSequence, as_ids
+
+SIZES = ((4, 9), (70, 50), (30, 40))
+"""Tokens of prompt and response of the probe: below and above every window and every original length."""
+MOVE = 0.02
+"""Standard deviation of the change of every trained weight, whose own is 0.12."""
+
+
+class FamilyEngines:
+    """Computes cells; a process that dies is replaced."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def cell(self, folder: Path) -> str:
+        """What an engine does with the model in `folder`: `exact`, or where a run would stop."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            return self._pool.submit(_cell, folder).result()
+        except BrokenProcessPool:
+            self.close()
+            return "refused: vLLM's process dies"
+
+    def close(self) -> None:
+        """End the process."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def _cell(folder: Path) -> str:
+    import os
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    import torch
+
+    from learner.loop.parity import ParityError, ParityGate, parity_bounds
+    from tests.support.family_matrix import load_learner
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config, inference = load_learner(folder)
+    rng = np.random.default_rng(3)
+    probe = [TokenSequence(*(as_ids(rng.integers(0, 490, n)) for n in sizes)) for sizes in SIZES]
+    try:
+        engine = _start(folder, config)
+    except Exception as error:  # noqa: BLE001, whatever vLLM raises for a model that it does not start
+        return f"refused: {_reason(error)}"
+    try:
+        gate = ParityGate(parity_bounds(config.sync, "float32"))
+        gate.begin(_logprobs(engine, probe), inference.logprobs(probe))
+        with torch.no_grad():
+            for parameter in inference._policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(MOVE * torch.randn_like(parameter))
+        _sync(engine, config, inference._policy.model, folder)
+        gate.check(1, _logprobs(engine, probe), inference.logprobs(probe))
+    except ParityError as error:
+        return f"stops: {'computes it otherwise' if 'before the first step' in str(error) else 'old weights'}"
+    except Exception as error:  # noqa: BLE001, of a worker, re-raised by vLLM in any type
+        return f"stops: {_reason(error)}"
+    finally:
+        _stop(engine)
+    return "exact"
+
+
+def _reason(error: BaseException) -> str:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _start(folder: Path, config: Any) -> Any:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from rollout_workers.engine.engine import _set_environment, engine_args
+    from rollout_workers.vllm_plugin.plugin import register
+
+    rollout = config.rollout.model_copy(update={"threads": 1, "kv_cache_gib": 1})
+    _set_environment(rollout)
+    register()
+    args = engine_args(str(folder), config.model_copy(update={"rollout": rollout}), max_logprobs=8)
+    return LLMEngine.from_engine_args(args, enable_multiprocessing=False)
+
+
+def _stop(engine: Any) -> None:
+    import gc
+
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    engine.engine_core.shutdown()
+    del engine
+    cleanup_dist_env_and_memory()
+    gc.collect()
+
+
+def _logprobs(engine: Any, probe: list[TokenSequence]) -> list[NDArray[np.float32]]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True,
+        skip_reading_prefix_cache=True,
+    )  # fmt: skip
+    for index, sequence in enumerate(probe):
+        ids = [*sequence.prompt_ids.tolist(), *sequence.response_ids.tolist()]
+        engine.add_request(str(index), {"prompt_token_ids": ids}, params.clone())
+    found: dict[int, NDArray[np.float32]] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            flat, sequence = output.prompt_logprobs, probe[int(output.request_id.partition("-")[0])]
+            if output.finished:
+                starts = flat.start_indices[len(sequence.prompt_ids) :]
+                assert [flat.token_ids[start] for start in starts] == sequence.response_ids.tolist()
+                found[int(output.request_id.partition("-")[0])] = np.asarray(
+                    [flat.logprobs[start] for start in starts], dtype=np.float32
+                )
+    return [found[index] for index in range(len(probe))]
+
+
+def _sync(engine: Any, config: Any, model: Any, folder: Path) -> None:
+    """One sync through a shared folder: no group has to be formed."""
+    from common.weight_sync.manifest import SyncManifest
+    from learner.publishing.sender import open_sender
+    from learner.trainer.export import WeightView
+    from rollout_workers.vllm_plugin.sync_info import init_info, update_info
+
+    sync = config.sync.model_copy(update={"backend": "file", "folder": folder.with_name(f"{folder.name}-sync")})
+    view = WeightView(model)
+    manifest = SyncManifest(view.specs, 100_000, 1)
+    open_sender(sync, "127.0.0.1", 1, 2).send(view.gathered(100_000), manifest)
+    engine.collective_rpc("init_weight_transfer_engine", args=(init_info(sync, "127.0.0.1", 1, 1, 2),))
+    engine.collective_rpc("start_weight_update")
+    engine.collective_rpc("update_weights", args=(update_info(manifest),))
+    engine.collective_rpc("finish_weight_update")
