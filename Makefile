@@ -41,8 +41,8 @@ test-unit: setup ## run the unit tests
 test-faults: setup ## kill every process of a run at every moment (about an hour)
 	$(BIN)/python -m pytest tests/faults -m "matrix or not matrix" $(ARGS)
 
-test-families: setup ## run every model family through teacher and learner (minutes)
-	$(BIN)/python -m pytest tests/integration/deploy/test_models_page.py -m "families or not families" $(ARGS)
+test-families: setup ## run every model family through teacher, learner and engine (half an hour)
+	$(BIN)/python -m pytest tests/integration/deploy/test_models_page.py tests/e2e/test_families.py -m "families or not families" $(ARGS)
 
 soak: setup ## load and fuzz the teacher server for minutes instead of seconds
 	$(BIN)/python -m pytest --long -s tests/integration/teacher_server/test_soak.py tests/integration/teacher_server/test_openapi.py tests/unit/teacher_server/http/test_fuzz.py $(ARGS)

@@ -15,6 +15,7 @@ from common.data.model_lookup import load_tokenizer, require_model
 from common.data.rendering import Renderer, teacher_sequence
 from common.data.rows import DataError, Message, Row, read_rows
 from common.data.special_tokens import answer_text, end_ids
+from common.models.families import load_language_model
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = ("checkpoint", "best")
@@ -151,7 +152,6 @@ class Conversation:
 
 def load_model(folder: str, base: str, device: str) -> Any:
     """Load the model in `folder`, or the adapter in `folder` on `base`. Raises ConfigError if there is no model."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -159,7 +159,7 @@ def load_model(folder: str, base: str, device: str) -> Any:
     source = base if adapter else folder
     require_model(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype_on(device))
+        model = load_language_model(source, dtype=dtype_on(device))
     except OSError as error:
         raise ConfigError(f"cannot load the model at {source}: {str(error).splitlines()[0]}") from error
     if adapter:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.config.gpus import logit_chunk_tokens
 from common.config.model import LearnerConfig, StudentConfig
 from common.models.attention import attention_implementation
+from common.models.families import model_class
 from common.models.logits import check_logit_transform, logit_transform
 from common.models.positions import fix_rope
 from common.protocol.schema import LOGPROB_FLOOR, Ids, ItemScore
@@ -131,12 +132,12 @@ def load_policy(
     Dropout is set to 0: the policy that is trained must be the one that was sampled from. Raises ValueError for a model
     whose positions depend on the batch (`fix_rope`).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     settings = AutoConfig.from_pretrained(student.model)
     _disable_dropout(settings)
     with _partitioned(partition):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = model_class(settings).from_pretrained(
             student.model, config=settings, dtype=dtype, attn_implementation=attention_implementation(settings)
         )
     model.to(device)

@@ -119,7 +119,6 @@ def _learner(folder: Path) -> str:
 def _refusal(error: Exception) -> str:
     text = str(error)
     for part, reason in (
-        ("Unrecognized configuration class", "transformers has no causal language model for it"),
         ("not a decoder", "not a decoder with a separate output layer"),
     ):
         if part in text:

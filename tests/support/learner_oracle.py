@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.config.model import Config
+from common.models.families import load_language_model
 from common.protocol.schema import ScoredTrajectory
 from learner.trainer.losses import limit_per_token, topk_divergence
 
@@ -29,9 +30,7 @@ def expected_gradients(
 
     Sequences are padded on the right to `pad_to` tokens, which changes nothing but the longest position of the pass.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(config.student.model, attn_implementation="eager")
+    model = load_language_model(config.student.model, attn_implementation="eager")
     loss, total, count = config.loss, torch.zeros(()), 0.0
     assert loss.form != "policy_gradient"
     for item in scored:
@@ -69,9 +68,7 @@ def expected_change(config: Config, gradients: dict[str, Tensor]) -> dict[str, T
 
 def weights_of(folder: str | Path) -> dict[str, Tensor]:
     """A checkpoint's parameters."""
-    from transformers import AutoModelForCausalLM
-
-    return {n: p.detach() for n, p in AutoModelForCausalLM.from_pretrained(folder).named_parameters()}
+    return {n: p.detach() for n, p in load_language_model(str(folder)).named_parameters()}
 
 
 def relative_difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

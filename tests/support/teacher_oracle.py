@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.models.families import load_language_model
 from common.protocol.schema import LOGPROB_FLOOR, PAD_ID, Ids, ItemScore, ScoreItem, as_ids
 
 
@@ -24,9 +25,7 @@ class Oracle:
 
     @classmethod
     def load(cls, folder: Path | str, pad_to: int = 0) -> Oracle:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        model = load_language_model(str(folder), dtype=torch.float32, attn_implementation="eager")
         return cls(model.eval(), pad_to)
 
     @torch.inference_mode()

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from common.models.attention import attention_implementation
+from common.models.families import load_language_model
 from common.models.logits import check_logit_transform, logit_transform
 from common.models.positions import fix_rope, sequence_limit
 from common.protocol.schema import Ids, ItemError, ItemScore, ScoreMode, as_ids
@@ -95,7 +95,7 @@ class TransformersBackend:
         if dtype == "auto":
             dtype = "bfloat16" if gpu else "float32"
         device_map = device_map or ("auto" if gpu else None)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=device_map)
+        model = load_language_model(folder, dtype=getattr(torch, dtype), device_map=device_map)
         offloaded = sum(weights.is_meta for weights in model.parameters())
         if offloaded:
             raise BackendError(

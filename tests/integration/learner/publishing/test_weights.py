@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.config.model import Config
 from common.protocol.schema import ScoredTrajectory, TokenSequence
+from tests.support.families import Families
 from tests.support.learner_oracle import expected_change, expected_gradients, relative_difference, weights_of
 from tests.support.learner_ranks import Cut, Ranks, smooth_config, step, totals, weights_now
 from tests.support.scored import learner_config, make_scored
@@ -251,3 +252,26 @@ def test_ranks_as_ray_actors(tiny_model: Path, tmp_path: Path) -> None:
     ray.get([rank.close.remote() for rank in ranks])
     for rank in ranks:
         ray.kill(rank)
+
+
+def test_experts_of_a_partitioned_model_are_published_one_by_one(
+    one: Ranks, two: Ranks, families: Families, tmp_path: Path
+) -> None:
+    """Under ZeRO-3 as without: the same step, names of the checkpoint, an export that reloads."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    source, scored = families / "qwen3_moe", make_scored(3)
+    results = []
+    for ranks, stage in ((one, 0), (two, 3)):
+        config = smooth_config(source, stage, sync={"bucket_bytes": 40_000})
+        results.append(ranks.call(export, config, scored, str(tmp_path / str(stage)))[0])
+    assert results[0]["weights"].keys() == load_file(source / "model.safetensors").keys()
+    stored = load_file(tmp_path / "3/model.safetensors")
+    before = weights_of(tmp_path / "0")
+    assert relative_difference(weights_of(tmp_path / "3"), before) < 1e-4
+    for name, tensor in results[1]["weights"].items():
+        torch.testing.assert_close(tensor, stored[name], rtol=0, atol=0)
+        torch.testing.assert_close(tensor, results[0]["weights"][name], rtol=0, atol=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "3")
+    assert relative_difference({n: p.detach() for n, p in model.named_parameters()}, weights_of(source)) > 1e-3
