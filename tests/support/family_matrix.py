@@ -117,12 +117,8 @@ def _learner(folder: Path) -> str:
 
 
 def _refusal(error: Exception) -> str:
-    text = str(error)
-    for part, reason in (
-        ("not a decoder", "not a decoder with a separate output layer"),
-    ):
-        if part in text:
-            return f"refused: {reason}"
+    if "not a decoder" in str(error):
+        return "refused: not a decoder with a separate output layer"
     raise error
 
 
