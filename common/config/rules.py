@@ -14,10 +14,16 @@ def loss_rules(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
         yield f"loss.form `exact` covers the whole vocabulary: set loss.support to `student`, not `{loss.support}`"
     if rollout.topk_from == "learner" and loss.support == "teacher":
         yield "rollout.topk_from `learner` picks ids that loss.support `teacher` does not use"
-    if loss.form == "policy_gradient" and loss.temperature != rollout.temperature:
+    if loss.form == "policy_gradient":
+        yield from _comparable_logprobs("loss.form `policy_gradient`", loss, rollout)
+
+
+def _comparable_logprobs(key: str, loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
+    """A ratio of learner to sampler is biased unless both log-probs are of one temperature and no nucleus."""
+    if loss.temperature != rollout.temperature or rollout.top_p != 1:
         yield (
-            f"loss.form `policy_gradient` compares log-probs of sampler and learner, so loss.temperature "
-            f"({loss.temperature}) must equal rollout.temperature ({rollout.temperature})"
+            f"{key} compares log-probs of sampler and learner, so loss.temperature ({loss.temperature}) must equal "
+            f"rollout.temperature ({rollout.temperature}) and rollout.top_p ({rollout.top_p}) must be 1"
         )
 
 
@@ -56,12 +62,7 @@ def importance_rules(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
         return
     if loss.form == "policy_gradient":
         yield "loss.importance_clip: loss.form `policy_gradient` has its own ratio, use loss.ratio_clip"
-    if loss.temperature != rollout.temperature or rollout.top_p != 1:
-        yield (
-            f"loss.importance_clip compares log-probs of sampler and learner, so loss.temperature "
-            f"({loss.temperature}) must equal rollout.temperature ({rollout.temperature}) and rollout.top_p "
-            f"({rollout.top_p}) must be 1"
-        )
+    yield from _comparable_logprobs("loss.importance_clip", loss, rollout)
 
 
 def learner_rules(learner: LearnerConfig, sync: SyncConfig) -> Iterator[str]:

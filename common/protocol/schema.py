@@ -100,7 +100,8 @@ class Trajectory:
     """One response of the student, sampled without the context.
 
     ``response_ids [T]`` ends with the stop token if ``finish_reason`` is ``stop``. ``sampled_logprobs [T]`` come from
-    the engine, at the sampling temperature. ``topk_ids [T, k]`` are the student's most likely ids, best first; ``k`` is
+    the engine, at the sampling temperature; with ``rollout.top_p`` below 1 at temperature 1, before the nucleus filter,
+    as are the ids. ``topk_ids [T, k]`` are the student's most likely ids, best first; ``k`` is
     0 if the learner picks them (``rollout.topk_from: learner``). ``versions`` are (first response position, weight
     version) spans, several if the weights changed during sampling. ``loss_mask [T]`` is False for tokens of the
     environment (a conversation as one response); None means that the student sampled every token.

@@ -348,10 +348,12 @@ class Services:
         """Log-probs of the response tokens of fixed sequences, from each engine."""
         return list(await all_of([worker.handle.probe.remote(list(sequences)) for worker in workers]))
 
-    async def probe_learner(self, sequences: Sequence[TokenSequence]) -> Arrays:
+    async def probe_learner(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> Arrays:
         """Log-probs of the response tokens of fixed sequences, from the learner; each rank computes a share."""
         count = len(self.ranks)
-        shares = await all_of([rank.logprobs.remote(sequences[n::count]) for n, rank in enumerate(self.ranks)])
+        shares = await all_of(
+            [rank.logprobs.remote(sequences[n::count], temperature) for n, rank in enumerate(self.ranks)]
+        )
         return [shares[index % count][index // count] for index in range(len(sequences))]
 
     async def weight_version(self) -> int:

@@ -109,14 +109,7 @@ class ParityGate:
 
     def _exceeded(self, pair: tuple[Values, Values]) -> str | None:
         """The difference and its bounds if it exceeds one, else None."""
-        difference, bounds = pair[0] - pair[1], self._bounds
-        rms, q99 = _rms(difference), _q99(difference)
-        if rms <= bounds.rms_nats and q99 <= bounds.q99_nats:
-            return None
-        return (
-            f"{rms:.2e} nats (rms over {difference.size} tokens; at most {bounds.rms_nats:.2e}, sync.parity_rms_nats) "
-            f"and {q99:.2e} (99% of the tokens; at most {bounds.q99_nats:.2e}, sync.parity_q99_nats)"
-        )
+        return exceeded_bounds(pair[0] - pair[1], self._bounds)
 
     def _check_change(
         self, version: int, since: str, now: tuple[Values, Values], before: tuple[Values, Values]
@@ -139,6 +132,17 @@ class ParityGate:
         difference = pair[0] - pair[1]
         worst = float(np.abs(difference).max())
         return ParityReport(worst, _q99(difference), _rms(difference), change_ratio, self._noise)
+
+
+def exceeded_bounds(difference: Values, bounds: ParityBounds) -> str | None:
+    """The figures of `difference` (nats, one value a token) with their bounds if one exceeds its bound, else None."""
+    rms, q99 = _rms(difference), _q99(difference)
+    if rms <= bounds.rms_nats and q99 <= bounds.q99_nats:
+        return None
+    return (
+        f"{rms:.2e} nats (rms over {difference.size} tokens; at most {bounds.rms_nats:.2e}, sync.parity_rms_nats) "
+        f"and {q99:.2e} (99% of the tokens; at most {bounds.q99_nats:.2e}, sync.parity_q99_nats)"
+    )
 
 
 def _aligned(version: int, engine: LogProbs, learner: LogProbs) -> tuple[Values, Values]:

@@ -19,6 +19,7 @@ from common.config.model import Config, ConfigError, LossConfig
 from common.data.rendering import length_faults, teacher_sequence
 from common.data.rows import DataError
 from common.protocol.schema import Sample
+from common.protocol.scoring import ScorerFactory
 from common.sizing.memory import CUDA_BYTES, length_fault
 from common.sizing.model_size import read_model_size
 from common.telemetry.run_files import Progress, RunFiles, write_json
@@ -42,6 +43,8 @@ from learner.loop.kl_alarm import KlAlarm
 from learner.loop.mismatch import MismatchGate, mismatch_bounds
 from learner.loop.run_saves import RunSaves
 from learner.loop.step_stats import StepOutcome
+from learner.loop.support_alarm import SupportAlarm
+from learner.loop.teacher_check import check_teachers
 from learner.loop.training_loop import TrainingLoop
 from learner.loop.user_errors import known_error, outcome_of, unwrap_ray_error
 from learner.loop.weight_publisher import WeightPublisher
@@ -81,6 +84,7 @@ class Run:
         self._loop: TrainingLoop | None = None
         self._teacher_answers = open_teacher_answers(config, inputs)
         self._alarm = KlAlarm(config.learner.kl_alarm_ratio)
+        self._support_alarm = SupportAlarm() if config.loss.form == "raw" else None
         self._resumed = resumed
         self._began = time.time()
         self._cut_answers = CutAnswers(config.rollout.max_tokens)
@@ -144,10 +148,13 @@ class Run:
         if (warning := self._services.reserve(placement_timeout_s=timeout_s)) is not None:
             self._progress.line(f"WARNING: {warning}")
         await self._evaluate_larger_teacher()
-        await self._start_services()
+        scorer = await self._start_services()
         await self._collect_teacher_answers()  # with the initial weights, unless a larger teacher made them
         publisher = WeightPublisher(self._config, self._services, self._progress.status)
         parity = await publisher.begin(self._inputs.train)
+        if scorer is not None:
+            self._progress.status("checking the teacher's scores")
+            await check_teachers(self._config, self._services, scorer, self._inputs.contexts, publisher.probe)
         loop = self._loop = TrainingLoop(
             self._config,
             self._services,
@@ -196,8 +203,8 @@ class Run:
         await self._collect_teacher_answers()
         services.close_workers()
 
-    async def _start_services(self) -> None:
-        """Start teachers, ranks and engines, and check that they fit together."""
+    async def _start_services(self) -> ScorerFactory | None:
+        """Start teachers, ranks and engines, and check that they fit together. Returns the factory of scorers."""
         config, inputs, services = self._config, self._inputs, self._services
         self._progress.line(f"starting {self._what_starts()}; this takes about a minute for the demo")
         services.teachers.begin(services.placement)
@@ -242,6 +249,7 @@ class Run:
         self._mismatch = MismatchGate(
             mismatch_bounds(config.sync, dtype=info.dtype, max_staleness=config.rollout.max_staleness)
         )
+        return scorer
 
     def _what_starts(self) -> str:
         """The services that this run starts."""
@@ -297,6 +305,7 @@ class Run:
             self._cut_answers.observe(outcome.metrics["rollout/stopped_by_length"]),
             self._mismatch.check(outcome.version, outcome.metrics),
             self._alarm.observe(outcome.metrics["kl/lower_bound"]),
+            self._support_alarm and self._support_alarm.observe(outcome.metrics["mass/student_topk"]),
         ):
             if warning is not None:
                 self._progress.line(f"WARNING: {warning}")

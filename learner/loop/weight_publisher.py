@@ -27,6 +27,7 @@ class WeightPublisher:
         self._services = services
         self._status = status
         self._probe: list[TokenSequence] = []
+        self._probe_prompts: Sequence[Prompt] = []
         self._learner_at_0: Arrays = []
         self._gates: dict[int, ParityGate] = {}
         self._lock = asyncio.Lock()
@@ -44,6 +45,7 @@ class WeightPublisher:
         room = services.worker_info.max_sequence_tokens - 1 - max(len(prompt.student_ids) for prompt in chosen)
         sampling = Sampling(max_tokens=min(sync.probe_tokens, room), temperature=1.0, seed=self._config.run.seed)
         answers = await services.generate([(prompt.student_ids.tolist(), sampling) for prompt in chosen])
+        self._probe_prompts = chosen
         self._probe = [
             TokenSequence(prompt_ids=prompt.student_ids, response_ids=as_ids(answer.ids))
             for prompt, answer in zip(chosen, answers, strict=True)
@@ -51,6 +53,11 @@ class WeightPublisher:
         self._learner_at_0 = await services.probe_learner(self._probe)
         await services.open_sync(services.pool.members)
         return _worst(await self._begin_gates(services.pool.members))
+
+    @property
+    def probe(self) -> list[tuple[Prompt, TokenSequence]]:
+        """The rows of the probe, and each as a sequence of the student; empty before `begin`."""
+        return list(zip(self._probe_prompts, self._probe, strict=True))
 
     async def publish(self, version: int) -> ParityReport:
         """Send the learner's weights to every engine as `version` and check parity; returns the worst report.

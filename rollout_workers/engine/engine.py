@@ -291,7 +291,8 @@ def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
         enable_chunked_prefill=None if _on_gpu() else False,
         distributed_executor_backend=_executor(rollout.tensor_parallel_size),
         max_logprobs=max_logprobs,
-        logprobs_mode="processed_logprobs",
+        # Outside the nucleus every processed log-prob is -inf, so the ids of the top k there would be arbitrary.
+        logprobs_mode="processed_logprobs" if rollout.top_p == 1 else "raw_logprobs",
         # The model's own generation_config would silently change temperature, top-k or penalties.
         generation_config="vllm",
         language_model_only=True,  # a vision tower is neither used nor reloaded

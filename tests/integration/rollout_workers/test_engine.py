@@ -493,3 +493,21 @@ async def test_an_engine_that_dies_in_a_control_call_is_noticed() -> None:
     silent.errored = True
     with pytest.raises(EngineLost):
         await asyncio.wait_for(call, timeout=5)
+
+
+async def test_a_nucleus_does_not_touch_the_students_ids(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = run_config(tiny_model)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"top_p": 0.1})})
+    engine = await RolloutEngine.start(str(tiny_model), config, max_logprobs=K)
+    try:
+        answer = await engine.generate(PROMPT, Sampling(40, 0.7, top_p=0.1, top_logprobs=K, seed=1), "nucleus")
+    finally:
+        engine.close()
+    pair = Pair(engine, AutoModelForCausalLM.from_pretrained(tiny_model), tied=True)
+    ids = answer.response_ids.tolist()
+    logits = pair.logits(PROMPT, ids)
+    assert (logits.topk(K).indices.numpy() == answer.topk_ids).mean() > 0.99  # near-ties may swap
+    sampled = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
+    assert np.abs(answer.sampled_logprobs - sampled).max() < 1e-4

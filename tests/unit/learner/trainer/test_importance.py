@@ -157,3 +157,13 @@ def test_weights_are_refused_if_the_two_log_probs_cannot_be_compared() -> None:
     ):
         with pytest.raises(ConfigError, match=r"loss\.importance_clip"):
             validate(Config, {**base, "rollout": rollout, "loss": {"importance_clip": 2.0, **loss}})
+
+
+def test_the_policy_gradient_is_refused_if_the_two_log_probs_cannot_be_compared() -> None:
+    base = {"run": {"name": "r"}, "student": {"model": "m"}, "context": {"text": "c"}, "data": {"train": "t"}}
+    form = {"form": "policy_gradient"}
+    assert validate(Config, {**base, "loss": form}).loss.form == "policy_gradient"
+    for rollout in ({"temperature": 0.7}, {"top_p": 0.9}):
+        with pytest.raises(ConfigError, match=r"policy_gradient.*rollout\.top_p \(.*\) must be 1"):
+            validate(Config, {**base, "rollout": rollout, "loss": form})
+        validate(Config, {**base, "rollout": rollout})
