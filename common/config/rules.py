@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from common.config.gpus import is_part, member_gpus, parts_of_one_gpu, reserved_gpus
 from common.config.inputs import ContextConfig, DataConfig, EvalConfig, StudentConfig, TeacherConfig
-from common.config.training import LearnerConfig, LossConfig, RolloutConfig, SyncConfig
+from common.config.training import LearnerConfig, LossConfig, RolloutConfig, SyncConfig, decay_steps
 
 
 def loss_rules(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
@@ -75,6 +75,24 @@ def learner_rules(learner: LearnerConfig, sync: SyncConfig) -> Iterator[str]:
         yield (
             f"learner.collective_timeout_s ({limit_s:g}) must be longer than sync.timeout_s ({sync.timeout_s:g}): the "
             "other ranks wait while rank 0 waits for an engine"
+        )
+
+
+def schedule_rules(learner: LearnerConfig) -> Iterator[str]:
+    if learner.min_lr > learner.lr:
+        yield f"learner.min_lr ({learner.min_lr:g}) is larger than learner.lr ({learner.lr:g})"
+    if learner.lr_schedule == "constant":
+        if learner.min_lr:
+            yield "learner.min_lr is the end of a decay: set learner.lr_schedule to one that falls"
+    elif learner.warmup_steps + max(decay_steps(learner), 1) > learner.steps:
+        yield (
+            f"learner.lr_schedule `{learner.lr_schedule}`: {learner.warmup_steps} steps of warm-up and "
+            f"{max(decay_steps(learner), 1)} of decay do not fit into learner.steps ({learner.steps})"
+        )
+    if learner.decay_steps is not None and learner.lr_schedule != "warmup_stable_decay":
+        yield (
+            "learner.decay_steps is for learner.lr_schedule `warmup_stable_decay`; "
+            f"`{learner.lr_schedule}` has no such part"
         )
 
 

@@ -138,7 +138,14 @@ class LearnerConfig(Section):
     threads: Positive | None = None
     """CPU threads per rank. Default: with `cpu_offload` the rank's share of its node's cores, else torch's choice."""
     lr: PositiveFloat = 1e-6
-    """Learning rate of AdamW, constant after the warm-up."""
+    """Learning rate of AdamW, after the warm-up and before the decay."""
+    lr_schedule: Literal["constant", "cosine", "linear", "warmup_stable_decay"] = "constant"
+    """Course of the learning rate after the warm-up. `cosine` and `linear` fall to `min_lr` at the last step;
+    `warmup_stable_decay` stays at `lr` and falls, as a cosine, over the last `decay_steps`."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of a schedule that falls."""
+    decay_steps: Positive | None = None
+    """Steps of the decay, `warmup_stable_decay` only. Default: a tenth of `steps`, at least 1."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -172,6 +179,15 @@ class LearnerConfig(Section):
     Must be longer than `sync.timeout_s`, because the other ranks wait while rank 0 waits for an engine."""
     kl_alarm_ratio: PositiveFloat = 10.0
     """Report a step whose divergence exceeds this multiple of the median of the 20 steps before."""
+
+
+def decay_steps(learner: LearnerConfig) -> int:
+    """Steps at the end of the run over which the learning rate falls; 0 for a constant one."""
+    if learner.lr_schedule == "constant":
+        return 0
+    if learner.lr_schedule == "warmup_stable_decay":
+        return learner.decay_steps or max(1, learner.steps // 10)
+    return learner.steps - learner.warmup_steps
 
 
 class CheckpointConfig(Section):

@@ -23,6 +23,7 @@ HEALTH = (
     ("loss", "Loss", "per token"),
     ("entropy", "Entropy of the student", "nats per token"),
     ("grad_norm", "Gradient norm", "before clipping"),
+    ("lr", "Learning rate", "of the step"),
     ("rollout/mean_tokens", "Length of answers", "tokens"),
     ("rollout/stopped_by_length", "Answers cut by length", "share"),
     ("tokens_per_s", "Speed", "trained response tokens per second"),

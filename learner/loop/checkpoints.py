@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.config.model import Config, TeacherConfig
+from common.config.model import Config, LearnerConfig, TeacherConfig
 from common.files import apply_umask
 from learner.cluster.services import Services
 
@@ -58,7 +58,7 @@ class Identity(BaseModel):
     rollout: dict[str, Any]
     """Batch size, samples per prompt, sampling, seed."""
     learner: dict[str, Any]
-    """Ranks, ZeRO stage, adapters: the shape of the saved state."""
+    """Ranks, ZeRO stage, adapters: the shape of the saved state; the schedule of a learning rate that falls."""
 
     def differences(self, other: Identity) -> Iterator[str]:
         """One line for each value in which `other`, the current run, differs from the checkpoint."""
@@ -113,8 +113,17 @@ def identity_of(
             "zero_stage": config.learner.zero_stage,
             "dtype": config.student.dtype,
             "lora": None if lora is None else lora.model_dump(mode="json"),
+            **_schedule(config.learner),
         },
     )
+
+
+def _schedule(learner: LearnerConfig) -> dict[str, Any]:
+    """The settings of a learning rate that falls; with other ones a resumed run would jump to another curve."""
+    if learner.lr_schedule == "constant":
+        return {}
+    keys = {"lr_schedule", "lr", "min_lr", "warmup_steps", "decay_steps", "steps"}
+    return learner.model_dump(mode="json", include=keys)
 
 
 def _teaching(section: TeacherConfig) -> dict[str, Any]:

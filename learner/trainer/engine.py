@@ -236,7 +236,7 @@ class LearnerEngine:
                 f"the step has {tokens} tokens in {sequences} samples, but the ranks received "
                 f"{totals['response_tokens']} in {totals['sequences']}: a sample was lost or trained on twice"
             )
-        lr = learning_rate(self._updates, self._config.learner.lr, self._config.learner.warmup_steps)
+        lr = learning_rate(self._updates, self._config.learner)
         by_token = self._config.loss.normalize == "token"
         applied = self._update(totals["loss_tokens" if by_token else "loss_sequences"], lr)
         uncounted = "" if totals["loss_tokens"] else self._why_uncounted(sequences)

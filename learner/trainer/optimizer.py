@@ -7,6 +7,7 @@ every stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.config.model import LearnerConfig
+from common.config.training import decay_steps
 from common.sizing.memory import BUCKET_ELEMENTS
 
 
@@ -62,9 +64,21 @@ def make_optimizer(parameters: Sequence[Tensor], learner: LearnerConfig, zero_st
     return torch.optim.AdamW(parameters, **options)
 
 
-def learning_rate(step: int, lr: float, warmup_steps: int) -> float:
-    """Return the learning rate of optimiser step `step` (from 0): linear from lr / warmup to lr, then constant."""
-    return lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
+def learning_rate(update: int, learner: LearnerConfig) -> float:
+    """Return the learning rate of update number `update`, counted from 0 without skipped steps.
+
+    A function of the count alone, so a resumed run continues the schedule. The warm-up is linear from lr / warmup_steps
+    to lr. A decay ends at `min_lr` after ``learner.steps`` updates and stays there.
+    """
+    if update < learner.warmup_steps:
+        return learner.lr * (update + 1) / learner.warmup_steps
+    decay = decay_steps(learner)
+    into_decay = update - (learner.steps - decay)
+    if not decay or into_decay <= 0:
+        return learner.lr
+    progress = min(into_decay / decay, 1.0)
+    left = 1 - progress if learner.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return learner.min_lr + (learner.lr - learner.min_lr) * left
 
 
 def effective_zero_stage(stage: int, dtype: torch.dtype) -> int:

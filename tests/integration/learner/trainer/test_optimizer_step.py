@@ -255,6 +255,31 @@ def test_stages_and_worlds_train_alike(one: Ranks, two: Ranks, tiny_model: Path)
     assert [report.weight_version for report in runs[0]] == [1, 2, 3, 4, 5]
 
 
+def resumed(rank: int, config: Config, scored: list[ScoredTrajectory], folder: Path) -> list[float]:
+    """Learning rates of two steps, a checkpoint, and two steps of another engine that resumes it."""
+    import torch.distributed as dist
+
+    from learner.trainer.engine import LearnerEngine
+
+    rates = []
+    for begin in (True, False):
+        engine = LearnerEngine(config)
+        if not begin:
+            engine.load_state(folder)
+        for _ in range(2):
+            engine.accumulate(scored[rank :: dist.get_world_size()])
+            rates.append(engine.finish_step(*totals(scored)).metrics["lr"])
+        if begin:
+            engine.save_state(folder)
+    return rates
+
+
+def test_a_resumed_engine_continues_the_schedule(one: Ranks, tiny_model: Path, tmp_path: Path) -> None:
+    schedule = {"lr": 4e-4, "min_lr": 0.0, "lr_schedule": "linear", "steps": 4}
+    (rates,) = one.call(resumed, learner_config(tiny_model, learner=schedule), make_scored(4), tmp_path)
+    assert rates == pytest.approx([4e-4, 3e-4, 2e-4, 1e-4])
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bfloat16_trains_on_float32_sums(one: Ranks, tiny_model: Path, stage: int) -> None:
     scored = make_scored(8)

@@ -140,6 +140,12 @@ def identity(parts: dict[str, Any] | None = None, **sections: dict[str, Any]) ->
         (identity(), identity(loss={"top_k": 7}), "loss.top_k: the checkpoint has 256, this run has 7"),
         (identity(), identity(rollout={"temperature": 0.5}), "rollout.temperature: the checkpoint has 1.0"),
         (identity(), identity(learner={"ranks": 2}), "learner.ranks: the checkpoint has 1, this run has 2"),
+        (
+            identity(learner={"lr_schedule": "cosine", "steps": 9}),
+            identity(learner={"lr_schedule": "cosine", "steps": 19}),
+            "learner.steps: the checkpoint has 9, this run has 19",
+        ),
+        (identity(learner={"lr_schedule": "linear"}), identity(), "lr_schedule: the checkpoint has linear, this run"),
     ],
 )
 def test_what_decides_the_result_is_in_the_identity(
