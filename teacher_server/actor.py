@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,16 +82,21 @@ class TeacherActor:
         self._receiver = open_receiver(self._sync, host, port, rank, world_size, self.service.device)
 
     def receive_weights(self, manifest: SyncManifest, version: int) -> None:
-        """Load the weights of `version` between two batches.
+        """Load the weights of `version` between two batches, if ``teacher.refresh_every`` divides it.
 
-        Raises SyncError. The teacher then refuses every request: its weights are a mixture of two versions.
+        Otherwise they are received, as the sync needs every member, and dropped. Raises SyncError. A teacher that was
+        loading then refuses every request: its weights are a mixture of two versions.
         """
         if self._receiver is None:
             raise SyncError("receive_weights was called before join_sync")
-        self.service.load_weights(self._receiver.receive(manifest.at(version)), version)
+        received = self._receiver.receive(manifest.at(version))
+        if version % self._config.refresh_every:
+            deque(received, maxlen=0)
+        else:
+            self.service.load_weights(received, version)
 
     def save_state(self, path: str) -> None:
-        """Write the averaged weights and their version, for a resumed run."""
+        """Write the weights and their version, for a resumed run."""
         self.service.save_state(Path(path))
 
     def load_state(self, path: str) -> None:

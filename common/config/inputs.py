@@ -89,12 +89,15 @@ class TeacherConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the server; 0 picks a free one."""
     kind: Literal["frozen", "live", "ema", "base"] = "frozen"
-    """`frozen` keeps its weights. `live` takes every weight version that the learner publishes. `ema` keeps an
-    exponential moving average of these versions. `base` is the student without its adapters (`learner.lora`): the
-    learner computes it, without a second copy of the weights and without a server. All but `frozen` belong to one
-    run."""
+    """`frozen` keeps its weights. `live` takes the weight versions that the learner publishes. `ema` keeps an
+    exponential moving average of them. `refresh_every` sets which versions they take. `base` is the student without its
+    adapters (`learner.lora`): the learner computes it, without a second copy of the weights and without a server. All
+    but `frozen` belong to one run."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay for `kind: ema`, applied once per version: average = decay * average + (1 - decay) * student."""
+    refresh_every: Positive = 1
+    """Steps between two versions that a teacher of `kind: live` or `ema` takes; in between its weights stay. With `ema`
+    the decay is applied once per version taken."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """Library that runs the teacher's forward passes."""
     device_map: str | None = None
@@ -157,6 +160,11 @@ class TeacherConfig(Section):
     def _weights_need_transformers(self) -> TeacherConfig:
         if self.kind in ("live", "ema") and self.backend != "transformers":
             raise ValueError(f"kind `{self.kind}` receives new weights, which backend `{self.backend}` cannot")
+        if self.refresh_every > 1 and self.kind not in ("live", "ema"):
+            raise ValueError(
+                f"refresh_every is {self.refresh_every}, but kind `{self.kind}` keeps its weights: set kind to `live` "
+                "or `ema`"
+            )
         return self
 
 

@@ -59,7 +59,9 @@ def _subtitle(run: RunData) -> str:
         words.append(f"Student {student['model']}")
     if isinstance(teacher, dict):
         model = teacher.get("model") or ("at a server" if teacher.get("url") else "the same model")
-        words.append(f"{teacher.get('kind', 'frozen')} teacher, {model}")
+        refresh = teacher.get("refresh_every", 1)
+        kind = teacher.get("kind", "frozen") + (f", refreshed every {refresh} steps" if refresh > 1 else "")
+        words.append(f"{kind} teacher, {model}")
     return " · ".join(words) or "On-policy context distillation"
 
 

@@ -375,7 +375,7 @@ class Services:
             raise SaveError(short(error)) from None
 
     async def save_state(self, folder: str, *, drop_step: bool = False) -> None:
-        """Write the resumable state: every rank's part, and the weights of averaging teachers.
+        """Write the resumable state: every rank's part, and the weights of teachers that hold others.
 
         `drop_step` leaves out the gradients of a step that has begun; the run must end after it.
         """

@@ -166,14 +166,17 @@ class Teachers:
         return {one.name: partial(_metrics_page, one) for one in self.all.values() if one.handle is not None}
 
     async def save_state(self, folder: str) -> None:
-        """Write the weights of averaging teachers."""
-        averaging = [teacher for teacher in self.receivers if teacher.section.kind == "ema"]
-        await all_of([one.handle.save_state.remote(f"{folder}/teacher-{one.name}.safetensors") for one in averaging])
+        """Write the weights of teachers that hold others than the learner's."""
+        await all_of([one.handle.save_state.remote(f"{folder}/teacher-{one.name}.safetensors") for one in self._apart])
 
     async def load_state(self, folder: str) -> None:
         """Load what `save_state` wrote."""
-        averaging = [teacher for teacher in self.receivers if teacher.section.kind == "ema"]
-        await all_of([one.handle.load_state.remote(f"{folder}/teacher-{one.name}.safetensors") for one in averaging])
+        await all_of([one.handle.load_state.remote(f"{folder}/teacher-{one.name}.safetensors") for one in self._apart])
+
+    @property
+    def _apart(self) -> list[Teacher]:
+        """Receivers whose weights are not the last published version, which a resumed learner sends again."""
+        return [one for one in self.receivers if one.section.kind == "ema" or one.section.refresh_every > 1]
 
     async def watch(self) -> None:
         """Restart local frozen teachers that die; runs until cancelled.

@@ -47,7 +47,7 @@ class Identity(BaseModel):
     teachers: dict[str, str]
     """Teacher's name -> its model fingerprint."""
     teaching: dict[str, dict[str, Any]] = {}
-    """Teacher's name -> kind and decay: a frozen, a live and an averaging teacher start with the same fingerprint."""
+    """Teacher's name -> kind, decay, refresh: a frozen, a live and an averaging teacher start with one fingerprint."""
     contexts: tuple[str, ...]
     """Hashes of the contexts; one joint hash for a pool."""
     pool: str | None = None
@@ -127,7 +127,8 @@ def _schedule(learner: LearnerConfig) -> dict[str, Any]:
 
 
 def _teaching(section: TeacherConfig) -> dict[str, Any]:
-    return {"kind": section.kind, "ema_decay": section.ema_decay if section.kind == "ema" else None}
+    refreshed = {} if section.refresh_every == 1 else {"refresh_every": section.refresh_every}
+    return {"kind": section.kind, "ema_decay": section.ema_decay if section.kind == "ema" else None, **refreshed}
 
 
 def _joint(names: tuple[str, ...]) -> str:

@@ -19,6 +19,7 @@ from common.config.model import Config
 from common.devices import limit_memory, memory_bytes
 from common.openmp import usable_cores
 from common.protocol.schema import ScoredTrajectory
+from common.protocol.scoring import DEFAULT_TEACHER
 from common.weight_sync.manifest import TensorSpec
 from learner.trainer.batch_layout import PACKED, PADDED
 from learner.trainer.distributed import raise_on_all, ranks_on_node
@@ -44,7 +45,9 @@ from learner.trainer.step_metrics import METRICS, step_means
 from learner.trainer.token_watch import TokenRecorder, TokenWatch
 from learner.trainer.update_norm import update_norm
 
-_COUNTS = ("sequences", "response_tokens", "loss_tokens", "loss_sequences")
+_COUNTS = ("sequences", "response_tokens", "loss_tokens", "loss_sequences", "following", "teacher_age")
+"""Sums over a step's sequences. ``following``: scored by a teacher that takes weights; ``teacher_age``: the steps by
+which its weights were older than the learner's, summed over these."""
 
 
 class LearnerEngine:
@@ -107,6 +110,7 @@ class LearnerEngine:
         self._updates = 0
         self._skipped_in_a_row = 0
         self._uncounted_in_a_row = 0
+        self._following = {name for name, one in config.named_teachers().items() if one.kind in ("live", "ema")}
         self._token_recorder = TokenRecorder(config.run.token_samples)
         self._begin_step()
 
@@ -153,6 +157,11 @@ class LearnerEngine:
         started = time.time()
         counted = [count_loss_tokens(item.trajectory, self._config.loss) for item in batch]
         longest = max((longest_turn(item.trajectory) for item in batch), default=0)
+        ages = [
+            self._version - item.teacher_version
+            for item in batch
+            if (item.trajectory.prompt.teacher or DEFAULT_TEACHER) in self._following
+        ]
         micro_batches: list[MicroBatch] = []
         if self._config.learner.deterministic:
             self._held.extend(batch)
@@ -165,6 +174,8 @@ class LearnerEngine:
             response_tokens=sum(len(item.trajectory.response_ids) for item in batch),
             loss_tokens=sum(counted),
             loss_sequences=sum(1 for tokens in counted if tokens),
+            following=len(ages),
+            teacher_age=sum(ages),
         )
         return AccumulateReport(
             sequences=len(batch),
@@ -253,6 +264,7 @@ class LearnerEngine:
             skipped_in_a_row=self._skipped_in_a_row,
             metrics={
                 **step_means(sums, totals["loss_tokens"], self._config.loss, self._config.rollout),
+                **({"teacher/age": totals["teacher_age"] / totals["following"]} if totals["following"] else {}),
                 "grad_norm": grad_norm,  # divided, not clipped
                 "update_norm": update_norm(self._deepspeed, self._stage, self._device) if applied else 0.0,
                 "lr": lr,

@@ -127,12 +127,12 @@ class TeacherService:
         return cast(LiveBackend, self._backend).device
 
     def save_state(self, path: Path) -> None:
-        """Write the averaged weights and their version to one file, for a resumed run."""
+        """Write the weights and their version to one file, for a resumed run."""
         self._between_batches(lambda backend: backend.save_state(path))
 
     def load_state(self, path: Path) -> None:
         """Read the file of `save_state`. The service refuses every request if that fails."""
-        self._change(lambda backend: backend.load_state(path), f"the average in {path} was not read whole")
+        self._change(lambda backend: backend.load_state(path), f"the weights in {path} were not read whole")
 
     def _change(self, call: Callable[[LiveBackend], None], fault: str) -> None:
         def change(backend: LiveBackend) -> None:

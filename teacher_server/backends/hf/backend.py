@@ -146,7 +146,7 @@ class TransformersBackend:
         self.weight_version = version
 
     def save_state(self, path: Path) -> None:
-        """Write the average and its version as safetensors."""
+        """Write the average, or the weights, and the version as safetensors."""
         if self._live is not None:
             save_file(self._live.state(), path, metadata={"version": str(self.weight_version)})
 

@@ -68,13 +68,13 @@ class LiveWeights:
                 parameter.copy_(average)
 
     def state(self) -> dict[str, Tensor]:
-        """State for a checkpoint: the average. Empty for `live`, because the learner sends the version again."""
-        return dict(self._average)
+        """State for a checkpoint: the average, or the weights of a teacher that copies."""
+        return dict(self._average or self._parameters)
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
         """Restore `state`."""
-        for name, average in self._average.items():
-            average.copy_(state[name])
-            if average is not self._parameters[name]:
-                self._parameters[name].copy_(average)
+        for name, kept in (self._average or self._parameters).items():
+            kept.copy_(state[name])
+            if kept is not self._parameters[name]:
+                self._parameters[name].copy_(kept)

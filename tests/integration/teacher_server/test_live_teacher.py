@@ -55,9 +55,9 @@ def oracle_of(folder: Path, weights: dict[str, Tensor]) -> Oracle:
 class Server:
     """A teacher actor in this process and HTTP requests to it."""
 
-    def __init__(self, model: Path, kind: str, decay: float = 0.9) -> None:
-        self.sync = SyncConfig(timeout_s=20)
-        section = TeacherConfig(model=str(model), kind=kind, ema_decay=decay, threads=1)
+    def __init__(self, model: Path, kind: str, decay: float = 0.9, refresh_every: int = 1, delta: bool = False) -> None:
+        self.sync = SyncConfig(timeout_s=20, delta=delta)
+        section = TeacherConfig(model=str(model), kind=kind, ema_decay=decay, refresh_every=refresh_every, threads=1)
         self.actor = TeacherActor(section, "key", self.sync)
         self.url = self.actor.start()
 
@@ -118,8 +118,8 @@ class Server:
 def served(tiny_model: Path) -> Iterator[Any]:
     started: list[Server] = []
 
-    def start(kind: str) -> Server:
-        started.append(Server(tiny_model, kind))
+    def start(kind: str, **options: Any) -> Server:
+        started.append(Server(tiny_model, kind, **options))
         return started[-1]
 
     yield start
@@ -174,6 +174,36 @@ def test_an_ema_teacher_holds_the_closed_form_and_takes_a_repeated_version_once(
     again.actor.load_state(str(tmp_path / "state"))
     other = again.join()
     again.publish(other, versions[3], 3)
+    again.item_with_context()
+    resumed, stamp = again.score(item)
+    assert stamp == 3
+    np.testing.assert_array_equal(resumed.logprobs, score.logprobs)
+    sender.close()
+    other.close()
+
+
+@pytest.mark.parametrize(("kind", "delta"), [("live", False), ("live", True), ("ema", False)])
+def test_a_refreshed_teacher_takes_every_third_version_and_a_resumed_run_keeps_it(
+    served: Any, tiny_model: Path, tmp_path: Path, kind: str, delta: bool
+) -> None:
+    server = served(kind, refresh_every=3, delta=delta)
+    item = server.item_with_context()
+    sender = server.join()
+    versions = [weights_of(tiny_model, seed) for seed in (None, 1, 2, 3, 4)]
+    decay = 0.9 if kind == "ema" else 0.0
+    refreshed = {name: (decay * versions[0][name] + (1 - decay) * versions[3][name]) for name in versions[0]}
+    expected = [versions[0], versions[0], versions[0], refreshed, refreshed]
+    for version in (1, 2, 3, 4):
+        assert not any(isinstance(one, SyncError) for one in server.publish(sender, versions[version], version))
+        score, stamp = server.score(item)
+        assert stamp == 3 * (version // 3)
+        logprobs = oracle_of(tiny_model, expected[version]).logprobs(CONTEXT, item.prompt_ids, item.response_ids)
+        assert_score(score, logprobs, item)
+    server.actor.save_state(str(tmp_path / "state"))
+    again = served(kind, refresh_every=3, delta=delta)
+    again.actor.load_state(str(tmp_path / "state"))
+    other = again.join()
+    again.publish(other, versions[4], 4)  # as a resumed learner does
     again.item_with_context()
     resumed, stamp = again.score(item)
     assert stamp == 3

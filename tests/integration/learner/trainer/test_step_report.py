@@ -63,6 +63,36 @@ def test_a_step_with_nan_is_skipped_on_all_ranks(two: Ranks, tiny_model: Path, s
         assert difference < 1e-6
 
 
+def aged(rank: int, config: Config, scored: list[ScoredTrajectory]) -> list[dict[str, float]]:
+    """Metrics of two steps on the same samples."""
+    from learner.trainer.engine import LearnerEngine
+
+    engine = LearnerEngine(config)
+    metrics = []
+    for _ in range(2):
+        engine.accumulate(scored[rank::2])
+        metrics.append(engine.finish_step(*totals(scored)).metrics)
+    return metrics
+
+
+def test_the_teachers_age_counts_the_sequences_of_teachers_that_take_weights(two: Ranks, tiny_model: Path) -> None:
+    named = ["followed", None, "followed", None, "followed"]
+    versions = [0, -9, 0, -9, -3]
+    scored = [
+        replace(
+            one,
+            trajectory=replace(one.trajectory, prompt=replace(one.trajectory.prompt, teacher=name)),
+            teacher_version=version,
+        )
+        for one, name, version in zip(make_scored(5), named, versions, strict=True)
+    ]
+    config = learner_config(tiny_model, teachers={"followed": {"kind": "live", "refresh_every": 2}})
+    for metrics in two.call(aged, config, scored):
+        assert [one["teacher/age"] for one in metrics] == [1.0, 2.0]
+    frozen = learner_config(tiny_model, teachers={"followed": {}})
+    assert "teacher/age" not in two.call(aged, frozen, scored)[0][0]
+
+
 ADAM = {"weight_decay": 0.1, "lr": 1e-3, "eps": 1e-8, "betas": (0.9, 0.999)}
 
 

@@ -341,3 +341,8 @@ def test_a_missing_relative_context_names_the_folder_searched(
 def test_half_a_character_in_the_configuration_is_one_line(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^[^\n]*holds half a character \('\\ud83d'\)[^\n]*$"):
         load_config(path, [r'context.text="cut \ud83d"'])
+
+
+def test_a_teacher_that_keeps_its_weights_is_not_refreshed(path: Path) -> None:
+    assert "refresh_every is 30, but kind `frozen`" in mistake(path, "teacher.refresh_every=30")
+    assert load_config(path, ["teacher.refresh_every=30", "teacher.kind=ema"]).teacher.refresh_every == 30

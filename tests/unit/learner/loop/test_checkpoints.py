@@ -129,6 +129,11 @@ def identity(parts: dict[str, Any] | None = None, **sections: dict[str, Any]) ->
             "teaching.default.ema_decay: the checkpoint has 0.99, this run has 0.9",
         ),
         (
+            identity(teacher={"kind": "live", "refresh_every": 30}),
+            identity(teacher={"kind": "live"}),
+            "teaching.default.refresh_every: the checkpoint has 30, this run has None",
+        ),
+        (
             identity(teachers={"big": {"kind": "frozen"}}),
             identity(teachers={"big": {"kind": "live"}}),
             "teaching.big.kind: the checkpoint has frozen, this run has live",
