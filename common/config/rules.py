@@ -14,6 +14,8 @@ def loss_rules(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
         yield f"loss.form `exact` covers the whole vocabulary: set loss.support to `student`, not `{loss.support}`"
     if rollout.topk_from == "learner" and loss.support == "teacher":
         yield "rollout.topk_from `learner` picks ids that loss.support `teacher` does not use"
+    if loss.clip_per_entry is not None and loss.form in ("policy_gradient", "nll"):
+        yield f"loss.clip_per_entry bounds the terms of a divergence; loss.form `{loss.form}` has one term a token"
     if loss.form == "policy_gradient":
         yield from _comparable_logprobs("loss.form `policy_gradient`", loss, rollout)
 

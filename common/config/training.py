@@ -104,6 +104,8 @@ class LossConfig(Section):
     """Response tokens at the start that the loss ignores."""
     clip_per_token: PositiveFloat | None = None
     """Upper bound for a token's divergence. Default: none."""
+    clip_per_entry: PositiveFloat | None = None
+    """Upper bound for the term of a single id in a token's divergence. Default: none."""
     ratio_clip: PositiveFloat | None = None
     """Upper bound for the importance ratio of `policy_gradient`. Default: none."""
     importance_clip: PositiveFloat | None = None

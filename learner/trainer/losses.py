@@ -32,6 +32,7 @@ def topk_divergence(
     beta: float = 0.5,
     student_tail: PerToken | None = None,
     teacher_tail: PerToken | None = None,
+    clip_per_entry: float | None = None,
 ) -> PerToken:
     """Compute the divergence at every response position, ``[T]``, in nats; differentiable in the student's values only.
 
@@ -46,6 +47,8 @@ def topk_divergence(
         beta: weight of the teacher in m, between 0 and 1.
         student_tail: log (1 - P), ``[T]``; used by `tail` only, and computed from the given values if None.
         teacher_tail: log (1 - Q), ``[T]``, likewise.
+        clip_per_entry: upper bound, in nats, for the term of one id (of the tail's bucket too) before the sum; an entry
+            above it has no gradient.
 
     ``-inf``, `LOGPROB_FLOOR` and padded columns (floor on both sides) count as zero mass, in value and gradient. An id
     that the teacher cannot emit costs ``p * (log p - LOGPROB_FLOOR)``: large, but finite.
@@ -65,7 +68,8 @@ def topk_divergence(
         teacher = teacher - teacher.logsumexp(dim=-1, keepdim=True)
     elif form not in ("raw", "generalized", "exact"):
         raise ValueError(f"unknown form {form!r}; known: tail, raw, renorm, generalized, exact")
-    value = pointwise_divergence(student, teacher, direction, beta).sum(dim=-1)
+    terms = pointwise_divergence(student, teacher, direction, beta)
+    value = (terms if clip_per_entry is None else terms.clamp(max=clip_per_entry)).sum(dim=-1)
     if form == "generalized" and direction != "jsd":  # in `jsd` the two corrections cancel
         excess = (teacher.exp() - student.exp()).sum(dim=-1)
         value = value + excess if direction == "reverse" else value - excess

@@ -64,6 +64,7 @@ class Objective:
                 beta=config.beta,
                 student_tail=chunk.tail,
                 teacher_tail=teacher_tail,
+                clip_per_entry=config.clip_per_entry,
             )
         values = limit_per_token(values, config.clip_per_token)
         with torch.no_grad():

@@ -49,6 +49,7 @@ def expected_gradients(
             beta=loss.beta,
             student_tail=logprobs.scatter(-1, support, -torch.inf).logsumexp(-1),
             teacher_tail=torch.from_numpy(item.score.tail_logprob)[: len(logits)],
+            clip_per_entry=loss.clip_per_entry,
         )
         counted = limit_per_token(values, loss.clip_per_token)[loss.skip_first_tokens :]
         if loss.normalize == "token":

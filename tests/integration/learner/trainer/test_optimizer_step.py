@@ -63,6 +63,7 @@ def test_a_position_shifted_by_one_is_detected(one: Ranks, tiny_model: Path, shi
         {"skip_first_tokens": 3},
         {"skip_first_tokens": 3, "normalize": "sequence"},
         {"clip_per_token": 0.4},
+        {"clip_per_entry": 0.1},
         {"form": "raw"},
         {"form": "renorm", "direction": "forward"},
         {"form": "generalized"},

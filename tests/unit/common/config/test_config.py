@@ -346,3 +346,10 @@ def test_half_a_character_in_the_configuration_is_one_line(path: Path) -> None:
 def test_a_teacher_that_keeps_its_weights_is_not_refreshed(path: Path) -> None:
     assert "refresh_every is 30, but kind `frozen`" in mistake(path, "teacher.refresh_every=30")
     assert load_config(path, ["teacher.refresh_every=30", "teacher.kind=ema"]).teacher.refresh_every == 30
+
+
+def test_entries_are_clipped_in_divergences_only(path: Path) -> None:
+    assert load_config(path, ["loss.clip_per_entry=0.5"]).loss.clip_per_entry == 0.5
+    assert "loss.form `policy_gradient` has one term" in mistake(
+        path, "loss.clip_per_entry=0.5", "loss.form=policy_gradient"
+    )

@@ -321,6 +321,29 @@ def test_policy_gradient_ratio_corrects_for_the_behaviour_and_is_cut() -> None:
     assert policy_gradient(student, teacher, behaviour, ratio_clip=1.5).item() == pytest.approx(3.0, rel=1e-6)
 
 
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_an_entry_over_its_limit_keeps_the_limit_and_has_no_gradient(direction: str) -> None:
+    """Against the full vocabulary in float64, entry by entry; the gradient is that of the entries below the limit."""
+    z, teacher, clip = logits(3).requires_grad_(), logits(4), 0.05
+    log_p, log_q = z.log_softmax(-1), teacher.log_softmax(-1)
+    first, second = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
+    entries = first.exp() * (first - second)
+    above = entries > clip
+    assert 0 < int(above.sum()) < above.numel() / 2
+    expected = entries[~above].sum() + clip * int(above.sum())
+    found = topk_divergence(log_p, log_q, form="exact", direction=direction, clip_per_entry=clip).sum()  # type: ignore[arg-type]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found, z, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_tail_is_an_entry_too() -> None:
+    student, teacher = torch.tensor([[0.2, 0.7]]).log(), torch.tensor([[0.89, 0.01]]).log()
+    clipped = topk_divergence(student[:, :1], teacher[:, :1], form="tail", clip_per_entry=0.5)
+    terms = [0.2 * math.log(0.2 / 0.89), min(0.5, 0.8 * math.log(0.8 / 0.11))]
+    assert clipped.item() == pytest.approx(sum(terms), rel=1e-5)
+
+
 def test_a_token_over_the_limit_has_no_gradient() -> None:
     values = torch.tensor([0.5, 3.0], requires_grad=True)
     limited = limit_per_token(values, 1.0)
