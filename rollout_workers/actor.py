@@ -90,6 +90,8 @@ class RolloutSummary:
     ended: float
     score: ScoreSummary | None = None
     episode: EpisodeSummary | None = None
+    text: str | None = None
+    """The answer, without what ended it; only for a run with ``loss.reward_weight``, which grades it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +149,11 @@ class RolloutWorker:
             generation = await engine.generate(sample.prompt.student_ids, sample.sampling, sample.sample_id)
             item = _trajectory(sample, generation)
             summary = _summary(self._number, [item], started)
-            if output == "text":
+            if output == "text" or self._config.loss.reward_weight:
                 ids = generation.response_ids.tolist()
-                answer = engine.answer_text(ids, sample.sampling.stop)
-                return summary, TextAnswer(answer, ids, generation.finish_reason)
+                summary = replace(summary, text=engine.answer_text(ids, sample.sampling.stop))
+                if output == "text":
+                    return summary, TextAnswer(str(summary.text), ids, generation.finish_reason)
         else:
             renderer = self._renderer(sample.prompt)
             own = sample.prompt.game.context if self._config.context.from_rows else None

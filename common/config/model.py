@@ -29,6 +29,7 @@ from common.config.rules import (
     importance_rules,
     learner_rules,
     loss_rules,
+    reward_rules,
     schedule_rules,
     source_rules,
     sync_rules,
@@ -122,6 +123,7 @@ class Config(Section):
         yield from loss_rules(self.loss, self.rollout)
         yield from source_rules(self.rollout, self.loss, self.teacher, more_teachers=bool(self.teachers))
         yield from importance_rules(self.loss, self.rollout)
+        yield from reward_rules(self.loss, self.rollout)
         yield from learner_rules(self.learner, self.sync)
         yield from schedule_rules(self.learner)
         yield from sync_rules(self.sync, self.learner, self.rollout, self.named_teachers())

@@ -67,6 +67,26 @@ def importance_rules(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
     yield from _comparable_logprobs("loss.importance_clip", loss, rollout)
 
 
+def reward_rules(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
+    if not loss.reward_weight:
+        if loss.reward is not None:
+            yield "loss.reward has no effect while loss.reward_weight is 0"
+        return
+    if rollout.samples_per_prompt < 2:
+        yield (
+            f"loss.reward_weight compares the responses to a prompt: rollout.samples_per_prompt "
+            f"({rollout.samples_per_prompt}) must be 2 or more"
+        )
+    if rollout.source == "teacher":
+        yield "loss.reward_weight needs answers sampled by the student: set rollout.source to `student`"
+    if rollout.max_staleness or rollout.oversample_fraction:
+        yield (
+            "loss.reward_weight needs all responses to a prompt in one step: rollout.max_staleness and "
+            "rollout.oversample_fraction must be 0"
+        )
+    yield from _comparable_logprobs("loss.reward_weight", loss, rollout)
+
+
 def learner_rules(learner: LearnerConfig, sync: SyncConfig) -> Iterator[str]:
     if learner.cpu_offload and learner.zero_stage == 0:
         yield "learner.cpu_offload needs learner.zero_stage 1, 2 or 3"

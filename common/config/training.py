@@ -106,8 +106,15 @@ class LossConfig(Section):
     """Upper bound for a token's divergence. Default: none."""
     clip_per_entry: PositiveFloat | None = None
     """Upper bound for the term of a single id in a token's divergence. Default: none."""
+    reward_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a reward in addition to the divergence: the loss adds this multiple of a policy gradient, in which each
+    response's advantage is its reward minus the mean reward of the prompt's other responses. An environment gives its
+    own reward; other rows are graded against their answers. 0 is distillation alone."""
+    reward: str | None = None
+    """Grader that gives the reward: 1 for right, 0 for wrong, or the number that your own function returns
+    (`package.module:attribute`). Default: `eval.grader`."""
     ratio_clip: PositiveFloat | None = None
-    """Upper bound for the importance ratio of `policy_gradient`. Default: none."""
+    """Upper bound for the importance ratio of `policy_gradient` and of the reward's term. Default: none."""
     importance_clip: PositiveFloat | None = None
     """Turns on truncated importance sampling, for `rollout.max_staleness` above 0 and for engines of another precision.
     Each token's divergence is multiplied by the probability of the tokens before it under the current weights, divided

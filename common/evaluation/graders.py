@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 from common.config.model import ConfigError
 from common.evaluation.answers import final_answer, strip_thinking, tagged_answer, tidy
@@ -112,11 +112,12 @@ def make_grader(spec: str) -> Grader:
     if kind == "regex" and colon:
         return _regex(spec, rest)
     if colon:
-        return _imported(spec, kind, rest)
+        function = _imported(spec, kind, rest)
+        return lambda answer, expected: bool(function(answer, expected))
     raise ConfigError(f"bad value eval.grader={spec!r}: valid are {', '.join(NAMES)}")
 
 
-def _imported(spec: str, module: str, attribute: str) -> Grader:
+def _imported(spec: str, module: str, attribute: str) -> Callable[[str, str], float]:
     try:
         function: Any = importlib.import_module(module)
         for name in attribute.split("."):
@@ -127,7 +128,20 @@ def _imported(spec: str, module: str, attribute: str) -> Grader:
             f"bad value eval.grader={spec!r}: {error}; expected package.module:attribute of a function "
             f"(answer, expected) -> bool, or one of {', '.join(NAMES[:-1])}"
         ) from error
-    return lambda answer, expected: bool(function(answer, expected))
+    return cast(Callable[[str, str], float], function)
+
+
+def make_reward(spec: str) -> Callable[[str, str], float]:
+    """Return a function (answer, expected answer) -> reward: a grader's verdict as 1 or 0, or the number that an
+    imported function returns. Raises ConfigError as `make_grader`.
+    """
+    found = _imported(spec, *spec.split(":", 1)) if _is_import(spec) else make_grader(spec)
+    return lambda answer, expected: float(found(answer, expected))
+
+
+def _is_import(spec: str) -> bool:
+    kind, colon, _ = spec.partition(":")
+    return bool(colon) and kind != "regex"
 
 
 def _regex(spec: str, pattern: str) -> Grader:

@@ -218,12 +218,16 @@ class ScoreResponse:
 
 @dataclass(frozen=True, slots=True)
 class ScoredTrajectory:
-    """A response and its complete score by the teacher, ready for training."""
+    """A response and its complete score by the teacher, ready for training.
+
+    `advantage` is that of the response's reward (``loss.reward_weight``).
+    """
 
     trajectory: Trajectory
     score: ItemScore
     model_fingerprint: str
     teacher_version: int
+    advantage: float = 0.0
 
 
 ForwardPathName = Literal["shared_prefix", "cache", "full", "engine"]

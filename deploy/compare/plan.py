@@ -152,6 +152,8 @@ def _keys(config: Config, method: Method, answers: Path) -> list[str]:
         "rollout.max_staleness=0",
         "rollout.oversample_fraction=0",
         "loss.importance_clip=null",
+        "loss.reward_weight=0",
+        "loss.reward=null",
     ]
     if config.teacher.kind == "base":  # the learner scores, at ids that it chooses
         keys += ["rollout.topk_from=learner", "loss.support=student"]

@@ -24,6 +24,7 @@ HEALTH = (
     ("entropy", "Entropy of the student", "nats per token"),
     ("grad_norm", "Gradient norm", "before clipping"),
     ("lr", "Learning rate", "of the step"),
+    ("reward/mean", "Reward", "mean of the step’s responses"),
     ("teacher/age", "Age of the teacher", "steps since its weights, mean"),
     ("rollout/mean_tokens", "Length of answers", "tokens"),
     ("rollout/stopped_by_length", "Answers cut by length", "share"),

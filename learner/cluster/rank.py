@@ -71,10 +71,19 @@ class LearnerRank:
         self._engine = LearnerEngine(self._config)
         return self._engine.info()
 
-    def accumulate(self, *scored: ScoredTrajectory | Sequence[ScoredTrajectory]) -> AccumulateReport:
-        """Add the gradients of a micro-batch, given as object references, possibly none. An episode is a list."""
+    def accumulate(
+        self, advantages: Sequence[float], *scored: ScoredTrajectory | Sequence[ScoredTrajectory]
+    ) -> AccumulateReport:
+        """Add the gradients of a micro-batch, given as object references, possibly none. An episode is a list.
+
+        `advantages` holds one number per item, 0 without a reward.
+        """
         return self._running.accumulate(
-            [one for item in scored for one in ((item,) if isinstance(item, ScoredTrajectory) else item)]
+            [
+                replace(one, advantage=advantage) if advantage else one
+                for advantage, item in zip(advantages, scored, strict=True)
+                for one in ((item,) if isinstance(item, ScoredTrajectory) else item)
+            ]
         )
 
     def finish_step(self, tokens: int, sequences: int) -> StepReport:

@@ -304,9 +304,14 @@ class Services:
 
     # --- the learner ------------------------------------------------------------------------------------------------
 
-    def accumulate(self, group: Sequence[Sequence[Any]]) -> list[Any]:
-        """Give every rank its micro-batch of `group`: references to scored trajectories, possibly none."""
-        return [rank.accumulate.remote(*refs) for rank, refs in zip(self.ranks, group, strict=True)]
+    def accumulate(self, group: Sequence[Sequence[tuple[Any, float]]]) -> list[Any]:
+        """Give every rank its micro-batch of `group`: references to scored trajectories with the advantages of their
+        rewards, possibly none.
+        """
+        return [
+            rank.accumulate.remote([advantage for _, advantage in items], *(ref for ref, _ in items))
+            for rank, items in zip(self.ranks, group, strict=True)
+        ]
 
     async def finish_step(self, tokens: int, sequences: int) -> list[StepReport]:
         """Run the optimiser step on all ranks; gradients are divided by the step's global counts."""

@@ -19,7 +19,7 @@ from common.data.model_lookup import load_tokenizer, model_limit
 from common.data.rendering import Renderer, length_faults
 from common.data.rows import DataError, Row, digest, read_rows
 from common.data.special_tokens import control_tokens
-from common.evaluation.graders import Grader, make_grader
+from common.evaluation.graders import Grader, make_grader, make_reward
 from common.evaluation.perplexity import split_into_chunks
 from common.files import seen_from
 from common.protocol.schema import Context, Prompt, TokenSequence, as_ids
@@ -109,13 +109,15 @@ def read_sources(config: Config) -> Sources:
     else:
         text = faults.collect("", config.context.read) or ""
     grader = faults.collect("", make_grader, config.eval.grader)
+    if config.loss.reward is not None:
+        faults.collect("loss.reward", make_reward, config.loss.reward)
     own, unused = config.context.from_rows, {name: dict[str, str]() for name in ("train", "valid", "eval")}
 
     def read(key: str, path: Path | None, columns: dict[str, str] | None, *, need_answers: bool = True) -> list[Row]:
         options = {"need_answers": need_answers, "own_contexts": own, "check": environment_error, "unused": columns}
         return [] if path is None else faults.collect(key, read_rows, path, data, **options) or []
 
-    train = read("data.train", data.train, unused["train"], need_answers=False)
+    train = read("data.train", data.train, unused["train"], need_answers=config.loss.reward_weight > 0)
     faults.collect("data.train", _check_teachers, train, tuple(config.named_teachers()))
     if own and not text:
         faults.collect("data.train", _check_own_contexts, train)

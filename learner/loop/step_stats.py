@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,7 +29,8 @@ class ScoredRollout:
     """A rollout that went through all stages before the learner.
 
     `item` is the reference to what the learner trains on; `error` is the reason if there is no score; `spans` are the
-    times of its stages; `topk_agreement` compares the ids picked by learner and engine.
+    times of its stages; `topk_agreement` compares the ids picked by learner and engine; `reward` and `advantage` are
+    set in runs with ``loss.reward_weight``.
     """
 
     sample: Sample
@@ -37,6 +39,8 @@ class ScoredRollout:
     error: str | None
     spans: tuple[TraceSpan, ...]
     topk_agreement: float | None = None
+    reward: float | None = None
+    advantage: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -106,6 +110,8 @@ class StepStats:
     failures: dict[str, str] = field(default_factory=dict)
     """Sample id -> reason for the missing score."""
     agreements: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
     episodes: list[EpisodeSummary] = field(default_factory=list)
     spans: list[TraceSpan] = field(default_factory=list)
 
@@ -122,6 +128,9 @@ class StepStats:
             self.episodes.append(rollout.episode)
         if rollout.topk_agreement is not None:
             self.agreements.append(rollout.topk_agreement)
+        if rollout.reward is not None:
+            self.rewards.append(rollout.reward)
+            self.advantages.append(rollout.advantage)
         self.spans += rollout.spans
 
     def add_passes(self, step: int, ranks: int, reports: Sequence[AccumulateReport]) -> None:
@@ -186,6 +195,8 @@ class StepStats:
                 for name in ("success", "reward", "turns")
                 if played
             },
+            **({"reward/mean": statistics.fmean(self.rewards)} if self.rewards else {}),
+            **({"reward/signal": statistics.fmean(map(bool, self.advantages))} if self.rewards else {}),
             **({"context/distinct": len(set(self.context_ids))} if self.context_ids else {}),
             **({"topk_agreement": sum(self.agreements) / len(self.agreements)} if self.agreements else {}),
         }

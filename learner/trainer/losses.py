@@ -115,11 +115,26 @@ def policy_gradient(
     The surrogate is ``-ρ A`` with A = log q - log p (detached) and ρ = p / p_behaviour, at most ``ratio_clip``. If the
     behaviour is the policy itself, its gradient is an unbiased but noisy estimate of the gradient of KL(p‖q).
     """
-    advantage = (teacher_logprobs.float() - student_logprobs.float()).detach()
+    advantages = (teacher_logprobs.float() - student_logprobs.float()).detach()
+    return reward_term(student_logprobs, behaviour_logprobs, advantages, ratio_clip=ratio_clip)
+
+
+def reward_term(
+    student_logprobs: PerToken,
+    behaviour_logprobs: PerToken,
+    advantages: PerToken,
+    *,
+    ratio_clip: float | None = None,
+) -> PerToken:
+    """Compute ``-ρ A`` of the sampled tokens, ``[T]``, with ρ = p / p_behaviour, at most ``ratio_clip``.
+
+    Its gradient is the policy gradient of the expected reward if A is a reward minus a baseline that does not depend on
+    the token. A carries no gradient.
+    """
     ratio = (student_logprobs.float() - behaviour_logprobs.detach().float()).exp()
     if ratio_clip is not None:
         ratio = ratio.clamp(max=ratio_clip)
-    return -ratio * advantage
+    return -ratio * advantages.detach()
 
 
 def negative_log_likelihood(student_logprobs: PerToken) -> PerToken:

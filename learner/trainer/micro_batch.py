@@ -22,10 +22,10 @@ class MicroBatch:
 
     ``ids [R, k]``: the support, `PAD_ID` in unused columns. ``teacher_logprobs [R, k]`` and ``teacher_tail [R]``: the
     teacher on the support and outside it. ``teacher_sampled [R]``, ``engine_sampled [R]``: log-probs of the sampled
-    tokens. ``weights [R]``: 0 for tokens that the loss skips, 1/|y| under sequence normalisation. ``sample_index [R]``
-    indexes `sample_ids`. ``is_student [R]`` is False for tokens of an environment. ``in_student_topk [R, k]`` marks ids
-    that the student picked at sampling time. ``topk_overlap [R]``: share of the teacher's top k that the student picked
-    too; NaN if the teacher's top k is unknown.
+    tokens. ``advantages [R]``: of the response's reward. ``weights [R]``: 0 for tokens that the loss skips, 1/|y| under
+    sequence normalisation. ``sample_index [R]`` indexes `sample_ids`. ``is_student [R]`` is False for tokens of an
+    environment. ``in_student_topk [R, k]`` marks ids that the student picked at sampling time. ``topk_overlap [R]``:
+    share of the teacher's top k that the student picked too; NaN if the teacher's top k is unknown.
     """
 
     sequences: SequenceBatch
@@ -34,6 +34,7 @@ class MicroBatch:
     teacher_tail: Float[Tensor, " R"]
     teacher_sampled: Float[Tensor, " R"]
     engine_sampled: Float[Tensor, " R"]
+    advantages: Float[Tensor, " R"]
     weights: Float[Tensor, " R"]
     sample_index: Int[Tensor, " R"]
     is_student: Bool[Tensor, " R"]
@@ -64,6 +65,9 @@ def build_micro_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig, layo
         teacher_tail=_float(np.concatenate([item.score.tail_logprob for item in scored])),
         teacher_sampled=_float(np.concatenate([item.score.sampled_logprob for item in scored])),
         engine_sampled=_float(np.concatenate([item.trajectory.sampled_logprobs for item in scored])),
+        advantages=_float(
+            np.repeat([item.advantage for item in scored], [len(item.trajectory.response_ids) for item in scored])
+        ),
         weights=_float(np.concatenate([token_weights(item.trajectory, loss) for item in scored])),
         sample_index=_long(np.repeat(np.arange(len(scored)), [len(item.trajectory.response_ids) for item in scored])),
         is_student=torch.from_numpy(np.concatenate([_student_mask(item.trajectory) for item in scored])),
@@ -83,6 +87,7 @@ def empty_micro_batch(layout: Layout = PADDED) -> MicroBatch:
         teacher_tail=torch.zeros(1),
         teacher_sampled=torch.zeros(1),
         engine_sampled=torch.zeros(1),
+        advantages=torch.zeros(1),
         weights=torch.zeros(1),
         sample_index=torch.zeros(1, dtype=torch.long),
         is_student=torch.ones(1, dtype=torch.bool),

@@ -14,6 +14,7 @@ from learner.trainer.losses import (
     negative_log_likelihood,
     pointwise_divergence,
     policy_gradient,
+    reward_term,
     topk_divergence,
 )
 from learner.trainer.micro_batch import MicroBatch
@@ -67,11 +68,21 @@ class Objective:
                 clip_per_entry=config.clip_per_entry,
             )
         values = limit_per_token(values, config.clip_per_token)
+        rewards = self._rewards(chunk)
         with torch.no_grad():
             importance = self._importance(chunk)
-            self._collect(chunk, values, importance)
+            self._collect(chunk, values + rewards, importance)
         # A skipped token's value may be infinite: 0 * inf would poison the sum.
-        return torch.where(weights > 0, values * weights * importance, 0.0).sum() * self.scale
+        return torch.where(weights > 0, weights * (values * importance + rewards), 0.0).sum() * self.scale
+
+    def _rewards(self, chunk: ChunkView) -> Tensor:
+        """Return the reward's term of each token, ``[c]``; zeros without `loss.reward_weight`."""
+        batch, rows, config = self.batch, chunk.rows, self.config
+        if not config.reward_weight:
+            return torch.zeros_like(chunk.sampled)
+        return config.reward_weight * reward_term(
+            chunk.sampled, batch.engine_sampled[rows], batch.advantages[rows], ratio_clip=config.ratio_clip
+        )
 
     def _importance(self, chunk: ChunkView) -> Tensor:
         """Return each token's prefix ratio, ``[c]``; ones without `loss.importance_clip`."""

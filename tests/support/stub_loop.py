@@ -131,5 +131,5 @@ class StubPublisher:
 def loop_over(services: StubServices, config: Config | None = None, **parts: Any) -> TrainingLoop:
     """A training loop over stubs."""
     publisher = cast(WeightPublisher, StubPublisher(getattr(services, "order", None)))
-    parts = {"status": lambda _: None, **parts}
-    return TrainingLoop(config or config_of(), cast(Services, services), publisher, ROWS, **parts)
+    parts = {"status": lambda _: None, "prompts": ROWS, **parts}
+    return TrainingLoop(config or config_of(), cast(Services, services), publisher, **parts)

@@ -48,7 +48,9 @@ class Partitioned:
         return [result(ref) for ref in [getattr(actor, method).remote(*args) for actor in self.actors]]
 
     def step(self, scored: list[ScoredTrajectory]) -> list[StepReport]:
-        ray.get([actor.accumulate.remote(*scored[rank::2]) for rank, actor in enumerate(self.actors)], timeout=SOON_S)
+        shares = [scored[rank::2] for rank in range(2)]
+        calls = [actor.accumulate.remote([0.0] * len(x), *x) for actor, x in zip(self.actors, shares, strict=True)]
+        ray.get(calls, timeout=SOON_S)
         return self.call("finish_step", *totals(scored))
 
     def publish(self, receive: Callable[[Receiver], Any]) -> tuple[list[Any], Any]:

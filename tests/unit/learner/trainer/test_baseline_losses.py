@@ -136,6 +136,36 @@ def test_forward_kl_on_the_teachers_ids_is_the_full_formula(tiny_model: Path, ti
     assert_same(found, expected(load(tiny_model), items, forward_kl), rel=3e-3)  # the teacher's values are sent as f16
 
 
+@pytest.mark.parametrize("clip", [None, 1.2])
+def test_a_reward_adds_its_policy_gradient_to_the_divergence(tiny_model: Path, clip: float | None) -> None:
+    """Against plain autograd of divergence + weight * (-ratio * advantage), token by token."""
+    weight = 0.3
+    loss = {"reward_weight": weight, "ratio_clip": clip, "clip_per_token": 2.0}
+    config = learner_config(tiny_model, loss=loss, rollout={"samples_per_prompt": 2})
+    items = []
+    for item, value in zip(make_scored(4), (1.0, -0.5, 0.0, 2.0), strict=True):
+        sampled = item.trajectory.sampled_logprobs / 2 - 4.7  # around the tiny model's own: ratios on both sides of 1
+        items.append(replace(item, advantage=value, trajectory=replace(item.trajectory, sampled_logprobs=sampled)))
+
+    def per_token(logits: Tensor, item: ScoredTrajectory) -> Tensor:
+        log_p, ids = logits.log_softmax(-1), torch.from_numpy(item.trajectory.topk_ids.astype("int64"))
+        inside, rest = log_p.gather(-1, ids), log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
+        log_q = torch.from_numpy(item.score.logprobs.astype("float32"))
+        tail_q = torch.from_numpy(item.score.tail_logprob)
+        kl = (inside.exp() * (inside - log_q)).sum(-1) + rest.exp() * (rest - tail_q)
+        sampled = log_p.gather(-1, torch.from_numpy(item.trajectory.response_ids.astype("int64"))[:, None])[:, 0]
+        ratio = (sampled - torch.from_numpy(item.trajectory.sampled_logprobs)).exp()
+        return kl.clamp(max=2.0) - weight * (ratio if clip is None else ratio.clamp(max=clip)) * item.advantage
+
+    found = step(config, load(tiny_model), items)
+    assert_same(found, expected(load(tiny_model), items, per_token))
+    without = step(config, load(tiny_model), [replace(item, advantage=0.0) for item in items])
+    assert abs(found[0] - without[0]) > 0.05
+    if clip is not None:
+        free = learner_config(tiny_model, loss={**loss, "ratio_clip": None}, rollout={"samples_per_prompt": 2})
+        assert abs(found[0] - step(free, load(tiny_model), items)[0]) > 1e-3  # the bound matters here
+
+
 def test_metrics_that_need_the_students_samples_are_nan(tiny_model: Path, tiny_untied_model: Path) -> None:
     """NaN cannot be mistaken for a value; the learner's report leaves these metrics out."""
     items = as_teacher(load(tiny_untied_model), stored_answers(), k=8)
