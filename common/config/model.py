@@ -97,7 +97,7 @@ class Config(Section):
 
     @property
     def answers_path(self) -> Path:
-        """File of the teacher's own answers (`rollout.source: teacher`)."""
+        """File of the teacher's own answers (`rollout.source: teacher`, `rollout.mix`)."""
         return self.rollout.answers_file or self.run.path / "offpolicy.jsonl"
 
     @property

@@ -32,31 +32,36 @@ def _comparable_logprobs(key: str, loss: LossConfig, rollout: RolloutConfig) -> 
 def source_rules(
     rollout: RolloutConfig, loss: LossConfig, teacher: TeacherConfig, *, more_teachers: bool
 ) -> Iterator[str]:
-    if rollout.source == "student":
+    if rollout.source == "teacher" and rollout.mix is not None:
+        yield "rollout.mix has responses of both: it needs rollout.source `student`"
+    if not rollout.teacher_answers:
         if loss.form == "nll":
             yield "loss.form `nll` of the student's own answers teaches nothing: set rollout.source to `teacher`"
         if rollout.answers_file is not None:
-            yield "rollout.answers_file holds the teacher's answers: it needs rollout.source `teacher`"
+            yield "rollout.answers_file holds the teacher's answers: it needs rollout.source `teacher` or rollout.mix"
         return
+    key = "rollout.source `teacher`" if rollout.mix is None else "rollout.mix"
     if loss.support != "teacher" and rollout.topk_from == "engine":
         yield (
-            f"rollout.source `teacher`: no student engine samples, so no engine picks the ids of loss.support "
+            f"{key}: no student engine samples the teacher's answers, so no engine picks the ids of loss.support "
             f"`{loss.support}`; set loss.support to `teacher`, or rollout.topk_from to `learner`"
         )
-    if loss.form == "policy_gradient" or loss.importance_clip is not None:
+    if loss.form == "policy_gradient" or loss.importance_clip is not None or loss.reward_weight:
         yield (
-            "rollout.source `teacher`: loss.form `policy_gradient` and loss.importance_clip need answers sampled by "
+            f"{key}: loss.form `policy_gradient`, loss.importance_clip and loss.reward_weight need answers sampled by "
             "the student"
         )
+    if rollout.mix is not None and loss.form == "nll":
+        yield "rollout.mix: loss.form `nll` of the student's own answers teaches nothing"
     if rollout.max_staleness or rollout.oversample_fraction:
         yield (
-            "rollout.source `teacher`: all answers exist before training, so rollout.max_staleness and "
+            f"{key}: the teacher's answers exist before training, so rollout.max_staleness and "
             "rollout.oversample_fraction must be 0"
         )
     if more_teachers or teacher.kind in ("live", "ema"):
-        yield "rollout.source `teacher` needs a single teacher with fixed weights: no `teachers`, `live` or `ema`"
+        yield f"{key} needs a single teacher with fixed weights: no `teachers`, `live` or `ema`"
     if teacher.url is not None and teacher.model is None:
-        yield "rollout.source `teacher`: teacher.url only scores; set teacher.model to the model that answers"
+        yield f"{key}: teacher.url only scores; set teacher.model to the model that answers"
 
 
 def importance_rules(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
@@ -77,8 +82,6 @@ def reward_rules(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
             f"loss.reward_weight compares the responses to a prompt: rollout.samples_per_prompt "
             f"({rollout.samples_per_prompt}) must be 2 or more"
         )
-    if rollout.source == "teacher":
-        yield "loss.reward_weight needs answers sampled by the student: set rollout.source to `student`"
     if rollout.max_staleness or rollout.oversample_fraction:
         yield (
             "loss.reward_weight needs all responses to a prompt in one step: rollout.max_staleness and "

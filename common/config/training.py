@@ -5,9 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.config.base import Fraction, NonNegative, Positive, PositiveFloat, Section
+
+
+class MixConfig(Section):
+    """Responses of student and teacher in one run."""
+
+    teacher: Fraction
+    """Share of each step's prompts whose responses are the teacher's, sampled with the context before training."""
+    student: Fraction | None = None
+    """Share of the others. Default: the rest."""
+    teacher_steps: NonNegative = 0
+    """Steps at the start with the teacher's responses alone."""
+
+    @model_validator(mode="after")
+    def _shares_are_a_whole(self) -> MixConfig:
+        if self.student is not None and abs(self.student + self.teacher - 1) > 1e-6:
+            raise ValueError(f"student ({self.student:g}) and teacher ({self.teacher:g}) must add up to 1")
+        return self
 
 
 class RolloutConfig(Section):
@@ -16,9 +33,12 @@ class RolloutConfig(Section):
     source: Literal["student", "teacher"] = "student"
     """Model whose responses the student trains on. `teacher` is an off-policy baseline: `teacher.model` answers all
     prompts of the run once, with the context, before training starts."""
+    mix: MixConfig | None = None
+    """Trains on responses of both, with the same loss: the teacher's show what the student never tries by itself."""
     answers_file: Path | None = None
-    """File for the teacher's answers with `source: teacher`. Default: ``offpolicy.jsonl`` in the run's folder. Answers
-    already in the file are reused if model, data, context, sampling and seed are the same, so runs may share it."""
+    """File for the teacher's answers with `source: teacher` or `mix`. Default: ``offpolicy.jsonl`` in the run's folder.
+    Answers already in the file are reused if model, data, context, sampling and seed are the same, so runs may share
+    it."""
     batch_size: Positive = 128
     """Prompts per optimiser step."""
     samples_per_prompt: Positive = 1
@@ -65,6 +85,11 @@ class RolloutConfig(Section):
     oversample_fraction: Annotated[float, Field(ge=0)] = 0.0
     """Extra prompts sampled per step, as a share of the batch. The step takes the first responses to finish and
     discards the rest, which favours short responses (`staleness/discarded`)."""
+
+    @property
+    def teacher_answers(self) -> bool:
+        """True if the run trains on stored answers of the teacher."""
+        return self.source == "teacher" or self.mix is not None
 
 
 class EnvironmentConfig(Section):

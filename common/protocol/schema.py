@@ -104,7 +104,8 @@ class Trajectory:
     as are the ids. ``topk_ids [T, k]`` are the student's most likely ids, best first; ``k`` is
     0 if the learner picks them (``rollout.topk_from: learner``). ``versions`` are (first response position, weight
     version) spans, several if the weights changed during sampling. ``loss_mask [T]`` is False for tokens of the
-    environment (a conversation as one response); None means that the student sampled every token.
+    environment (a conversation as one response); None means that the model sampled every token. `from_teacher` marks a
+    stored response of the teacher's, whose ``sampled_logprobs`` are NaN.
     """
 
     sample_id: str
@@ -116,6 +117,7 @@ class Trajectory:
     finish_reason: FinishReason
     versions: tuple[tuple[int, int], ...]
     loss_mask: Mask | None = None
+    from_teacher: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,8 @@ class Sample:
     sample_id: str
     prompt: Prompt
     sampling: Sampling
+    from_teacher: bool = False
+    """True if the response is a stored one of the teacher's."""
 
     @property
     def max_tokens(self) -> int:

@@ -141,12 +141,14 @@ def _keys(config: Config, method: Method, answers: Path) -> list[str]:
     if method == "pg":
         return [
             *on_policy,
+            "rollout.mix=null",
             "loss.form=policy_gradient",
             "loss.importance_clip=null",
             f"loss.temperature={config.rollout.temperature}",
         ]
     keys = [
         "rollout.source=teacher",
+        "rollout.mix=null",
         # Off-policy and sequence-level train on the same answers.
         f"rollout.answers_file={answers}",
         "rollout.max_staleness=0",

@@ -24,6 +24,7 @@ HEALTH = (
     ("entropy", "Entropy of the student", "nats per token"),
     ("grad_norm", "Gradient norm", "before clipping"),
     ("lr", "Learning rate", "of the step"),
+    ("rollout/teacher_share", "Responses of the teacher", "share of the step’s"),
     ("reward/mean", "Reward", "mean of the step’s responses"),
     ("teacher/age", "Age of the teacher", "steps since its weights, mean"),
     ("rollout/mean_tokens", "Length of answers", "tokens"),

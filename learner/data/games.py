@@ -55,8 +55,11 @@ def refuse_games_if_unsupported(turns: Sequence[FirstTurn], rollout: RolloutConf
     """Raise ConfigError if `turns` hold games and the settings take single answers only."""
     if not any(turn.game for turn in turns):
         return
-    if rollout.source == "teacher":
-        raise ConfigError("data.train has games, which the teacher does not play: rollout.source must be `student`")
+    if rollout.teacher_answers:
+        raise ConfigError(
+            "data.train has games, which the teacher does not play: rollout.source must be `student`, without "
+            "rollout.mix"
+        )
     if rollout.topk_from == "learner" or teacher.kind == "base":
         raise ConfigError(
             "data.train has games, whose answers the rollout workers have scored: rollout.topk_from must be `engine`, "

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import xxhash
 
-from common.config.model import Config
+from common.config.model import Config, RolloutConfig
 from common.data.rows import batch_rows
 from common.protocol.schema import Prompt, Sample, Sampling
 from learner.data.context_sampling import ContextSampler
+
+MIX_STREAM = 0x6D6978
+"""Tells the random numbers of `teacher_positions` from others of the same seed and step."""
 
 
 class SampleSource:
@@ -23,7 +28,7 @@ class SampleSource:
         self._config = config
         self._prompts = prompts
         self.per_step = config.rollout.batch_size * config.rollout.samples_per_prompt
-        self._rows: tuple[int, list[int]] = (-1, [])
+        self._rows: tuple[int, list[int], frozenset[int]] = (-1, [], frozenset())
 
     def __getitem__(self, number: int) -> Sample:
         config, rollout = self._config, self._config.rollout
@@ -31,7 +36,8 @@ class SampleSource:
         position, repeat = divmod(within_step, rollout.samples_per_prompt)
         if self._rows[0] != step:
             rows = batch_rows(step, batch_size=rollout.batch_size, rows=len(self._prompts), seed=config.run.seed)
-            self._rows = (step, rows)
+            taught = teacher_positions(step, rollout, config.run.seed)
+            self._rows = (step, rows, taught)
         index = self._rows[1][position]
         prompt = self._prompts[index]
         sample_id = f"{step}/{position}/{prompt.row_id}/{repeat}"
@@ -47,7 +53,20 @@ class SampleSource:
             stop=rollout.stop,
             seed=sample_seed(config.run.name, config.run.seed, sample_id),
         )
-        return Sample(number, step, sample_id, prompt, sampling)
+        return Sample(number, step, sample_id, prompt, sampling, from_teacher=position in self._rows[2])
+
+
+def teacher_positions(step: int, rollout: RolloutConfig, seed: int) -> frozenset[int]:
+    """Positions of the step's batch whose responses are the teacher's, a function of `seed` and `step`.
+
+    Their number is the share of the batch, rounded up or down at random, so that it is exact on average.
+    """
+    mix, size = rollout.mix, rollout.batch_size
+    if mix is None or step < mix.teacher_steps:
+        return frozenset(range(size) if rollout.teacher_answers else ())
+    rng = np.random.default_rng([seed, step, MIX_STREAM])
+    count = math.floor(mix.teacher * size + rng.random())
+    return frozenset(rng.permutation(size)[:count].tolist())
 
 
 def sample_seed(run: str, seed: int, sample_id: str) -> int:

@@ -153,8 +153,9 @@ class TeacherAnswers:
         self._count = config.learner.steps * source.per_step
 
     def missing(self) -> list[Sample]:
-        """Samples of all steps that have no answer yet."""
-        return [self._source[number] for number in range(self._count) if number not in self._file]
+        """The teacher's samples of all steps that have no answer yet."""
+        samples = (self._source[number] for number in range(self._count) if number not in self._file)
+        return [sample for sample in samples if sample.from_teacher]
 
     def close(self) -> None:
         """Close the file."""
@@ -174,11 +175,13 @@ class TeacherAnswers:
         async def answer(sample: Sample) -> None:
             without_ids = replace(sample, sampling=replace(sample.sampling, top_logprobs=0))
             self._file.add(sample, await generate(without_ids, prompt_of(sample)))
-            status(f"the teacher answers: {len(self._file)}/{self._count}")
+            status(f"the teacher answers: {len(self._file)}/{total}")
 
+        missing = self.missing()
+        total = len(self._file) + len(missing)
         try:
             async with asyncio.TaskGroup() as group:
-                for sample in self.missing():
+                for sample in missing:
                     group.create_task(answer(sample))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
@@ -204,12 +207,13 @@ class TeacherAnswers:
             topk_ids=as_ids(np.empty((len(ids), 0))),
             finish_reason=found["finish_reason"],
             versions=((0, version),),
+            from_teacher=True,
         )
 
 
 def open_teacher_answers(config: Config, inputs: Inputs) -> TeacherAnswers | None:
     """The stored answers of the run; None if it trains on the student's own. Raises RunError as `AnswerFile`."""
-    if config.rollout.source == "student":
+    if not config.rollout.teacher_answers:
         return None
     origin = answers_origin(config, contexts=inputs.context_names, data=inputs.data_digest)
     source = SampleSource(config, inputs.train, inputs.context_sampler)

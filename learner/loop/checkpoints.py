@@ -30,7 +30,17 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LEARNER = "learner"
 _PARTIAL = ".partial"
-_SAMPLING = {"source", "batch_size", "samples_per_prompt", "max_tokens", "temperature", "top_p", "stop", "topk_from"}
+_SAMPLING = {
+    "source",
+    "mix",
+    "batch_size",
+    "samples_per_prompt",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "stop",
+    "topk_from",
+}
 
 
 class CheckpointError(ValueError):

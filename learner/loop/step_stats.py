@@ -110,6 +110,7 @@ class StepStats:
     failures: dict[str, str] = field(default_factory=dict)
     """Sample id -> reason for the missing score."""
     agreements: list[float] = field(default_factory=list)
+    from_teacher: int = 0
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     episodes: list[EpisodeSummary] = field(default_factory=list)
@@ -120,6 +121,7 @@ class StepStats:
         self.tokens += rollout.summary.response_tokens
         self.student_tokens += rollout.summary.student_tokens
         self.sequences += rollout.sequences
+        self.from_teacher += rollout.sample.from_teacher
         self.stopped_by_length += rollout.summary.finish_reason == "length"
         self.sample_ids.append(rollout.sample.sample_id)
         if rollout.sample.prompt.context_id is not None:

@@ -64,7 +64,7 @@ class TrainingLoop:
         teacher_answers: TeacherAnswers | None = None,
     ) -> None:
         """`status` shows progress; `record_skipped` gets the records of each step that a NaN cost. With
-        `context_sampler` every sample has its own context; with `teacher_answers` the stored answers are trained on.
+        `context_sampler` every sample has its own context; `teacher_answers` holds those of samples from the teacher.
         """
         self._config = config
         self._services = services
@@ -130,6 +130,8 @@ class TrainingLoop:
             "rollout/restarts": services.pool.restarts,
             "rollout/reissued": services.pool.reissued,
         }
+        if self._config.rollout.teacher_answers:
+            pool["rollout/teacher_share"] = stats.from_teacher / max(stats.answers, 1)
         return stats.outcome(
             version=step + 1,
             during=(started, time.time()),
@@ -215,8 +217,8 @@ def _reward_groups(config: Config) -> RewardGroups | None:
 class RolloutPipeline:
     """Samples on their way to the learner, as far ahead of training as `rollout.max_staleness` allows.
 
-    Used on one event loop. A resumed run passes the numbers `again` before it goes on at `next_number`. With
-    `teacher_answers` the answers are the stored ones.
+    Used on one event loop. A resumed run passes the numbers `again` before it goes on at `next_number`. A
+    sample from the teacher has its stored answer in `teacher_answers`.
     """
 
     def __init__(
@@ -320,7 +322,7 @@ class RolloutPipeline:
         """One sample from the pool to its score: one actor call, unless the learner or a stored answer takes part."""
         issued, services = time.time(), self._services
         by_learner = self._config.rollout.topk_from == "learner" or self._config.teacher.kind == "base"
-        if self._teacher_answers is None and not by_learner:
+        if not sample.from_teacher and not by_learner:
             summary, item = await services.rollout(sample, "scored")
             return scored_rollout(sample, issued, summary, summary.score, item)
         prepared = None
@@ -343,8 +345,9 @@ class RolloutPipeline:
 
     async def _unscored(self, sample: Sample) -> tuple[Any, Any]:
         """(summary, trajectory or a reference to it)."""
-        if self._teacher_answers is None:
+        if not sample.from_teacher:
             return await self._services.rollout(sample, "trajectory")
+        assert self._teacher_answers is not None
         trajectory = self._teacher_answers.trajectory(sample, self.tracker.version)
         return Replayed.of(trajectory), trajectory
 

@@ -29,7 +29,7 @@ def check_lengths(config: Config, inputs: Inputs) -> Iterator[Finding]:
         return
     # An engine of the teacher's model answers with the context, to measure accuracy and for stored answers.
     limit_key = "student.max_sequence_tokens"
-    for key in ("data.eval", "data.train") if config.rollout.source == "teacher" else ("data.eval",):
+    for key in ("data.eval", "data.train") if config.rollout.teacher_answers else ("data.eval",):
         yield from _too_long(key, "teacher", inputs.facts.get(key, ()), config, limit_key, teacher, config.student)
 
 

@@ -24,8 +24,9 @@ class MicroBatch:
     teacher on the support and outside it. ``teacher_sampled [R]``, ``engine_sampled [R]``: log-probs of the sampled
     tokens. ``advantages [R]``: of the response's reward. ``weights [R]``: 0 for tokens that the loss skips, 1/|y| under
     sequence normalisation. ``sample_index [R]`` indexes `sample_ids`. ``is_student [R]`` is False for tokens of an
-    environment. ``in_student_topk [R, k]`` marks ids that the student picked at sampling time. ``topk_overlap [R]``:
-    share of the teacher's top k that the student picked too; NaN if the teacher's top k is unknown.
+    environment. ``from_teacher [R]`` marks stored responses of the teacher's. ``in_student_topk [R, k]`` marks ids that
+    the student picked at sampling time. ``topk_overlap [R]``: share of the teacher's top k that the student picked too;
+    NaN if the teacher's top k is unknown.
     """
 
     sequences: SequenceBatch
@@ -38,6 +39,7 @@ class MicroBatch:
     weights: Float[Tensor, " R"]
     sample_index: Int[Tensor, " R"]
     is_student: Bool[Tensor, " R"]
+    from_teacher: Bool[Tensor, " R"]
     in_student_topk: Bool[Tensor, "R k"]
     topk_overlap: Float[Tensor, " R"]
     sample_ids: tuple[str, ...]
@@ -71,6 +73,12 @@ def build_micro_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig, layo
         weights=_float(np.concatenate([token_weights(item.trajectory, loss) for item in scored])),
         sample_index=_long(np.repeat(np.arange(len(scored)), [len(item.trajectory.response_ids) for item in scored])),
         is_student=torch.from_numpy(np.concatenate([_student_mask(item.trajectory) for item in scored])),
+        from_teacher=torch.from_numpy(
+            np.repeat(
+                [item.trajectory.from_teacher for item in scored],
+                [len(item.trajectory.response_ids) for item in scored],
+            )
+        ),
         in_student_topk=torch.from_numpy(np.concatenate([_widen(marked, width, False) for marked in marks])),
         topk_overlap=_float(np.concatenate(overlaps)),
         sample_ids=tuple(item.trajectory.sample_id for item in scored),
@@ -91,6 +99,7 @@ def empty_micro_batch(layout: Layout = PADDED) -> MicroBatch:
         weights=torch.zeros(1),
         sample_index=torch.zeros(1, dtype=torch.long),
         is_student=torch.ones(1, dtype=torch.bool),
+        from_teacher=torch.zeros(1, dtype=torch.bool),
         in_student_topk=torch.ones(1, 1, dtype=torch.bool),
         topk_overlap=torch.zeros(1),
         sample_ids=("nothing",),

@@ -97,7 +97,8 @@ class Objective:
         teacher, teacher_tail = batch.teacher_logprobs[rows], batch.teacher_tail[rows]
         on_support = pointwise_divergence(student, teacher, "reverse").sum(-1)
         in_tail = pointwise_divergence(tail, teacher_tail, "reverse")
-        mismatch = batch.engine_sampled[rows] - chunk.sampled
+        by_student = ~batch.from_teacher[rows]
+        mismatch = torch.where(by_student, batch.engine_sampled[rows] - chunk.sampled, 0.0)
         columns = (
             values,
             on_support,
@@ -108,6 +109,7 @@ class Objective:
             torch.where(batch.in_student_topk[rows], student.exp(), 0.0).sum(-1),
             batch.topk_overlap[rows],
             -(student.exp() * student).sum(-1) - tail.exp() * tail,
+            by_student.to(mismatch.dtype),
             mismatch.abs(),
             mismatch.square(),
             ((mismatch.neg().exp() - 1).abs() <= 0.1).logical_not().to(mismatch.dtype),  # NaN is outside

@@ -16,6 +16,7 @@ METRICS = (
     "support_coverage",
     "topk_overlap",
     "entropy",
+    "mismatch/counted",
     "mismatch/abs",
     "mismatch/squared",
     "mismatch/outside",
@@ -32,6 +33,7 @@ METRICS = (
   time, as far as the support contains them (if the teacher picks the support, it contains only some).
 - ``topk_overlap``: share of the teacher's top k that is in the student's; NaN if only the student picks.
 - ``entropy``: the student's entropy over the support and the tail bucket.
+- ``mismatch/counted``: 1 for a token that a rollout engine sampled; the others count for no ``mismatch/*``.
 - ``mismatch/abs``, ``mismatch/squared``: engine minus learner log-prob of the sampled token, absolute and squared (both
   must be at one temperature). ``mismatch/outside``: 1 if the ratio of the two probabilities is outside [0.9, 1.1].
 - ``importance/*``: the prefix ratio (``loss.importance_clip``; 1 without it), and its square.
@@ -47,17 +49,19 @@ def step_means(
     """
     count = max(loss_tokens, 1)
     means = {name: sums[name] / count for name in METRICS}
+    by_student = means.pop("mismatch/counted")
+    for name in ("mismatch/abs", "mismatch/squared", "mismatch/outside"):
+        means[name] = means[name] / by_student if by_student else 0.0
     means["mismatch/rms"] = means.pop("mismatch/squared") ** 0.5
     squared = means.pop("importance/squared")
     means["importance/ess_ratio"] = means["importance/mean"] ** 2 / squared if squared else 0.0
-    for name in _undefined_metrics(loss, rollout):
+    for name in _undefined_metrics(loss, rollout, has_student_tokens=by_student > 0):
         del means[name]
     return means
 
 
-def _undefined_metrics(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
-    teacher_samples = rollout.source == "teacher"
-    no_student_ids = teacher_samples and rollout.topk_from == "engine"
+def _undefined_metrics(loss: LossConfig, rollout: RolloutConfig, *, has_student_tokens: bool) -> Iterator[str]:
+    no_student_ids = rollout.teacher_answers and rollout.topk_from == "engine"
     if loss.support == "student" or no_student_ids:
         yield "topk_overlap"
     # A `teacher` support contains only those of the student's ids that the teacher picked too.
@@ -65,5 +69,5 @@ def _undefined_metrics(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str
         yield "support_coverage"
     if loss.importance_clip is None:
         yield from ("importance/mean", "importance/ess_ratio")
-    if teacher_samples or loss.temperature != rollout.temperature or rollout.top_p != 1:
+    if not has_student_tokens or loss.temperature != rollout.temperature or rollout.top_p != 1:
         yield from ("mismatch/abs", "mismatch/rms", "mismatch/outside")

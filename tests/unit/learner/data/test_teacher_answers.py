@@ -18,7 +18,7 @@ from common.config.model import Config, ConfigError
 from common.protocol.schema import Sample, Trajectory
 from learner.cluster.services import Services
 from learner.data.samples import SampleSource
-from learner.data.teacher_answers import AnswerFile, TeacherAnswers, answers_origin
+from learner.data.teacher_answers import AnswerFile, Replayed, TeacherAnswers, answers_origin
 from learner.errors import RunError
 from learner.loop.training_loop import RolloutPipeline, ScoredRollout
 from tests.support.stub_loop import ROWS, StubServices
@@ -215,6 +215,7 @@ async def trained_on(config: Config, services: StubServices, answers: TeacherAns
         trained += step
         if len(trained) < config.learner.steps * 8:
             pipeline.advance()
+            services.version += 1
     await pipeline.close()
     return trained
 
@@ -236,6 +237,28 @@ async def test_a_replayed_run_trains_exactly_the_stored_answers_once_each(tmp_pa
         assert np.isnan(trajectory.sampled_logprobs).all()
         assert one.tokens == len(sample.prompt.student_ids) + len(trajectory.response_ids)
         assert {span.stage for span in one.spans} == {"score"}
+
+
+class Both(Scores):
+    """Engines that answer the student's samples."""
+
+    async def rollout(self, sample: Sample, output: str) -> tuple[Any, Any]:
+        return await StubServices.rollout(self, sample, output)
+
+
+async def test_a_mix_asks_the_engines_for_the_students_and_replays_the_teachers(tmp_path: Path) -> None:
+    mix = {"source": "student", "topk_from": "learner", "mix": {"teacher": 0.5, "teacher_steps": 1}}
+    config = config_of(rollout=mix, loss={"support": "student"})
+    source = SampleSource(config, ROWS)
+    taught = {source[number].sample_id for number in range(STEPS * 8) if source[number].from_teacher}
+    answers, asked = answers_of(tmp_path / "offpolicy.jsonl", config), list[Sample]()
+    await collected(answers, asked)
+    assert {sample.sample_id for sample in asked} == taught
+    services = Both()
+    trained = await trained_on(config, services, answers)
+    assert {one.sample.sample_id for one in trained if isinstance(one.summary, Replayed)} == taught
+    assert set(services.asked) == {source[number].sample_id for number in range(STEPS * 8)} - taught
+    assert len(taught) == 8 + 2 * 4
 
 
 async def test_the_learner_can_pick_its_own_ids_on_the_teachers_answers(tmp_path: Path) -> None:

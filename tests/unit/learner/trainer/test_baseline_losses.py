@@ -16,6 +16,7 @@ from common.protocol.schema import ItemScore, ScoredTrajectory, as_ids
 from learner.trainer.micro_batch import build_micro_batch
 from learner.trainer.objective import Objective
 from learner.trainer.policy import Policy
+from learner.trainer.step_metrics import step_means
 from tests.support.scored import learner_config, make_scored
 
 CONTEXT = [7, 11, 13, 17, 19]
@@ -42,6 +43,7 @@ def stored_answers() -> list[ScoredTrajectory]:
                 item.trajectory,
                 topk_ids=as_ids(np.empty((len(item.trajectory.response_ids), 0))),
                 sampled_logprobs=np.full(len(item.trajectory.response_ids), np.nan, np.float32),
+                from_teacher=True,
             ),
         )
         for item in make_scored(4, seed=5)
@@ -166,14 +168,33 @@ def test_a_reward_adds_its_policy_gradient_to_the_divergence(tiny_model: Path, c
         assert abs(found[0] - step(free, load(tiny_model), items)[0]) > 1e-3  # the bound matters here
 
 
-def test_metrics_that_need_the_students_samples_are_nan(tiny_model: Path, tiny_untied_model: Path) -> None:
-    """NaN cannot be mistaken for a value; the learner's report leaves these metrics out."""
+def test_metrics_that_need_the_students_samples_are_left_out(tiny_model: Path, tiny_untied_model: Path) -> None:
     items = as_teacher(load(tiny_untied_model), stored_answers(), k=8)
     config = learner_config(tiny_model, rollout={"source": "teacher"}, loss={"support": "teacher", "top_k": 8})
     batch = build_micro_batch(items, config.loss)
     objective = Objective(batch, config.loss)
     Policy(load(tiny_model), chunk_tokens=7)(batch, objective)
     sums = objective.metric_sums()
-    assert all(np.isnan(sums[name]) for name in ("topk_overlap", "mismatch/abs", "mismatch/squared"))
+    assert np.isnan(sums["topk_overlap"])
+    assert sums["mismatch/counted"] == 0
+    means = step_means(sums, 50, config.loss, config.rollout)
+    assert not means.keys() & {"topk_overlap", "mismatch/abs", "mismatch/rms", "mismatch/outside", "mismatch/counted"}
     assert all(np.isfinite(sums[name]) for name in ("loss", "kl/support", "kl/tail", "mass/teacher_topk", "entropy"))
     assert objective.nonfinite_samples() == ()
+
+
+def test_in_a_mix_the_mismatch_is_that_of_the_students_tokens_alone(tiny_model: Path, tiny_untied_model: Path) -> None:
+    teacher = load(tiny_untied_model)
+    ours = as_teacher(teacher, make_scored(3), k=8)
+    both = [*ours, *as_teacher(teacher, stored_answers(), k=8)]
+    config = learner_config(tiny_model, rollout={"mix": {"teacher": 0.5}}, loss={"support": "teacher", "top_k": 8})
+    found = []
+    for items in (ours, both):
+        batch = build_micro_batch(items, config.loss)
+        objective = Objective(batch, config.loss)
+        Policy(load(tiny_model), chunk_tokens=7)(batch, objective)
+        tokens = sum(len(item.trajectory.response_ids) for item in items)
+        found.append(step_means(objective.metric_sums(), tokens, config.loss, config.rollout))
+    for name in ("mismatch/abs", "mismatch/rms", "mismatch/outside"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
+    assert found[1]["loss"] != pytest.approx(found[0]["loss"], rel=1e-3)
