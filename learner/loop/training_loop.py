@@ -125,7 +125,7 @@ class TrainingLoop:
         staleness = self._running.tracker.metrics()
         self._running.advance()
         stats.spans += self._publisher.take_spans()
-        pool = {
+        pool: dict[str, float] = {
             "rollout/workers": workers,
             "rollout/restarts": services.pool.restarts,
             "rollout/reissued": services.pool.reissued,
