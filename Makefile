@@ -22,12 +22,15 @@ STAMP := $(VENV)/.setup-done
 LOCKS := deploy/requirements/cpu.txt deploy/requirements/cpu-nodeps.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-unit test-faults test-families soak check format bench gpu-check docs clean lock
+.PHONY: help setup older demo test test-unit test-faults test-families soak check format bench gpu-check docs clean lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install everything, pinned
+
+older: setup ## install transformers 4.57 into a folder of .venv, for the test that it reads exports alike
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/transformers-4.57 transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1
 
 demo: setup models/smollm2/config.json ## distil four worked examples into SmolLM2 on CPU, end to end
 	$(BIN)/opcd train deploy/configs/demo.yaml

@@ -243,16 +243,23 @@ def _dashboard() -> str | None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Handle SIGTERM (``ray job stop``, a scheduler) like Ctrl-C: the run shuts down in order."""
+    """Handle SIGTERM (``ray job stop``, a scheduler) like Ctrl-C: the run shuts down in order.
+
+    Also if SIGINT is ignored, as in what a script starts in the background.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, interrupt)
+    if before[signal.SIGINT] is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from common.protocol.scoring import ScorerFactory
 from common.telemetry.trace import TraceSpan
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest
+from learner.cluster.clocks import clock_warning, measure_clocks, other_nodes
 from learner.cluster.placement import Placement, cluster_gpus, draining_nodes, outside_options, unused_gpus
 from learner.cluster.rank import LearnerRank
 from learner.cluster.teachers import START_TIMEOUT_S, Teachers
@@ -112,6 +113,10 @@ class Services:
             ).remote(model, config, scorer, number=number, max_logprobs=self.config.loss.top_k)
 
         self.worker_info = await within(START_TIMEOUT_S, self.pool.start(make, count))
+
+    async def clock_warning(self) -> str | None:
+        """Measure the clocks of the other nodes; returns a line if one is off."""
+        return clock_warning(await measure_clocks(other_nodes()))
 
     def invite_workers(self) -> None:
         """Ask for workers beyond ``rollout.workers``, up to ``rollout.max_workers``; they join when there is room."""

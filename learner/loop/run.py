@@ -170,6 +170,8 @@ class Run:
         self._progress.line(
             f"started in {time.time() - started:.0f} s; engine and learner agree to {parity.max_nats:.1e} nats"
         )
+        if (off := await self._services.clock_warning()) is not None:
+            self._progress.line(f"WARNING: {off}")
         self._services.invite_workers()
         if self._resumed is not None:
             await self._services.load_state(str((self._resumed.path / LEARNER).absolute()))

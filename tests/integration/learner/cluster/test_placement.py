@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from common.config.model import Config, TeacherConfig
+from learner.cluster import clocks
 from learner.cluster.placement import Placement, PlacementError, cluster_gpus, free_gpus, unused_gpus
 from learner.cluster.rank import LearnerRank
 from learner.cluster.services import Services
@@ -30,6 +31,23 @@ def cluster() -> Iterator[None]:
 class Where:
     def gpus(self) -> list[int]:
         return [int(gpu) for gpu in ray.get_gpu_ids()]
+
+
+class Ahead(clocks.Clock):
+    def now(self) -> float:
+        return super().now() + 7
+
+
+async def test_a_clock_is_measured_on_its_node(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert clocks.other_nodes() == {}
+    ((node, address),) = [(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes()]
+    same = await clocks.measure_clocks({node: address})
+    assert clocks.clock_warning(same) is None
+    assert abs(same[address].seconds) <= same[address].error_s
+    monkeypatch.setattr(clocks, "Clock", Ahead)
+    ahead = await clocks.measure_clocks({node: address})
+    assert "7.0" in str(clocks.clock_warning(ahead))
+    assert await clocks.measure_clocks({"f" * 56: "10.0.0.9"}) == {}  # a node that has gone
 
 
 def test_actors_get_the_places_that_were_reserved_and_give_them_back(cluster: None) -> None:
