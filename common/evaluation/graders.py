@@ -18,6 +18,8 @@ from common.evaluation.answers import final_answer, strip_thinking, tagged_answe
 Grader = Callable[[str, str], bool]
 """(answer of the model, expected answer) -> right or wrong."""
 
+_LETTER = re.compile(r"[A-Da-d]")
+_BRACKETED_LETTER = re.compile(r"\([A-Da-d]\)")
 MATH_TIMEOUT_S = 5
 """Limit for one expression: a model's text can keep a computer algebra system busy without end."""
 
@@ -40,10 +42,16 @@ def contains(answer: str, expected: str) -> bool:
 def answer_tag(answer: str, expected: str) -> bool:
     """The last ``<answer>`` tag after the thinking holds the expected answer, ignoring case; no tag is wrong.
 
-    The paper grades multiple choice and labels this way.
+    If a letter from A to D is expected, the tag's choice counts: the first such letter in brackets, or else the first
+    such letter of the tag, as ``(B)``, ``B. Aspirin`` and ``Option B`` have it. The paper's code grades this way.
     """
     found = tagged_answer(answer)
-    return found is not None and exact_casefold(found, expected)
+    if found is None:
+        return False
+    if _LETTER.fullmatch(expected.strip()) is None:
+        return exact_casefold(found, expected)
+    choice = _BRACKETED_LETTER.search(found) or _LETTER.search(found)
+    return choice is not None and exact_casefold(choice.group(0).strip("()"), expected)
 
 
 def math(answer: str, expected: str) -> bool:

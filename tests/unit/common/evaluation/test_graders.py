@@ -62,11 +62,24 @@ def test_only_what_follows_the_thinking_counts(text: str, rest: str) -> None:
         ("<answer>B", False),
         ("<answer>B</answer></think> I give up", False),
         ("<answer>A</answer></think><answer>B</answer>", True),
-        ("<answer>B or C</answer>", False),
+        ("<answer>B or C</answer>", True),  # the first letter counts
+        ("<answer>C or B</answer>", False),
+        ("<answer>(B)</answer>", True),
+        ("<answer>b. Aspirin</answer>", True),
+        ("<answer>Option B</answer>", True),
+        ("<answer>A drug: (B)</answer>", True),  # a letter in brackets goes first
+        ("<answer>none</answer>", False),
     ],
 )
 def test_answer_tag(answer: str, right: bool) -> None:
     assert make_grader("answer_tag")(answer, "B") is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"), [("Yes", True), ("yes\n", True), ("yes, clearly", False), ("no", False), ("", False)]
+)
+def test_a_label_of_an_answer_tag_is_compared_whole(answer: str, right: bool) -> None:
+    assert make_grader("answer_tag")(f"<answer>{answer}</answer>", "yes") is right
 
 
 @pytest.mark.parametrize(
