@@ -212,12 +212,13 @@ class Run:
         services.teachers.begin(services.placement)
         ranks = services.begin_ranks()
         trained = inputs.facts["data.train"]
-        scorer = await services.teachers.connect(
-            inputs.contexts,
-            tokenizer_fingerprint=inputs.tokenizer_fingerprint,
-            added_tokens=inputs.added_tokens,
-            longest_tokens=max(row.teacher_tokens for row in trained) + config.rollout.max_tokens,
-        )
+        async with run_in_background(self._progress.waiting("loading the teacher, and the learner next to it")):
+            scorer = await services.teachers.connect(
+                inputs.contexts,
+                tokenizer_fingerprint=inputs.tokenizer_fingerprint,
+                added_tokens=inputs.added_tokens,
+                longest_tokens=max(row.teacher_tokens for row in trained) + config.rollout.max_tokens,
+            )
         for name, page in services.teachers.metrics_pages().items():
             self._files.relay_metrics(name, page)
         faults = length_faults(
@@ -232,7 +233,7 @@ class Run:
         if self._resumed is not None:
             refuse_changes(config, inputs, self._resumed, services.teachers.fingerprints())
         shared = any(map(is_part, reserved_gpus(config.learner, config.rollout, config.named_teachers()).values()))
-        async with run_in_background(self._progress.waiting("starting the learner and the rollout engines")):
+        async with run_in_background(self._progress.waiting("loading the learner and the rollout engines")):
             if shared:  # vLLM takes what a starting neighbour allocates for its own use, so the learner loads first
                 await services.wait_ranks(ranks)
             await services.start_workers(config.student.model, scorer, config.rollout.workers)

@@ -18,6 +18,7 @@ from learner.preflight.needs import check_needs
 from learner.preflight.report import Finding, Report, error, warning
 from learner.preflight.rows import (
     check_bos,
+    check_follow_ups,
     check_lengths,
     check_token_ids,
     check_tokenizers,
@@ -40,6 +41,7 @@ CONFIG_CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
 INPUT_CHECKS: tuple[Callable[[Config, Inputs], Iterator[Finding]], ...] = (
     check_lengths,
     check_token_ids,
+    check_follow_ups,
     check_tokenizers,
     check_top_k,
     check_bos,

@@ -8,7 +8,8 @@ from typing import Literal
 from common.config.model import Config, StudentConfig, TeacherConfig
 from common.data.fingerprint import vocabulary_fault
 from common.data.model_lookup import load_model_config, load_tokenizer, model_limit
-from common.data.rendering import length_faults
+from common.data.rendering import Renderer, length_faults
+from common.data.rows import DataError
 from learner.data.inputs import Inputs, answer_limit
 from learner.data.prompts import PromptFacts
 from learner.preflight.models import is_on_this_machine
@@ -74,6 +75,24 @@ def check_token_ids(config: Config, inputs: Inputs) -> Iterator[Finding]:
         for row in inputs.facts["data.train"]:
             if row.teacher == name:
                 yield from _outside(f"data.train: row {row.row_id!r}", row.teacher_max_id, key, model, width)
+
+
+def check_follow_ups(config: Config, inputs: Inputs) -> Iterator[Finding]:
+    """Find a chat template that cannot go on with a game as one conversation: it drops answers, or adds unknown ids."""
+    if config.environment.sample_format != "conversation" or not any(row.game for row in inputs.train):
+        return
+    renderer = Renderer(load_tokenizer(config.student.model), "", config.student)
+    try:
+        ids = renderer.follow_up("observation")
+    except DataError as fault:
+        yield error(f"environment.sample_format `conversation`: {fault}; use `chat` or `observation`")
+        return
+    models = {"student.model": config.student.model}
+    for name, section in config.named_teachers().items():
+        if section.url is None and section.model is not None and is_on_this_machine(section.model):
+            models[("teacher" if name == "default" else f"teachers.{name}") + ".model"] = section.model
+    for key, model in models.items():
+        yield from _outside("a game's next turn", max(ids), key, model, int(load_model_config(model).vocab_size))
 
 
 def check_tokenizers(config: Config, inputs: Inputs) -> Iterator[Finding]:

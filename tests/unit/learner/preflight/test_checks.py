@@ -214,6 +214,34 @@ def test_the_teacher_is_judged_by_its_own_embedding(make: Make, tmp_path: Path, 
     assert found.startswith(f"the context: token id {width} is not in the embedding of teacher.model")
 
 
+@pytest.mark.parametrize("form", ["conversation", "chat"])
+def test_what_stands_between_the_turns_of_a_game_is_checked(
+    form: str, make: Make, tmp_path: Path, tiny_model: Path
+) -> None:
+    """A template that ends answers by a token which no prompt of one turn holds; and one that drops answers."""
+    (tmp_path / "games.jsonl").write_text('{"id": "g", "environment": "FrozenLake", "options": {"size": 3}}')
+    games: dict[str, Any] = {"data": {"train": str(tmp_path / "games.jsonl")}, "environment": {"sample_format": form}}
+    ends = CHAT_TEMPLATE.replace("<|im_end|>", "{{ '<|said|>' if message.role == 'assistant' else '<|im_end|>' }}")
+    drops = "{% if message.role != 'assistant' %}" + CHAT_TEMPLATE.partition("%}")[2].replace(
+        "{% endfor", "{% endif %}{% endfor"
+    )
+    drops = CHAT_TEMPLATE.partition("%}")[0] + "%}" + drops
+    width = 258
+    found = {}
+    for name, template in (("ends", ends), ("drops", drops)):
+        folder = Path(narrow(tiny_model, tmp_path / name, width))
+        tokenizer = build_tokenizer(template, named=("<|im_start|>", "<|im_end|>", "<|said|>"))
+        assert tokenizer.convert_tokens_to_ids("<|said|>") == width
+        tokenizer.save_pretrained(folder)
+        found[name] = errors(make(student={"model": str(folder)}, loss={"top_k": 8}, **games))
+    if form == "chat":
+        assert found == {"ends": [], "drops": []}
+        return
+    assert [one.partition(" is not in")[0] for one in found["ends"]] == [f"a game's next turn: token id {width}"]
+    (line,) = found["drops"]
+    assert line.startswith("environment.sample_format `conversation`: this chat template does not render an answer")
+
+
 def test_each_set_is_checked_for_itself(make: Make, tmp_path: Path) -> None:
     """Rows of two sets with one id: the long one is found, in whichever set it is."""
     long, short = "x" * 90, "y"
