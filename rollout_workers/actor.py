@@ -26,6 +26,7 @@ from common.network import use_interface_of
 from common.protocol.schema import F32, FinishReason, Prompt, Sample, ScoredTrajectory, TokenSequence, Trajectory
 from common.protocol.scoring import Scorer, ScorerFactory, ScoringError
 from common.weight_sync.manifest import SyncManifest
+from rollout_workers.answer_contexts import AnswerContextError, AnswerContexts
 from rollout_workers.environments.playing import (
     EpisodeSummary,
     Played,
@@ -72,11 +73,25 @@ class ScoreSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextSummary:
+    """A call of ``context.from_rollout``: times in seconds since the epoch, and the id of the context that it made.
+
+    Without an id the answer is left out: `error` is the reason if the call failed, else None.
+    """
+
+    started: float
+    ended: float
+    context_id: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutSummary:
     """Sizes and times of one rollout, for the driver; the tokens stay in the object store.
 
     Times are seconds since the epoch. `student_tokens` leaves out what an environment said inside the response. For a
-    game, token counts are sums over its sequences. `score` is None for a rollout that was not scored.
+    game, token counts are sums over its sequences. `score` is None for a rollout that was not scored, `context` if
+    contexts do not depend on answers.
     """
 
     sample_id: str
@@ -92,6 +107,7 @@ class RolloutSummary:
     episode: EpisodeSummary | None = None
     text: str | None = None
     """The answer, without what ended it; only for a run with ``loss.reward_weight``, which grades it."""
+    context: ContextSummary | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +137,7 @@ class RolloutWorker:
         self._scorer_factory = scorer_factory
         self._scorer: Scorer | None = None
         self._engine: RolloutEngine | None = None
+        self._answer_contexts: AnswerContexts | None = None
         self._tokenizer: Any = None
         self._renderers: OrderedDict[str | None, Renderer] = OrderedDict()
         self._starting = asyncio.Lock()
@@ -137,14 +154,15 @@ class RolloutWorker:
     async def rollout(self, sample: Sample, output: Output, in_context: bool = False) -> tuple[RolloutSummary, Any]:
         """Answer `sample`, or play its game; the two values become two object references.
 
-        With `output` `scored` the second value is None if the teacher has no score (the summary holds the error). With
+        With `output` `scored` the second value is None if the teacher has no score (the summary holds the error), with
+        any but `text` if the answer has no context (``context.from_rollout``). With
         `text` it is a `TextAnswer`, or a `Played` for a game. `in_context`: the player of a game sees the context.
         """
         return await self._on_loop(self._rollout(sample, output, in_context))
 
     async def _rollout(self, sample: Sample, output: Output, in_context: bool) -> tuple[RolloutSummary, Any]:
         engine, started = await self._running(), time.time()
-        item: Unscored
+        item: Unscored | None
         if sample.prompt.game is None:
             generation = await engine.generate(sample.prompt.student_ids, sample.sampling, sample.sample_id)
             item = _trajectory(sample, generation)
@@ -165,10 +183,29 @@ class RolloutWorker:
             summary = replace(_summary(self._number, item, started), sample_id=sample.sample_id, episode=totals)
             if output == "text":
                 return summary, Played(episode.exchanges, episode.outcome, episode.reward, episode.success)
+        if self._config.context.from_rollout is not None:
+            assert not isinstance(item, list)
+            text = engine.answer_text(item.response_ids.tolist(), sample.sampling.stop)
+            context, item = await self._with_context(item, text)
+            summary = replace(summary, context=context)
+            if item is None:
+                return summary, None
         if output == "trajectory":
             return summary, item
         score, scored = await self._score(item)
         return replace(summary, score=score), scored
+
+    async def _with_context(self, item: Trajectory, text: str) -> tuple[ContextSummary, Trajectory | None]:
+        """The trajectory with the context for its answer; None if there is none."""
+        if self._answer_contexts is None:
+            self._answer_contexts = AnswerContexts(self._config.context, self._renderer(item.prompt))
+        started = time.time()
+        try:
+            found = await self._answer_contexts.apply(item, text)
+        except AnswerContextError as failure:
+            return ContextSummary(started, time.time(), error=str(failure)), None
+        name = None if found is None else found.prompt.context_id
+        return ContextSummary(started, time.time(), name), found
 
     @ray.method(num_returns=2)
     async def score(self, item: Unscored) -> tuple[ScoreSummary, Scored | None]:
@@ -194,7 +231,7 @@ class RolloutWorker:
 
     def _renderer(self, prompt: Prompt) -> Renderer:
         """The renderer of a game's turns, under the game's context or else the run's."""
-        own = self._config.context.from_rows  # then the context belongs to the row, not to the renderer
+        own = self._config.context.by_row  # then the context belongs to the row, not to the renderer
         context = None if prompt.game is None or own else prompt.game.context
         if context not in self._renderers:
             self._renderers[context] = self._make_renderer(context)
@@ -214,7 +251,7 @@ class RolloutWorker:
             config.student,
             config.context.placement,
             teacher_template_kwargs=config.context.chat_template_kwargs,
-            contexts_travel=config.context.from_rows,
+            contexts_travel=config.context.by_row,
         )
 
     # --- control ----------------------------------------------------------------------------------------------------

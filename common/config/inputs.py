@@ -169,7 +169,8 @@ class TeacherConfig(Section):
 
 
 class ContextConfig(Section):
-    """The text that only the teacher sees. Set one of `text`, `file` and `pool`, or `from_rows`."""
+    """The text that only the teacher sees. Set one of `text`, `file` and `pool`, or `from_rows`, or
+    `from_rollout`."""
 
     text: str | None = None
     """The context itself."""
@@ -181,6 +182,14 @@ class ContextConfig(Section):
     from_rows: bool = False
     """Each row has its own context, in its column `context` or `teacher_messages`, or made by `data.teacher_template`.
     `text` or `file` may hold a text for all rows; it comes before the row's own."""
+    from_rollout: str | None = None
+    """``package.module:function`` that makes the context of each answer: ``async (row, prompt, response) -> text``, or
+    None to leave the answer out (docs/contexts.md). `text` or `file` may hold a text for all rows."""
+    max_concurrent_calls: Positive = 64
+    """Upper bound for calls of `from_rollout` at a time, in each rollout worker."""
+    call_timeout_s: PositiveFloat = 300.0
+    """Deadline for one call of `from_rollout`. A call that fails counts as an answer without a score
+    (`teacher.max_failed_fraction`)."""
     placement: Literal["prefix", "system", "user_prefix"] | None = None
     """Position of the context: before a raw prompt (`prefix`), in the system turn (`system`), or before the first user
     content (`user_prefix`). Default: `prefix` for raw rows, `system` for chat rows."""
@@ -188,15 +197,24 @@ class ContextConfig(Section):
     """Arguments of the chat template on the teacher's side. Default: `student.chat_template_kwargs`. Both prompts must
     end with the same tokens; if only the student's has more of them at its end, the teacher gets these too."""
 
+    @property
+    def by_row(self) -> bool:
+        """True if rows or answers have contexts of their own, which travel with their samples."""
+        return self.from_rows or self.from_rollout is not None
+
     @model_validator(mode="after")
     def _one_source(self) -> ContextConfig:
         sources = sum(source is not None for source in (self.text, self.file, self.pool))
-        if self.from_rows:
+        if self.from_rows and self.from_rollout is not None:
+            raise ValueError("context.from_rows and context.from_rollout do not go together: the function gets the row")
+        if self.by_row:
+            key = "from_rows" if self.from_rows else "from_rollout"
             if self.pool is not None or sources > 1:
-                raise ValueError("context.from_rows takes at most one of context.text and context.file, and no pool")
+                raise ValueError(f"context.{key} takes at most one of context.text and context.file, and no pool")
         elif sources != 1:
             raise ValueError(
-                "exactly one of context.text, context.file and context.pool must be set, or context.from_rows"
+                "exactly one of context.text, context.file and context.pool must be set, or context.from_rows, or "
+                "context.from_rollout"
             )
         return self
 

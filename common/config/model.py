@@ -119,7 +119,7 @@ class Config(Section):
     def _broken_rules(self) -> Iterator[str]:
         if "default" in self.teachers:
             yield "teachers: `default` is the name of the `teacher` section"
-        yield from context_rules(self.context, self.data)
+        yield from context_rules(self.context, self.data, self.rollout)
         yield from loss_rules(self.loss, self.rollout)
         yield from source_rules(self.rollout, self.loss, self.teacher, more_teachers=bool(self.teachers))
         yield from importance_rules(self.loss, self.rollout)

@@ -162,7 +162,9 @@ def gpu_rules(learner: LearnerConfig, rollout: RolloutConfig, teachers: Mapping[
             yield f"{key} ({utilization:g}) is more than the process's part of the GPU ({gpus:g})"
 
 
-def context_rules(context: ContextConfig, data: DataConfig) -> Iterator[str]:
+def context_rules(context: ContextConfig, data: DataConfig, rollout: RolloutConfig) -> Iterator[str]:
+    if context.from_rollout is not None and rollout.teacher_answers:
+        yield "context.from_rollout makes contexts of the student's answers: no rollout.source `teacher` or rollout.mix"
     keys = [f"data.columns.{name}" for name in ("context", "teacher_messages") if name in data.columns]
     keys += ["data.teacher_template"] if data.teacher_template is not None else []
     if keys and not context.from_rows:

@@ -59,7 +59,7 @@ class Renderer:
     """Each prompt carries its context, instead of naming one of `contexts`, which then holds parents alone."""
     _fingerprint: str = field(init=False)
     _prefixes: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
-    _parents: dict[str, Context] = field(default_factory=dict)
+    _parents: dict[str, Context | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._fingerprint = tokenizer_fingerprint(self.tokenizer)
@@ -89,16 +89,19 @@ class Renderer:
             raise DataError("context.chat_template_kwargs renders the turns of a game differently for the teacher")
         return self._tokens(after)
 
-    def share_parents(self, rows: Iterable[Row]) -> None:
-        """Make contexts of the texts that stand before the own contexts of several `rows`.
+    def share_parents(self, rows: Iterable[Row], *, at_least: int = 2) -> None:
+        """Make contexts of the texts that stand before the own contexts of `at_least` of the `rows`.
 
-        `render` then names such a context as the parent of a row's own, so that a teacher computes it once.
+        `render` then names such a context as the parent of a row's own, so that a teacher computes it once. At most
+        `MAX_PARENTS` texts are remembered.
         """
         keys = Counter(key for row in rows if (key := self._parent_key(row)) is not None)
         for key, count in keys.most_common(MAX_PARENTS):
+            if count < at_least or key in self._parents or len(self._parents) == MAX_PARENTS:
+                continue
             ids = self._before_own(key)
-            if count > 1 and len(ids) >= MIN_PARENT_TOKENS:
-                parent = self._parents[key] = self._context(ids)
+            parent = self._parents[key] = self._context(ids) if len(ids) >= MIN_PARENT_TOKENS else None
+            if parent is not None:
                 self.contexts[parent.hash] = parent
 
     # --- raw text ---------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from common.config.model import DataConfig
 from common.data.columns import (
@@ -65,6 +66,13 @@ class Row(BaseModel):
     teacher_messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     """The teacher's chat in place of `messages`; the student's answer follows it too."""
 
+    _source: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Columns of the source, and those of the row by their own names; empty unless `read_rows` kept them."""
+        return {**self._source, **self.model_dump(exclude_none=True)} if self._source else {}
+
     @property
     def has_own_context(self) -> bool:
         """True if the teacher sees something of this row that the student does not."""
@@ -115,12 +123,14 @@ def read_rows(
     *,
     need_answers: bool = False,
     own_contexts: bool = False,
+    keep_columns: bool = False,
     check: Callable[[Row], str | None] = lambda row: None,
     unused: dict[str, str] | None = None,
 ) -> list[Row]:
     """Read all rows of a source (`common.data.sources`), with columns mapped by `mapping`; blank lines are skipped.
 
-    With `own_contexts` the columns `CONTEXT_COLUMNS` belong to a row, else they are unused. `check` returns a further
+    With `own_contexts` the columns `CONTEXT_COLUMNS` belong to a row, else they are unused. `keep_columns` keeps all
+    columns of the source for `Row.columns`. `check` returns a further
     fault of a row, or None. `unused` receives each column that no row uses, with the column that its name resembles
     and that the row lacks, else "".
 
@@ -140,6 +150,8 @@ def read_rows(
         elif isinstance(row, Row):
             seen[row.id] = location
             rows.append(row)
+            if keep_columns:
+                row._source = record
             if unused is not None and mapping is not None and (layout := tuple(map(str, record))) not in known_layouts:
                 known_layouts.add(layout)
                 _note_unused(unused, unused_columns(layout, mapping, used), row)
@@ -166,6 +178,8 @@ def digest(data: DataConfig, rows: Sequence[Row]) -> str:
     content = hashlib.sha256()
     for row in rows:
         content.update(row.model_dump_json().encode() + b"\n")
+        if row.columns:  # a function may read any of them
+            content.update(json.dumps(row.columns, default=str).encode() + b"\n")
     return content.hexdigest()
 
 

@@ -93,6 +93,8 @@ class Prompt:
     """Id of the context sampled from ``context.pool``, or the digest of the row's own context."""
     own_context: Context | None = None
     """The context of this row alone, which travels with it; `context` is its hash."""
+    row: dict[str, Any] | None = None
+    """Columns of the row and of its source, for ``context.from_rollout``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,13 +86,22 @@ class RunFiles:
         """Write a line of ``texts.jsonl``: a context or a held-out prompt that other files name, for all steps."""
         self._line(self._texts, {"step": 0, **values})
 
-    def audit(self, step: int, trained: Sequence[str], failed: Sequence[str], contexts: Sequence[str] = ()) -> None:
+    def audit(
+        self,
+        step: int,
+        trained: Sequence[str],
+        failed: Sequence[str],
+        contexts: Sequence[str] = (),
+        dropped: Sequence[str] = (),
+    ) -> None:
         """Write a line of ``audit.jsonl``: the samples that the step trained on and those that failed.
 
-        `contexts`: with a context pool, the context of each trained sample.
+        `contexts`: with several contexts, that of each trained sample. `dropped`: samples that
+        ``context.from_rollout`` left out.
         """
         values = {"step": step, "trained": list(trained), "failed": list(failed)}
-        self._line(self._audit, {**values, "contexts": list(contexts)} if contexts else values)
+        more = {"contexts": list(contexts), "dropped": list(dropped)}
+        self._line(self._audit, values | {name: ids for name, ids in more.items() if ids})
 
     def __enter__(self) -> RunFiles:
         return self

@@ -18,7 +18,7 @@ QUEUE = "queue"
 DEPTHS = (QUEUE, "rollout", "score")
 """Stages whose number of answers is reported: waiting for a free worker, in the engines, at the teacher."""
 
-UPSTREAM_FIRST = ("rollout", "score", QUEUE, "sync", "parity")
+UPSTREAM_FIRST = ("rollout", "context", "score", QUEUE, "sync", "parity")
 """Order in which active stages explain an idle learner: the earliest first, since later stages wait for it too."""
 
 OTHER = "other"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.config.model import ConfigError, RolloutConfig, TeacherConfig
+from common.config.model import Config, ConfigError
 from common.data.rendering import Renderer
 from common.data.rows import DataError, Message, Row
 from common.protocol.schema import Game, Prompt
@@ -23,6 +23,8 @@ class FirstTurn:
     def render(self, renderer: Renderer) -> Prompt:
         """Tokens of the row with the renderer's context."""
         prompt = renderer.render(self.row)
+        if columns := self.row.columns:
+            prompt = replace(prompt, row=columns)
         return prompt if self.game is None else replace(prompt, game=self.game)
 
 
@@ -51,10 +53,13 @@ def first_turn(row: Row) -> FirstTurn:
     return FirstTurn(first, game)
 
 
-def refuse_games_if_unsupported(turns: Sequence[FirstTurn], rollout: RolloutConfig, teacher: TeacherConfig) -> None:
+def refuse_games_if_unsupported(turns: Sequence[FirstTurn], config: Config) -> None:
     """Raise ConfigError if `turns` hold games and the settings take single answers only."""
+    rollout, teacher = config.rollout, config.teacher
     if not any(turn.game for turn in turns):
         return
+    if config.context.from_rollout is not None:
+        raise ConfigError("data.train has games: context.from_rollout makes the context of a single answer")
     if rollout.teacher_answers:
         raise ConfigError(
             "data.train has games, which the teacher does not play: rollout.source must be `student`, without "

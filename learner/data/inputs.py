@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from common.config.model import Config, ConfigError, ContextConfig, StudentConfig
+from common.data.answer_hook import load_answer_hook
 from common.data.columns import looks_like_context
 from common.data.contexts import Pool, pool_digest, read_pool
 from common.data.fingerprint import added_tokens, tokenizer_fingerprint
@@ -90,8 +91,8 @@ class Inputs:
 
     @property
     def has_context_for_eval(self) -> bool:
-        """True if the teacher sees more than the student in every row of ``data.eval``."""
-        return not any(map(_is_plain, self.eval))
+        """True if the teacher sees more than the student in every row of ``data.eval``, whatever the answer."""
+        return not any(row.row is not None or _is_plain(row) for row in self.eval)
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -111,10 +112,13 @@ def read_sources(config: Config) -> Sources:
     grader = faults.collect("", make_grader, config.eval.grader)
     if config.loss.reward is not None:
         faults.collect("loss.reward", make_reward, config.loss.reward)
+    if config.context.from_rollout is not None:
+        faults.collect("", load_answer_hook, config.context.from_rollout)
     own, unused = config.context.from_rows, {name: dict[str, str]() for name in ("train", "valid", "eval")}
 
     def read(key: str, path: Path | None, columns: dict[str, str] | None, *, need_answers: bool = True) -> list[Row]:
-        options = {"need_answers": need_answers, "own_contexts": own, "check": environment_error, "unused": columns}
+        kept = {"own_contexts": own, "keep_columns": config.context.from_rollout is not None}
+        options = {"need_answers": need_answers, "check": environment_error, "unused": columns, **kept}
         return [] if path is None else faults.collect(key, read_rows, path, data, **options) or []
 
     train = read("data.train", data.train, unused["train"], need_answers=config.loss.reward_weight > 0)
@@ -138,10 +142,12 @@ def render_inputs(config: Config, sources: Sources, *, every_row: bool = True) -
     Training rows with their own contexts are rendered again whenever they are read. Without `every_row` only some of
     them are rendered here (`rows_to_check`), so that a run over many rows starts at once.
     """
-    tokenizer, own = load_tokenizer(config.student.model), config.context.from_rows
+    tokenizer, own = load_tokenizer(config.student.model), config.context.by_row
     renderer = make_renderer(tokenizer, sources.context, config.student, config.context)
     if own:
-        renderer.share_parents([*sources.train, *sources.valid, *sources.eval])
+        rows = [*sources.train, *sources.valid, *sources.eval]
+        made = config.context.from_rollout is not None  # then every row will have one
+        renderer.share_parents(row.model_copy(update={"context": "-"}) if made else row for row in rows)
     limit = config.student.max_sequence_tokens or model_limit(config.student.model)
     if limit is None:
         raise ConfigError(
@@ -191,7 +197,7 @@ def render_inputs(config: Config, sources: Sources, *, every_row: bool = True) -
         pool_digest=None if pool is None else pool_digest(pool),
         warnings=tuple(_row_warnings(renderer, sources, [sources.train[index] for index in checked])),
     )
-    refuse_games_if_unsupported(turns, config.rollout, config.teacher)
+    refuse_games_if_unsupported(turns, config)
     _check_student_lengths(config, inputs)
     return inputs
 
@@ -253,13 +259,13 @@ def make_renderer(tokenizer: Any, text: str, student: StudentConfig, context: Co
         student,
         context.placement,
         teacher_template_kwargs=context.chat_template_kwargs,
-        contexts_travel=context.from_rows,
+        contexts_travel=context.by_row,
     )
 
 
 def _own_identity(context: ContextConfig, text: str) -> str:
     """Digest of everything but the rows that decides the rows' own contexts."""
-    value = [text, context.placement, context.chat_template_kwargs]
+    value = [text, context.placement, context.chat_template_kwargs, context.from_rollout]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -230,6 +230,7 @@ class Replayed:
     finish_reason: FinishReason
     versions: tuple[tuple[int, int], ...]
     episode: None = None
+    context: None = None
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Replayed:

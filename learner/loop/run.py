@@ -297,7 +297,7 @@ class Run:
         summary.parity_max_nats = max(summary.parity_max_nats, outcome.parity.max_nats)
         summary.add_times(outcome.times)
         self._files.metrics(outcome.version, {**outcome.metrics, "run/part": self._part})
-        self._files.audit(outcome.version, outcome.trained, outcome.failed, outcome.contexts)
+        self._files.audit(outcome.version, outcome.trained, outcome.failed, outcome.contexts, outcome.dropped)
         self._token_files.add_records(outcome.version, outcome.tokens)
         self._trace.write(outcome.spans)
         left_s = (summary.planned_steps - summary.steps) * summary.times.total_s / summary.steps

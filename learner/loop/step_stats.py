@@ -48,6 +48,18 @@ class ScoredRollout:
         return int(self.summary.prompt_tokens + self.summary.response_tokens)
 
     @property
+    def dropped(self) -> bool:
+        """True if ``context.from_rollout`` left the answer out."""
+        context = self.summary.context
+        return context is not None and context.context_id is None and context.error is None
+
+    @property
+    def context_id(self) -> str | None:
+        """Id of the context that was sampled, is the row's own, or was made for the answer."""
+        made = self.summary.context
+        return self.sample.prompt.context_id if made is None else made.context_id
+
+    @property
     def episode(self) -> EpisodeSummary | None:
         """The game that was played, if the sample is one."""
         found: EpisodeSummary | None = self.summary.episode
@@ -71,18 +83,23 @@ def scored_rollout(
             TraceSpan("queue", "controller", issued, summary.started, args),
             TraceSpan("rollout", f"worker {summary.worker}", summary.started, summary.ended, {**args, **sizes}),
         ]
+    if summary.context is not None:
+        spans.append(
+            TraceSpan("context", f"worker {summary.worker}", summary.context.started, summary.context.ended, args)
+        )
     if prepared is not None:
         spans.append(prepared.span)
     if score is not None:
         spans.append(TraceSpan("score", "teacher", score.started, score.ended, args))
     agreement = None if prepared is None else prepared.agreement
-    return ScoredRollout(sample, summary, item, score and score.error, tuple(spans), agreement)
+    error = summary.context.error if summary.context is not None else None
+    return ScoredRollout(sample, summary, item, error or (score and score.error), tuple(spans), agreement)
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """Result of one optimiser step. `trained` and `failed` are sample ids, `contexts` the ids of the contexts of
-    `trained` (runs with a context pool), `tokens` a few answers token by token.
+    """Result of one optimiser step. `trained`, `failed` and `dropped` are sample ids, `contexts` the ids of contexts of
+    `trained` (runs with several contexts), `tokens` a few answers token by token.
     """
 
     version: int
@@ -94,6 +111,7 @@ class StepOutcome:
     times: StepTimes
     spans: list[TraceSpan]
     tokens: tuple[TokenRecord, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass
@@ -109,6 +127,8 @@ class StepStats:
     context_ids: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     """Sample id -> reason for the missing score."""
+    dropped: list[str] = field(default_factory=list)
+    """Samples that ``context.from_rollout`` left out."""
     agreements: list[float] = field(default_factory=list)
     from_teacher: int = 0
     rewards: list[float] = field(default_factory=list)
@@ -124,8 +144,8 @@ class StepStats:
         self.from_teacher += rollout.sample.from_teacher
         self.stopped_by_length += rollout.summary.finish_reason == "length"
         self.sample_ids.append(rollout.sample.sample_id)
-        if rollout.sample.prompt.context_id is not None:
-            self.context_ids.append(rollout.sample.prompt.context_id)
+        if rollout.context_id is not None:
+            self.context_ids.append(rollout.context_id)
         if rollout.episode is not None:
             self.episodes.append(rollout.episode)
         if rollout.topk_agreement is not None:
@@ -165,6 +185,7 @@ class StepStats:
             version=version,
             trained=tuple(self.sample_ids),
             failed=tuple(self.failures),
+            dropped=tuple(self.dropped),
             contexts=tuple(self.context_ids),
             metrics={
                 **self.metrics(),
@@ -219,7 +240,14 @@ def check_step(
     report = reports[0]
     if report.weight_version != step + 1:
         raise RunError(f"the learner holds version {report.weight_version}, the loop expected {step + 1}")
-    if report.uncounted:
+    if report.uncounted and not trained:
+        log.warning("step %d was skipped: every answer failed or was left out by context.from_rollout", step + 1)
+        if report.uncounted_in_a_row > max_skipped:
+            raise RunError(
+                f"step {step}: no answer was left to train on, for {report.uncounted_in_a_row} steps in a row "
+                f"(learner.max_skipped_steps is {max_skipped}): all failed, or context.from_rollout left them out"
+            )
+    elif report.uncounted:
         log.warning("step %d was skipped, %s", step + 1, report.uncounted)
         if report.uncounted_in_a_row > max_skipped:
             raise RunError(

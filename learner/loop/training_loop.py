@@ -132,6 +132,8 @@ class TrainingLoop:
         }
         if self._config.rollout.teacher_answers:
             pool["rollout/teacher_share"] = stats.from_teacher / max(stats.answers, 1)
+        if self._config.context.from_rollout is not None:
+            pool["context/dropped"] = len(stats.dropped)
         return stats.outcome(
             version=step + 1,
             during=(started, time.time()),
@@ -166,6 +168,9 @@ class TrainingLoop:
         """
 
         def failed(rollout: ScoredRollout) -> None:
+            if rollout.dropped:
+                stats.dropped.append(rollout.sample.sample_id)
+                return
             stats.failures[rollout.sample.sample_id] = str(rollout.error)
             self._check_failures(stats.failures)
 
@@ -256,7 +261,7 @@ class RolloutPipeline:
         self._learner_scoring = LearnerScoring(config.learner, services)
 
     async def step(self, failed: Callable[[ScoredRollout], None]) -> AsyncIterator[ScoredRollout]:
-        """The rollouts to train in this step, as they arrive; `failed` gets those that cannot be scored."""
+        """The rollouts to train in this step, as they arrive; `failed` gets those without a score."""
         self._issue()
         while self.tracker.room():
             for sample_id in self.tracker.take():
@@ -332,6 +337,8 @@ class RolloutPipeline:
             self._unprepared.add(sample.sample_id)
             try:
                 summary, item = await self._unscored(sample)
+                if _left_out(summary):
+                    return scored_rollout(sample, issued, summary, None, None)
                 waiting = self._learner_scoring.add(summary.prompt_tokens + summary.response_tokens, item)
             finally:
                 self._unprepared.discard(sample.sample_id)
@@ -364,7 +371,7 @@ class RolloutPipeline:
         if self._in_flight.pop(sample.sample_id, None) is None:
             return  # discarded while it lay in the queue
         self._lengths[sample.prompt.row_id] = summary.response_tokens
-        if rollout.error is not None:
+        if rollout.error is not None or rollout.dropped:
             self.tracker.fail(sample.sample_id)
             failed(rollout)
         elif self.tracker.finish(sample.sample_id, summary.versions, summary.response_tokens) is Verdict.READY:
@@ -381,3 +388,8 @@ class RolloutPipeline:
             task = self._tasks.pop(sample_id, None)
             if task is not None:
                 task.cancel()
+
+
+def _left_out(summary: Any) -> bool:
+    """True if the answer has no context (``context.from_rollout``), and so goes no further."""
+    return summary.context is not None and summary.context.context_id is None

@@ -152,6 +152,11 @@ def check_bos(config: Config, inputs: Inputs) -> Iterator[Finding]:
 def input_warnings(config: Config, inputs: Inputs) -> Iterator[Finding]:
     """Pass on the likely mistakes that rendering found."""
     yield from map(warning, inputs.warnings)
+    if config.context.from_rollout is not None and inputs.eval:
+        yield warning(
+            "context.from_rollout: a context belongs to an answer, so the accuracy with the context is not measured, "
+            "nor the gap that training closes"
+        )
     if config.context.from_rows and not inputs.has_context_for_eval:
         yield warning(
             "data.eval has rows without a context of their own: the accuracy with the context is not measured, nor the "

@@ -31,7 +31,7 @@ def summarize(config: Config, inputs: Inputs) -> Iterator[Finding]:
     teacher = [row.teacher_tokens for row in inputs.facts["data.train"]]
     yield summary("prompts", f"student {_range(student)} tokens, teacher {_range(teacher)} tokens with the context")
     contexts = [len(context.ids) for context in inputs.contexts.values()]
-    if config.context.from_rows:
+    if config.context.by_row:
         own = [row.own_tokens for row in inputs.facts["data.train"] if row.own_tokens is not None]
         yield summary(
             "contexts", f"of the rows, {_range(own)} tokens; {len(contexts)} shared, {_range(contexts)} tokens"

@@ -18,6 +18,10 @@ SYSTEM = "Answer with the plural of the noun, and with nothing else."
 TEMPLATE = "{prompt} A hint: {hint}"
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def write_own(folder: Path, model: Path) -> Path:
     config = write_run(
         folder,
@@ -49,10 +53,14 @@ def teacher_logprobs(model: Any, tokenizer: Any, row: dict[str, Any], ids: list[
     """By one plain forward pass over the teacher's chat and the answer."""
     system, turn = row["prompt"]
     chat = [system, {**turn, "content": TEMPLATE.format(prompt=turn["content"], hint=row["hint"])}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    return logprobs(model, tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), ids)
+
+
+def logprobs(model: Any, prompt: list[int], ids: list[int]) -> list[float]:
+    """Of `ids` after `prompt`."""
     with torch.no_grad():
-        logprobs = model(torch.tensor([[*prompt, *ids]])).logits[0].float().log_softmax(-1)
-    return [float(logprobs[len(prompt) - 1 + t, token]) for t, token in enumerate(ids)]
+        values = model(torch.tensor([[*prompt, *ids]])).logits[0].float().log_softmax(-1)
+    return [float(values[len(prompt) - 1 + t, token]) for t, token in enumerate(ids)]
 
 
 def test_every_answer_is_scored_under_the_chat_of_its_row(
@@ -85,3 +93,46 @@ def test_every_answer_is_scored_under_the_chat_of_its_row(
     assert [line["context/distinct"] for line in metric_lines(run)] == [4, 4, 4]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert {line["set"] for line in samples} >= {"base", "in_context", "final"}
+
+
+def test_an_answer_is_scored_under_the_context_that_a_function_makes_of_it(tiny_model: Path, tmp_path: Path) -> None:
+    """One row's answers are left out and one row's calls fail, within the bound."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = write_run(
+        tmp_path,
+        tiny_model,
+        context={"text": None, "from_rollout": "tests.support.answer_hooks:by_row"},
+        teacher={"max_failed_fraction": 0.25},
+        rollout={"stop": []},
+        learner={"steps": 2, "micro_batch_tokens": 256},
+        run={"token_samples": 8},
+        eval={"every": 0},
+    )
+    hints = {word: f"about {word}" for word in WORDS} | {WORDS[0]: "drop", WORDS[1]: "fail"}
+    for name in ("train", "eval"):
+        rows = [{**row, "hint": hints[row["id"]]} for row in read(tmp_path / f"{name}.jsonl")]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with started_run(config) as process:
+        printed = finish(process)
+    assert "the accuracy with the context is not measured" in printed
+    run = tmp_path / "runs/tiny"
+    for line in read(run / "audit.jsonl"):
+        assert [sample.split("/")[2] for sample in line["dropped"]] == [WORDS[0]]
+        assert [sample.split("/")[2] for sample in line["failed"]] == [WORDS[1]]
+        assert len(line["trained"]) == len(line["contexts"]) == len(set(line["contexts"])) == 6
+    assert [line["context/dropped"] for line in metric_lines(run)] == [1, 1]
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model).eval(),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
+    records = read(run / "tokens.jsonl")
+    assert len(records) == 12
+    for record in records:
+        ids = record["ids"]
+        body = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+        question = f"Q: {record['row']}\nA:"
+        made = f"about {record['row']}: {question!r} was answered {tokenizer.decode(body)!r}"
+        prompt = tokenizer(made, add_special_tokens=False)["input_ids"]
+        prompt += tokenizer(question, add_special_tokens=False)["input_ids"]
+        np.testing.assert_allclose(record["teacher_logprobs"], logprobs(model, prompt, ids), atol=2e-3)

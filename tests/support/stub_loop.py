@@ -41,6 +41,8 @@ class StubServices:
     packed: bool = False
     slow: set[str] = field(default_factory=set)
     unscored: set[str] = field(default_factory=set)
+    contexts: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    """Sample -> id of the context made for its answer, and the error of making it."""
     asked: list[str] = field(default_factory=list)
     groups: list[list[list[Any]]] = field(default_factory=list)
     release: asyncio.Event = field(default_factory=asyncio.Event)
@@ -57,7 +59,14 @@ class StubServices:
             ended=1.0,
             score=None,
             episode=None,
+            context=self.context_of(sample),
         )
+
+    def context_of(self, sample: Sample) -> Any:
+        if sample.sample_id not in self.contexts:
+            return None
+        context_id, error = self.contexts[sample.sample_id]
+        return SimpleNamespace(started=1.0, ended=1.5, context_id=context_id, error=error)
 
     async def rollout(self, sample: Sample, output: str) -> tuple[Any, Any]:
         self.asked.append(sample.sample_id)
@@ -67,6 +76,8 @@ class StubServices:
             await self.release.wait()
         summary = self._summary(sample, version)
         item: Any = sample.sample_id
+        if summary.context is not None and summary.context.context_id is None:
+            return summary, None
         if output == "scored":
             summary.score, item = await self.score(sample, item)
         return summary, item

@@ -60,7 +60,7 @@ ORDER = {
         {"train"},
         {"experience"},
     ],
-    "rollout_workers": [{"vllm_plugin", "pool"}, {"engine"}, {"environments"}, {"actor"}],
+    "rollout_workers": [{"vllm_plugin", "pool"}, {"engine"}, {"environments", "answer_contexts"}, {"actor"}],
     "teacher_server": [{"backends"}, {"scoring"}, {"http"}, {"client", "actor"}],
     "deploy": [
         {"docs_tools", "inspect", "report", "serve", "simulator", "starter", "submit", "tasks"},

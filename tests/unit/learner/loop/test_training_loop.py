@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,4 +159,61 @@ async def test_more_answers_without_a_score_than_allowed_end_the_run_with_the_re
         outcome = await loop.step(0)
         assert (len(outcome.trained), len(outcome.failed)) == (3, 1)
         assert outcome.metrics["teacher/failed"] == 1
+    await loop.close()
+
+
+# --- contexts made from answers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topk_from", ["engine", "learner"])
+async def test_answers_that_the_function_leaves_out_are_no_failures(topk_from: str) -> None:
+    plain = config_of(topk_from=topk_from)
+    teacher = plain.teacher.model_copy(update={"max_failed_fraction": 0.25})
+    context = plain.context.model_copy(update={"from_rollout": "m:f"})
+    config = plain.model_copy(update={"teacher": teacher, "context": context})
+    services = OrderedServices()
+    names = [SampleSource(config, ROWS)[number].sample_id for number in range(4)]
+    services.contexts = dict(zip(names, [("c0", None), (None, None), (None, "KeyError"), ("c3", None)], strict=True))
+    loop = loop_over(services, config)
+    await loop.begin(0)
+    outcome = await loop.step(0)
+    await loop.close()
+    assert dict(zip(outcome.trained, outcome.contexts, strict=True)) == {names[0]: "c0", names[3]: "c3"}
+    assert (outcome.failed, outcome.dropped) == ((names[2],), (names[1],))
+    assert outcome.metrics["context/dropped"] == 1
+    assert [span.stage for span in outcome.spans].count("context") == 2  # of the trained ones
+    prepared = [item for group in services.groups for share in group for item in share]
+    assert set(prepared) == ({names[0], names[3]} if topk_from == "learner" else set())
+
+
+async def test_more_failed_calls_than_allowed_end_the_run_with_the_reason() -> None:
+    services, config = OrderedServices(), config_of()
+    services.contexts = {SampleSource(config, ROWS)[0].sample_id: (None, "context.from_rollout m:f: KeyError: 'x'")}
+    loop = loop_over(services, config)
+    await loop.begin(0)
+    with pytest.raises(RunError, match=r"1 of 4 answers could not be scored.*context.from_rollout m:f: KeyError: 'x'"):
+        await loop.step(0)
+    await loop.close()
+
+
+async def test_steps_without_an_answer_end_the_run(tmp_path: Path) -> None:
+    class Empty(OrderedServices):
+        async def finish_step(self, tokens: int, sequences: int) -> list[StepReport]:
+            assert (tokens, sequences) == (0, 0)
+            self.version += 1
+            return [
+                StepReport(
+                    self.version, False, 0, {}, uncounted="no token was counted", uncounted_in_a_row=self.version
+                )
+            ]
+
+        def context_of(self, sample: Any) -> Any:
+            return SimpleNamespace(started=1.0, ended=1.0, context_id=None, error=None)
+
+    _, loop = loop_of(Empty(), tmp_path, [])
+    await loop.begin(0)
+    await loop.step(0)
+    await loop.step(1)
+    with pytest.raises(RunError, match=r"no answer was left to train on, for 3 steps in a row .* left them out"):
+        await loop.step(2)
     await loop.close()
