@@ -10,6 +10,7 @@ from typing import Any
 
 from common.evaluation.accuracy import Change, Interval
 from common.evaluation.multi_seed import Rows, accuracy_over_seeds, change_over_seeds, gap_closed
+from common.evaluation.pass_at_k import ks, rows_at_k
 from deploy.compare.plan import METHODS, TITLES, PlannedRun
 
 
@@ -69,7 +70,7 @@ def _before(outcomes: Sequence[Outcome], methods: Sequence[str]) -> list[dict[st
         for name, title in (("base", "without context, before"), ("in_context", TITLES["in_context"])):
             wanted = name == "base" or name in methods
             if by_seed and wanted and all(name in one.rows for one in by_seed.values()):
-                result = _untrained([one.rows[name] for one in by_seed.values()])
+                result = _untrained([one.rows[name] for one in by_seed.values()], _samples([*by_seed.values()]))
                 found[", ".join([title, *settings])] = {"set": name, "title": title, **result}
     alike = all(
         len({json.dumps(one) for one in found.values() if one["set"] == name}) == 1
@@ -79,9 +80,26 @@ def _before(outcomes: Sequence[Outcome], methods: Sequence[str]) -> list[dict[st
     return [{**one, "title": title} for title, one in by_title.items()]
 
 
-def _untrained(rows: Sequence[Rows]) -> dict[str, Any]:
+def _untrained(rows: Sequence[Rows], samples: int) -> dict[str, Any]:
     found = accuracy_over_seeds(rows)
-    return {"accuracy": found.accuracy, "ci95": found.ci95, "n": found.n, "seeds": len(rows)}
+    return {
+        "accuracy": found.accuracy,
+        "ci95": found.ci95,
+        "n": found.n,
+        "seeds": len(rows),
+        "pass_at": _pass_at(rows, samples),
+    }
+
+
+def _pass_at(rows: Sequence[Rows], samples: int) -> dict[str, Any]:
+    """pass@k over seeds by k, for evaluations with several answers a row."""
+    over_seeds = {k: accuracy_over_seeds([rows_at_k(one, samples, k) for one in rows]) for k in ks(samples)}
+    return {str(k): {"value": found.accuracy, "ci95": found.ci95} for k, found in over_seeds.items()}
+
+
+def _samples(runs: Sequence[Finished]) -> int:
+    """Answers a row, which all compared runs share."""
+    return min(int(one.summary["final"].get("samples", 1)) for one in runs)
 
 
 def _arm(arm_outcomes: Sequence[Outcome], reference: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -104,6 +122,7 @@ def _arm(arm_outcomes: Sequence[Outcome], reference: str, outcomes: Sequence[Out
         "accuracy": final.accuracy,
         "ci95": final.ci95,
         "n": final.n,
+        "pass_at": _pass_at([one.rows["final"] for one in each], _samples(each)),
         "gap_closed": gap,
         "gap_closed_ci95": interval,
         "against_reference": None if arm == reference else _against(reference, runs, outcomes),
@@ -159,15 +178,19 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
     arms = result["arms"].values()
     tasks = sorted({name for one in arms for name in one.get("ood", {})})
     texts = sorted({name for one in arms for name in one.get("perplexity", {})})
-    head = ["method", "runs", "accuracy", "gap closed", f"against {result['reference']}"]
+    at_k = sorted({k for one in arms for k in one.get("pass_at", {})}, key=int)
+    head = ["method", "runs", "accuracy", *(f"pass@{k}" for k in at_k), "gap closed", f"against {result['reference']}"]
     head += [
         *(f"change on {name}" for name in tasks),
         *(f"{name}, nats per token" for name in texts),
         "seconds per run",
     ]
     width = len(head)
-    rows = [[one["title"], "", _share(one["accuracy"], one["ci95"]), *[""] * (width - 3)] for one in result["before"]]
-    rows += [_cells(one, tasks, texts, width) for one in arms]
+    rows = [
+        [one["title"], "", _share(one["accuracy"], one["ci95"]), *_at_k(one, at_k), *[""] * (width - 3 - len(at_k))]
+        for one in result["before"]
+    ]
+    rows += [_cells(one, at_k, tasks, texts, width) for one in arms]
     faults = [f"- {one['title']}, {why}" for one in arms for why in one["faults"]]
     each = [[one["arm"], str(one["seed"]), *_run_cells(one)] for one in result["runs"] if one["outcome"] == "finished"]
     parts = [
@@ -183,7 +206,14 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _cells(one: Mapping[str, Any], tasks: Sequence[str], texts: Sequence[str], width: int) -> list[str]:
+def _at_k(one: Mapping[str, Any], at_k: Sequence[str]) -> list[str]:
+    found = [one.get("pass_at", {}).get(k) for k in at_k]
+    return ["" if value is None else _share(value["value"], value["ci95"]) for value in found]
+
+
+def _cells(
+    one: Mapping[str, Any], at_k: Sequence[str], tasks: Sequence[str], texts: Sequence[str], width: int
+) -> list[str]:
     title = one["title"]
     runs = f"{one['runs']}/{one['planned']}"
     if not one["runs"]:
@@ -193,6 +223,7 @@ def _cells(one: Mapping[str, Any], tasks: Sequence[str], texts: Sequence[str], w
         title,
         runs,
         _share(one["accuracy"], one["ci95"]),
+        *_at_k(one, at_k),
         "" if one["gap_closed"] is None else _share(one["gap_closed"], one["gap_closed_ci95"]),
         "" if against is None else _signed(Change(against["change"], against["ci95"])),
         *(_signed(Change(**one["ood"][name])) if name in one["ood"] else "" for name in tasks),

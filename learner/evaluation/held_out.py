@@ -10,6 +10,7 @@ from typing import Any
 from common.async_utils import run_in_background
 from common.config.model import Config
 from common.evaluation.accuracy import Accuracy, change
+from common.evaluation.pass_at_k import pass_at
 from common.evaluation.perplexity import Perplexity, perplexity
 from common.protocol.schema import Prompt
 from common.telemetry.run_files import Progress, RunFiles, write_json
@@ -112,7 +113,8 @@ class HeldOutEvaluator:
                 partial(self._warn_if_cut, name),
             )
         self._summary.add_seconds({"evaluation": time.time() - started})
-        self._files.metrics(step, {f"accuracy/{name}": result.accuracy})
+        at_k = {f"pass_at_{k}/{name}": found["value"] for k, found in pass_at(result).items()}
+        self._files.metrics(step, {f"accuracy/{name}": result.accuracy, **at_k})
         self._progress.line(accuracy_line(name, result))
         return result
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from common.evaluation.accuracy import Accuracy, Change, Interval, change
 from common.evaluation.multi_seed import gap_closed
+from common.evaluation.pass_at_k import pass_at
 from common.evaluation.perplexity import Perplexity, perplexity_change
 from common.telemetry.step_times import DEPTHS, StepTimes
 
@@ -123,7 +124,9 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
     return {
         "outcome": summary.outcome,
         **{
-            name: None if value is None else value.summary()
+            name: None
+            if value is None
+            else {**value.summary(), **({"pass_at": pass_at(value)} if value.samples > 1 else {})}
             for name, value in (("base", summary.base), ("in_context", summary.in_context), ("final", summary.final))
         },
         "in_context_gap": None if gap is None else asdict(gap),
@@ -191,6 +194,9 @@ def final_table(summary: RunSummary) -> str:
         else:
             low, high = value.ci95
             lines.append(f"{name:<26}{value.accuracy:>8.3f}   {low:.3f} to {high:.3f}  {value.n:>5}")
+            for k, found in pass_at(value).items():
+                low, high = found["ci95"]
+                lines.append(f"{f'  pass@{k}':<26}{found['value']:>8.3f}   {low:.3f} to {high:.3f}")
     gap, bounds = summary.gap_closed()
     between = "" if bounds is None else f"   {bounds[0]:.1%} to {bounds[1]:.1%}"
     lines.append(f"{'gap closed':<26}{'-' if gap is None else f'{gap:.1%}':>8}{between}")

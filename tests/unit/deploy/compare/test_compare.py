@@ -326,6 +326,28 @@ def test_means_are_over_seeds_and_rows(outcomes: list[Outcome]) -> None:
     assert [one["set"] for one in compared(outcomes, ["opcd"])["before"]] == ["base"]
 
 
+def test_several_answers_a_row_give_pass_at_k(path: Path) -> None:
+    runs = plan(path, [], ["opcd", "offpolicy"], [0])
+    for run, shares in zip(runs, ((0.25, 0.5, 1.0, 0.0), (0.5, 0.5, 0.5, 0.5)), strict=True):
+        write_result(run, "1100")
+        assert run.config is not None
+        folder = run.config.run.path
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["final"]["samples"] = 4
+        (folder / "summary.json").write_text(json.dumps(summary))
+        rows = json.loads((folder / "accuracy.json").read_text())
+        rows["final"] = {f"row{i}": share for i, share in enumerate(shares)}
+        (folder / "accuracy.json").write_text(json.dumps(rows))
+    result = compared([read_outcome(run) for run in runs], ["opcd", "offpolicy"])
+    assert result["arms"]["opcd"]["pass_at"]["2"]["value"] == pytest.approx((1 / 2 + 5 / 6 + 1 + 0) / 4)
+    assert result["arms"]["opcd"]["pass_at"]["4"]["value"] == pytest.approx(3 / 4)
+    assert result["arms"]["offpolicy"]["pass_at"]["4"]["value"] == 1.0  # flatter at one answer, higher at four
+    page = markdown(json.loads(json.dumps(result)), "opcd compare run.yaml")
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    assert "| accuracy | pass@2 | pass@4 | gap closed |" in table[0]
+    assert len({line.count("|") for line in table[:4]}) == 1
+
+
 def test_the_table_has_a_line_for_every_method_and_names_failures(outcomes: list[Outcome]) -> None:
     page = markdown(json.loads(json.dumps(compared(outcomes, ALL))), "opcd compare run.yaml")
     lines = page.splitlines()
