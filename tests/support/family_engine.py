@@ -84,6 +84,8 @@ def _cell(folder: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    if "failed to be inspected" in str(error):
+        return "its code needs torchvision"  # vLLM logs the import error of its child process and drops it
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
