@@ -273,6 +273,23 @@ Column = Literal[
 ]
 
 
+class MixedData(Section):
+    """A further set of training rows."""
+
+    train: Path
+    """Source of the rows, as `data.train`."""
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """Share of every step's prompts."""
+    teacher: str | None = None
+    """Teacher of rows that name none (`teachers`). Default: the `teacher` section."""
+    columns: dict[Column, str] | None = None
+    """As `data.columns`, which is the default, as for the keys below."""
+    user_template: str | None = None
+    teacher_template: str | None = None
+    labels: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+
+
 class DataConfig(Section):
     """Rows to train on (`train`), to choose a checkpoint by (`valid`) and to report on (`eval`). Each source is a file
     (JSON lines or `.parquet`), a data set `hf:NAME:CONFIG/SPLIT` (NAME may be a folder, `:CONFIG` is optional, SPLIT
@@ -295,6 +312,14 @@ class DataConfig(Section):
     """Texts that replace integer answers, counted from 0."""
     ignore: tuple[str, ...] = ()
     """Columns of the source to leave out, for example an `answer` that is no answer. Unused columns need no entry."""
+
+    mix: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], MixedData] = {}
+    """Further sets of training rows by name, each with its share of every step's prompts; `train` has the rest."""
+
+    def of_mixed(self, name: str) -> DataConfig:
+        """Return the settings of the rows of ``mix.NAME``: its own, and those of `data` for what it leaves out."""
+        own = self.mix[name].model_dump(exclude={"share", "teacher"}, exclude_none=True)
+        return self.model_copy(update={**own, "valid": None, "eval": None, "mix": {}})
 
 
 class EvalConfig(Section):

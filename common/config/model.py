@@ -24,6 +24,7 @@ from common.config.inputs import (
 )
 from common.config.rules import (
     context_rules,
+    data_rules,
     evaluation_rules,
     gpu_rules,
     importance_rules,
@@ -122,6 +123,7 @@ class Config(Section):
         yield from context_rules(self.context, self.data, self.rollout)
         yield from loss_rules(self.loss, self.rollout)
         yield from source_rules(self.rollout, self.loss, self.teacher, more_teachers=bool(self.teachers))
+        yield from data_rules(self.data, self.named_teachers())
         yield from importance_rules(self.loss, self.rollout)
         yield from reward_rules(self.loss, self.rollout)
         yield from learner_rules(self.learner, self.sync)

@@ -64,6 +64,20 @@ def source_rules(
         yield f"{key}: teacher.url only scores; set teacher.model to the model that answers"
 
 
+def data_rules(data: DataConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[str]:
+    total = sum(one.share for one in data.mix.values())
+    if total >= 1:
+        yield f"data.mix: the shares add up to {total:g} and leave nothing to data.train: they must stay below 1"
+    if "train" in data.mix:
+        yield "data.mix: `train` is the name of data.train itself"
+    for name, one in data.mix.items():
+        if one.teacher is not None and one.teacher not in teachers:
+            yield (
+                f"data.mix.{name}.teacher {one.teacher!r} is no teacher of the run, which has "
+                f"{', '.join(teachers)} (see `teachers`)"
+            )
+
+
 def importance_rules(loss: LossConfig, rollout: RolloutConfig) -> Iterator[str]:
     if loss.importance_clip is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from common.data.columns import (
 )
 from common.data.sources import DataError, InvalidJson, is_file, read_records
 
-__all__ = ["DataError", "Message", "Row", "batch_rows", "digest", "read_rows"]
+__all__ = ["DataError", "Message", "Row", "batch_rows", "digest", "read_rows", "rows_from"]
 
 REPORTED_FAULTS = 20
 FORMS = ("prompt", "messages", "environment")
@@ -172,10 +173,14 @@ def _note_unused(unused: dict[str, str], names: Sequence[str], row: Row) -> None
 
 def digest(data: DataConfig, rows: Sequence[Row]) -> str:
     """Hex sha256 of the training data: the file's bytes, or `rows` if the source is no file or has mapped columns."""
-    if is_file(data.train) and not (data.columns or data.user_template or data.teacher_template or data.labels):
+    if is_file(data.train) and not (
+        data.mix or data.columns or data.user_template or data.teacher_template or data.labels
+    ):
         with data.train.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     content = hashlib.sha256()
+    if data.mix:
+        content.update(json.dumps({name: one.share for name, one in data.mix.items()}).encode() + b"\n")
     for row in rows:
         content.update(row.model_dump_json().encode() + b"\n")
         if row.columns:  # a function may read any of them
@@ -229,7 +234,12 @@ def batch_rows(step: int, *, batch_size: int, rows: int, seed: int) -> list[int]
 
     A function of the step alone, so a resumed run needs no data cursor.
     """
-    return [index for _, index in zip(range(batch_size), _walk(step * batch_size, rows, seed), strict=False)]
+    return rows_from(step * batch_size, batch_size, rows=rows, seed=seed)
+
+
+def rows_from(start: int, count: int, *, rows: int, seed: int) -> list[int]:
+    """Return `count` row indices from position `start` of this order on."""
+    return list(itertools.islice(_walk(start, rows, seed), count))
 
 
 def _walk(start: int, rows: int, seed: int) -> Iterator[int]:

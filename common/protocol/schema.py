@@ -150,6 +150,8 @@ class Sample:
     sampling: Sampling
     from_teacher: bool = False
     """True if the response is a stored one of the teacher's."""
+    data_set: str = "train"
+    """Name of the row's set: ``train``, or a key of ``data.mix``."""
 
     @property
     def max_tokens(self) -> int:

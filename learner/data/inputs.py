@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from common.config.model import Config, ConfigError, ContextConfig, StudentConfig
+from common.config.model import Config, ConfigError, ContextConfig, DataConfig, StudentConfig
 from common.data.answer_hook import load_answer_hook
 from common.data.columns import looks_like_context
 from common.data.contexts import Pool, pool_digest, read_pool
@@ -49,6 +49,8 @@ class Sources:
     grader: Grader
     unused: dict[str, dict[str, str]]
     """Set -> column that no row uses -> column of a row that its name resembles and that is absent, else ""."""
+    set_sizes: tuple[int, ...] = ()
+    """Rows of ``data.train`` and of each set of ``data.mix``, which follow one another in `train`."""
 
     def sets(self) -> dict[str, list[Row]]:
         """Rows by the key of their set."""
@@ -86,6 +88,8 @@ class Inputs:
     """Gives each training sample its context; set if there is a pool. `train` then has the context of most tokens, and
     each held-out row its own context."""
     pool_digest: str | None = None
+    set_sizes: tuple[int, ...] = ()
+    """Rows of ``data.train`` and of each set of ``data.mix``, which follow one another in `train`."""
     warnings: tuple[str, ...] = ()
     """Likely mistakes in rows and contexts, one line each."""
 
@@ -116,12 +120,27 @@ def read_sources(config: Config) -> Sources:
         faults.collect("", load_answer_hook, config.context.from_rollout)
     own, unused = config.context.from_rows, {name: dict[str, str]() for name in ("train", "valid", "eval")}
 
-    def read(key: str, path: Path | None, columns: dict[str, str] | None, *, need_answers: bool = True) -> list[Row]:
+    def read(
+        key: str,
+        path: Path | None,
+        columns: dict[str, str] | None,
+        *,
+        need_answers: bool = True,
+        settings: DataConfig = data,
+    ) -> list[Row]:
         kept = {"own_contexts": own, "keep_columns": config.context.from_rollout is not None}
         options = {"need_answers": need_answers, "check": environment_error, "unused": columns, **kept}
-        return [] if path is None else faults.collect(key, read_rows, path, data, **options) or []
+        return [] if path is None else faults.collect(key, read_rows, path, settings, **options) or []
 
     train = read("data.train", data.train, unused["train"], need_answers=config.loss.reward_weight > 0)
+    sizes = [len(train)]
+    for name, mixed in data.mix.items():
+        key, own_data = f"data.mix.{name}.train", data.of_mixed(name)
+        rows = read(key, mixed.train, None, need_answers=config.loss.reward_weight > 0, settings=own_data)
+        train += (
+            row.model_copy(update={"id": f"{name}/{row.id}", "teacher": row.teacher or mixed.teacher}) for row in rows
+        )
+        sizes.append(len(rows))
     faults.collect("data.train", _check_teachers, train, tuple(config.named_teachers()))
     if own and not text:
         faults.collect("data.train", _check_own_contexts, train)
@@ -133,7 +152,7 @@ def read_sources(config: Config) -> Sources:
     }
     faults.raise_all()
     assert grader is not None
-    return Sources(train, valid, held_out, ood, texts, text, pool, grader, unused)
+    return Sources(train, valid, held_out, ood, texts, text, pool, grader, unused, tuple(sizes))
 
 
 def render_inputs(config: Config, sources: Sources, *, every_row: bool = True) -> Inputs:
@@ -195,6 +214,7 @@ def render_inputs(config: Config, sources: Sources, *, every_row: bool = True) -
         data_digest=digest(config.data, sources.train),
         context_sampler=sampler,
         pool_digest=None if pool is None else pool_digest(pool),
+        set_sizes=sources.set_sizes,
         warnings=tuple(_row_warnings(renderer, sources, [sources.train[index] for index in checked])),
     )
     refuse_games_if_unsupported(turns, config)

@@ -9,9 +9,9 @@ import numpy as np
 import xxhash
 
 from common.config.model import Config, RolloutConfig
-from common.data.rows import batch_rows
 from common.protocol.schema import Prompt, Sample, Sampling
 from learner.data.context_sampling import ContextSampler
+from learner.data.row_order import RowOrder
 
 MIX_STREAM = 0x6D6978
 """Tells the random numbers of `teacher_positions` from others of the same seed and step."""
@@ -21,24 +21,36 @@ class SampleSource:
     """Samples of a run by number: ``batch_size * samples_per_prompt`` a step, samples of one prompt adjacent."""
 
     def __init__(
-        self, config: Config, prompts: Sequence[Prompt], context_sampler: ContextSampler | None = None
+        self,
+        config: Config,
+        prompts: Sequence[Prompt],
+        context_sampler: ContextSampler | None = None,
+        set_sizes: Sequence[int] = (),
     ) -> None:
-        """`context_sampler` re-renders a prompt with the context of its sample; None keeps `prompts`."""
+        """`context_sampler` re-renders a prompt with the context of its sample; None keeps `prompts`. `set_sizes` are
+        the rows of ``data.train`` and of each set of ``data.mix``, in the order of `prompts`.
+        """
+        shares = [one.share for one in config.data.mix.values()]
+        self._order = RowOrder(
+            set_sizes or (len(prompts),),
+            [1 - sum(shares), *shares],
+            batch_size=config.rollout.batch_size,
+            seed=config.run.seed,
+        )
+        self._set_names = ("train", *config.data.mix)
         self._context_sampler = context_sampler
         self._config = config
         self._prompts = prompts
         self.per_step = config.rollout.batch_size * config.rollout.samples_per_prompt
-        self._rows: tuple[int, list[int], frozenset[int]] = (-1, [], frozenset())
+        self._rows: tuple[int, list[tuple[int, int]], frozenset[int]] = (-1, [], frozenset())
 
     def __getitem__(self, number: int) -> Sample:
         config, rollout = self._config, self._config.rollout
         step, within_step = divmod(number, self.per_step)
         position, repeat = divmod(within_step, rollout.samples_per_prompt)
         if self._rows[0] != step:
-            rows = batch_rows(step, batch_size=rollout.batch_size, rows=len(self._prompts), seed=config.run.seed)
-            taught = teacher_positions(step, rollout, config.run.seed)
-            self._rows = (step, rows, taught)
-        index = self._rows[1][position]
+            self._rows = (step, self._order(step), teacher_positions(step, rollout, config.run.seed))
+        index, part = self._rows[1][position]
         prompt = self._prompts[index]
         sample_id = f"{step}/{position}/{prompt.row_id}/{repeat}"
         if self._context_sampler is not None:
@@ -53,7 +65,8 @@ class SampleSource:
             stop=rollout.stop,
             seed=sample_seed(config.run.name, config.run.seed, sample_id),
         )
-        return Sample(number, step, sample_id, prompt, sampling, from_teacher=position in self._rows[2])
+        taught = position in self._rows[2]
+        return Sample(number, step, sample_id, prompt, sampling, from_teacher=taught, data_set=self._set_names[part])
 
 
 def teacher_positions(step: int, rollout: RolloutConfig, seed: int) -> frozenset[int]:

@@ -216,7 +216,7 @@ def open_teacher_answers(config: Config, inputs: Inputs) -> TeacherAnswers | Non
     if not config.rollout.teacher_answers:
         return None
     origin = answers_origin(config, contexts=inputs.context_names, data=inputs.data_digest)
-    source = SampleSource(config, inputs.train, inputs.context_sampler)
+    source = SampleSource(config, inputs.train, inputs.context_sampler, inputs.set_sizes)
     return TeacherAnswers(config, source, AnswerFile(config.answers_path, origin))
 
 

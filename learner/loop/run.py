@@ -164,6 +164,7 @@ class Run:
             partial(write_skipped, self._config.run.path / "skipped", self._progress.line),
             self._inputs.context_sampler,
             self._teacher_answers,
+            self._inputs.set_sizes,
         )
         self.summary.parity_max_nats = max(self.summary.parity_max_nats, parity.max_nats)
         self.summary.add_seconds({"start": time.time() - started})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -131,6 +132,8 @@ class StepStats:
     """Samples that ``context.from_rollout`` left out."""
     agreements: list[float] = field(default_factory=list)
     from_teacher: int = 0
+    by_set: Counter[str] = field(default_factory=Counter)
+    """Rollouts by the name of their row's set."""
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     episodes: list[EpisodeSummary] = field(default_factory=list)
@@ -142,6 +145,7 @@ class StepStats:
         self.student_tokens += rollout.summary.student_tokens
         self.sequences += rollout.sequences
         self.from_teacher += rollout.sample.from_teacher
+        self.by_set[rollout.sample.data_set] += 1
         self.stopped_by_length += rollout.summary.finish_reason == "length"
         self.sample_ids.append(rollout.sample.sample_id)
         if rollout.context_id is not None:

@@ -62,16 +62,18 @@ class TrainingLoop:
         record_skipped: RecordSkipped = lambda step, records: None,
         context_sampler: ContextSampler | None = None,
         teacher_answers: TeacherAnswers | None = None,
+        set_sizes: Sequence[int] = (),
     ) -> None:
         """`status` shows progress; `record_skipped` gets the records of each step that a NaN cost. With
-        `context_sampler` every sample has its own context; `teacher_answers` holds those of samples from the teacher.
+        `context_sampler` every sample has its own context; `teacher_answers` holds those of samples from the teacher;
+        `set_sizes` are those of `SampleSource`.
         """
         self._config = config
         self._services = services
         self._publisher = publisher
         self._status = status
         self._record_skipped = record_skipped
-        self._source = SampleSource(config, prompts, context_sampler)
+        self._source = SampleSource(config, prompts, context_sampler, set_sizes)
         self._teacher_answers = teacher_answers
         self._reward_groups = _reward_groups(config)
         self._pipeline: RolloutPipeline | None = None
@@ -134,6 +136,8 @@ class TrainingLoop:
             pool["rollout/teacher_share"] = stats.from_teacher / max(stats.answers, 1)
         if self._config.context.from_rollout is not None:
             pool["context/dropped"] = len(stats.dropped)
+        if self._config.data.mix:
+            pool |= {f"mix/{name}": n / max(stats.answers, 1) for name, n in stats.by_set.items()}
         return stats.outcome(
             version=step + 1,
             during=(started, time.time()),
