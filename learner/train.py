@@ -101,7 +101,7 @@ def _run_owned(config: Config, progress: Progress, *, resume: bool, accept_chang
         asyncio.run(ask_remote_teachers(config))
     if resumed is None:
         clear(config.run.path)
-    with report_at_end(config.run.path, progress.line), interruptible(), cluster() as dashboard:
+    with report_at_end(config.run.path, progress.line), cluster() as dashboard, interruptible():
         if dashboard is not None:
             progress.line(f"Ray's dashboard: {dashboard}")
         for restart in itertools.count(1):
@@ -202,7 +202,7 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
             services.close()
 
     folder = config.run.path / "evaluate"
-    with interruptible(), owned(folder), RunFiles(folder) as files, cluster():
+    with owned(folder), RunFiles(folder) as files, cluster(), interruptible():
         try:
             asyncio.run(both(files))
         except KeyboardInterrupt:
@@ -245,7 +245,8 @@ def _dashboard() -> str | None:
 def interruptible() -> Iterator[None]:
     """Handle SIGTERM (``ray job stop``, a scheduler) like Ctrl-C: the run shuts down in order.
 
-    Also if SIGINT is ignored, as in what a script starts in the background.
+    Also if SIGINT is ignored, as in what a script starts in the background. Enter it within `cluster`: ``ray.init``
+    replaces the handler by its own, which aborts the process after three seconds.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -146,7 +146,7 @@ def _over_workers(config: Config, model: str, progress: Progress, work: Callable
         finally:
             services.close()
 
-    with train.interruptible(), train.cluster():
+    with train.cluster(), train.interruptible():
         try:
             asyncio.run(run())
         except KeyboardInterrupt:

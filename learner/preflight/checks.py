@@ -12,7 +12,7 @@ from common.config.model import Config, ConfigError
 from common.data.rows import DataError
 from learner.data.inputs import Inputs, read_sources, render_inputs
 from learner.preflight.families import check_families
-from learner.preflight.machine import check_devices, check_folders, check_packages, check_ports, check_ray
+from learner.preflight.machine import check_devices, check_files, check_folders, check_packages, check_ports, check_ray
 from learner.preflight.models import check_hub, check_models, check_student_limits, is_on_this_machine
 from learner.preflight.needs import check_needs
 from learner.preflight.report import Finding, Report, error, warning
@@ -35,6 +35,7 @@ CONFIG_CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     check_packages,
     check_devices,
     check_folders,
+    check_files,
     check_ports,
 )
 """Checks of the configuration and this machine; all run, whatever the others find."""

@@ -31,7 +31,7 @@ def _faults(
         built = model_on_meta(load_full_config(model))
         faults = [*family_faults(built, limit), *(training_faults(built, lora) if trained else ())]
     except (ConfigError, ValueError) as fault:
-        faults = [str(fault)]
+        faults = [str(fault).removeprefix(f"{model} ")]
     for text in faults:
         yield error(f"{key}.model {model}: {text.replace('set max_sequence', f'set {key}.max_sequence')}")
 

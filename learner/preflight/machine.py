@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from common.config.model import Config
+from common.files import seen_from
 from common.network import LOOPBACK
 from learner.cluster.placement import bundles_of, shortfall
 from learner.preflight.report import Finding, error
@@ -76,8 +78,34 @@ def check_folders(config: Config) -> Iterator[Finding]:
         existing = nearest_folder(folder)
         if not existing.is_dir():
             yield error(f"{key}: {folder.absolute()} cannot be made, {existing} is a file")
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            yield error(f"{key}: {folder.absolute()} cannot be written, no permission in {existing}")
+        elif (why := _unwritable(existing)) is not None:
+            yield error(f"{key}: {folder.absolute()} cannot be written, {why} in {existing}")
+
+
+def check_files(config: Config) -> Iterator[Finding]:
+    """Find files of keys and certificates that cannot be read."""
+    for name, teacher in config.named_teachers().items():
+        section = "teacher" if name == "default" else f"teachers.{name}"
+        for key in (
+            ("client_key_file", "ca_file") if teacher.url else ("server_keys_file", "tls_certificate", "tls_key")
+        ):
+            path: Path | None = getattr(teacher, key)
+            try:
+                if path is not None:
+                    path.open("rb").close()
+            except OSError as fault:
+                yield error(f"{section}.{key}: cannot read {path}: {fault.strerror}{seen_from(Path(str(path)))}")
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Try to write into `folder`: permissions alone say nothing of NFS servers and quotas. Leaves no file."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(b"x")
+            stream.flush()
+    except OSError as fault:
+        return (fault.strerror or str(fault)).lower()
+    return None
 
 
 def check_ports(config: Config) -> Iterator[Finding]:

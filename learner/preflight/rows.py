@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 from common.config.model import Config, StudentConfig, TeacherConfig
 from common.data.fingerprint import vocabulary_fault
@@ -24,33 +23,41 @@ def check_lengths(config: Config, inputs: Inputs) -> Iterator[Finding]:
             continue
         key = "teacher" if name == "default" else f"teachers.{name}"
         rows = [row for row in inputs.facts["data.train"] if row.teacher == name]
-        yield from _too_long("data.train", "teacher", rows, config, f"{key}.max_sequence_tokens", model, section)
+        yield from _too_long("data.train", rows, config, inputs, f"{key}.max_sequence_tokens", model, section)
     teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
     if teacher is None or not is_on_this_machine(teacher):
         return
     # An engine of the teacher's model answers with the context, to measure accuracy and for stored answers.
     limit_key = "student.max_sequence_tokens"
     for key in ("data.eval", "data.train") if config.rollout.teacher_answers else ("data.eval",):
-        yield from _too_long(key, "teacher", inputs.facts.get(key, ()), config, limit_key, teacher, config.student)
+        yield from _too_long(key, inputs.facts.get(key, ()), config, inputs, limit_key, teacher, config.student)
 
 
 def _too_long(
     key: str,
-    side: Literal["student", "teacher"],
     rows: Sequence[PromptFacts],
     config: Config,
+    inputs: Inputs,
     limit_key: str,
     model: str,
     section: StudentConfig | TeacherConfig,
 ) -> Iterator[Finding]:
     limits = {limit_key: section.max_sequence_tokens, f"the limit of {model}": model_limit(model)}
     known = [(limit, name) for name, limit in limits.items() if limit is not None]
-    if known:
-        limit, name = min(known)
-        tokens = {row.row_id: row.teacher_tokens for row in rows}
-        yield from map(
-            error, length_faults(f"{key}: ", side, tokens, answer=answer_limit(config, key), limit=(name, limit))
+    if not known:
+        return
+    (limit, name), (answer_key, answer) = min(known), answer_limit(config, key)
+    context = max((len(one.ids) for one in inputs.contexts.values()), default=0)
+    if rows and context + answer >= limit:  # one line, not one for each row
+        yield error(
+            f"the context has {context:,} tokens, which with the longest answer ({answer_key} {answer}) leaves no room "
+            f"for a prompt within {limit:,} ({name}): shorten the context"
         )
+        return
+    tokens = {row.row_id: row.teacher_tokens for row in rows}
+    yield from map(
+        error, length_faults(f"{key}: ", "teacher", tokens, answer=(answer_key, answer), limit=(name, limit))
+    )
 
 
 def check_token_ids(config: Config, inputs: Inputs) -> Iterator[Finding]:

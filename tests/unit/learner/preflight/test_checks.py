@@ -14,7 +14,7 @@ import pytest
 from common.config.model import Config, ConfigError
 from learner.preflight import machine
 from learner.preflight.checks import CONFIG_CHECKS, INPUT_CHECKS, preflight
-from learner.preflight.machine import check_devices, check_folders, check_packages, check_ports, check_ray
+from learner.preflight.machine import check_devices, check_files, check_folders, check_packages, check_ports, check_ray
 from learner.preflight.models import check_models, check_student_limits
 from learner.preflight.report import Finding
 from tests.support.configs import config_of
@@ -128,16 +128,32 @@ def test_a_run_on_a_cluster_is_not_judged_by_this_machine(make: Make, monkeypatc
     assert not texts(check_devices(make(learner={"gpus_per_rank": 1})))
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (found,) = texts(check_folders(make(run={"dir": str(tmp_path / "file" / "deeper")})))
     assert f"{tmp_path / 'file'} is a file" in found
     assert not texts(check_folders(make()))
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
-    (found,) = texts(check_folders(make()))
-    assert f"no permission in {tmp_path}" in found
+    before = sorted(tmp_path.iterdir())
+    assert not texts(check_folders(make()))
+    assert sorted(tmp_path.iterdir()) == before
+    unwritable = {"run": {"dir": "/proc/runs"}, "sync": {"backend": "file", "folder": "/proc/weights"}}
+    found = texts(check_folders(make(**unwritable)))  # even root cannot write there
+    assert [one.partition(" cannot be written")[0] for one in found] == [
+        "run.dir: /proc/runs/r",
+        "sync.folder: /proc/weights",
+    ]
+    assert all(one.endswith(" in /proc") for one in found)
+
+
+def test_files_of_keys_that_cannot_be_read_are_errors(make: Make, tmp_path: Path) -> None:
+    missing = str(tmp_path / "none")
+    remote = {"url": "https://teacher:8001", "client_key_file": missing, "ca_file": missing}
+    found = texts(check_files(make(teacher=remote)))
+    assert [one.partition(":")[0] for one in found] == ["teacher.client_key_file", "teacher.ca_file"]
+    (found,) = texts(check_files(make(teacher={"server_keys_file": missing})))
+    assert found == f"teacher.server_keys_file: cannot read {missing}: No such file or directory"
+    (tmp_path / "key").write_text("secret")
+    assert not texts(check_files(make(teacher={"url": "http://t:1", "client_key_file": str(tmp_path / "key")})))
 
 
 @pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
@@ -262,13 +278,19 @@ def test_the_longest_answer_is_that_of_the_set(make: Make) -> None:
 
 
 def test_a_context_that_the_teacher_or_the_answering_engine_cannot_hold_is_an_error(make: Make) -> None:
-    config = make(context={"text": "x" * 100}, teacher={"max_sequence_tokens": 64}, rollout={"max_tokens": 8})
-    assert [one.split(": row")[0] for one in errors(config)] == ["data.train", "data.train"]
-    assert "(teacher.max_sequence_tokens)" in errors(config)[0]
-    config = make(context={"text": "x" * 100}, student={"max_sequence_tokens": 64}, rollout={"max_tokens": 8})
-    (found,) = errors(config)
-    assert found.startswith("data.eval: row 'sun': 117 teacher tokens")
-    assert "(student.max_sequence_tokens)" in found
+    """One line if no row would fit, else a line for each row that does not."""
+    short = {"max_sequence_tokens": 64}
+    (found,) = errors(make(context={"text": "x" * 100}, teacher=short, rollout={"max_tokens": 8}))
+    assert found.startswith(
+        "the context has 100 tokens, which with the longest answer (rollout.max_tokens 8) leaves no"
+    )
+    assert found.endswith("within 64 (teacher.max_sequence_tokens): shorten the context")
+    (found,) = errors(make(context={"text": "x" * 100}, student=short, rollout={"max_tokens": 8}))
+    assert "within 64 (student.max_sequence_tokens)" in found
+    found_rows = errors(make(context={"text": "x" * 50}, teacher=short, rollout={"max_tokens": 8}))
+    assert [one.split(": row")[0] for one in found_rows] == ["data.train", "data.train"]
+    (found,) = errors(make(context={"text": "x" * 50}, student=short, rollout={"max_tokens": 8}))
+    assert found.startswith("data.eval: row 'sun': 67 teacher tokens")
 
 
 def test_more_ids_than_the_vocabulary_has_are_an_error(make: Make) -> None:
