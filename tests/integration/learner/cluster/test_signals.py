@@ -48,4 +48,4 @@ def test_a_terminated_driver_has_time_to_save() -> None:
             if seen[-1] == "ready":
                 process.terminate()
         assert process.wait(60) == 0, seen
-    assert seen == ["ready", "saved", "interrupted"]
+    assert seen[-3:] == ["ready", "saved", "interrupted"]  # after Ray's words about its token
