@@ -60,7 +60,22 @@ def preset(name: str) -> Config:
 
 
 def test_there_is_one_for_every_setting() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(BY_TASK)
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*BY_TASK, "coach-8b"}
+
+
+def test_the_coachs_numbers() -> None:
+    config = preset("coach-8b")
+    rollout, loss, learner = config.rollout, config.loss, config.learner
+    assert (rollout.batch_size, rollout.samples_per_prompt, rollout.max_tokens) == (256 + 64, 8, 4096)
+    assert (rollout.temperature, rollout.top_p, loss.temperature) == (1.0, 1.0, 1.0)
+    assert (loss.form, loss.direction, loss.top_k) == ("raw", "reverse", 256)
+    assert (learner.steps, learner.lr, learner.lr_schedule) == (300, 1e-6, "constant")
+    assert (config.teacher.kind, config.teacher.refresh_every) == ("live", 30)
+    (general,) = config.data.mix.values()
+    assert general.share * rollout.batch_size == 64
+    assert general.teacher is not None
+    assert config.teachers[general.teacher].kind == "frozen"
+    assert config.context.from_rollout == "deploy.tasks.coach:insights"
 
 
 @pytest.mark.parametrize("name", BY_TASK)
@@ -142,9 +157,10 @@ def test_the_papers_results_stand_in_the_comment(name: str) -> None:
 
 
 def test_the_files_have_what_the_machine_needs_and_no_line_that_is_too_long() -> None:
-    for name in BY_TASK:
+    for name in (*BY_TASK, "coach-8b"):
         config = preset(name)
-        gpus = config.teacher.gpus + config.rollout.workers * config.rollout.gpus_per_worker
+        gpus = sum(teacher.gpus for teacher in config.named_teachers().values())
+        gpus += config.rollout.workers * config.rollout.gpus_per_worker
         assert gpus + config.learner.ranks * config.learner.gpus_per_rank == 8
         assert max(map(len, (FOLDER / f"{name}.yaml").read_text().splitlines())) <= 120
 
