@@ -42,7 +42,7 @@ class AnswerContexts:
         text = await self._call(columns, response)
         if text is None:
             return None
-        form = {name: columns[name] for name in ("prompt", "messages") if columns.get(name) is not None}
+        form = {name: columns[name] for name in ("prompt", "messages", "tools") if columns.get(name) is not None}
         row = Row(id=trajectory.prompt.row_id, context=text, **form)
         try:
             self._renderer.share_parents([row], at_least=1)

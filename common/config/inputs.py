@@ -270,6 +270,7 @@ Column = Literal[
     "seed",
     "context",
     "teacher_messages",
+    "tools",
 ]
 
 

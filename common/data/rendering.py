@@ -16,13 +16,14 @@ from typing import Any, Literal
 
 from common.config.model import StudentConfig
 from common.data.fingerprint import tokenizer_fingerprint
-from common.data.rows import DataError, Row
+from common.data.rows import DataError, Message, Row
 from common.data.special_tokens import leading_count
 from common.error_text import one_line
 from common.protocol.schema import Context, Prompt, as_ids, context_hash
 
 Placement = Literal["prefix", "system", "user_prefix"]
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
 
 SEPARATOR = "\n\n"
 """Text between the context and the rest of its turn."""
@@ -76,16 +77,17 @@ class Renderer:
         other.context_text, other._prefixes = context_text, {}
         return other
 
-    def follow_up(self, observation: str) -> tuple[int, ...]:
-        """Return the tokens between two answers of one conversation: end of the assistant turn, user turn with
+    def follow_up(self, observation: Sequence[Message], tools: Tools = None) -> tuple[int, ...]:
+        """Return the tokens between two answers of one conversation: end of the assistant turn, the turns of
         `observation`, head of the next answer. They are the same for student and teacher and for every history.
         """
-        roles = (("user", "question"), ("assistant", _MARK), ("user", observation))
-        messages = [{"role": role, "content": content} for role, content in roles]
-        _, found, after = self._template(messages, "a game").partition(_MARK)
-        if not found or observation.strip() not in after:
+        turns = [message.as_dict() for message in observation]
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}, *turns]
+        _, found, after = self._template(messages, "a game", tools=tools).partition(_MARK)
+        if not found:
             raise DataError("this chat template does not render an answer and the user turn after it unchanged")
-        if not self._template(messages, "a game", teacher=True).endswith(after):
+        self._check_contents("a game", turns, after, None)
+        if not self._template(messages, "a game", teacher=True, tools=tools).endswith(after):
             raise DataError("context.chat_template_kwargs renders the turns of a game differently for the teacher")
         return self._tokens(after)
 
@@ -141,26 +143,28 @@ class Renderer:
         name = f"row {row.id!r}"
         context = SEPARATOR.join(filter(None, (self.context_text, row.context)))
         messages, theirs = with_system(system, turns), self._teacher_messages(row, placement, context, system, turns)
-        student_text = self._template(messages, name)
+        student_text = self._template(messages, name, tools=row.tools)
         student_ids = self._tokens(student_text)
         if theirs is None:
-            self._check_contents(name, messages, student_text)
+            self._check_contents(name, messages, student_text, row.tools)
             self._check_bos(row, student_ids, student_ids)
             return _plain(row, student_ids)
-        teacher_text = self._template(theirs, name, teacher=True)
+        teacher_text = self._template(theirs, name, teacher=True, tools=row.tools)
         self._check_context(name, placement, context, teacher_text)
-        self._check_contents(name, messages, student_text)
-        self._check_contents(name, theirs if row.teacher_messages else messages, teacher_text)
-        head = self._answer_head(messages, name)
-        if row.teacher_messages is not None or self.teacher_template_kwargs is not None:
-            teacher_text += _missing_end(name, head, self._answer_head(theirs, name, teacher=True))
-        if row.teacher_messages is None:
+        self._check_contents(name, messages, student_text, row.tools)
+        self._check_contents(name, theirs if row.teacher_messages else messages, teacher_text, row.tools)
+        head = self._answer_head(messages, name, tools=row.tools)
+        ends_with_user = row.teacher_messages is None and turns[-1]["role"] == "user"
+        if not ends_with_user or self.teacher_template_kwargs is not None:
+            teacher_head = self._answer_head(theirs, name, teacher=True, tools=row.tools)
+            teacher_text += _missing_end(name, head, teacher_head)
+        if ends_with_user:
             self._check_tail(row, turns[-1]["content"], student_text, teacher_text)
         if not row.has_own_context:
             teacher_ids = self._tokens(teacher_text)
             self._check_ends(row, head, student_ids, teacher_ids)
             self._check_bos(row, student_ids, teacher_ids)
-            prefix = self._prefix(placement, system)
+            prefix = self._prefix(placement, system, row.tools)
             if teacher_ids[: len(prefix)] != prefix or len(prefix) == len(teacher_ids):
                 self.without_shared_prefix.append(row.id)
                 prefix = ()
@@ -188,7 +192,7 @@ class Renderer:
         """Return the teacher's chat; None if it is the student's."""
         if row.teacher_messages is None:
             return self._insert_context(placement, context, system, turns) if context else None
-        turns = [message.model_dump() for message in row.teacher_messages]
+        turns = [message.as_dict() for message in row.teacher_messages]
         system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
         return self._insert_context(placement, context, system, turns) if context else with_system(system, turns)
 
@@ -197,17 +201,17 @@ class Renderer:
         if not row.has_own_context:
             return None
         if row.messages is None:
-            return json.dumps(["raw" if row.prompt is not None else "game", None])
+            return json.dumps(["raw" if row.prompt is not None else "game", None, None])
         if row.teacher_messages is not None:
             first = row.teacher_messages[0]
-            return json.dumps(["chat", first.content if first.role == "system" else None])
+            return json.dumps(["chat", first.content if first.role == "system" else None, row.tools])
         if self._chat_placement(row) == "system":
-            return json.dumps(["system", None])
-        return json.dumps(["user", self._split(row)[0]])
+            return json.dumps(["system", None, row.tools])
+        return json.dumps(["user", self._split(row)[0], row.tools])
 
     def _before_own(self, key: str) -> tuple[int, ...]:
         """Return the tokens that stand before every own context of the kind `key`."""
-        kind, system = json.loads(key)
+        kind, system, tools = json.loads(key)
         if kind == "raw":
             return (*self._lead(), *self._tokens(self.context_text)) if self.context_text else ()
         placement: Placement = "user_prefix" if kind == "user" else self.placement or "system"
@@ -221,13 +225,13 @@ class Renderer:
                 messages = self._insert_context(placement, self.context_text, system, turn)
             else:
                 messages = with_system(system, turn)
-            renderings.append(self._tokens(self._template(messages, "the context", teacher=True)))
+            renderings.append(self._tokens(self._template(messages, "the context", teacher=True, tools=tools)))
         return common_prefix(renderings)
 
     def _split(self, row: Row) -> tuple[str | None, Messages]:
         """Return (student's system content, other turns); None leaves the system turn to the template."""
         assert row.messages is not None
-        turns = [message.model_dump() for message in row.messages]
+        turns = [message.as_dict() for message in row.messages]
         own = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
         mode = self.student.system
         if mode != "template" and own is not None:
@@ -249,9 +253,9 @@ class Renderer:
         turn = {"role": "user", "content": context + SEPARATOR + turns[first]["content"]}
         return with_system(system, [*turns[:first], turn, *turns[first + 1 :]])
 
-    def _prefix(self, placement: Placement, system: str | None) -> tuple[int, ...]:
+    def _prefix(self, placement: Placement, system: str | None, tools: Tools) -> tuple[int, ...]:
         """Return the longest token prefix that the context's renderings with different user contents share."""
-        key = (placement, repr(system))
+        key = (placement, repr((system, tools)))
         if key not in self._prefixes:
             renderings = [
                 self._tokens(
@@ -261,6 +265,7 @@ class Renderer:
                         ),
                         "the context",
                         teacher=True,
+                        tools=tools,
                     )
                 )
                 for probe in _PROBES
@@ -279,15 +284,15 @@ class Renderer:
         without = self._template([{"role": "user", "content": probe}], "a probe")
         return without.startswith(head) and not without.startswith(head + probe)
 
-    def _answer_head(self, messages: Messages, name: str, *, teacher: bool = False) -> str:
+    def _answer_head(self, messages: Messages, name: str, *, teacher: bool = False, tools: Tools = None) -> str:
         """Return the text between the last message's content and the answer."""
         marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
-        _, found, after = self._template(marked, name, teacher=teacher).rpartition(_MARK)
+        _, found, after = self._template(marked, name, teacher=teacher, tools=tools).rpartition(_MARK)
         if not found:
             raise DataError(f"{name}: this chat template leaves out or changes the last message")
         return after
 
-    def _template(self, messages: Messages, name: str, *, teacher: bool = False) -> str:
+    def _template(self, messages: Messages, name: str, *, teacher: bool = False, tools: Tools = None) -> str:
         """Render `messages` of the row `name`. Raises DataError, whatever the template raises."""
         if not self.tokenizer.chat_template:
             raise DataError(
@@ -304,7 +309,11 @@ class Renderer:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **{**pinned, **arguments}
+                    messages,
+                    tools=None if tools is None else list(tools),
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **{**pinned, **arguments},
                 )
             )
         except Exception as error:  # a template is a program of the model's author
@@ -323,11 +332,20 @@ class Renderer:
             )
 
     @staticmethod
-    def _check_contents(name: str, messages: Messages, text: str) -> None:
-        """Raise DataError if a template leaves out a system message or a user content, in silence."""
+    def _check_contents(name: str, messages: Messages, text: str, tools: Tools) -> None:
+        """Raise DataError if a template leaves out a message, a tool call or a tool, in silence."""
+        calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+        for kind, names in (("tool call", calls), ("tool", [_tool_name(tool) for tool in tools or ()])):
+            for missing in (one for one in names if one not in text):
+                raise DataError(
+                    f"{name}: this chat template leaves out the {kind} {missing!r}: use a model whose template knows "
+                    "tools"
+                )
         for message in messages:
             content = message["content"]
-            if message["role"] != "assistant" and content.strip() not in text:
+            as_json = json.dumps(content.strip(), ensure_ascii=False)[1:-1]  # so do some templates show a tool's result
+            shown = content.strip() in text or (message["role"] == "tool" and as_json in text)
+            if message["role"] != "assistant" and not shown:
                 raise DataError(
                     f"{name}: this chat template leaves out or changes a {message['role']} message: {content[:40]!r}"
                 )
@@ -427,10 +445,14 @@ def _plain(row: Row, ids: Sequence[int]) -> Prompt:
     return Prompt(row.id, as_ids(ids), as_ids(ids), None, answer=row.answer, teacher=row.teacher)
 
 
+def _tool_name(tool: Mapping[str, Any]) -> str:
+    return str(tool.get("function", tool).get("name", ""))
+
+
 def own_context_id(row: Row) -> str:
     """16 hex digits of the sha256 of the row's own context, as text or messages."""
     messages = row.teacher_messages
-    own = row.context if messages is None else json.dumps([message.model_dump() for message in messages])
+    own = row.context if messages is None else json.dumps([message.as_dict() for message in messages])
     return hashlib.sha256(str(own).encode()).hexdigest()[:16]
 
 

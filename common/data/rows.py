@@ -34,12 +34,60 @@ _ONE_FORM = "exactly one of `prompt`, `messages` and `environment` is needed"
 
 
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One turn of a conversation, in the form that transformers' chat templates take.
+
+    An assistant's turn may call tools, ``{"type": "function", "function": {"name": ..., "arguments": {...}}}`` each; a
+    turn of role `tool` holds the result of a call.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    tool_calls: tuple[dict[str, Any], ...] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    """Name of the tool whose result the turn holds."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arguments_are_mappings(cls, value: Any) -> Any:
+        """Replace arguments that are JSON text, as OpenAI's API writes them, by their values."""
+        if not isinstance(value, dict) or not isinstance(value.get("tool_calls"), list | tuple):
+            return value
+        return {**value, "tool_calls": [_with_parsed_arguments(call) for call in value["tool_calls"]]}
+
+    @model_validator(mode="after")
+    def _fields_fit_the_role(self) -> Message:
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError(f"tool_calls belong to the assistant, not to the {self.role}")
+        if (self.name is not None or self.tool_call_id is not None) and self.role != "tool":
+            raise ValueError(f"`name` and `tool_call_id` belong to role `tool`, not to `{self.role}`")
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise ValueError("content: Field required")
+        for call in self.tool_calls or ():
+            function = call.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError('a tool call is {"type": "function", "function": {"name": ..., "arguments": {...}}}')
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn as a chat template takes it; absent fields are left out."""
+        found = self.model_dump(exclude_none=True)
+        if "tool_calls" in found:
+            found["tool_calls"] = list(found["tool_calls"])
+        return found
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except json.JSONDecodeError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 class Row(BaseModel):
@@ -66,6 +114,8 @@ class Row(BaseModel):
     """Text that only the teacher sees, placed as ``context.placement`` says."""
     teacher_messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     """The teacher's chat in place of `messages`; the student's answer follows it too."""
+    tools: tuple[dict[str, Any], ...] | None = None
+    """JSON schemas of the tools that the chat template describes, to both sides."""
 
     _source: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -92,6 +142,10 @@ class Row(BaseModel):
                     )
         if value.get("environment") is None:  # other data sets use these names for other things
             value = {name: column for name, column in value.items() if name not in ("options", "seed")}
+        if value.get("messages") is None:  # nothing describes tools in a raw prompt, and an environment has its own
+            value = {name: column for name, column in value.items() if name != "tools"}
+        if isinstance(value.get("tools"), str):
+            value = {**value, "tools": _parsed_tools(value["tools"])}
         number = value.get("id")
         if isinstance(number, int | float) and not isinstance(number, bool) and number == int(number):
             value = {**value, "id": str(int(number))}
@@ -106,14 +160,26 @@ class Row(BaseModel):
                 _check_roles([message.role for message in messages])
         if self.teacher_messages is not None and self.messages is None:
             raise ValueError("`teacher_messages` needs `messages`; for raw text and games use `context`")
+        if self.tools is not None and self.prompt is not None:
+            raise ValueError("`tools` needs `messages`: a raw prompt has no chat template that describes them")
         if self.teacher_messages is not None and self.context is not None:
             raise ValueError("a row has `context` or `teacher_messages`, not both")
         return self
 
 
+def _parsed_tools(text: str) -> Any:
+    """Return the schemas that a data set stores as JSON text; other text stays, and is refused as no list."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
 def _check_roles(roles: Sequence[str]) -> None:
-    if roles[-1] != "user":
-        raise ValueError(f"the last message must be the user's, it is the {roles[-1]}'s")
+    if roles[-1] not in ("user", "tool"):
+        raise ValueError(f"the last message must be the user's or a tool's, it is the {roles[-1]}'s")
+    if "user" not in roles:
+        raise ValueError("one message must be the user's")
     if "system" in roles[1:]:
         raise ValueError("a system message can only be the first")
 

@@ -45,11 +45,19 @@ def first_turn(row: Row) -> FirstTurn:
         return FirstTurn(row)
     game = Game(row.environment, row.options, row.seed, row.context)
     try:
-        observation = asyncio.run(make_environment(game.environment, game.options).reset(game.seed))
+        environment = make_environment(game.environment, game.options)
+        observation = asyncio.run(environment.reset(game.seed))
     except (ValueError, TypeError) as error:
         raise DataError(f"row {row.id!r}: {game.environment} cannot begin at seed {game.seed}: {error}") from error
     message = Message(role="user", content=observation)
-    first = Row(id=row.id, messages=(message,), answer=row.answer, teacher=row.teacher, context=row.context)
+    first = Row(
+        id=row.id,
+        messages=(message,),
+        answer=row.answer,
+        teacher=row.teacher,
+        context=row.context,
+        tools=getattr(environment, "tools", None),
+    )
     return FirstTurn(first, game)
 
 
@@ -64,6 +72,11 @@ def refuse_games_if_unsupported(turns: Sequence[FirstTurn], config: Config) -> N
         raise ConfigError(
             "data.train has games, which the teacher does not play: rollout.source must be `student`, without "
             "rollout.mix"
+        )
+    if config.environment.sample_format == "observation" and any(turn.game and turn.row.tools for turn in turns):
+        raise ConfigError(
+            "data.train has environments with tools: environment.sample_format must be `conversation` or `chat`, since "
+            "an observation alone does not show what a tool's result belongs to"
         )
     if rollout.topk_from == "learner" or teacher.kind == "base":
         raise ConfigError(

@@ -33,6 +33,7 @@ class PromptFacts:
     teacher_first_id: int
     student_max_id: int
     teacher_max_id: int
+    game: bool
     own_tokens: int | None
     """Tokens of the row's own context; None without one."""
 
@@ -51,6 +52,7 @@ def facts_of(prompt: Prompt, contexts: Mapping[str, Context]) -> PromptFacts:
         _first(parts[0]),
         _largest(prompt.student_ids),
         max(_largest(part) for part in parts if part is not shared),
+        prompt.game is not None,
         None if prompt.own_context is None else len(prompt.own_context.ids),
     )
 

@@ -8,7 +8,7 @@ from common.config.model import Config, StudentConfig, TeacherConfig
 from common.data.fingerprint import vocabulary_fault
 from common.data.model_lookup import load_model_config, load_tokenizer, model_limit
 from common.data.rendering import Renderer, length_faults
-from common.data.rows import DataError
+from common.data.rows import DataError, Message
 from learner.data.inputs import Inputs, answer_limit
 from learner.data.prompts import PromptFacts
 from learner.preflight.models import is_on_this_machine
@@ -86,11 +86,11 @@ def check_token_ids(config: Config, inputs: Inputs) -> Iterator[Finding]:
 
 def check_follow_ups(config: Config, inputs: Inputs) -> Iterator[Finding]:
     """Find a chat template that cannot go on with a game as one conversation: it drops answers, or adds unknown ids."""
-    if config.environment.sample_format != "conversation" or not any(row.game for row in inputs.train):
+    if config.environment.sample_format != "conversation" or not any(row.game for row in inputs.facts["data.train"]):
         return
     renderer = Renderer(load_tokenizer(config.student.model), "", config.student)
     try:
-        ids = renderer.follow_up("observation")
+        ids = renderer.follow_up([Message(role="user", content="observation")])
     except DataError as fault:
         yield error(f"environment.sample_format `conversation`: {fault}; use `chat` or `observation`")
         return

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.data.rendering import Renderer, teacher_sequence
-from common.data.rows import Message, Row
+from common.data.rows import DataError, Message, Row
 from common.data.special_tokens import answer_text, end_ids
 from common.protocol.schema import Ids, Mask, Prompt, as_ids
 from rollout_workers.engine.engine import Generation
@@ -28,6 +28,8 @@ SampleMode = Literal["observation", "chat", "conversation"]
 """Form of the samples. `observation` (the paper's): one sample a turn, its prompt the observation, which must repeat
 what matters from earlier turns. `chat`: one sample a turn, its prompt the chat so far. `conversation`: one sample an
 episode, with the environment's words masked out of the loss."""
+
+Tools = tuple[dict[str, Any], ...] | None
 
 MAX_TURNS = 5
 
@@ -89,29 +91,42 @@ async def play_episode(
     in_context: bool = False,
     own_context: str | None = None,
     text_of: Callable[[Sequence[int]], str] | None = None,
+    max_prompt_tokens: int | None = None,
 ) -> Episode:
     """Play at most `max_turns` turns of the episode of `seed`; with `in_context` the player sees the context.
 
     `own_context` is the context of this episode alone, besides the renderer's.
+    After the first turn, an episode whose prompt would exceed `max_prompt_tokens` ends as if its turns had run out.
     `text_of` gives an answer's text from its ids. Default: the text without the tokenizer's EOS at its end.
     Prompts are named ``EPISODE_ID/TURN``. Raises what `generate` and the environment raise, and DataError if the chat
     template cannot render a turn; never returns part of an episode.
     """
+    tools = tools_of(environment)
     talk = (
-        _Conversation(renderer, episode_id, in_context, own_context)
+        _Conversation(renderer, episode_id, in_context, own_context, tools)
         if samples == "conversation"
-        else _Turns(renderer, episode_id, in_context, own_context, samples)
+        else _Turns(renderer, episode_id, in_context, own_context, tools, samples)
     )
     text_of = text_of or partial(answer_text, renderer.tokenizer, ends=end_ids(renderer.tokenizer))
     observation, reward, done = await environment.reset(seed), 0.0, False
     exchanges: list[Exchange] = []
+    turns: tuple[Message, ...] = (Message(role="user", content=observation),)
     while not done and len(exchanges) < max_turns:
-        generation = await generate(talk.ask(observation), len(exchanges))
+        prompt = talk.ask(turns)
+        if exchanges and max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
+            talk.take_back()
+            break
+        generation = await generate(prompt, len(exchanges))
         answer = text_of(generation.response_ids.tolist())
         talk.hear(generation, answer)
         exchanges.append(Exchange(observation, answer))
         step = await environment.step(answer)
         observation, reward, done = step.observation, reward + step.reward, step.done
+        if step.messages and samples == "observation":
+            raise DataError(
+                "environment.sample_format `observation` shows no tool results: use `conversation` or `chat`"
+            )
+        turns = tuple(map(Message.model_validate, step.messages or ({"role": "user", "content": observation},)))
     return Episode(
         episode_id=episode_id,
         seed=seed,
@@ -131,18 +146,24 @@ class _Turns:
     episode_id: str
     in_context: bool
     context: str | None
+    tools: Tools
     mode: SampleMode
     _messages: list[Message] = field(default_factory=list)
     _prompts: list[Prompt] = field(default_factory=list)
     _generations: list[Generation] = field(default_factory=list)
 
-    def ask(self, observation: str) -> Ids:
+    def ask(self, turns: Sequence[Message]) -> Ids:
         if self.mode == "observation":
             self._messages = []
-        self._messages.append(Message(role="user", content=observation))
+        self._messages += turns
         name = f"{self.episode_id}/{len(self._prompts)}"
-        self._prompts.append(self.renderer.render(Row(id=name, messages=tuple(self._messages), context=self.context)))
+        row = Row(id=name, messages=tuple(self._messages), context=self.context, tools=self.tools)
+        self._prompts.append(self.renderer.render(row))
         return _shown(self._prompts[-1], self.renderer, self.in_context)
+
+    def take_back(self) -> None:
+        """Forget the last question."""
+        self._prompts.pop()
 
     def hear(self, generation: Generation, answer: str) -> None:
         self._messages.append(Message(role="assistant", content=answer))
@@ -160,24 +181,28 @@ class _Conversation:
     episode_id: str
     in_context: bool
     context: str | None
+    tools: Tools
     _prompt: Prompt | None = None
     _between: list[Ids] = field(default_factory=list)
     """Tokens before each answer after the first: end of the last turn, observation, head of the answer."""
     _generations: list[Generation] = field(default_factory=list)
 
-    def ask(self, observation: str) -> Ids:
+    def ask(self, turns: Sequence[Message]) -> Ids:
         if self._prompt is None:
-            message = Message(role="user", content=observation)
-            row = Row(id=f"{self.episode_id}/0", messages=(message,), context=self.context)
+            row = Row(id=f"{self.episode_id}/0", messages=tuple(turns), context=self.context, tools=self.tools)
             self._prompt = self.renderer.render(row)
             return _shown(self._prompt, self.renderer, self.in_context)
-        between: Ids = as_ids(self.renderer.follow_up(observation))
+        between: Ids = as_ids(self.renderer.follow_up(turns, self.tools))
         last = self._generations[-1].response_ids[-1]
         # A turn that ended with its own end token must not be ended twice.
         self._between.append(between[1:] if between[0] == last else between)
         answers = [generation.response_ids for generation in self._generations]
         shown = _shown(self._prompt, self.renderer, self.in_context)
         return as_ids(np.concatenate([shown, *_alternating(answers, self._between)]))
+
+    def take_back(self) -> None:
+        """Forget the last question."""
+        self._between.pop()
 
     def hear(self, generation: Generation, answer: str) -> None:
         self._generations.append(generation)
@@ -186,6 +211,12 @@ class _Conversation:
         assert self._prompt is not None
         generation, mask = join(self._generations, self._between)
         return (EpisodeSample(self._prompt, generation, mask),)
+
+
+def tools_of(environment: Environment) -> Tools:
+    """The tools that `environment` offers, as JSON schemas; None if it offers none."""
+    tools = getattr(environment, "tools", None)
+    return None if tools is None else tuple(tools)
 
 
 def _shown(prompt: Prompt, renderer: Renderer, in_context: bool) -> Ids:

@@ -65,6 +65,7 @@ async def play_sample(
         in_context=in_context,
         own_context=own_context,
         text_of=lambda ids: engine.answer_text(ids, sample.sampling.stop),
+        max_prompt_tokens=engine.max_sequence_tokens - sample.sampling.max_tokens,
     )
 
 

@@ -10,6 +10,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A template that knows tools, tool calls and their results."""
+
 
 def make_tiny_model(folder: Path, *, tied: bool = True, seed: int = 0, hidden: int = 64, layers: int = 2) -> Path:
     """A random Qwen3 (about 0.2M parameters) and a byte-level tokenizer, saved as a Hugging Face folder.

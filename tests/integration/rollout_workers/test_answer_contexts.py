@@ -85,4 +85,5 @@ async def test_the_score_is_that_of_the_function_s_context(tiny_model: Path, tmp
         error = f"context.from_rollout {config.context.from_rollout}: KeyError: 'no such\\nthing'"
         assert left == {"drop": None, "fail": error}
         assert len(teacher.service.contexts) == 3
+        worker._engine = None
         await worker._close()

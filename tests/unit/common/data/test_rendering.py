@@ -9,7 +9,7 @@ import pytest
 
 from common.config.model import StudentConfig
 from common.data.rendering import SEPARATOR, Renderer, common_prefix, length_faults, teacher_sequence
-from common.data.rows import DataError, Row
+from common.data.rows import DataError, Message, Row
 from common.protocol.schema import Prompt, context_hash
 from tests.support.tiny import CHAT_TEMPLATE, make_tokenizer
 from tests.support.tokenizers import build_tokenizer
@@ -216,12 +216,12 @@ def test_the_last_occurrence_of_a_content_counts() -> None:
 
 def test_an_answer_that_the_template_drops_has_no_follow_up() -> None:
     tokenizer = make_tokenizer()
-    follow = renderer(tokenizer).follow_up("Down.")
+    follow = renderer(tokenizer).follow_up([Message(role="user", content="Down.")])
     assert tokenizer.decode(follow) == "<|im_end|>\n<|im_start|>user\nDown.<|im_end|>\n<|im_start|>assistant\n"
     for role in ("assistant", "user"):
         tokenizer.chat_template = f"{{% for m in messages if m.role != '{role}' %}}[{{{{ m.content }}}}]{{% endfor %}}"
-        with pytest.raises(DataError, match="does not render an answer and the user turn"):
-            renderer(tokenizer).follow_up("Down.")
+        with pytest.raises(DataError, match=r"does not render an answer|leaves out or changes a user message"):
+            renderer(tokenizer).follow_up([Message(role="user", content="Down.")])
 
 
 def merging(merges: list[tuple[str, str]]) -> Any:

@@ -132,7 +132,7 @@ def test_a_null_is_absent_wherever_a_table_has_one(tmp_path: Path) -> None:
     assert first.messages is not None
     assert first.messages[0].content == "u"
     assert second.options == {"size": 3}
-    with pytest.raises(DataError, match=r"messages\.0\.name: Extra inputs"):
+    with pytest.raises(DataError, match=r"messages\.0: `name` and `tool_call_id` belong to role `tool`"):
         read_rows(write(tmp_path, {"id": "a", "messages": [{**message, "name": "Ann"}]}), columns_of())
 
 
