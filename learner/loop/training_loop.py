@@ -341,7 +341,7 @@ class RolloutPipeline:
             self._unprepared.add(sample.sample_id)
             try:
                 summary, item = await self._unscored(sample)
-                if _left_out(summary):
+                if summary.context is not None and summary.context.context_id is None:
                     return scored_rollout(sample, issued, summary, None, None)
                 waiting = self._learner_scoring.add(summary.prompt_tokens + summary.response_tokens, item)
             finally:
@@ -392,8 +392,3 @@ class RolloutPipeline:
             task = self._tasks.pop(sample_id, None)
             if task is not None:
                 task.cancel()
-
-
-def _left_out(summary: Any) -> bool:
-    """True if the answer has no context (``context.from_rollout``), and so goes no further."""
-    return summary.context is not None and summary.context.context_id is None
