@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,15 @@ import pytest
 from common.config.model import StudentConfig
 from common.data.rendering import Renderer, teacher_sequence
 from common.data.rows import DataError
-from common.protocol.schema import Ids, Sample, Sampling, as_ids
+from common.protocol.schema import Sample, Sampling, as_ids
 from rollout_workers.engine.engine import Generation
 from rollout_workers.environments.base import Step
 from rollout_workers.environments.episodes import Episode, SampleMode, join, play_episode
 from rollout_workers.environments.playing import student_tokens, trajectories_of
 from rollout_workers.environments.registry import make_environment
+from tests.support.episodes import TOKENIZER, Student, text
 from tests.support.tiny import make_tokenizer
 
-TOKENIZER = make_tokenizer()
 CONTEXT = "H is a hole. Reach G."
 
 
@@ -36,38 +35,8 @@ class Countdown:
         return Step("over" if not self.left else f"now {self.left}", reward, done=not self.left)
 
 
-class Student:
-    """Gives fixed answers; remembers the prompts. Each answer ends with the stop token unless it is cut short."""
-
-    def __init__(self, answers: Sequence[str], *, stop: bool = True, k: int = 3) -> None:
-        self.answers, self.stop, self.k = list(answers), stop, k
-        self.prompts: list[list[int]] = []
-        self.made: list[Generation] = []
-
-    async def __call__(self, prompt_ids: Ids, turn: int) -> Generation:
-        assert turn == len(self.prompts)
-        self.prompts.append(prompt_ids.tolist())
-        ids = TOKENIZER(self.answers[turn], add_special_tokens=False)["input_ids"]
-        ids += [TOKENIZER.eos_token_id] if self.stop else []
-        rng = np.random.default_rng(turn)
-        self.made.append(
-            Generation(
-                response_ids=as_ids(ids),
-                sampled_logprobs=rng.normal(size=len(ids)).astype(np.float32),
-                topk_ids=as_ids(rng.integers(100, 200, (len(ids), self.k))),
-                finish_reason="stop" if self.stop else "length",
-                versions=((0, turn // 2),) if len(ids) < 2 else ((0, turn // 2), (1, turn // 2 + 1)),
-            )
-        )
-        return self.made[-1]
-
-
 def renderer(**student: Any) -> Renderer:
     return Renderer(TOKENIZER, CONTEXT, StudentConfig(model="unused", **student))
-
-
-def text(ids: Ids | Sequence[int]) -> str:
-    return str(TOKENIZER.decode(list(map(int, ids))))
 
 
 async def episode_of(mode: SampleMode, student: Student, *, seed: int = 3, max_turns: int = 5) -> Episode:

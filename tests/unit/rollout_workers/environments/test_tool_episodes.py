@@ -16,9 +16,9 @@ from learner.data.games import first_turn, refuse_games_if_unsupported
 from rollout_workers.environments.episodes import Episode, SampleMode, play_episode
 from rollout_workers.environments.registry import make_environment
 from tests.support.configs import config_of
+from tests.support.episodes import Student, text
 from tests.support.paths import ROOT
 from tests.support.tiny import TOOL_TEMPLATE, make_tokenizer
-from tests.unit.rollout_workers.environments.test_episodes import Student, text
 
 CONTEXT = "Compute with the calculator."
 SEED = 3
