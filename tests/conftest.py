@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support.families import Families
@@ -24,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # a test process a core: threads of two that wait for each other take twice the time
     # Verdicts do not depend on the machine's speed.
     settings.register_profile("opcd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("opcd")

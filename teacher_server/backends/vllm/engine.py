@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -63,6 +65,7 @@ class ScoringEngine:
         self.cache_tokens = int(resolved.cache_config.num_gpu_blocks) * self.block_tokens
         self.token_bytes = _key_value_bytes(model_config, resolved.parallel_config)
         self._llm.collective_rpc("opcd_install_scoring", args=(self.fixed_ids,))
+        _report_death(self._llm.llm_engine.engine_core)
 
     def _start(self, dtype: str, gpu: bool) -> Any:
         # vLLM reads these at import. The second only matters on CPU.
@@ -109,6 +112,20 @@ class ScoringEngine:
     def close(self) -> None:
         """End the engine's processes."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def _report_death(core: Any) -> None:
+    """Have a request that waits for vLLM's client `core` raise EngineDeadError when the engine's process ends.
+
+    The client itself raises it for an exception of the engine only: after a kill a waiting request hangs.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def watch() -> None:
+        connection.wait(core.resources.engine_manager.sentinels())
+        core.outputs_queue.put(EngineDeadError())
+
+    threading.Thread(target=watch, daemon=True, name="engine-death").start()
 
 
 def engine_settings(config: TeacherConfig, *, gpu: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,9 +48,9 @@ def teacher(tiny_model: Path) -> Iterator[Running]:
     """A running teacher; its teardown proves that stopping the server ends the engine."""
     before = descendants(os.getpid())
     with running(tiny_model, backend="vllm", max_k=512, context_cache_bytes=64 << 20) as server:
+        yield server
         engines = engines_below(os.getpid()) - before
         assert engines
-        yield server
     assert gone(engines), "the engine outlived the server"
 
 
@@ -121,6 +122,39 @@ async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.
     assert prefill_red == prefill_blue == [0]
     block = engine.block_tokens
     assert red == blue == [300 // block * block] * 4
+
+
+async def test_an_item_of_which_the_engine_dies_is_refused_and_other_tenants_are_served(
+    teacher: Running, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's real process dies while it computes one item of red; blue's context is computed again."""
+    run, kills = teacher.gate.engine.run, []
+    (deadly,), context = bare(items(41, 1)), teacher.context(tokens(42, 150))
+
+    def deadly_run(requests):
+        if any(request.ids == [*deadly.prompt_ids, *deadly.response_ids] for request in requests):
+            (core,) = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("VLLM::EngineCore")]
+            kills.append(core)
+            os.kill(core, signal.SIGKILL)
+        return run(requests)
+
+    monkeypatch.setattr(teacher.gate.engine, "run", deadly_run)
+    batch = bare(items(43, 2, context=context.hash))
+    async with teacher.http("red") as red, teacher.http("blue") as blue:
+        red.timeout = blue.timeout = 120  # an engine starts meanwhile
+        await put(blue, context)
+        before = await scored(blue, batch, mode="teacher_topk", k=8)
+        for reason in ("died of this item", "died of this item before"):
+            (refused,) = (await scored(red, [deadly], mode="teacher_topk", k=8)).results
+            assert isinstance(refused, ItemError)
+            assert refused.message == f"the model's process {reason}"
+            after = await scored(blue, batch, mode="teacher_topk", k=8)
+            for first, second in zip(before.results, after.results, strict=True):
+                assert isinstance(first, ItemScore)
+                assert isinstance(second, ItemScore)
+                np.testing.assert_array_equal(first.topk_ids, second.topk_ids)
+                np.testing.assert_allclose(first.sampled_logprob, second.sampled_logprob, rtol=0, atol=AGREE_NATS)
+    assert len(kills) == 1
 
 
 def test_killing_the_server_ends_its_engine(tiny_model: Path) -> None:
