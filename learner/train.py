@@ -43,7 +43,7 @@ from learner.evaluation.report_process import report_at_end
 from learner.evaluation.summary import RunSummary, final_table
 from learner.loop.checkpoints import CheckpointError, Checkpoints
 from learner.loop.run import Resumed, Run, refuse_changes
-from learner.loop.user_errors import KNOWN_ERRORS
+from learner.loop.user_errors import KNOWN_ERRORS, known_error, unwrap_ray_error
 from learner.preflight.checks import preflight
 
 __all__ = ["KNOWN_ERRORS", "check_resume", "evaluate", "main", "run"]
@@ -207,6 +207,8 @@ def evaluate(config: Config, checkpoint: Path | None = None) -> int:
             asyncio.run(both(files))
         except KeyboardInterrupt:
             return INTERRUPTED
+        except Exception as error:
+            raise known_error(unwrap_ray_error(error), folder) from error
     return 0
 
 

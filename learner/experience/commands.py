@@ -19,6 +19,7 @@ from learner.experience.extract import prepare_extraction, solver, without_conte
 from learner.experience.select import Selection, candidates, write_selected
 from learner.experience.stage_files import POOL, SELECTED, experience_folder
 from learner.loop.checkpoints import Checkpoints
+from learner.loop.user_errors import known_error, unwrap_ray_error
 from learner.train import KNOWN_ERRORS
 
 __all__ = ["KNOWN_ERRORS", "accumulate", "consolidate", "consolidation_config", "extract", "rounds", "select"]
@@ -151,4 +152,6 @@ def _over_workers(config: Config, model: str, progress: Progress, work: Callable
             asyncio.run(run())
         except KeyboardInterrupt:
             return train.INTERRUPTED
+        except Exception as error:
+            raise known_error(unwrap_ray_error(error), config.run.path) from error
     return 0

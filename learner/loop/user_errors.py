@@ -41,9 +41,11 @@ def known_error(error: Exception, folder: Path) -> Exception:
     """The error itself if it is known, else a RunError of one line; the traceback goes to ``error.txt`` in `folder`."""
     if isinstance(error, KNOWN_ERRORS):
         return error
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / TRACEBACK
     path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    return RunError(f"{short(error)} (unexpected; the traceback is in {path})")
+    kind = "" if isinstance(error, ray.exceptions.RayTaskError) else f"{type(error).__name__}: "  # its text has it
+    return RunError(f"{kind}{short(error)} (unexpected; the traceback is in {path})")
 
 
 def outcome_of(error: Exception) -> str:

@@ -21,7 +21,9 @@ def test_a_known_error_stays_what_it_is(tmp_path: Path) -> None:
 def test_another_librarys_error_is_one_line_and_its_traceback_a_file(tmp_path: Path) -> None:
     shown = known_error(ValueError("\x1b[36m(actor pid=1)\x1b[0m bad\n  value"), tmp_path)
     assert isinstance(shown, RunError)
-    assert str(shown) == f"(actor pid=1) bad value (unexpected; the traceback is in {tmp_path / 'error.txt'})"
+    assert (
+        str(shown) == f"ValueError: (actor pid=1) bad value (unexpected; the traceback is in {tmp_path / 'error.txt'})"
+    )
     assert outcome_of(shown) == f"failed: RunError: {shown}"
     assert (tmp_path / "error.txt").read_text().startswith("ValueError: ")
 
