@@ -14,7 +14,10 @@ from types import TracebackType
 from typing import Any
 
 from common.telemetry.prometheus import PrometheusSink
-from common.telemetry.sinks import Sink, TensorBoardSink
+from common.telemetry.sinks import MlflowSink, Sink, TensorBoardSink, WandbSink
+
+TABLE_ROWS = 64
+"""Held-out answers of an evaluation that trackers show as a table; ``samples.jsonl`` has all."""
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -58,6 +61,7 @@ class RunFiles:
         self._audit = self._open("audit.jsonl")
         self._tokens = self._open("tokens.jsonl")
         self._texts = self._open("texts.jsonl")
+        self._table: list[Mapping[str, Any]] = []
         purge = None if self.resume_after is None else self.resume_after + 1
         self._sinks = [TensorBoardSink(self.folder / "tensorboard", purge), *self.sinks]
 
@@ -77,6 +81,15 @@ class RunFiles:
     def sample(self, values: Mapping[str, Any]) -> None:
         """Write a line of ``samples.jsonl``."""
         self._line(self._samples, values)
+        if len(self._table) < TABLE_ROWS:
+            self._table.append(values)
+
+    def end_of_samples(self, step: int, name: str) -> None:
+        """Send the first `TABLE_ROWS` samples since the last call to the sinks that show tables."""
+        rows, self._table = self._table, []
+        for sink in self._sinks:
+            if rows and isinstance(sink, WandbSink | MlflowSink):
+                sink.table(step, name, rows)
 
     def tokens(self, values: Mapping[str, Any]) -> None:
         """Write a line of ``tokens.jsonl``: an answer token by token (`learner.trainer.token_records`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -49,6 +50,16 @@ def _requested(config: Config, resume: bool) -> Iterator[Sink]:
         yield MlflowSink(config, run.mlflow, run.mlflow_uri, resume=resume)
 
 
+def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Turn rows into columns of text, which every tracker shows; a value that is no text becomes JSON."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [_text(row.get(name)) for row in rows] for name in names}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 class TensorBoardSink:
     """Event files in `folder`; a resumed run discards earlier events from `purge_step` on."""
 
@@ -75,7 +86,7 @@ class WandbSink:
     """
 
     def __init__(self, config: Config, project: str, *, resume: bool) -> None:
-        wandb = _optional("wandb", "run.wandb")
+        self._wandb = wandb = _optional("wandb", "run.wandb")
         entity, _, name = project.rpartition("/")
         stored = _StoredId(config.run.path / "wandb.id", resume)
         self._run = wandb.init(
@@ -94,6 +105,12 @@ class WandbSink:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Queue the numbers; wandb sends them from another process."""
         self._run.log({"step": step, **values})
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Queue a table ``samples/NAME``."""
+        columns = as_columns(rows)
+        data = [list(row) for row in zip(*columns.values(), strict=True)]
+        self._run.log({"step": step, f"samples/{name}": self._wandb.Table(columns=list(columns), data=data)})
 
     def close(self) -> None:
         """Send all queued numbers."""
@@ -125,6 +142,15 @@ class MlflowSink:
             self._mlflow.log_metrics(dict(values), step=step)
         except self._mlflow.exceptions.MlflowException as error:
             log.warning("mlflow did not store step %d (metrics.jsonl has it): %s", step, error)
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Store a table ``samples/NAME-STEP.json``; log a warning if the server rejects it, or without pandas, which
+        mlflow needs for tables and ``mlflow-skinny`` does not install.
+        """
+        try:
+            self._mlflow.log_table(as_columns(rows), f"samples/{name.replace('/', '-')}-{step:06d}.json")
+        except (self._mlflow.exceptions.MlflowException, ImportError) as error:
+            log.warning("mlflow did not store the answers of %s (samples.jsonl has them): %s", name, error)
 
     def close(self) -> None:
         """End the run."""

@@ -113,6 +113,7 @@ class HeldOutEvaluator:
                 partial(self._warn_if_cut, name),
             )
         self._summary.add_seconds({"evaluation": time.time() - started})
+        self._files.end_of_samples(step, name)
         at_k = {f"pass_at_{k}/{name}": found["value"] for k, found in pass_at(result).items()}
         self._files.metrics(step, {f"accuracy/{name}": result.accuracy, **at_k})
         self._progress.line(accuracy_line(name, result))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
+from common.config.model import Config
+from common.evaluation.graders import make_reward
 from learner.errors import RunError
 from learner.loop.step_stats import ScoredRollout
 
@@ -53,6 +55,22 @@ class RewardGroups:
         if not math.isfinite(reward):
             raise RunError(f"the reward of sample {rollout.sample.sample_id} is {reward}, expected a finite number")
         return reward
+
+
+def reward_groups(config: Config) -> RewardGroups | None:
+    """The groups of a run; None without ``loss.reward_weight``."""
+    if not config.loss.reward_weight:
+        return None
+    return RewardGroups(config.rollout.samples_per_prompt, make_reward(config.loss.reward or config.eval.grader))
+
+
+async def rewarded(groups: RewardGroups | None, rollouts: AsyncIterator[ScoredRollout]) -> AsyncIterator[ScoredRollout]:
+    """The rollouts, with `groups` as soon as all responses to their prompt are there."""
+    async for rollout in rollouts:
+        for one in (rollout,) if groups is None else groups.add(rollout):
+            yield one
+    for one in () if groups is None else groups.flush():
+        yield one
 
 
 def _with_advantages(group: Sequence[ScoredRollout]) -> list[ScoredRollout]:

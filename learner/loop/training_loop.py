@@ -33,7 +33,6 @@ from typing import Any
 
 from common.async_utils import all_of, despite_cancel, run_in_background
 from common.config.model import Config
-from common.evaluation.graders import make_reward
 from common.protocol.schema import Prompt, Sample
 from common.telemetry.trace import TraceSpan
 from learner.cluster.services import Services
@@ -43,7 +42,7 @@ from learner.data.teacher_answers import Replayed, TeacherAnswers
 from learner.errors import RunError
 from learner.loop.learner_scoring import LearnerScoring
 from learner.loop.micro_batcher import MicroBatcher
-from learner.loop.rewards import RewardGroups
+from learner.loop.rewards import reward_groups, rewarded
 from learner.loop.staleness import StalenessTracker, Verdict
 from learner.loop.step_stats import RecordSkipped, ScoredRollout, StepOutcome, StepStats, check_step, scored_rollout
 from learner.loop.weight_publisher import WeightPublisher
@@ -75,7 +74,7 @@ class TrainingLoop:
         self._record_skipped = record_skipped
         self._source = SampleSource(config, prompts, context_sampler, set_sizes)
         self._teacher_answers = teacher_answers
-        self._reward_groups = _reward_groups(config)
+        self._reward_groups = reward_groups(config)
         self._pipeline: RolloutPipeline | None = None
 
     async def begin(self, version: int, position: Mapping[str, Any] | None = None) -> None:
@@ -154,7 +153,7 @@ class TrainingLoop:
             learner.ranks, learner.micro_batch_tokens, packed=self._services.packed
         )
         accumulating: list[Any] = []
-        async for rollout in self._rewarded(self._rollouts(stats)):
+        async for rollout in rewarded(self._reward_groups, self._rollouts(stats)):
             stats.add(rollout)
             for group in batcher.add(rollout.tokens, (rollout.item, rollout.advantage)):
                 accumulating += self._services.accumulate(group)
@@ -186,19 +185,6 @@ class TrainingLoop:
         for rollout in sorted([rollout async for rollout in rollouts], key=lambda one: one.sample.number):
             yield rollout
 
-    async def _rewarded(self, rollouts: AsyncIterator[ScoredRollout]) -> AsyncIterator[ScoredRollout]:
-        """The rollouts, in runs with a reward as soon as all responses to their prompt are there."""
-        groups = self._reward_groups
-        if groups is None:
-            async for rollout in rollouts:
-                yield rollout
-            return
-        async for rollout in rollouts:
-            for one in groups.add(rollout):
-                yield one
-        for one in groups.flush():
-            yield one
-
     async def keep_workers(self, version: int) -> None:
         """If every worker has died, publish `version` to the first replacement at once, not at the next step.
 
@@ -215,12 +201,6 @@ class TrainingLoop:
                 f"{len(failures)} of {issued} answers could not be scored, more than teacher.max_failed_fraction "
                 f"allows ({share}); the last one: {': '.join(list(failures.items())[-1])}"
             )
-
-
-def _reward_groups(config: Config) -> RewardGroups | None:
-    if not config.loss.reward_weight:
-        return None
-    return RewardGroups(config.rollout.samples_per_prompt, make_reward(config.loss.reward or config.eval.grader))
 
 
 class RolloutPipeline:

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from common.config.model import Config, ConfigError
 from common.telemetry.prometheus import PrometheusSink, gauge_name
-from common.telemetry.run_files import RunFiles
+from common.telemetry.run_files import TABLE_ROWS, RunFiles
 from common.telemetry.sinks import open_sinks
 
 
@@ -184,6 +184,50 @@ def test_wandb_gets_each_step_and_a_resumed_run_is_the_same_one(
     assert wandb.started[0]["config"]["run"]["name"] == "r"
     assert wandb.logged == [{"step": 7, "kl": 0.5}] * 3
     assert wandb.finished == 3
+
+
+ANSWERS = [{"id": "a", "right": True, "answer": "yes"}, {"id": "b", "right": False, "answer": "né", "context_id": "c"}]
+
+
+def test_wandb_gets_a_table_of_held_out_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    wandb.Table = lambda columns, data: (columns, data)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with RunFiles(tmp_path / "run", sinks=open_sinks(config(tmp_path, wandb="p"), resume=False)) as files:
+        files.end_of_samples(1, "base")  # no answers, no table
+        for answer in ANSWERS * (TABLE_ROWS // 2 + 1):
+            files.sample({"step": 2, **answer})
+        files.end_of_samples(2, "valid")
+        files.sample({"step": 3, **ANSWERS[0]})
+        files.end_of_samples(3, "final")
+    first, second = (found for found in wandb.logged if any(name.startswith("samples/") for name in found))
+    columns, data = first["samples/valid"]  # type: ignore[misc]
+    assert columns == ["step", "id", "right", "answer", "context_id"]
+    assert len(data) == TABLE_ROWS
+    assert data[:2] == [["2", "a", "true", "yes", "null"], ["2", "b", "false", "né", "c"]]
+    assert second["samples/final"][1] == [["3", "a", "true", "yes"]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("fault", [None, "refused", "no pandas"])
+def test_mlflow_gets_a_table_and_a_fault_costs_the_table_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str | None
+) -> None:
+    mlflow = FakeMlflow()
+
+    def log_table(data: dict[str, list[str]], artifact_file: str) -> None:
+        if fault is not None:
+            raise FakeMlflow.Refused("down") if fault == "refused" else ImportError("pandas")
+        mlflow.calls.append(("table", data["answer"], artifact_file))
+
+    mlflow.log_table = log_table  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    with RunFiles(tmp_path / "run", sinks=open_sinks(config(tmp_path, mlflow="e"), resume=False)) as files:
+        for answer in ANSWERS:
+            files.sample({"step": 2, **answer})
+        files.end_of_samples(2, "ood/other")
+    tables = [call for call in mlflow.calls if call[0] == "table"]
+    assert tables == ([] if fault else [("table", ["yes", "né"], "samples/ood-other-000002.json")])
+    assert ("answers of ood/other" in caplog.text) == (fault is not None)
 
 
 class FakeMlflow(ModuleType):
