@@ -95,7 +95,9 @@ def test_every_answer_is_scored_under_the_chat_of_its_row(
     assert {line["set"] for line in samples} >= {"base", "in_context", "final"}
 
 
-def test_an_answer_is_scored_under_the_context_that_a_function_makes_of_it(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_answer_is_scored_under_the_context_that_a_function_makes_of_it(
+    tiny_model: Path, tmp_path: Path, shared_cluster: dict[str, str]
+) -> None:
     """One row's answers are left out and one row's calls fail, within the bound."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,7 +115,7 @@ def test_an_answer_is_scored_under_the_context_that_a_function_makes_of_it(tiny_
     for name in ("train", "eval"):
         rows = [{**row, "hint": hints[row["id"]]} for row in read(tmp_path / f"{name}.jsonl")]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with started_run(config) as process:
+    with started_run(config, environment=shared_cluster) as process:
         printed = finish(process)
     assert "the accuracy with the context is not measured" in printed
     run = tmp_path / "runs/tiny"
