@@ -17,6 +17,7 @@ Method = Literal["opcd", "offpolicy", "sequence", "pg", "in_context"]
 Settings = tuple[str, ...]
 """Overrides ``KEY=VALUE`` that a comparison varies."""
 METHODS: tuple[Method, ...] = get_args(Method)
+NO_REWARD = ("loss.reward_weight=0", "loss.reward=null")
 TITLES: dict[Method, str] = {
     "opcd": "on-policy context distillation",
     "offpolicy": "off-policy context distillation",
@@ -144,6 +145,8 @@ def _keys(config: Config, method: Method, answers: Path) -> list[str]:
             "rollout.mix=null",
             "loss.form=policy_gradient",
             "loss.importance_clip=null",
+            *NO_REWARD,
+            "loss.clip_per_entry=null",
             f"loss.temperature={config.rollout.temperature}",
         ]
     keys = [
@@ -154,14 +157,17 @@ def _keys(config: Config, method: Method, answers: Path) -> list[str]:
         "rollout.max_staleness=0",
         "rollout.oversample_fraction=0",
         "loss.importance_clip=null",
-        "loss.reward_weight=0",
-        "loss.reward=null",
+        *NO_REWARD,
     ]
     if config.teacher.kind == "base":  # the learner scores, at ids that it chooses
         keys += ["rollout.topk_from=learner", "loss.support=student"]
     else:
         keys += ["rollout.topk_from=engine", "loss.support=teacher"]
-    return [*keys, "loss.form=nll"] if method == "sequence" else [*keys, "loss.direction=forward"]
+    return (
+        [*keys, "loss.form=nll", "loss.clip_per_entry=null"]
+        if method == "sequence"
+        else [*keys, "loss.direction=forward"]
+    )
 
 
 def is_finished(run: PlannedRun) -> bool:

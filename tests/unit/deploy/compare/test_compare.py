@@ -86,6 +86,21 @@ def test_every_method_with_every_seed_and_the_rest_of_the_configuration_as_it_wa
     assert (pg.loss.form, pg.loss.temperature, pg.rollout.source) == ("policy_gradient", 0.7, "student")
 
 
+def test_recipes_of_the_configuration_are_the_on_policy_methods_alone(path: Path) -> None:
+    recipes = ["rollout.samples_per_prompt=2", "rollout.temperature=1.0", "rollout.max_staleness=0"]
+    recipes += ["loss.reward_weight=0.1", "loss.reward=exact", "loss.clip_per_entry=0.5"]
+    runs = {run.method: run for run in plan(path, recipes, ALL, [0])}
+    assert [run.fault for run in runs.values()] == [None] * 4
+    losses = {method: run.config.loss for method, run in runs.items() if run.config}
+    assert (losses["opcd"].reward_weight, losses["opcd"].clip_per_entry) == (0.1, 0.5)
+    assert {losses[name].reward_weight for name in ("offpolicy", "sequence", "pg")} == {0.0}
+    assert losses["offpolicy"].clip_per_entry == 0.5
+    mix = ["rollout.mix={teacher: 0.25}", "rollout.topk_from=learner", "rollout.max_staleness=0"]
+    mixed = {run.method: run.config for run in plan(path, mix, ALL, [0])}
+    assert [config is not None and config.rollout.mix is not None for config in mixed.values()] == [True, *[False] * 3]
+    assert all(mixed.values())
+
+
 def test_seeds_do_not_share_answers(path: Path) -> None:
     runs = plan(path, [], ["sequence"], [0, 1])
     assert len({run.config.answers_path for run in runs if run.config}) == 2
