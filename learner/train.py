@@ -30,7 +30,7 @@ from common.serving import SERVER, server_arguments
 from common.telemetry.environment import environment
 from common.telemetry.library_messages import hide_expected_warnings
 from common.telemetry.run_files import Progress, RunFiles, write_json
-from common.telemetry.run_folder import check_free, check_start, clear, earlier_run, owned
+from common.telemetry.run_folder import check_free, check_start, clear, nothing_to_resume, owned
 from common.telemetry.sinks import open_sinks
 from common.telemetry.trace import TraceFile
 from learner.cluster.services import Services
@@ -74,7 +74,7 @@ def run(
         replaced = check_start(config.run.path, resume=resume, overwrite=overwrite)
         if replaced is not None:
             progress.line(replaced)
-        if resume and (finished := _finished(config)) is not None:
+        if resume and (finished := nothing_to_resume(config.run.path, config.learner.steps)) is not None:
             progress.line(finished)
             return 0
         return _run_owned(config, progress, resume=resume, accept_changes=accept_changes)
@@ -141,23 +141,12 @@ def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resum
         return a_run.summary
 
 
-def _finished(config: Config) -> str | None:
-    """A line that says so if the run has finished all steps of `config`; None if there are steps left."""
-    found = earlier_run(config.run.path)
-    if found is None or not found.finished or found.steps < config.learner.steps:
-        return None
-    return (
-        f"{config.run.path} is finished, {found.steps} of {config.learner.steps} steps: nothing to resume; its weights "
-        f"are in {config.run.path / 'checkpoint'}, and a larger learner.steps continues it"
-    )
-
-
 def check_resume(config: Config, inputs: Inputs | None, *, accept_changes: bool) -> str:
     """A line about what ``--resume`` would do; starts nothing. Raises CheckpointError if it cannot be done.
 
     `inputs` is None if the rows could not be rendered here: then only the checkpoint itself is checked.
     """
-    if (finished := _finished(config)) is not None:
+    if (finished := nothing_to_resume(config.run.path, config.learner.steps)) is not None:
         return finished
     resumed = _find_checkpoint(config, accept_changes=accept_changes)
     if inputs is not None:

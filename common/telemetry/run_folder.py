@@ -125,6 +125,17 @@ def check_start(folder: Path, *, resume: bool, overwrite: bool) -> str | None:
     return f"replacing the earlier run in {folder}, which ended before its first step ({found.outcome})"
 
 
+def nothing_to_resume(folder: Path, steps: int) -> str | None:
+    """A line that says so if the run in `folder` has finished all `steps`; None if there are steps left."""
+    found = earlier_run(folder)
+    if found is None or not found.finished or found.steps < steps:
+        return None
+    return (
+        f"{folder} is finished, {found.steps} of {steps} steps: nothing to resume; its weights are in "
+        f"{folder / 'checkpoint'}, and a larger learner.steps continues it"
+    )
+
+
 def _ended(found: EarlierRun) -> str:
     return f"{found.outcome} after {found.steps} steps"
 

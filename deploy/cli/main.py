@@ -14,7 +14,7 @@ from common.config.loader import dump_config, load_teacher_config
 from common.config.model import ConfigError
 from common.protocol.scoring import TeacherError
 from common.telemetry.library_messages import hide_expected_warnings
-from common.telemetry.run_folder import check_free
+from common.telemetry.run_folder import check_free, nothing_to_resume
 from deploy.cli import compare, experience, init, report, serve, submit, version
 from deploy.cli.errors import known_errors
 from deploy.cli.loading import load_run_config
@@ -70,6 +70,9 @@ def train(
     with known_errors(ConfigError):
         resolved = load_run_config(config, overrides)
         check_free(resolved.run.path, resume=resume, overwrite=overwrite)
+    if resume and (finished := nothing_to_resume(resolved.run.path, resolved.learner.steps)) is not None:
+        typer.echo(finished)  # before anything heavy is imported
+        return
     if print_config:
         typer.echo(dump_config(resolved), nl=False)
     if dry_run:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,25 @@ def test_a_dry_run_refuses_the_folder_of_another_run(path: Path, tmp_path: Path)
     assert "holds a finished run" in refusal(opcd("train", path, "--dry-run"))
     assert opcd("train", path, "--dry-run", "--overwrite").exit_code == 0
     assert (folder / "summary.json").exists()
+
+
+def test_a_finished_run_has_nothing_to_resume(path: Path, tmp_path: Path) -> None:
+    """Said without loading anything heavy."""
+    folder = tmp_path / "runs/small"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text('{"outcome": "finished"}')
+    (folder / "metrics.jsonl").write_text('{"step": 3}\n')
+    (folder / "run.lock").touch()
+    for more in ([], ["--dry-run"]):
+        result = opcd("train", path, "learner.steps=3", "--resume", *more)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert f"{folder} is finished, 3 of 3 steps: nothing to resume" in result.stdout
+    arguments = ["train", str(path), "learner.steps=3", "--resume"]
+    code = f"import sys; from deploy.cli.main import app; app({arguments}, standalone_mode=False); "
+    code += "assert not {'ray', 'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    refused = refusal(opcd("train", path, "learner.steps=4", "--resume", "--dry-run"))
+    assert "no checkpoint under" in refused
 
 
 def test_print_config_prints_the_resolved_whole_and_starts_nothing(path: Path, tmp_path: Path) -> None:
