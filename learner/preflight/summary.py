@@ -33,9 +33,8 @@ def summarize(config: Config, inputs: Inputs) -> Iterator[Finding]:
     contexts = [len(context.ids) for context in inputs.contexts.values()]
     if config.context.by_row:
         own = [row.own_tokens for row in inputs.facts["data.train"] if row.own_tokens is not None]
-        yield summary(
-            "contexts", f"of the rows, {_range(own)} tokens; {len(contexts)} shared, {_range(contexts)} tokens"
-        )
+        kind = f"of the rows, {_range(own)} tokens" if config.context.from_rows else "of the answers"
+        yield summary("contexts", f"{kind}; {len(contexts)} shared, {_range(contexts)} tokens")
     else:
         yield summary("contexts", f"{len(contexts)}, {_range(contexts)} tokens")
     yield summary(

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from common.config.loader import dump_config
 from common.config.model import TeacherConfig
+from common.data.answer_hook import load_answer_hook
 from deploy.cli.main import app
 from teacher_server.http.auth import Authenticator
 from teacher_server.http.serve import build_service, start_in_thread
 from tests.support.configs import config_of
 from tests.support.paths import ROOT
+from tests.support.tiny import TOOL_TEMPLATE
 
 EXAMPLES = ROOT / "docs/examples"
 
@@ -133,3 +140,76 @@ def test_a_task_of_ones_own_is_played_and_read_by_a_run(
 
     grade = make_grader("own_task:close_enough")
     assert [grade(answer, "20") for answer in ("20", "18", "17.9", "many")] == [True, True, False, False]
+
+
+def dry_run(tmp_path: Path, model: Path, settings: dict[str, Any]) -> str:
+    """Output of a dry run that must pass."""
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({"run": {"name": "own"}, "student": {"model": str(model)}, **settings})
+    )
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    return str(result.output)
+
+
+def test_rows_of_the_demo_get_worked_examples_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
+    run("row_contexts.py", tmp_path / "rows")
+    rows = [json.loads(line) for line in (tmp_path / "rows/train.jsonl").read_text().splitlines()]
+    assert len({row["context"] for row in rows}) == len(rows) == 200
+    for row in rows:
+        assert row["context"].count("\n") == 8
+        assert f"A: {row['answer']}\n" not in row["context"]
+    data = {name: str(tmp_path / f"rows/{name}.jsonl") for name in ("train", "valid", "eval")}
+    assert "of the rows, " in dry_run(tmp_path, tiny_model, {"context": {"from_rows": True}, "data": data})
+
+
+def test_a_calculator_is_a_tool(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    run("calculator.py", tmp_path / "train.jsonl", "8")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    settings = {
+        "context": {"text": "Compute with the calculator."},
+        "data": {"train": str(tmp_path / "train.jsonl")},
+        "environment": {"sample_format": "conversation", "max_turns": 12},
+    }
+    assert "8 train" in dry_run(tmp_path, model, settings)
+
+
+async def test_a_coach_is_asked_and_a_reference_follows_a_mistake(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The endpoint is a stand-in that takes what an OpenAI-compatible server takes."""
+    asked: list[dict[str, Any]] = []
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v1/chat/completions"
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = json.dumps({"choices": [{"message": {"content": " Count again. "}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("COACH_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("COACH_MODEL", "coach")
+    row = {"answer": "84"}
+    advice = load_answer_hook("coach:advice")
+    assert await advice(row, "12 times 7?", "82") == "Count again."
+    assert "Question: 12 times 7?\n\nAnswer: 82" in asked[0]["messages"][0]["content"]
+    server.shutdown()
+    reference = load_answer_hook("coach:reference_after_a_mistake")
+    assert await reference(row, "12 times 7?", "It is 84.") is None
+    assert "answered: 82\nThat is wrong. The right answer is: 84" in str(await reference(row, "12 times 7?", "82"))
+    (tmp_path / "train.jsonl").write_text('{"id": "a", "prompt": "12 times 7?", "answer": "84"}\n')
+    context = {"from_rollout": "coach:reference_after_a_mistake"}
+    assert "of the answers" in dry_run(
+        tmp_path, tiny_model, {"context": context, "data": {"train": str(tmp_path / "train.jsonl")}}
+    )
