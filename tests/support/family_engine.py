@@ -10,7 +10,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,10 @@ class FamilyEngines:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         try:
-            return self._pool.submit(_cell, folder).result()
+            cell = self._pool.submit(_cell, folder, "float32").result()
+            if "bfloat16" in cell or "BF16" in cell:  # kernels that exist for it only
+                cell = self._pool.submit(_cell, folder, "bfloat16").result() + " in bfloat16"
+            return cell
         except BrokenProcessPool:
             self.close()
             return "refused: vLLM's process dies"
@@ -46,7 +49,7 @@ class FamilyEngines:
             self._pool = None
 
 
-def _cell(folder: Path) -> str:
+def _cell(folder: Path, dtype: Literal["float32", "bfloat16"]) -> str:
     import os
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -58,7 +61,7 @@ def _cell(folder: Path) -> str:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config, inference = load_learner(folder)
+    config, inference = load_learner(folder, dtype=dtype)
     rng = np.random.default_rng(3)
     probe = [TokenSequence(*(as_ids(rng.integers(0, 490, n)) for n in sizes)) for sizes in SIZES]
     try:
@@ -66,7 +69,7 @@ def _cell(folder: Path) -> str:
     except Exception as error:  # noqa: BLE001, whatever vLLM raises for a model that it does not start
         return f"refused: {_reason(error)}"
     try:
-        gate = ParityGate(parity_bounds(config.sync, "float32"))
+        gate = ParityGate(parity_bounds(config.sync, dtype))
         gate.begin(_logprobs(engine, probe), inference.logprobs(probe))
         with torch.no_grad():
             for parameter in inference._policy.parameters():
@@ -85,18 +88,21 @@ def _cell(folder: Path) -> str:
 
 def _reason(error: BaseException) -> str:
     if "failed to be inspected" in str(error):
-        return "its code needs torchvision"  # vLLM logs the import error of its child process and drops it
+        return "its code needs torchvision"  # vLLM logs the import error and drops it
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _start(folder: Path, config: Any) -> Any:
+    from vllm.model_executor.models import registry
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from rollout_workers.engine.engine import _set_environment, engine_args
     from rollout_workers.vllm_plugin.plugin import register
 
+    # vLLM inspects each class in another process, which imports vLLM first: half a minute a family.
+    registry._run_in_subprocess = lambda call: call()  # type: ignore[assignment]
     rollout = config.rollout.model_copy(update={"threads": 1, "kv_cache_gib": 1})
     _set_environment(rollout)
     register()

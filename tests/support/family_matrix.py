@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from learner.trainer.inference import PolicyInference
 from learner.trainer.micro_batch import build_micro_batch, count_loss_tokens
 from learner.trainer.objective import Objective
 from learner.trainer.packing import pack
-from learner.trainer.policy import load_policy
+from learner.trainer.policy import dtype_of, load_policy
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.hf.backend import TransformersBackend
 from tests.support.configs import config_of
@@ -77,13 +78,16 @@ def _teacher(folder: Path) -> str:
     return f"exact, `{backend.path}`"
 
 
-def load_learner(folder: Path, limit: int = LONGEST) -> tuple[Config, PolicyInference]:
+def load_learner(
+    folder: Path, limit: int = LONGEST, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> tuple[Config, PolicyInference]:
     """Load a family as the learner does, without DeepSpeed."""
     config = config_of(
-        student={"model": str(folder), "max_sequence_tokens": limit}, learner={"micro_batch_tokens": 4096}
+        student={"model": str(folder), "max_sequence_tokens": limit, "dtype": dtype},
+        learner={"micro_batch_tokens": 4096},
     )
     device = torch.device("cpu")
-    policy = load_policy(config.student, config.learner, device, torch.float32)
+    policy = load_policy(config.student, config.learner, device, dtype_of(config.student, device))
     policy.check()
     layout = PACKED if pack(policy.model) is None else PADDED
     return config, PolicyInference(policy, layout, config.learner, 1.0, device, lambda passes: passes)
