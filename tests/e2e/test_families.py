@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from learner.loop.parity import RMS_NATS
 from tests.support.families import Families
 from tests.support.family_engine import FamilyEngines
 from tests.support.runs import finish, metric_lines, started_run, write_run
 
 pytestmark = pytest.mark.timeout(300)
 
-OTHERS = ("qwen3_5-vl", "gemma3-vl", "gpt_oss", "deepseek_v3")
+OTHERS = ("gemma3-text", "gpt_oss", "deepseek_v3")
+"""Qwen3.5 and vision-language checkpoints are not among them: vLLM's CPU build cannot import their code."""
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +31,11 @@ def engines() -> Iterator[FamilyEngines]:
 def test_a_run_and_its_export(
     name: str, families: Families, tmp_path: Path, shared_cluster: dict[str, str], engines: FamilyEngines
 ) -> None:
-    source = families / name
+    source, dtype = families / name, "bfloat16" if name == "deepseek_v3" else "float32"  # the CPU's kernels for MLA
     config = write_run(
         tmp_path,
         source,
-        student={"max_sequence_tokens": 160},
+        student={"max_sequence_tokens": 160, "dtype": dtype},
         teacher={"max_sequence_tokens": 160},
         learner={"steps": 2},
         eval={"every": 0},
@@ -42,11 +44,9 @@ def test_a_run_and_its_export(
         finish(process)
     lines = metric_lines(tmp_path / "runs/tiny")
     assert [line["weight_version"] for line in lines] == [1, 2]  # the sync of each was compared with the learner
-    assert all(line["parity/rms_nats"] < 5e-5 for line in lines)
+    assert all(line["parity/rms_nats"] < RMS_NATS[dtype] for line in lines)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "runs/tiny/checkpoint"))
     assert after.keys() == before.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    untrained = {key for key in before if "vision" in key or "visual" in key or "multi_modal" in key}
-    assert not changed & untrained
-    assert len(changed) > 0.9 * len(before.keys() - untrained)
-    assert engines.cell(tmp_path / "runs/tiny/checkpoint") == "exact"
+    assert len(changed) > 0.9 * len(before)
+    assert engines.cell(tmp_path / "runs/tiny/checkpoint").startswith("exact")

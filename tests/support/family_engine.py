@@ -31,16 +31,21 @@ class FamilyEngines:
 
     def cell(self, folder: Path) -> str:
         """What an engine does with the model in `folder`: `exact`, or where a run would stop."""
+        cell = self._run(folder, "float32")
+        if "bfloat16" in cell or "BF16" in cell:  # kernels that exist for it only
+            return self._run(folder, "bfloat16") + " in bfloat16"
+        return cell
+
+    def _run(self, folder: Path, dtype: Literal["float32", "bfloat16"]) -> str:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         try:
-            cell = self._pool.submit(_cell, folder, "float32").result()
-            if "bfloat16" in cell or "BF16" in cell:  # kernels that exist for it only
-                cell = self._pool.submit(_cell, folder, "bfloat16").result() + " in bfloat16"
-            return cell
+            cell, reusable = self._pool.submit(_cell, folder, dtype).result()
         except BrokenProcessPool:
+            cell, reusable = "refused: vLLM's process dies", False
+        if not reusable:
             self.close()
-            return "refused: vLLM's process dies"
+        return cell
 
     def close(self) -> None:
         """End the process."""
@@ -49,7 +54,8 @@ class FamilyEngines:
             self._pool = None
 
 
-def _cell(folder: Path, dtype: Literal["float32", "bfloat16"]) -> str:
+def _cell(folder: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[str, bool]:
+    """The cell, and whether this process can take another family."""
     import os
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -64,26 +70,31 @@ def _cell(folder: Path, dtype: Literal["float32", "bfloat16"]) -> str:
     config, inference = load_learner(folder, dtype=dtype)
     rng = np.random.default_rng(3)
     probe = [TokenSequence(*(as_ids(rng.integers(0, 490, n)) for n in sizes)) for sizes in SIZES]
+    before = inference.logprobs(probe)
+    with torch.no_grad():
+        for parameter in inference._policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(MOVE * torch.randn_like(parameter))
+    after = inference.logprobs(probe)
     try:
         engine = _start(folder, config)
     except Exception as error:  # noqa: BLE001, whatever vLLM raises for a model that it does not start
-        return f"refused: {_reason(error)}"
+        return f"refused: {_reason(error)}", True
+    # vLLM changes transformers' own class of such a model, so that the learner could not run it any more.
+    reusable = not engine.vllm_config.model_config.using_transformers_backend()
     try:
         gate = ParityGate(parity_bounds(config.sync, dtype))
-        gate.begin(_logprobs(engine, probe), inference.logprobs(probe))
-        with torch.no_grad():
-            for parameter in inference._policy.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(MOVE * torch.randn_like(parameter))
+        gate.begin(_logprobs(engine, probe), before)
         _sync(engine, config, inference._policy.model, folder)
-        gate.check(1, _logprobs(engine, probe), inference.logprobs(probe))
+        gate.check(1, _logprobs(engine, probe), after)
     except ParityError as error:
-        return f"stops: {'computes it otherwise' if 'before the first step' in str(error) else 'old weights'}"
+        print(folder.name, error, flush=True)
+        return f"stops: {'computes it otherwise' if 'before the first step' in str(error) else 'old weights'}", reusable
     except Exception as error:  # noqa: BLE001, of a worker, re-raised by vLLM in any type
-        return f"stops: {_reason(error)}"
+        return f"stops: {_reason(error)}", reusable
     finally:
         _stop(engine)
-    return "exact"
+    return "exact", reusable
 
 
 def _reason(error: BaseException) -> str:
