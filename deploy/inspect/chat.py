@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common.config.loader import validate
+from common.config.loader import load_config
 from common.config.model import Config, ConfigError
 from common.data.model_lookup import load_tokenizer, require_model
 from common.data.rendering import Renderer, teacher_sequence
 from common.data.rows import DataError, Message, Row, read_rows
 from common.data.special_tokens import answer_text, end_ids
+from common.files import seen_from
 from common.models.families import load_language_model
 
 ADAPTER = "adapter_config.json"
@@ -39,12 +38,10 @@ class Decoding:
 
 
 def read_config(run: Path) -> Config:
-    """Read the run's config.yaml. Raises ChatError if it cannot be read, ConfigError if its keys are not valid."""
-    try:
-        text = (run / "config.yaml").read_text(encoding="utf-8")
-    except OSError as error:
-        raise ChatError(f"{run} is not a run's folder: config.yaml: {error.strerror}") from error
-    return validate(Config, yaml.safe_load(text))
+    """Read the run's config.yaml. Raises ChatError if there is none, ConfigError if it cannot be used."""
+    if not (run / "config.yaml").is_file():
+        raise ChatError(f"{run} is not a run's folder: it holds no config.yaml{seen_from(run)}")
+    return load_config(run / "config.yaml")
 
 
 def find_weights(run: Path, name: str | None) -> Path:

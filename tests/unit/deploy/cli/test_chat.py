@@ -222,6 +222,8 @@ def test_the_best_weights_stand_in_for_the_last(run: Path, tmp_path: Path) -> No
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert "is not a run's folder" in opcd(tmp_path).stderr
+    (tmp_path / "config.yaml").touch()
+    assert "expected sections such as `run:`" in opcd(tmp_path).stderr
 
 
 def test_a_missing_base_model_is_named(run: Path, tmp_path: Path) -> None:
