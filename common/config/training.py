@@ -238,6 +238,10 @@ class CheckpointConfig(Section):
     """Steps between exports in Hugging Face format; all are kept. 0 exports the last step only, to ``checkpoint/``."""
     export_at: tuple[Positive, ...] = ()
     """Additional steps to export."""
+    copy_to: str | None = None
+    """Folder that gets a copy of every checkpoint and export in its subfolder ``run.name``: ``s3://bucket/runs``,
+    ``gs://…``, ``hf://…`` or any address that fsspec knows. Needs that store's package (``s3fs``, ``gcsfs``,
+    ``huggingface_hub``)."""
 
 
 class SyncConfig(Section):

@@ -175,7 +175,7 @@ class Checkpoints:
         Checkpoints beyond `keep` are removed only after the new one is whole. Raises CheckpointError if the disk does
         not take it; the earlier checkpoints then remain.
         """
-        final = self._path(manifest.step)
+        final = self.path(manifest.step)
         partial = final.with_name(final.name + _PARTIAL)
         try:
             with _disk_errors(final):
@@ -217,7 +217,8 @@ class Checkpoints:
     def _whole(self) -> list[Path]:
         return sorted(path.parent for path in self.folder.glob(f"step-*[0-9]/{MANIFEST}"))
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of `step`."""
         return self.folder / f"step-{step:06d}"
 
     def _clear_partial(self) -> None:

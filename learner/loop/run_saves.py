@@ -18,6 +18,7 @@ from learner.cluster.services import Services
 from learner.errors import RunError, SaveError, ServiceLost
 from learner.evaluation.summary import Best, RunSummary
 from learner.loop.checkpoints import Checkpoints, Manifest
+from learner.loop.remote_copy import RemoteCopy
 
 BEST = "best.json"
 """File in ``best/`` with the step and the accuracy of its weights."""
@@ -84,6 +85,8 @@ class RunSaves:
         self._manifest = manifest
         self._folder = config.run.path.absolute()
         self._checkpoints = Checkpoints(config.run.path / "checkpoints", config.checkpoint.keep)
+        copy_to = config.checkpoint.copy_to
+        self._copy = None if copy_to is None else RemoteCopy(copy_to, config.run.name)
         self.schedule = CheckpointSchedule(config.checkpoint, config.learner.steps)
         newest = self._checkpoints.newest()
         self._resumable = newest[1].step if newest else 0
@@ -119,7 +122,23 @@ class RunSaves:
         except SaveError as error:
             self._progress.line(f"WARNING: {error}; the run goes on without it")
             return False
+        await self._copy_folder(folder)
         return True
+
+    async def _copy_folder(self, folder: Path) -> None:
+        """Copy an export or a checkpoint to ``checkpoint.copy_to``. A failure costs a warning: the folder is there."""
+        if self._copy is None:
+            return
+        started, name = time.time(), folder.relative_to(self._folder).as_posix()
+        self._progress.status(f"copying {name}")
+        try:
+            await asyncio.to_thread(self._copy.put, folder, name)
+            if folder.parent == self._checkpoints.folder.absolute():
+                kept = {path.name for path in folder.parent.glob("step-*[0-9]")}
+                await asyncio.to_thread(self._copy.keep, "checkpoints", kept)
+        except OSError as error:
+            self._progress.line(f"WARNING: {error}; the run goes on without it")
+        self._summary.add_seconds({"copies": time.time() - started})
 
     async def _checkpoint(self, *, drop_step: bool = False) -> bool:
         """Write a checkpoint of the last whole step. A failure costs a warning; the earlier checkpoints are there."""
@@ -133,6 +152,7 @@ class RunSaves:
             self._progress.line(f"WARNING: {error}; the run goes on without it")
             return False
         self._resumable = manifest.step
+        await self._copy_folder(self._checkpoints.path(manifest.step).absolute())
         return True
 
     # --- ways out ---------------------------------------------------------------------------------------------------
@@ -141,6 +161,7 @@ class RunSaves:
         """Write ``checkpoint/``. If that fails, write a checkpoint or a folder elsewhere, then raise SaveError."""
         try:
             await self._services.save(str(self._folder / "checkpoint"))
+            await self._copy_folder(self._folder / "checkpoint")
         except SaveError as error:
             raise SaveError(f"{error}; {await self._save_otherwise(self._summary.steps)}") from error
 
