@@ -14,11 +14,30 @@ from common.config.model import CheckpointConfig, ConfigError
 from common.telemetry.run_files import Progress
 from learner.cluster.services import Services
 from learner.evaluation.summary import RunSummary
-from learner.loop.checkpoints import MANIFEST, Manifest
+from learner.loop.checkpoints import MANIFEST, Identity, Manifest
 from learner.loop.remote_copy import RemoteCopy
 from learner.loop.run_saves import RunSaves
 from tests.support.stub_loop import config_of
-from tests.unit.learner.loop.test_run_saves import IDENTITY, Disk, write
+
+IDENTITY = Identity(student="a", tokenizer="t", teachers={}, contexts=(), data="d", loss={}, rollout={}, learner={})
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+class Disk:
+    """Services of a learner that holds `version`."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+
+    async def save(self, folder: str) -> None:
+        write(Path(folder) / "model.safetensors", str(self.version))
+
+    async def save_state(self, folder: str, *, drop_step: bool) -> None:
+        write(Path(folder) / "state", str(self.version))
 
 
 @pytest.fixture(params=["memory", "file", "s3"])
