@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.config.model import Config, ConfigError
 from common.data.model_lookup import is_cached, looks_like_path, model_limit, require_model
+from common.files import seen_from
 from learner.preflight.report import Finding, error, warning
 
 
@@ -36,7 +37,10 @@ def check_models(config: Config) -> Iterator[Finding]:
             except ConfigError as fault:
                 yield error(f"{key}: {fault}")
         elif not is_cached(model):
-            yield warning(f"{key} {model} is not on this machine: not a folder, and not in the hub's cache")
+            yield warning(
+                f"{key} {model} is not on this machine: no folder{seen_from(Path(model))}, and not in the hub's cache; "
+                "a run would ask the hub for it"
+            )
 
 
 def check_hub(config: Config) -> Iterator[Finding]:
