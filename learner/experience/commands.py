@@ -10,13 +10,13 @@ import json
 from collections.abc import Awaitable, Callable
 
 from common.async_utils import run_in_background
-from common.config.model import Config, ConfigError, ContextConfig, RunConfig
+from common.config.model import Config, ConfigError, RunConfig
 from common.telemetry.run_files import Progress, RunFiles
 from learner import train
 from learner.cluster.services import Services
 from learner.experience.accumulate import write_pool
 from learner.experience.extract import prepare_extraction, solver, without_context
-from learner.experience.select import Selection, candidates, write_selected
+from learner.experience.select import Selection, candidates, context_of_pool, write_selected
 from learner.experience.stage_files import POOL, SELECTED, experience_folder
 from learner.loop.checkpoints import Checkpoints
 from learner.loop.user_errors import known_error, unwrap_ray_error
@@ -90,7 +90,7 @@ def consolidation_config(config: Config) -> Config:
     selected = experience_folder(config.run) / SELECTED
     if not selected.exists():
         raise ConfigError(f"{selected} is missing: run `opcd experience select` first")
-    return config.model_copy(update={"context": ContextConfig(pool=selected, placement=config.context.placement)})
+    return config.model_copy(update={"context": context_of_pool(config.context, selected)})
 
 
 def rounds(config: Config, count: int) -> int:

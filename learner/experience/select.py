@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,11 @@ def candidates(run: RunConfig, experience: ExperienceConfig) -> list[str]:
     ids = [line["id"] for line in _pool_lines(run)]
     count = experience.candidates if experience.select == "validation" else experience.keep
     return choose_random(ids, count, run.seed)
+
+
+def context_of_pool(context: ContextConfig, pool: Path) -> ContextConfig:
+    """Return `context` with the contexts of `pool` in place of its own; how they are rendered stays."""
+    return ContextConfig(pool=pool, placement=context.placement, chat_template_kwargs=context.chat_template_kwargs)
 
 
 def write_selected(run: RunConfig, ids: Sequence[str]) -> None:
@@ -57,8 +63,7 @@ class Selection:
             raise ConfigError("experience.select is `validation` and data.valid is not set")
         self._candidates = candidates(config.run, config.experience)
         folder = experience_folder(config.run)
-        context = ContextConfig(pool=folder / POOL, placement=config.context.placement)
-        self._config = config.model_copy(update={"context": context})
+        self._config = config.model_copy(update={"context": context_of_pool(config.context, folder / POOL)})
         self._inputs = read_inputs(self._config)
         self._turns = [first_turn(row) for row in read_rows(config.data.valid, config.data, need_answers=True)]
         inputs = {

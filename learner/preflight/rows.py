@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from common.config.model import Config, StudentConfig, TeacherConfig
 from common.data.fingerprint import vocabulary_fault
 from common.data.model_lookup import load_model_config, load_tokenizer, model_limit
-from common.data.rendering import Renderer, length_faults
+from common.data.rendering import length_faults
 from common.data.rows import DataError, Message
-from learner.data.inputs import Inputs, answer_limit
+from learner.data.inputs import Inputs, answer_limit, make_renderer
 from learner.data.prompts import PromptFacts
 from learner.preflight.models import is_on_this_machine
 from learner.preflight.report import Finding, error, warning
@@ -88,7 +88,7 @@ def check_follow_ups(config: Config, inputs: Inputs) -> Iterator[Finding]:
     """Find a chat template that cannot go on with a game as one conversation: it drops answers, or adds unknown ids."""
     if config.environment.sample_format != "conversation" or not any(row.game for row in inputs.facts["data.train"]):
         return
-    renderer = Renderer(load_tokenizer(config.student.model), "", config.student)
+    renderer = make_renderer(load_tokenizer(config.student.model), "", config.student, config.context)
     try:
         ids = renderer.follow_up([Message(role="user", content="observation")])
     except DataError as fault:

@@ -241,6 +241,8 @@ def test_a_random_selection_is_a_pool_for_a_run(config: Config, path: Path) -> N
     assert selected == [one for one in lines(config, POOL) if one["id"] in candidates(two.run, two.experience)]
     run = consolidation_config(config)
     assert run.context == config.context  # the configuration names the file that the stage wrote
+    rendered = config.context.model_copy(update={"placement": "user_prefix", "chat_template_kwargs": {"think": True}})
+    assert consolidation_config(config.model_copy(update={"context": rendered})).context == rendered
     sampler = read_inputs(run).context_sampler
     assert sampler is not None
     assert {sampler(0, f"{key}").context_id for key in range(30)} == set(candidates(two.run, two.experience))
