@@ -30,7 +30,7 @@ help: ## list these commands
 setup: $(STAMP) ## make .venv and install everything, pinned
 
 older: setup ## install transformers 4.57 into a folder of .venv, for the test that it reads exports alike
-	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/transformers-4.57 transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1
+	$(PIP) install --no-deps --upgrade --quiet --target $(VENV)/transformers-4.57 transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1
 
 demo: setup models/smollm2/config.json ## distil four worked examples into SmolLM2 on CPU, end to end
 	$(BIN)/opcd train deploy/configs/demo.yaml
