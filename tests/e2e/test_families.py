@@ -16,7 +16,7 @@ from tests.support.runs import finish, metric_lines, started_run, write_run
 
 pytestmark = pytest.mark.timeout(480)
 
-OTHERS = ("gemma3-text", "gpt_oss", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "gemma3-text", "gpt_oss", "deepseek_v3")
 """Qwen3.5 and vision-language checkpoints are not among them: vLLM's CPU build cannot import their code."""
 
 
@@ -27,7 +27,8 @@ def engines() -> Iterator[FamilyEngines]:
     running.close()
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", *(pytest.param(name, marks=pytest.mark.families) for name in OTHERS)])
+@pytest.mark.families
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_run_and_its_export(
     name: str, families: Families, tmp_path: Path, shared_cluster: dict[str, str], engines: FamilyEngines
 ) -> None:
