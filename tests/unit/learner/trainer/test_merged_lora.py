@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from common.config.model import LoraConfig
 from learner.trainer.lora import adapters_of, add_adapters, without_adapters
@@ -18,6 +19,7 @@ class Model(nn.Module):
     """One linear layer, as peft and `add_adapters` take it."""
 
     dtype = torch.bfloat16
+    config = PreTrainedConfig()
 
     def __init__(self, *, bias: bool) -> None:
         super().__init__()
