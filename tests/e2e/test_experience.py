@@ -9,12 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from typer.testing import CliRunner, Result
 
 from deploy.cli.main import app
-
-pytestmark = pytest.mark.timeout(300)
 
 
 def opcd(*arguments: str | Path) -> Result:

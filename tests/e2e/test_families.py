@@ -14,8 +14,6 @@ from tests.support.families import Families
 from tests.support.family_engine import FamilyEngines
 from tests.support.runs import finish, metric_lines, started_run, write_run
 
-pytestmark = pytest.mark.timeout(480)
-
 FAMILIES = ("qwen3_moe", "gemma3-text", "gpt_oss", "deepseek_v3")
 """Qwen3.5 and vision-language checkpoints are not among them: vLLM's CPU build cannot import their code."""
 

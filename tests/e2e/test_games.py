@@ -8,12 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from tests.support.games import write_games
 from tests.support.runs import finish, metric_lines, started_run, write_run
-
-pytestmark = pytest.mark.timeout(300)
 
 
 def test_whole_conversations_of_older_weights_weighted_by_their_ratio(

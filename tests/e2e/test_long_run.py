@@ -20,8 +20,6 @@ from tests.support.dashboard import queries
 from tests.support.processes import assert_nothing_left, descendants, free_port
 from tests.support.runs import finish, metric_lines, started_run, wait_for_step, write_run
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @dataclass(frozen=True)
 class InterruptedRun:

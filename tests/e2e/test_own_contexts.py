@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from tests.support.runs import WORDS, finish, metric_lines, started_run, write_run
-
-pytestmark = pytest.mark.timeout(300)
 
 SYSTEM = "Answer with the plural of the noun, and with nothing else."
 TEMPLATE = "{prompt} A hint: {hint}"

@@ -18,8 +18,6 @@ from tests.support.dashboard import asked_of, exported_by, missing
 from tests.support.processes import assert_nothing_left
 from tests.support.runs import ReferenceRun, metric_lines
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def test_kl_falls_over_a_whole_run(reference: ReferenceRun) -> None:
     run = reference.run

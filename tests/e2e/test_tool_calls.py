@@ -14,8 +14,6 @@ from tests.support.paths import ROOT
 from tests.support.runs import finish, metric_lines, started_run, without_cluster, write_run
 from tests.support.tiny import TOOL_TEMPLATE
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def test_conversations_with_a_calculator_are_trained_and_evaluated(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,14 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from tests.support.namespaces import missing_rights, two_namespaces
 from tests.support.ray_nodes import ONE_WORKER_A_NODE, ray_cluster
 from tests.support.runs import finish, metric_lines, started_run, write_run
 from tests.support.tiny import make_tiny_model
-
-pytestmark = pytest.mark.timeout(300)
 
 
 @contextmanager

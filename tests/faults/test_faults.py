@@ -20,8 +20,6 @@ from tests.support.processes import assert_nothing_left, command_of
 from tests.support.ray_nodes import ONE_WORKER_A_NODE, ray_cluster
 from tests.support.runs import ReferenceRun, finish, metric_lines, started_run, weights_of
 
-pytestmark = pytest.mark.timeout(600)
-
 STEPS = 6
 TWO_WORKERS = (SLOW_SCORING, "rollout.workers=2")
 TWO_RANKS = ("learner.ranks=2", "learner.zero_stage=2")

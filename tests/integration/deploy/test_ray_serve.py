@@ -32,8 +32,6 @@ from tests.support.processes import free_port
 from tests.support.teacher_oracle import Oracle, assert_score
 from tests.support.teacher_running import KEYS, items, request_of, tokens
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(scope="module")
 def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:

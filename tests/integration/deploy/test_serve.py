@@ -8,14 +8,11 @@ import time
 from pathlib import Path
 
 import httpx
-import pytest
 import torch
 
 from learner.trainer.export import save_model
 from learner.trainer.source_files import exported_files, read_source_files
 from tests.support.processes import free_port
-
-pytestmark = pytest.mark.timeout(300)
 
 
 def trained(source: Path) -> torch.nn.Module:

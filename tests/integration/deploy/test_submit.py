@@ -26,8 +26,6 @@ from tests.support.games import write_games
 from tests.support.runs import metric_lines, write_run
 from tests.support.verdicts import accuracy_of
 
-pytestmark = pytest.mark.timeout(240)
-
 PROBE = """
 import importlib.metadata, json, os, ray
 

@@ -13,7 +13,6 @@ import pytest
 from tests.gpu.checks import CHECKS
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.timeout(900)  # one process runs every check
 BARE = [check.name for check in CHECKS if not check.gpus]
 """Checks that need neither a GPU nor, therefore, vLLM."""
 

@@ -19,8 +19,6 @@ from rollout_workers.actor import GROUPS, RolloutWorker
 from tests.support.engines import PROMPT, K, run_config
 from tests.support.processes import alive, command_of, descendants
 
-pytestmark = pytest.mark.timeout(240)
-
 
 class StubScorer:
     """Scores with zeros; refuses or fails by the row's name: the faults a real teacher shows rarely."""

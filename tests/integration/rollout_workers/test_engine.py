@@ -30,8 +30,6 @@ from tests.support.engines import PROMPT, K, run_config
 from tests.support.processes import command_of, descendants
 from tests.support.tiny import make_tokenizer
 
-pytestmark = pytest.mark.timeout(240)
-
 TOKENIZER = make_tokenizer()
 BOUNDS = parity_bounds(SyncConfig(), "float32")
 

@@ -11,9 +11,6 @@ from common.async_utils import value_of
 from rollout_workers.pool.pool import MAX_EXTRA_STARTS, PoolError, WorkerPool
 from tests.support.pool_workers import DiesStarting, Maker, NotHere, call
 
-pytestmark = pytest.mark.timeout(120)
-
-
 ROOM = {"resources": {"room": 1}}
 """Options of actors that need `room`, of which the cluster has enough for one actor."""
 

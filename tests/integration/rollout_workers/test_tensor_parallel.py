@@ -15,8 +15,6 @@ from rollout_workers.engine.engine import engine_args
 from teacher_server.backends.vllm.engine import engine_settings
 from tests.support.engines import run_config
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:

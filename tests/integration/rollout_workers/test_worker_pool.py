@@ -14,8 +14,6 @@ from common.async_utils import value_of
 from rollout_workers.pool.pool import PoolError, WorkerPool
 from tests.support.pool_workers import Asked, Maker, NeverUp, call
 
-pytestmark = pytest.mark.timeout(120)
-
 
 async def test_answers_are_dealt_out_and_wait_for_a_slot(pool: WorkerPool) -> None:
     started = time.monotonic()

@@ -18,8 +18,6 @@ from tests.support.processes import alive, command_of, descendants
 from tests.support.teacher_oracle import Oracle, assert_score
 from tests.support.teacher_running import Running, items, process, put, running, scored, tokens
 
-pytestmark = pytest.mark.timeout(240)
-
 AGREE_NATS = 1e-4
 """Allowed difference of vLLM from transformers, float32."""
 

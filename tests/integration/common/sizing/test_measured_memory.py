@@ -14,8 +14,6 @@ from tests.support.rank_memory import PROMPT_TOKENS, RESPONSE_TOKENS, measure
 from tests.support.scored import learner_config
 from tests.support.tiny import make_tokenizer
 
-pytestmark = pytest.mark.timeout(900)
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

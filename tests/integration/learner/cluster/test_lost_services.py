@@ -23,8 +23,6 @@ from learner.loop.user_errors import unwrap_ray_error
 from tests.support.processes import free_port
 from tests.support.stub_loop import config_of
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:

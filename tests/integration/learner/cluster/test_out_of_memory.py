@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from tests.support.paths import ROOT
 
 SCRIPT = """
@@ -48,7 +46,6 @@ for _ in range(2):  # in the middle of a call, and after it
 """
 
 
-@pytest.mark.timeout(150)
 def test_an_actor_that_ray_ends_for_its_memory_is_lost_like_any_other() -> None:
     alone = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run(

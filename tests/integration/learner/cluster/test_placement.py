@@ -18,8 +18,6 @@ from rollout_workers.actor import GROUPS, RolloutWorker
 from teacher_server.actor import TeacherActor
 from tests.support.configs import config_of
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:

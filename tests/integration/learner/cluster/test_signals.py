@@ -6,10 +6,6 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
-pytestmark = pytest.mark.timeout(180)
-
 DRIVER = """
 import asyncio
 from learner.train import cluster, interruptible

@@ -16,8 +16,6 @@ from learner.trainer.micro_batch import student_sequence
 from tests.support.learner_ranks import Ranks, smooth_config
 from tests.support.scored import make_scored
 
-pytestmark = pytest.mark.timeout(200)
-
 LORA = {"rank": 4, "alpha": 8}
 
 
