@@ -112,7 +112,7 @@ def context_text(config: ContextConfig, context_id: str | None) -> str:
 
     if config.pool is None:
         if context_id is not None:
-            kind = "a context of its own for each row (--row)" if config.from_rows else "a single context"
+            kind = "one context per row (--row)" if config.from_rows else "a single context"
             raise ConfigError(f"--context needs context.pool, and this run has {kind}")
         return config.read()
     pool = {context.id: context.text for context in read_pool(Path(config.pool))}

@@ -27,7 +27,7 @@ TRIED_ROWS = 32
 
 @dataclass(frozen=True)
 class Start:
-    """What the file says. The defaults are ``deploy/configs/own.yaml``."""
+    """Values for a new configuration file. The defaults are ``deploy/configs/own.yaml``."""
 
     file: str = "own.yaml"
     name: str = "own"

@@ -1,4 +1,4 @@
-"""Give each row of the demo worked examples of its own: writes `train.jsonl`, `valid.jsonl` and `eval.jsonl`.
+"""Give each row of the demo different worked examples: write `train.jsonl`, `valid.jsonl` and `eval.jsonl`.
 
     python docs/examples/row_contexts.py rows
     opcd train deploy/configs/demo.yaml run.name=rows context.file=null context.from_rows=true \\

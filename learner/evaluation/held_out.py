@@ -57,7 +57,7 @@ class HeldOutEvaluator:
     async def in_context(self) -> None:
         """Measure accuracy with the context in the prompt: the level that the student should reach without it.
 
-        Not measured if a row of ``data.eval`` has no context of its own.
+        Not measured if a row of ``data.eval`` lacks a context.
         """
         if not self._inputs.has_context_for_eval:
             return

@@ -31,7 +31,7 @@ def candidates(run: RunConfig, experience: ExperienceConfig) -> list[str]:
 
 
 def context_of_pool(context: ContextConfig, pool: Path) -> ContextConfig:
-    """Return `context` with the contexts of `pool` in place of its own; how they are rendered stays."""
+    """Return `context` with its text replaced by the contexts of `pool`. Placement and template arguments stay."""
     return ContextConfig(pool=pool, placement=context.placement, chat_template_kwargs=context.chat_template_kwargs)
 
 

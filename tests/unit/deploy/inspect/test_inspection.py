@@ -270,4 +270,4 @@ def test_a_row_is_shown_with_its_own_context(path: Path, tmp_path: Path) -> None
     overrides = ("context.text=null", "context.from_rows=true", "data.columns={context: hint}")
     assert "3 of them the row's own context" in opcd(path, *overrides).stdout
     assert "1 of them the row's own context" in opcd(path, *overrides, "--row", "b").stdout
-    assert "a context of its own for each row (--row)" in opcd(path, *overrides, "--context", "b").stderr
+    assert "one context per row (--row)" in opcd(path, *overrides, "--context", "b").stderr
