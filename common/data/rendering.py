@@ -12,18 +12,25 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from common.config.model import StudentConfig
 from common.data.fingerprint import tokenizer_fingerprint
+from common.data.rendered_checks import (
+    Messages,
+    Placement,
+    Tools,
+    check_bos,
+    check_contents,
+    check_context,
+    check_ends,
+    check_raw_bos,
+    check_tail,
+    missing_end,
+)
 from common.data.rows import DataError, Message, Row
-from common.data.special_tokens import leading_count
 from common.error_text import one_line
 from common.protocol.schema import Context, Prompt, as_ids, context_hash
-
-Placement = Literal["prefix", "system", "user_prefix"]
-Messages = list[dict[str, Any]]
-Tools = Sequence[Mapping[str, Any]] | None
 
 SEPARATOR = "\n\n"
 """Text between the context and the rest of its turn."""
@@ -86,7 +93,7 @@ class Renderer:
         _, found, after = self._template(messages, "a game", tools=tools).partition(_MARK)
         if not found:
             raise DataError("this chat template does not render an answer and the user turn after it unchanged")
-        self._check_contents("a game", turns, after, None)
+        check_contents("a game", turns, after, None)
         if not self._template(messages, "a game", teacher=True, tools=tools).endswith(after):
             raise DataError("context.chat_template_kwargs renders the turns of a game differently for the teacher")
         return self._tokens(after)
@@ -117,8 +124,8 @@ class Renderer:
         lead = self._lead()
         ids = self._tokens(prompt)
         shared, own = self._tokens(self.context_text), self._tokens(row.context or "")
-        self._check_raw_bos(row, "prompt", ids, lead)
-        self._check_raw_bos(row, "context", shared or own, lead)
+        check_raw_bos(row, self.tokenizer.bos_token_id, "prompt", ids, lead)
+        check_raw_bos(row, self.tokenizer.bos_token_id, "context", shared or own, lead)
         student_ids = (*lead, *ids)
         if not own:
             return self._prompt(row, student_ids, ids, (*lead, *shared)) if shared else _plain(row, student_ids)
@@ -146,24 +153,24 @@ class Renderer:
         student_text = self._template(messages, name, tools=row.tools)
         student_ids = self._tokens(student_text)
         if theirs is None:
-            self._check_contents(name, messages, student_text, row.tools)
-            self._check_bos(row, student_ids, student_ids)
+            check_contents(name, messages, student_text, row.tools)
+            check_bos(row, self.tokenizer.bos_token_id, student_ids, student_ids)
             return _plain(row, student_ids)
         teacher_text = self._template(theirs, name, teacher=True, tools=row.tools)
-        self._check_context(name, placement, context, teacher_text)
-        self._check_contents(name, messages, student_text, row.tools)
-        self._check_contents(name, theirs if row.teacher_messages else messages, teacher_text, row.tools)
+        check_context(name, placement, context, teacher_text)
+        check_contents(name, messages, student_text, row.tools)
+        check_contents(name, theirs if row.teacher_messages else messages, teacher_text, row.tools)
         head = self._answer_head(messages, name, tools=row.tools)
         ends_with_user = row.teacher_messages is None and turns[-1]["role"] == "user"
         if not ends_with_user or self.teacher_template_kwargs is not None:
             teacher_head = self._answer_head(theirs, name, teacher=True, tools=row.tools)
-            teacher_text += _missing_end(name, head, teacher_head)
+            teacher_text += missing_end(name, head, teacher_head)
         if ends_with_user:
-            self._check_tail(row, turns[-1]["content"], student_text, teacher_text)
+            check_tail(row, turns[-1]["content"], student_text, teacher_text)
         if not row.has_own_context:
             teacher_ids = self._tokens(teacher_text)
-            self._check_ends(row, head, student_ids, teacher_ids)
-            self._check_bos(row, student_ids, teacher_ids)
+            check_ends(row, len(self._tokens(head)), student_ids, teacher_ids)
+            check_bos(row, self.tokenizer.bos_token_id, student_ids, teacher_ids)
             prefix = self._prefix(placement, system, row.tools)
             if teacher_ids[: len(prefix)] != prefix or len(prefix) == len(teacher_ids):
                 self.without_shared_prefix.append(row.id)
@@ -173,8 +180,8 @@ class Renderer:
         if row.teacher_messages is None:
             boundary = teacher_text.find(context.strip()) + len(context.strip())
         teacher_ids, own_tokens = self._tokens_up_to(teacher_text, boundary)
-        self._check_ends(row, head, student_ids, teacher_ids)
-        self._check_bos(row, student_ids, teacher_ids)
+        check_ends(row, len(self._tokens(head)), student_ids, teacher_ids)
+        check_bos(row, self.tokenizer.bos_token_id, student_ids, teacher_ids)
         return self._prompt_with_own(row, student_ids, teacher_ids, min(own_tokens, len(teacher_ids) - 1))
 
     def _chat_placement(self, row: Row) -> Placement:
@@ -322,69 +329,6 @@ class Renderer:
                 hint = "; if it takes no system turn, use context.placement=user_prefix and rows without one"
             raise DataError(f"{name}: the chat template refuses the messages: {one_line(error)}{hint}") from error
 
-    @staticmethod
-    def _check_context(name: str, placement: Placement, context: str, teacher_text: str) -> None:
-        if context.strip() not in teacher_text:
-            remedy = "try context.placement=user_prefix" if placement == "system" else "try context.placement=system"
-            raise DataError(
-                f"{name}: the context is nowhere in the teacher's prompt: this chat template leaves out "
-                f"{'system turns' if placement == 'system' else 'a part of the user turn'} or changes them; {remedy}"
-            )
-
-    @staticmethod
-    def _check_contents(name: str, messages: Messages, text: str, tools: Tools) -> None:
-        """Raise DataError if a template leaves out a message, a tool call or a tool, in silence."""
-        calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
-        for kind, names in (("tool call", calls), ("tool", [_tool_name(tool) for tool in tools or ()])):
-            for missing in (one for one in names if one not in text):
-                raise DataError(
-                    f"{name}: this chat template leaves out the {kind} {missing!r}: use a model whose template knows "
-                    "tools"
-                )
-        for message in messages:
-            content = message["content"]
-            as_json = json.dumps(content.strip(), ensure_ascii=False)[1:-1]  # so do some templates show a tool's result
-            shown = content.strip() in text or (message["role"] == "tool" and as_json in text)
-            if message["role"] != "assistant" and not shown:
-                raise DataError(
-                    f"{name}: this chat template leaves out or changes a {message['role']} message: {content[:40]!r}"
-                )
-
-    @staticmethod
-    def _check_tail(row: Row, content: str, student_text: str, teacher_text: str) -> None:
-        """Raise DataError unless both sides have equal text from the last user content onward."""
-        tail = student_text[max(student_text.rfind(content.strip()), 0) :]
-        if content.strip() not in student_text or not teacher_text.endswith(tail):
-            raise DataError(
-                f"row {row.id!r}: this chat template renders the last user content differently with the context; try "
-                "another context.placement"
-            )
-
-    def _check_ends(self, row: Row, head: str, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> None:
-        """Raise DataError unless both sides have equal tokens between the last user content and the answer."""
-        after = len(self._tokens(head))
-        if after and tuple(student_ids[-after:]) != tuple(teacher_ids[-after:]):
-            raise DataError(
-                f"row {row.id!r}: the last {after} prompt tokens differ between student and teacher although their "
-                "text is equal: the tokenizer merges across the context's end; try another context.placement"
-            )
-
-    def _check_bos(self, row: Row, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> None:
-        bos = self.tokenizer.bos_token_id
-        for side, ids in (("student", student_ids), ("teacher", teacher_ids)):
-            if bos is not None and leading_count(ids, bos) > 1:
-                raise DataError(
-                    f"row {row.id!r} starts with two BOS tokens on the {side}'s side: remove the one in its text"
-                )
-
-    def _check_raw_bos(self, row: Row, name: str, ids: Sequence[int], lead: Sequence[int]) -> None:
-        """Raise DataError for a text that begins with the BOS that the tokenizer, or the context, puts before it."""
-        bos = self.tokenizer.bos_token_id
-        if bos is None or not leading_count(ids, bos) or (name == "context" and not lead):
-            return
-        why = "the tokenizer adds one as well" if lead else "it would stand between the context and the prompt"
-        raise DataError(f"row {row.id!r}: the {name} begins with a BOS token, and {why}: remove it from the text")
-
     # --- shared -----------------------------------------------------------------------------------------------------
 
     def _prompt(
@@ -445,29 +389,11 @@ def _plain(row: Row, ids: Sequence[int]) -> Prompt:
     return Prompt(row.id, as_ids(ids), as_ids(ids), None, answer=row.answer, teacher=row.teacher)
 
 
-def _tool_name(tool: Mapping[str, Any]) -> str:
-    return str(tool.get("function", tool).get("name", ""))
-
-
 def own_context_id(row: Row) -> str:
     """16 hex digits of the sha256 of the row's own context, as text or messages."""
     messages = row.teacher_messages
     own = row.context if messages is None else json.dumps([message.as_dict() for message in messages])
     return hashlib.sha256(str(own).encode()).hexdigest()[:16]
-
-
-def _missing_end(name: str, student_head: str, teacher_head: str) -> str:
-    """Return the text that the student has before the answer and the teacher lacks at its end.
-
-    Raises DataError if the teacher's prompt ends with something that the student's lacks: the answer's first token
-    would then stand at another place of the template.
-    """
-    if student_head.startswith(teacher_head):
-        return student_head[len(teacher_head) :]
-    raise DataError(
-        f"{name}: the answer follows {student_head!r} for the student and {teacher_head!r} for the teacher: choose "
-        "context.chat_template_kwargs and student.chat_template_kwargs with which both prompts end alike"
-    )
 
 
 def with_system(system: str | None, turns: Messages) -> Messages:
@@ -494,26 +420,3 @@ def teacher_sequence(prompt: Prompt, contexts: Mapping[str, Context]) -> list[in
     """Return the teacher's whole prompt, context included, for in-context generation."""
     context = context_of(prompt, contexts)
     return [*([] if context is None else context.ids.tolist()), *prompt.teacher_ids.tolist()]
-
-
-def length_faults(
-    lead: str,
-    side: Literal["student", "teacher"],
-    prompt_tokens: Mapping[str, int],
-    *,
-    answer: tuple[str, int],
-    limit: tuple[str, int],
-) -> list[str]:
-    """Return a line, after `lead`, for every row (the first 20) whose prompt plus answer is longer than `limit`.
-
-    `prompt_tokens` maps row id to prompt tokens; the teacher's include the context. `answer` and `limit` are pairs of
-    the name that decides the number, and the number.
-    """
-    faults = [
-        f"{lead}row {row!r}: {tokens + answer[1]} {side} tokens ({tokens} of prompt, {answer[1]} of answer), at most "
-        f"{limit[1]} ({limit[0]}): shorten the row or lower {answer[0]}"
-        for row, tokens in prompt_tokens.items()
-        if tokens + answer[1] > limit[1]
-    ]
-    more = [f"{lead}... and {len(faults) - 20} more"] if len(faults) > 20 else []
-    return faults[:20] + more

@@ -17,7 +17,8 @@ from common.data.columns import looks_like_context
 from common.data.contexts import Pool, pool_digest, read_pool
 from common.data.fingerprint import added_tokens, tokenizer_fingerprint
 from common.data.model_lookup import load_tokenizer, model_limit
-from common.data.rendering import Renderer, length_faults
+from common.data.rendered_checks import length_faults
+from common.data.rendering import Renderer
 from common.data.rows import DataError, Row, digest, read_rows
 from common.data.special_tokens import control_tokens
 from common.evaluation.graders import Grader, make_grader, make_reward

@@ -16,7 +16,8 @@ import ray
 from common.async_utils import run_in_background
 from common.config.gpus import is_part, reserved_gpus
 from common.config.model import Config, ConfigError, LossConfig
-from common.data.rendering import length_faults, teacher_sequence
+from common.data.rendered_checks import length_faults
+from common.data.rendering import teacher_sequence
 from common.data.rows import DataError
 from common.protocol.schema import Sample
 from common.protocol.scoring import ScorerFactory

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from common.config.model import Config, StudentConfig, TeacherConfig
 from common.data.fingerprint import vocabulary_fault
 from common.data.model_lookup import load_model_config, load_tokenizer, model_limit
-from common.data.rendering import length_faults
+from common.data.rendered_checks import length_faults
 from common.data.rows import DataError, Message
 from learner.data.inputs import Inputs, answer_limit, make_renderer
 from learner.data.prompts import PromptFacts

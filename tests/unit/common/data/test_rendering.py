@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from common.config.model import StudentConfig
-from common.data.rendering import SEPARATOR, Renderer, common_prefix, length_faults, teacher_sequence
+from common.data.rendered_checks import length_faults
+from common.data.rendering import SEPARATOR, Renderer, common_prefix, teacher_sequence
 from common.data.rows import DataError, Message, Row
 from common.protocol.schema import Prompt, context_hash
 from tests.support.tiny import CHAT_TEMPLATE, make_tokenizer

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from learner.trainer.micro_batch import student_sequence
 from tests.support.families import CORE, ORIGINAL, Families
 from tests.support.family_matrix import LONGEST, four_rows, gradients, load_learner
 from tests.support.learner_oracle import expected_gradients, relative_difference
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More threads than free cores make models this small a hundred times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", [*CORE, "phimoe"])  # the latter's router picks at random in training mode
