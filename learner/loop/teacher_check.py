@@ -8,6 +8,7 @@ teacher that the run starts with the student's own weights agrees with the learn
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from common.protocol.schema import Context, Prompt, TokenSequence, Trajectory, a
 from common.protocol.scoring import Scorer, ScorerFactory, ScoringError, TeacherError
 from learner.cluster.services import Services
 from learner.loop.parity import exceeded_bounds, parity_bounds
+
+log = logging.getLogger(__name__)
 
 CONCURRENCIES = (4, 16)
 """Scores that are asked for at once, after each sequence has been scored alone."""
@@ -61,12 +64,27 @@ async def check_teachers(
                     TokenSequence(as_ids(teacher_sequence(row, contexts)), sequence.response_ids)
                     for row, sequence in probe
                 ]
-                learner = await services.probe_learner(sequences, config.loss.temperature)
-                check_against_learner(alone, np.concatenate(learner), probed, info.dtype, config)
+                if _fits_learner(sequences, probed.name, config.learner.micro_batch_tokens):
+                    learner = await services.probe_learner(sequences, config.loss.temperature)
+                    check_against_learner(alone, np.concatenate(learner), probed, info.dtype, config)
     except ScoringError as error:
         raise TeacherError(f"the teacher cannot score the probe: {error}") from error
     finally:
         await scorer.close()
+
+
+def _fits_learner(sequences: Sequence[TokenSequence], teacher: str, limit: int) -> bool:
+    """True if no sequence is longer than what the learner's memory is sized for; else it is logged."""
+    longest = max(len(one.prompt_ids) + len(one.response_ids) for one in sequences)
+    if longest > limit:
+        log.warning(
+            "teacher %r was not compared with the learner: the probe has %d tokens with its context, "
+            "learner.micro_batch_tokens is %d",
+            teacher,
+            longest,
+            limit,
+        )
+    return longest <= limit
 
 
 def has_students_weights(teacher: TeacherConfig, student: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from common.config.model import TeacherConfig
+from common.config.model import Config, LearnerConfig, TeacherConfig
 from common.protocol.schema import ItemScore, Prompt, ScoredTrajectory, TokenSequence, Trajectory, as_ids
 from common.protocol.scoring import ScoringError, TeacherError
 from learner.cluster.services import Services
@@ -77,10 +77,14 @@ def noise(size: float) -> Noise:
 
 
 def checked(
-    error: Noise, section: TeacherConfig | None = None, dtype: str = "float32", learner: float = 0.0
+    error: Noise,
+    section: TeacherConfig | None = None,
+    dtype: str = "float32",
+    learner: float = 0.0,
+    config: Config = CONFIG,
 ) -> tuple[FakeScorer, FakeServices]:
     scorer, services = FakeScorer(error), FakeServices(section or TeacherConfig(), dtype, learner)
-    asyncio.run(check_teachers(CONFIG, cast(Services, services), lambda: scorer, {}, PROBE))
+    asyncio.run(check_teachers(config, cast(Services, services), lambda: scorer, {}, PROBE))
     assert scorer.closed
     return scorer, services
 
@@ -120,6 +124,16 @@ def test_a_teacher_of_the_students_weights_must_agree_with_the_learner() -> None
     checked(noise(0), dtype="bfloat16", learner=3e-4)
     checked(noise(0), learner=1.0, section=TeacherConfig(model="another"))  # other weights: nothing to compare
     checked(noise(0), learner=1.0, section=TeacherConfig(url="http://t"))
+
+
+@pytest.mark.parametrize(("limit", "compared"), [(TOKENS + 2, True), (TOKENS + 1, False)])
+def test_the_learner_gets_no_sequence_that_its_memory_is_not_sized_for(
+    limit: int, compared: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = CONFIG.model_copy(update={"learner": LearnerConfig(micro_batch_tokens=limit)})
+    _, services = checked(noise(0), config=config)
+    assert bool(services.asked) == compared
+    assert ("was not compared with the learner" in caplog.text) != compared
 
 
 def test_the_coarser_dtype_of_both_sets_the_bound() -> None:
