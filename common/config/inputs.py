@@ -190,9 +190,10 @@ class ContextConfig(Section):
     call_timeout_s: PositiveFloat = 300.0
     """Deadline for one call of `from_rollout`. A call that fails counts as an answer without a score
     (`teacher.max_failed_fraction`)."""
-    placement: Literal["prefix", "system", "user_prefix"] | None = None
+    placement: Literal["prefix", "system", "user_prefix", "turns"] | None = None
     """Position of the context: before a raw prompt (`prefix`), in the system turn (`system`), or before the first user
-    content (`user_prefix`). Default: `prefix` for raw rows, `system` for chat rows."""
+    content (`user_prefix`). With `turns` the context is a list of messages in JSON or YAML, which become turns before
+    the row's chat. Default: `prefix` for raw rows, `system` for chat rows."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Arguments of the chat template on the teacher's side. Default: `student.chat_template_kwargs`. Both prompts must
     end with the same tokens; if only the student's has more of them at its end, the teacher gets these too."""
@@ -205,6 +206,11 @@ class ContextConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> ContextConfig:
         sources = sum(source is not None for source in (self.text, self.file, self.pool))
+        if self.placement == "turns" and (self.by_row or self.pool is not None):
+            raise ValueError(
+                "context.placement `turns` takes one list of messages, in context.file or context.text; rows with "
+                "turns of their own have a column `teacher_messages`"
+            )
         if self.from_rows and self.from_rollout is not None:
             raise ValueError("context.from_rows and context.from_rollout do not go together: the function gets the row")
         if self.by_row:

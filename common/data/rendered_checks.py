@@ -8,20 +8,34 @@ from typing import Any, Literal
 
 from common.data.rows import DataError, Row
 from common.data.special_tokens import leading_count
+from common.data.turns import read_turns
 
-Placement = Literal["prefix", "system", "user_prefix"]
+Placement = Literal["prefix", "system", "user_prefix", "turns"]
 Messages = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 
 
 def check_context(name: str, placement: Placement, context: str, teacher_text: str) -> None:
-    """Raise DataError if the template leaves the context out."""
-    if context.strip() not in teacher_text:
+    """Raise DataError if the template leaves the context, or one of its turns, out."""
+    if placement == "turns":
+        _check_turns(name, context, teacher_text)
+    elif context.strip() not in teacher_text:
         remedy = "try context.placement=user_prefix" if placement == "system" else "try context.placement=system"
         raise DataError(
             f"{name}: the context is nowhere in the teacher's prompt: this chat template leaves out "
             f"{'system turns' if placement == 'system' else 'a part of the user turn'} or changes them; {remedy}"
         )
+
+
+def _check_turns(name: str, context: str, teacher_text: str) -> None:
+    turns = read_turns(context)
+    check_contents(f"{name}: the context", [turn.as_dict() for turn in turns], teacher_text, None)
+    for turn in turns:
+        if turn.role == "assistant" and turn.content.strip() not in teacher_text:
+            raise DataError(
+                f"{name}: the context: this chat template leaves out or changes an answer, {turn.content[:40]!r}, for "
+                "example its thoughts: write the answer as the template shows it"
+            )
 
 
 def check_contents(name: str, messages: Messages, text: str, tools: Tools) -> None:

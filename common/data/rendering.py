@@ -29,6 +29,7 @@ from common.data.rendered_checks import (
     missing_end,
 )
 from common.data.rows import DataError, Message, Row
+from common.data.turns import read_turns
 from common.error_text import one_line
 from common.protocol.schema import Context, Prompt, as_ids, context_hash
 
@@ -189,7 +190,7 @@ class Renderer:
         if placement == "prefix":
             raise DataError(
                 f"row {row.id!r} has messages: context.placement `prefix` is for raw text; "
-                "use `system` or `user_prefix`"
+                "use `system`, `user_prefix` or `turns`"
             )
         return placement
 
@@ -256,6 +257,11 @@ class Renderer:
     def _insert_context(placement: Placement, context: str, system: str | None, turns: Messages) -> Messages:
         if placement == "system":
             return with_system(SEPARATOR.join(filter(None, (context, system))), turns)
+        if placement == "turns":
+            before = [turn.as_dict() for turn in read_turns(context)]
+            lead = before.pop(0)["content"] if before[0]["role"] == "system" else None
+            both = None if lead is system is None else SEPARATOR.join(filter(None, (lead, system)))
+            return with_system(both, [*before, *turns])
         first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
         turn = {"role": "user", "content": context + SEPARATOR + turns[first]["content"]}
         return with_system(system, [*turns[:first], turn, *turns[first + 1 :]])

@@ -44,14 +44,23 @@ def control_tokens(tokenizer: Any, rows: Iterable[Row]) -> dict[str, str]:
     A tokenizer turns such text into control tokens, with which a pasted log or a hostile post can end the user's turn.
     Raw prompts are left out: they hold the marks of a chat on purpose.
     """
-    texts = sorted(special_tokens(tokenizer), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-    found = {}
+    pattern, found = _any_special(tokenizer), {}
     for row in rows:
         hits = (pattern.search(message.content) for message in row.messages or ())
         if (first := next((hit for hit in hits if hit is not None), None)) is not None:
             found[row.id] = first.group()
     return found
+
+
+def control_token_in(tokenizer: Any, text: str) -> str | None:
+    """Return the first special token whose text stands in `text`; None if there is none."""
+    hit = _any_special(tokenizer).search(text)
+    return None if hit is None else hit.group()
+
+
+def _any_special(tokenizer: Any) -> re.Pattern[str]:
+    texts = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
 
 def leading_count(ids: Sequence[int], token: int | None) -> int:

@@ -17,7 +17,10 @@ from common.data.model_lookup import load_tokenizer, model_limit
 from common.data.rendering import Renderer, teacher_sequence
 from common.data.rows import DataError, Row, read_rows
 from common.data.sources import read_records
+from common.data.turns import looks_like_turns
 
+ChatPlacement = Literal["user_prefix", "turns"] | None
+"""``context.placement`` of chat rows."""
 MAX_BATCH = 32
 LONG_ANSWER = 256
 """Limit of tokens for answers of unknown length."""
@@ -36,7 +39,7 @@ class Start:
     train: str = "train.jsonl"
     eval: str | None = "eval.jsonl"
     messages_in_prompt: bool = False
-    placement: Literal["user_prefix"] | None = None
+    placement: ChatPlacement = None
     batch_size: int = MAX_BATCH
     max_tokens: int = LONG_ANSWER
     stop: bool = False
@@ -72,7 +75,7 @@ def fitting_start(
     graded = [] if held_out is None else read_rows(held_out, data, need_answers=True)
     single_lines = _single_lines([*rows, *graded])
     text = ContextConfig(file=context).read()
-    placement: Literal["user_prefix"] | None = None
+    placement: ChatPlacement = None
     limit = LONG_ANSWER
     if here and rows[0].environment is None:
         placement, limit = _placement_and_room(model, text, rows[:TRIED_ROWS])
@@ -106,9 +109,11 @@ def _single_lines(rows: Sequence[Row]) -> bool:
     return bool(answers) and all(row.prompt is not None for row in rows) and not any("\n" in one for one in answers)
 
 
-def _placement_and_room(model: str, context: str, rows: Sequence[Row]) -> tuple[Literal["user_prefix"] | None, int]:
-    """The placement that the chat template needs, and the tokens that the model leaves for an answer."""
-    placements: tuple[Literal["user_prefix"] | None, ...] = (None, "user_prefix") if rows[0].messages else (None,)
+def _placement_and_room(model: str, context: str, rows: Sequence[Row]) -> tuple[ChatPlacement, int]:
+    """The placement that context and chat template need, and the tokens that the model leaves for an answer."""
+    placements: tuple[ChatPlacement, ...] = (None, "user_prefix") if rows[0].messages else (None,)
+    if rows[0].messages and looks_like_turns(context):
+        placements = ("turns",)
     faults = []
     for placement in placements:
         try:
@@ -126,7 +131,7 @@ def _placement_and_room(model: str, context: str, rows: Sequence[Row]) -> tuple[
     raise faults[0]
 
 
-def _longest_prompt(model: str, context: str, rows: Sequence[Row], placement: Literal["user_prefix"] | None) -> int:
+def _longest_prompt(model: str, context: str, rows: Sequence[Row], placement: ChatPlacement) -> int:
     renderer = Renderer(load_tokenizer(model), context, StudentConfig(model=model), placement)
     return max(len(teacher_sequence(renderer.render(row), renderer.contexts)) for row in rows)
 

@@ -20,7 +20,8 @@ from common.data.model_lookup import load_tokenizer, model_limit
 from common.data.rendered_checks import length_faults
 from common.data.rendering import Renderer
 from common.data.rows import DataError, Row, digest, read_rows
-from common.data.special_tokens import control_tokens
+from common.data.special_tokens import control_token_in, control_tokens
+from common.data.turns import looks_like_turns, read_turns
 from common.evaluation.graders import Grader, make_grader, make_reward
 from common.evaluation.perplexity import split_into_chunks
 from common.files import seen_from
@@ -114,6 +115,10 @@ def read_sources(config: Config) -> Sources:
         text = pool[0].text if pool else ""
     else:
         text = faults.collect("", config.context.read) or ""
+        if config.context.placement == "turns" and text:
+            faults.collect(
+                "context.text" if config.context.file is None else str(config.context.file), read_turns, text
+            )
     grader = faults.collect("", make_grader, config.eval.grader)
     if config.loss.reward is not None:
         faults.collect("loss.reward", make_reward, config.loss.reward)
@@ -308,6 +313,16 @@ def _row_warnings(renderer: Renderer, sources: Sources, train: Sequence[Row]) ->
                     f"data.{name}: column {column!r} is not used; did you mean {resembles!r}? data.columns maps a "
                     "column, data.ignore leaves one out"
                 )
+    if renderer.placement != "turns" and looks_like_turns(sources.context):
+        yield (
+            "the context is a list of messages, and is inserted as it is written: set context.placement=turns to make "
+            "turns of them"
+        )
+    elif sources.train[0].messages and (token := control_token_in(renderer.tokenizer, sources.context)) is not None:
+        yield (
+            f"the context holds the text of a special token, {token!r}, which becomes a control token: for turns of a "
+            "chat write a list of messages, and set context.placement=turns"
+        )
     for name, held_rows in (("train", train), ("valid", sources.valid), ("eval", sources.eval)):
         if held := control_tokens(renderer.tokenizer, held_rows):
             row, token = next(iter(held.items()))

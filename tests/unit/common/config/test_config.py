@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 
 from common.config.loader import RENAMED_KEYS, dump_config, load_config, load_teacher_config
 from common.config.model import Config, ConfigError
+from tests.support.configs import config_of
 from tests.support.paths import ROOT
 
 MINIMAL = """
@@ -118,6 +120,12 @@ def test_a_bad_value_names_key_value_and_what_is_valid(path: Path, override: str
     assert line.startswith("bad value ")
     for part in parts:
         assert part in line
+
+
+@pytest.mark.parametrize("many", [{"from_rows": True}, {"pool": "p.jsonl"}, {"from_rollout": "a:b"}])
+def test_turns_are_one_list_of_messages_for_all_rows(many: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="`turns` takes one list of messages"):
+        config_of(context={**many, "placement": "turns"})
 
 
 @pytest.mark.parametrize(

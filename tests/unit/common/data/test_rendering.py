@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from typing import Any
 
@@ -367,3 +368,76 @@ def test_a_template_can_keep_its_own_date() -> None:
     own, _, _ = sides(renderer(build_tokenizer(template), template_date="template"), chat_row("Hi"))
     assert pinned.startswith("01 Jan 2026<")
     assert own.startswith("26 Jul 2024<")
+
+
+# --- turns --------------------------------------------------------------------------------------------------------
+
+
+TURNS = json.dumps(
+    [
+        {"role": "system", "content": "Rules."},
+        {"role": "user", "content": "dog"},
+        {"role": "assistant", "content": "dogs \U0001f415"},
+    ]
+)
+
+
+@pytest.mark.parametrize("system", [None, "Own."])
+def test_a_list_of_messages_becomes_turns_before_the_rows_chat(system: str | None) -> None:
+    student, context, rest = sides(renderer(context=TURNS, placement="turns"), chat_row("cat", system=system))
+    own = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    assert student == f"{own}<|im_start|>user\ncat<|im_end|>\n<|im_start|>assistant\n"
+    lead = "Rules." if system is None else f"Rules.\n\n{system}"
+    assert context == (
+        f"<|im_start|>system\n{lead}<|im_end|>\n<|im_start|>user\ndog<|im_end|>\n<|im_start|>assistant\n"
+        "dogs \U0001f415<|im_end|>\n<|im_start|>user\n"
+    )
+    assert rest == "cat<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_turns_may_be_yaml_and_need_no_system_message() -> None:
+    text = "- {role: user, content: dog}\n- role: assistant\n  content: |-\n    two\n    lines\n"
+    _, context, _ = sides(renderer(context=text, placement="turns"), chat_row("cat"))
+    assert context.startswith("<|im_start|>user\ndog<|im_end|>\n<|im_start|>assistant\ntwo\nlines<|im_end|>")
+    _, context, _ = sides(renderer(context=text, placement="turns"), chat_row("cat", system="Own."))
+    assert context.startswith("<|im_start|>system\nOwn.<|im_end|>\n<|im_start|>user\ndog")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Answer briefly.", "needs a list of messages in JSON or YAML, .*, not str"),
+        ("[]", "an empty list"),
+        ("- {role: user, content: dog", "neither JSON nor YAML"),
+        ("- {role: user, content: 7}\n", r"message 1 of the context: content: Input should be a valid string"),
+        ("- {role: human, content: a}\n", r"message 1 of the context: role: "),
+        (
+            "- {role: user, content: a}\n",
+            "end with the assistant's, before the row's chat; they are user",
+        ),
+        ("- {role: assistant, content: a}\n", "must hold a user's turn"),
+        (
+            "- {role: user, content: a}\n- {role: system, content: b}\n- {role: assistant, content: c}\n",
+            "only be the first",
+        ),
+    ],
+)
+def test_a_context_that_is_no_list_of_turns_is_refused(text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        renderer(context=text, placement="turns").render(chat_row("cat"))
+
+
+def test_a_template_that_changes_a_turn_of_the_context_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("message.content", "message.content.split('</think>')[-1]")
+    text = json.dumps([{"role": "user", "content": "dog?"}, {"role": "assistant", "content": "<think>b</think>c"}])
+    with pytest.raises(DataError, match=r"row 'r': the context: .* an answer, '<think>b</think>c'"):
+        renderer(tokenizer, context=text, placement="turns").render(chat_row("cat"))
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("in messages", "in messages[-1:]")
+    with pytest.raises(DataError, match=r"row 'r': the context: .* a user message: 'dog\?'"):
+        renderer(tokenizer, context=text, placement="turns").render(chat_row("cat"))
+
+
+def test_turns_are_for_chat_rows() -> None:
+    with pytest.raises(DataError, match=r"context\.placement 'turns' needs `messages`"):
+        renderer(context=TURNS, placement="turns").render(Row(id="r", prompt="Q"))

@@ -73,6 +73,11 @@ def test_rows_of_trl_get_a_mapping(tiny_model: Path) -> None:
     assert made(tiny_model, {"prompt": CHAT}).data.columns == {"messages": "prompt"}
 
 
+def test_a_context_that_is_a_list_of_messages_becomes_turns(tiny_model: Path) -> None:
+    Path("context.txt").write_text("- {role: user, content: dog}\n- {role: assistant, content: dogs}\n")
+    assert made(tiny_model, {"messages": CHAT}).context.placement == "turns"
+
+
 def test_a_template_without_a_system_turn_gets_the_context_into_the_user_turn(tiny_model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "no-system")
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"

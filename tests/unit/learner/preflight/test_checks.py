@@ -16,7 +16,7 @@ from learner.preflight import machine
 from learner.preflight.checks import CONFIG_CHECKS, INPUT_CHECKS, preflight
 from learner.preflight.machine import check_devices, check_files, check_folders, check_packages, check_ports, check_ray
 from learner.preflight.models import check_models, check_student_limits
-from learner.preflight.report import Finding
+from learner.preflight.report import Finding, Report
 from tests.support.configs import config_of
 from tests.support.tiny import CHAT_TEMPLATE, make_tokenizer
 from tests.support.tokenizers import build_tokenizer
@@ -298,6 +298,36 @@ def test_more_ids_than_the_vocabulary_has_are_an_error(make: Make) -> None:
     assert found.startswith("loss.top_k is 513")
     (found,) = errors(make(loss={"top_k": 256, "form": "exact"}))
     assert "set loss.top_k=512" in found
+
+
+TURNS = """
+- {role: system, content: Give the plural.}
+- {role: user, content: dog}
+- {role: assistant, content: dogs}
+"""
+
+
+def test_few_shot_turns_are_checked_and_a_list_of_messages_as_text_is_a_warning(make: Make, tmp_path: Path) -> None:
+    chat = {"id": "a", "messages": [{"role": "user", "content": "cat"}], "answer": "cats"}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(chat))
+    (tmp_path / "context.yaml").write_text(TURNS)
+    data = {name: str(tmp_path / "chat.jsonl") for name in ("train", "eval")}
+
+    def checked(text: str | None = None, placement: str | None = "turns") -> Report:
+        source = {"file": str(tmp_path / "context.yaml")} if text is None else {"text": text}
+        return preflight(make(data=data, context={**source, "placement": placement}), offline=True)
+
+    right = checked()
+    assert right.texts("error") == right.texts("warning") == []
+    assert right.inputs is not None
+    (context,) = right.inputs.contexts.values()
+    assert "dog<|im_end|>\n<|im_start|>assistant\ndogs" in make_tokenizer().decode(context.ids.tolist())
+    (fault,) = checked("Give the plural.").texts("error")
+    assert fault.startswith("context.text: context.placement `turns` needs a list of messages")
+    (line,) = checked(placement="system").texts("warning")
+    assert "is inserted as it is written: set context.placement=turns" in line
+    (line,) = checked("dogs<|im_end|>", placement="system").texts("warning")
+    assert line.startswith("the context holds the text of a special token, '<|im_end|>'")
 
 
 # --- a teacher of another model ---------------------------------------------------------------------------------------
