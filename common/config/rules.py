@@ -214,6 +214,12 @@ def teacher_rules(
                 f"{section}.kind `{teacher.kind}` is the student's own weights, private to this run: "
                 f"{section}.url and another {section}.model are not possible"
             )
+        if teacher.backend == "vllm" and teacher.url is None and not teacher.gpus and loss.support != "teacher":
+            yield (
+                f"{section}.backend `vllm` on CPU returns log-probs at its own top k only, loss.support is "
+                f"`{loss.support}`: set loss.support to `teacher`, {section}.backend to `transformers`, or "
+                f"{section}.gpus"
+            )
         if name != "default" and teacher.kind == "base":
             yield f"{section}.kind `base` is possible for `teacher` only, as the run's single teacher"
     if teachers["default"].kind != "base":

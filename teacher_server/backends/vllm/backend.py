@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,9 +36,6 @@ MODES: dict[bool, tuple[ScoreMode, ...]] = {
     False: ("teacher_topk", "sampled"),
 }
 """Modes of a model runner that scores fixed ids (V2, on GPUs) or only its own best ids (V1, on CPU)."""
-
-TEMPERATURES = (1.0,)
-"""vLLM returns prompt log-probs of unscaled logits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +72,7 @@ class VllmBackend:
         self.dtype = engine.dtype
         self.vocab_size = engine.vocab_size
         self.max_sequence_tokens = engine.max_sequence_tokens
-        self.modes: Mapping[ScoreMode, tuple[float, ...] | None] = dict.fromkeys(MODES[engine.fixed_ids], TEMPERATURES)
+        self.modes: Mapping[ScoreMode, tuple[float, ...] | None] = dict.fromkeys(MODES[engine.fixed_ids])
 
     @classmethod
     def load(cls, model: str, config: TeacherConfig) -> VllmBackend:
@@ -126,7 +124,7 @@ class VllmBackend:
                 pending.append(i)
         for cached in (True, False):
             invalid = []
-            for i, rows in zip(pending, self._rows([batch[i] for i in pending], cached=cached), strict=True):
+            for i, rows in self._rows(batch, pending, cached=cached):
                 if not isinstance(rows, InvalidRows):
                     results[i] = item_score(rows, batch[i])
                     continue
@@ -137,21 +135,27 @@ class VllmBackend:
             pending = invalid
         return [result for result in results if result is not None]
 
-    def _rows(self, works: Sequence[Work], *, cached: bool) -> Iterator[Rows | InvalidRows]:
-        for start, stop in self._spans_that_fit(works, cached=cached):
-            part = works[start:stop]
-            outputs = self.engine.run([self._request(work, cached=cached) for work in part])
-            for work, output in zip(part, outputs, strict=True):
-                try:
-                    yield self._read(work, output)
-                except InvalidRows as error:
-                    yield error
+    def _rows(
+        self, batch: Sequence[Work], pending: Sequence[int], *, cached: bool
+    ) -> Iterator[tuple[int, Rows | InvalidRows]]:
+        """Yield the rows of the `pending` items of `batch`; the engine scores at one temperature at a time."""
+        salts = _prompt_salts([batch[i] for i in pending]) if cached else {}
+        for temperature in dict.fromkeys(batch[i].temperature for i in pending):
+            same = [i for i in pending if batch[i].temperature == temperature]
+            for start, stop in self._spans_that_fit([batch[i] for i in same], cached=cached):
+                part = same[start:stop]
+                requests = [self._request(batch[i], salts, cached=cached) for i in part]
+                for i, output in zip(part, self.engine.run(requests, temperature), strict=True):
+                    try:
+                        yield i, self._read(batch[i], output)
+                    except InvalidRows as error:
+                        yield i, error
 
-    def _request(self, work: Work, *, cached: bool) -> EngineRequest:
+    def _request(self, work: Work, salts: Mapping[bytes, str], *, cached: bool) -> EngineRequest:
         item = work.item
         context = as_ids([]) if work.prefix is None else work.prefix.ids
         ids = np.concatenate([context, item.prompt_ids, item.response_ids]).tolist()
-        salt = work.prefix.salt if cached and work.prefix is not None else None
+        salt = salts.get(item.prompt_ids.tobytes()) if work.prefix is None else work.prefix.salt if cached else None
         first = _first_row(work)
         if self.engine.fixed_ids:
             return EngineRequest(ids, salt, start=first, fixed_ids=fixed_ids(work, self.vocab_size))
@@ -200,6 +204,12 @@ class VllmBackend:
             (result,) = self.score([Work(item, None, mode, 1.0, k)])
             if isinstance(result, ItemError):
                 raise BackendError(f"this vLLM does not score in mode {mode}: {result.message}")
+
+
+def _prompt_salts(works: Sequence[Work]) -> dict[bytes, str]:
+    """Salts of the prompts without a context that several of `works` share: the engine computes each of them once."""
+    prompts = Counter(work.item.prompt_ids.tobytes() for work in works if work.prefix is None)
+    return {prompt: uuid.uuid4().hex for prompt, times in prompts.items() if times > 1}
 
 
 def _first_row(work: Work) -> int:

@@ -65,6 +65,7 @@ class ScoringEngine:
         self.cache_tokens = int(resolved.cache_config.num_gpu_blocks) * self.block_tokens
         self.token_bytes = _key_value_bytes(model_config, resolved.parallel_config)
         self._llm.collective_rpc("opcd_install_scoring", args=(self.fixed_ids,))
+        self._temperature = 1.0
         _report_death(self._llm.llm_engine.engine_core)
 
     def _start(self, dtype: str, gpu: bool) -> Any:
@@ -96,8 +97,11 @@ class ScoringEngine:
         except (RuntimeError, ValueError) as error:
             raise BackendError(f"vLLM cannot start: {error}") from error
 
-    def run(self, requests: Sequence[EngineRequest]) -> list[Any]:
-        """vLLM's ``RequestOutput`` of every request, in order. Raises BackendLost if the engine's processes died."""
+    def run(self, requests: Sequence[EngineRequest], temperature: float = 1.0) -> list[Any]:
+        """vLLM's ``RequestOutput`` of every request, in order; scores are at `temperature`.
+
+        Raises BackendLost if the engine's processes died.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         prompts = [
@@ -105,6 +109,9 @@ class ScoringEngine:
             for request in requests
         ]
         try:
+            if temperature != self._temperature:
+                self._llm.collective_rpc("opcd_set_temperature", args=(self.fixed_ids, temperature))
+                self._temperature = temperature
             return list(self._llm.generate(prompts, [sampling(request) for request in requests], use_tqdm=False))
         except EngineDeadError as error:
             raise BackendLost("the vLLM engine died (its own log says why)") from error

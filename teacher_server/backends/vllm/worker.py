@@ -2,7 +2,8 @@
 
 vLLM returns log-probs at ids but no tail, and `1 - sum` of f32 values is noise for a small tail. So the extension
 (``worker_extension_cls``) replaces, in each model runner, the function that turns logits into prompt log-probs. The
-replacement uses the code of the transformers backend.
+replacement divides the logits by the temperature, which the engine sets before each run, and uses the code of the
+transformers backend.
 
 Fixed-id rows (V2 runner), ``[n, 2 + w + 2k]``:
 
@@ -15,6 +16,7 @@ Ids travel as f32, which holds every integer up to 2**24 exactly.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,19 +37,24 @@ class ScoringExtension:
     model_runner: Any
 
     def opcd_install_scoring(self, fixed_ids: bool) -> None:
-        """Replace the model runner's function in this worker's process."""
-        if fixed_ids:
-            from vllm.v1.worker.gpu.sample import prompt_logprob
-
-            prompt_logprob.compute_token_logprobs = fixed_id_rows
-        else:
+        """Replace the model runner's function in this worker's process; it scores at temperature 1."""
+        if not fixed_ids:
             from vllm.v1.outputs import LogprobsTensors
 
             LogprobsTensors.empty_cpu = staticmethod(nan_until_written(LogprobsTensors.empty_cpu))
-            self.model_runner.sampler.gather_logprobs = top_k_rows
+        self.opcd_set_temperature(fixed_ids, 1.0)
+
+    def opcd_set_temperature(self, fixed_ids: bool, temperature: float) -> None:
+        """Score at `temperature` from the next request on. The engine must be idle."""
+        if fixed_ids:
+            from vllm.v1.worker.gpu.sample import prompt_logprob
+
+            prompt_logprob.compute_token_logprobs = partial(fixed_id_rows, temperature=temperature)
+        else:
+            self.model_runner.sampler.gather_logprobs = partial(top_k_rows, temperature=temperature)
 
 
-def fixed_id_rows(logits: Tensor, token_ids: Tensor) -> Tensor:
+def fixed_id_rows(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Rows ``[n, 2 + w + 2k]`` f32 of ``logits [n, V]`` at ``token_ids [n, 2 + w + 2k]``, all of one request.
 
     Replaces vLLM's ``compute_token_logprobs``. A row with NaN or infinite logits is NaN.
@@ -60,7 +67,7 @@ def fixed_id_rows(logits: Tensor, token_ids: Tensor) -> Tensor:
     for rows in _chunks(logits):
         ids = support[rows] if width else None
         own = logits[rows].to(torch.float32, copy=True)
-        values = score_logits(own, sampled=token_ids[rows, 0], ids=ids, mode=mode, temperature=1.0, k=k)
+        values = score_logits(own, sampled=token_ids[rows, 0], ids=ids, mode=mode, temperature=temperature, k=k)
         columns = [values.sampled[:, None], values.tail[:, None], values.logprobs[:, :width]]
         if values.ids is not None:
             columns += [values.ids[:, width:].float(), values.logprobs[:, width:]]
@@ -68,10 +75,11 @@ def fixed_id_rows(logits: Tensor, token_ids: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def top_k_rows(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
-    """Log-probs of the teacher's best ``num_logprobs - 1`` ids and their tail.
+def top_k_rows(logprobs: Tensor, num_logprobs: int, token_ids: Tensor, *, temperature: float = 1.0) -> Any:
+    """Log-probs of the teacher's best ``num_logprobs - 1`` ids and their tail from ``logprobs [n, V]``.
 
-    Replaces ``gather_logprobs`` of vLLM's V1 sampler. Returns ``LogprobsTensors`` of ``[n, 1 + num_logprobs]``.
+    Dividing log-probs by a temperature is dividing the logits, up to a constant. Replaces ``gather_logprobs`` of vLLM's
+    V1 sampler. Returns ``LogprobsTensors`` of ``[n, 1 + num_logprobs]``.
     """
     from vllm.v1.outputs import LogprobsTensors
 
@@ -80,7 +88,8 @@ def top_k_rows(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
     for chunk in _chunks(logprobs):
         sampled = token_ids[chunk]
         mode: ScoreMode = "teacher_topk" if k else "sampled"
-        values = score_logits(logprobs[chunk].clone(), sampled=sampled, ids=None, mode=mode, temperature=1.0, k=k)
+        own = logprobs[chunk].clone()
+        values = score_logits(own, sampled=sampled, ids=None, mode=mode, temperature=temperature, k=k)
         picked = sampled.new_empty((sampled.shape[0], 0)) if values.ids is None else values.ids
         ids.append(torch.cat([sampled[:, None], picked, torch.zeros_like(sampled)[:, None]], dim=1))
         row = torch.cat([values.sampled[:, None], values.logprobs, values.tail[:, None]], dim=1)

@@ -106,7 +106,7 @@ def v2(place: Place) -> Iterator[Figure]:
 
     def scored(backend: Backend, mode: ScoreMode) -> tuple[torch.Tensor, float]:
         (prefix,) = backend.prefill([ids], None)
-        works = [Work(item, prefix, mode, 1.0, 0) for item in items]
+        works = [Work(item, prefix, mode, 0.7, 0) for item in items]
         backend.score(works)
         began = time.monotonic()
         results = backend.score(works)

@@ -6,17 +6,19 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from common.protocol.codec import decode_response
 from common.protocol.schema import ItemError, ItemScore, ScoreItem, ScoreMode
 from common.protocol.scoring import TeacherError
 from teacher_server.client.handshake import handshake
 from tests.support.processes import alive, command_of, descendants
 from tests.support.teacher_oracle import Oracle, assert_score
-from tests.support.teacher_running import Running, items, process, put, running, scored, tokens
+from tests.support.teacher_running import Running, items, post, process, put, request_of, running, scored, tokens
 
 AGREE_NATS = 1e-4
 """Allowed difference of vLLM from transformers, float32."""
@@ -59,13 +61,13 @@ def transformers_teacher(tiny_model: Path) -> Iterator[Running]:
 
 
 def test_modes_that_a_cpu_runner_lacks_are_not_offered(teacher: Running) -> None:
-    assert teacher.info.modes == {"teacher_topk": (1.0,), "sampled": (1.0,)}
+    assert teacher.info.modes == {"teacher_topk": None, "sampled": None}
     assert (teacher.info.backend, teacher.info.vocab_size, teacher.info.max_sequence_tokens) == ("vllm", 512, 4095)
     wanted = {
         "tokenizer_fingerprint": teacher.info.tokenizer_fingerprint,
         "added_tokens": teacher.info.added_tokens,
         "k": 8,
-        "temperature": 1.0,
+        "temperature": 0.7,
         "longest_tokens": 100,
     }
     handshake(teacher.info, mode="teacher_topk", **wanted)
@@ -73,9 +75,12 @@ def test_modes_that_a_cpu_runner_lacks_are_not_offered(teacher: Running) -> None
         handshake(teacher.info, mode="at_ids", **wanted)
 
 
-@pytest.mark.parametrize(("mode", "k"), [("teacher_topk", 8), ("teacher_topk", 512), ("sampled", 0)])
+@pytest.mark.parametrize(
+    ("mode", "k", "temperature"),
+    [("teacher_topk", 8, 1.0), ("teacher_topk", 512, 0.3), ("sampled", 0, 1.0), ("sampled", 0, 2.5)],
+)
 async def test_both_backends_agree(
-    teacher: Running, transformers_teacher: Running, tiny_model: Path, mode: ScoreMode, k: int
+    teacher: Running, transformers_teacher: Running, tiny_model: Path, mode: ScoreMode, k: int, temperature: float
 ) -> None:
     """Items with and without a context that fills whole cache blocks, each scored twice by vLLM."""
     oracle = Oracle.load(tiny_model)
@@ -85,11 +90,14 @@ async def test_both_backends_agree(
     for one in (transformers_teacher, teacher, teacher):
         async with one.http() as http:
             assert (await put(http, context)).status_code == 200
-            both.append((await scored(http, batch, mode=mode, k=k)).results)
+            request = replace(request_of(batch, mode=mode, k=k), temperature=temperature)
+            reply = await post(http, request)
+            assert reply.status_code == 200, reply.text
+            both.append(decode_response(reply.content).results)
     for item, expected, *found in zip(batch, *both, strict=True):
         assert isinstance(expected, ItemScore)
         before = context.ids if item.context else tokens(0, 0)
-        logprobs = oracle.logprobs(before, item.prompt_ids, item.response_ids)
+        logprobs = oracle.logprobs(before, item.prompt_ids, item.response_ids, temperature)
         for score in found:
             assert isinstance(score, ItemScore), score
             assert_score(score, logprobs, item, score.topk_ids)
@@ -103,8 +111,8 @@ async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.
     engine = teacher.gate.engine
     run, cached = engine.run, []
 
-    def watched(requests):
-        outputs = run(requests)
+    def watched(requests, temperature=1.0):
+        outputs = run(requests, temperature)
         cached.append([output.num_cached_tokens for output in outputs])
         return outputs
 
@@ -122,6 +130,26 @@ async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.
     assert red == blue == [300 // block * block] * 4
 
 
+async def test_a_prompt_of_several_responses_is_computed_once(
+    teacher: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a context; the engine computes the first response with the prompt and the others after it."""
+    engine = teacher.gate.engine
+    run, cached = engine.run, []
+
+    def watched(requests, temperature=1.0):
+        outputs = run(requests, temperature)
+        cached.append([output.num_cached_tokens for output in outputs])
+        return outputs
+
+    monkeypatch.setattr(engine, "run", watched)
+    prompt = tokens(51, 2 * engine.block_tokens + 5)
+    batch = [replace(item, prompt_ids=prompt) for item in bare(items(52, 4))]
+    async with teacher.http() as http:
+        assert not any(isinstance(result, ItemError) for result in (await scored(http, batch, mode="sampled")).results)
+    assert cached == [[0, *[2 * engine.block_tokens] * 3]]
+
+
 async def test_an_item_of_which_the_engine_dies_is_refused_and_other_tenants_are_served(
     teacher: Running, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,12 +157,12 @@ async def test_an_item_of_which_the_engine_dies_is_refused_and_other_tenants_are
     run, kills = teacher.gate.engine.run, []
     (deadly,), context = bare(items(41, 1)), teacher.context(tokens(42, 150))
 
-    def deadly_run(requests):
+    def deadly_run(requests, temperature=1.0):
         if any(request.ids == [*deadly.prompt_ids, *deadly.response_ids] for request in requests):
             (core,) = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("VLLM::EngineCore")]
             kills.append(core)
             os.kill(core, signal.SIGKILL)
-        return run(requests)
+        return run(requests, temperature)
 
     monkeypatch.setattr(teacher.gate.engine, "run", deadly_run)
     batch = bare(items(43, 2, context=context.hash))

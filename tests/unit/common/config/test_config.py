@@ -291,6 +291,13 @@ def test_a_teacher_with_changing_weights_cannot_be_served(path: Path) -> None:
     assert "receives new weights" in mistake(path, "teacher.kind=live", "teacher.backend=vllm")
 
 
+def test_vllm_as_the_teacher_takes_every_loss_that_its_runner_has(path: Path) -> None:
+    load_config(path, ["teacher.backend=vllm", "loss.support=teacher", "loss.temperature=0.7"])
+    for support in ("student", "union", "teacher"):
+        load_config(path, ["teacher.backend=vllm", f"loss.support={support}", "teacher.gpus=1", "loss.temperature=2"])
+        load_config(path, ["teacher.backend=vllm", f"loss.support={support}", "teacher.url=http://127.0.0.1:1"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
@@ -305,6 +312,8 @@ def test_a_teacher_with_changing_weights_cannot_be_served(path: Path) -> None:
             ["rollout.gpus_per_worker=0.5", "rollout.gpu_memory_utilization=0.6"],
             "(0.6) is more than the process's part",
         ),
+        (["teacher.backend=vllm"], "teacher.backend `vllm` on CPU returns log-probs at its own top k only"),
+        (["teachers.big.model=m", "teachers.big.backend=vllm", "loss.support=union"], "teachers.big.backend `vllm` on"),
         (["teacher.gpus=0.2", "teacher.gpu_memory_utilization=0.3"], "teacher.gpu_memory_utilization (0.3) is more"),
         (["rollout.workers=3", "rollout.max_workers=2"], "rollout.max_workers (2) is less than rollout.workers (3)"),
         (["sync.delta=true", "sync.backend=file"], "not `file`"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,18 +43,20 @@ class FakeEngine:
     dtype: str = "float32"
     calls: list[list[EngineRequest]] = field(default_factory=list)
 
-    def run(self, requests: list[EngineRequest]) -> list[Any]:
+    def run(self, requests: list[EngineRequest], temperature: float = 1.0) -> list[Any]:
         self.calls.append(list(requests))
-        return [self._answer(ask) for ask in requests]
+        return [self._answer(ask, temperature) for ask in requests]
 
-    def _answer(self, ask: EngineRequest) -> Any:
+    def _answer(self, ask: EngineRequest, temperature: float) -> Any:
         rows = logits_of(as_ids(ask.ids))
         output = SimpleNamespace(num_cached_tokens=0, prompt_token_id_logprobs=None, prompt_logprobs=None)
         if ask.fixed_ids is not None:
             wanted = torch.from_numpy(ask.fixed_ids.astype(np.int64))
-            output.prompt_token_id_logprobs = fixed_id_rows(rows[ask.start : -1], wanted).numpy()
+            output.prompt_token_id_logprobs = fixed_id_rows(
+                rows[ask.start : -1], wanted, temperature=temperature
+            ).numpy()
         if ask.top_k_columns is not None:
-            output.prompt_logprobs = flat(rows[:-1], as_ids(ask.ids), ask.top_k_columns)
+            output.prompt_logprobs = flat(rows[:-1], as_ids(ask.ids), ask.top_k_columns, temperature)
         if self.faults and (ask.fixed_ids is not None or ask.top_k_columns is not None):
             self.faults -= 1
             self.damage(output)
@@ -70,11 +72,12 @@ def logits_of(ids: Ids) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def flat(rows: torch.Tensor, ids: Ids, columns: int) -> Any:
+def flat(rows: torch.Tensor, ids: Ids, columns: int, temperature: float) -> Any:
     """vLLM's own container, filled as its V1 runner and its output processor do."""
     from vllm.logprobs import FlatLogprobs
 
-    tensors = top_k_rows(rows.log_softmax(-1), columns, torch.from_numpy(ids[1:].astype(np.int64)))
+    following = torch.from_numpy(ids[1:].astype(np.int64))
+    tensors = top_k_rows(rows.log_softmax(-1), columns, following, temperature=temperature)
     filled = FlatLogprobs()
     filled.append(None)
     for row_ids, row in zip(tensors.logprob_token_ids.tolist(), tensors.logprobs.tolist(), strict=True):
@@ -86,17 +89,20 @@ def backend_of(engine: FakeEngine) -> VllmBackend:
     return VllmBackend(engine, model_name="fake", fingerprint="0" * 64)
 
 
-def work_of(mode: ScoreMode, *, seed: int = 0, prefix: Any = None, k: int = 5, response: int = 7) -> Work:
+def work_of(
+    mode: ScoreMode, *, seed: int = 0, prefix: Any = None, k: int = 5, response: int = 7, temperature: float = 1.0
+) -> Work:
     item = random_item(np.random.default_rng(seed), prompt=3, response=response, k=6, vocabulary=V)
     if mode in ("teacher_topk", "sampled"):
         item = ScoreItem(item.context, item.prompt_ids, item.response_ids)
-    return Work(item, prefix, mode, 1.0, k)
+    return Work(item, prefix, mode, temperature, k)
 
 
 def expected(work: Work) -> torch.Tensor:
     before = as_ids([]) if work.prefix is None else work.prefix.ids
     ids = np.concatenate([before, work.item.prompt_ids, work.item.response_ids])
-    return logits_of(ids)[-work.item.response_ids.size - 1 : -1].double().log_softmax(-1)
+    logits = logits_of(ids)[-work.item.response_ids.size - 1 : -1].double()
+    return (logits / work.temperature).log_softmax(-1)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -123,6 +129,23 @@ def test_top_k_rows_are_the_full_distribution_with_its_tail(mode: ScoreMode) -> 
         (score,) = backend.score([work])
         assert isinstance(score, ItemScore)
         assert_score(score, expected(work), work.item, score.topk_ids)
+
+
+@pytest.mark.parametrize("fixed_ids", [True, False])
+def test_a_batch_of_several_temperatures(fixed_ids: bool) -> None:
+    """The engine scores at one temperature at a time; the results keep the order of the batch."""
+    engine = FakeEngine(fixed_ids=fixed_ids)
+    backend = backend_of(engine)
+    batch = [
+        work_of(mode, seed=seed, temperature=temperature)
+        for mode in backend.modes
+        for seed, temperature in enumerate((0.25, 1.0, 3.0, 0.25))
+    ]
+    for work, score in zip(batch, backend.score(batch), strict=True):
+        assert isinstance(score, ItemScore)
+        assert_score(score, expected(work), work.item, score.topk_ids)
+    modes = len(backend.modes)
+    assert [len(requests) for requests in engine.calls] == [2 * modes, modes, modes]
 
 
 def test_a_tail_that_f32_sums_would_lose_is_kept() -> None:
@@ -288,6 +311,19 @@ def test_only_chains_of_contexts_share_a_salt() -> None:
     assert [ask.salt for ask in engine.calls[-1]] == [leaf.salt, None]
 
 
+def test_a_prompt_without_a_context_that_several_responses_share_has_a_salt() -> None:
+    engine = FakeEngine()
+    lone, *same = [work_of("sampled", seed=seed) for seed in range(3)]
+    same = [replace(work, item=replace(work.item, prompt_ids=as_ids([1, 2, 3]))) for work in same]
+    backend = backend_of(engine)
+    for _ in range(2):
+        backend.score([same[0], lone, same[1]])
+    (first, none, second), (later, *_) = ([ask.salt for ask in requests] for requests in engine.calls)
+    assert none is None
+    assert first == second
+    assert len({first, later, None}) == 3
+
+
 def test_a_batch_never_needs_more_cache_than_there_is() -> None:
     """Each item: 3 + 7 own tokens and two blocks, the context of 10 once a call."""
     engine = FakeEngine(cache_tokens=50)
@@ -328,9 +364,9 @@ def test_replaced_functions_have_the_signatures_of_ours() -> None:
     assert "torch.empty_like(req.token_ids, dtype=torch.float32)" in used
     definition = (root / "worker/gpu/sample/logprob.py").read_text()
     assert "def compute_token_logprobs(\n    logits: torch.Tensor, token_ids: torch.Tensor\n)" in definition
-    assert list(inspect.signature(fixed_id_rows).parameters) == ["logits", "token_ids"]
+    assert list(inspect.signature(fixed_id_rows).parameters) == ["logits", "token_ids", "temperature"]
     ours, theirs = inspect.signature(top_k_rows), inspect.signature(Sampler.gather_logprobs)
-    assert list(ours.parameters) == list(theirs.parameters)
+    assert list(ours.parameters) == [*theirs.parameters, "temperature"]
     assert "self.sampler.gather_logprobs(" in (root / "worker/gpu_model_runner.py").read_text()
 
 
