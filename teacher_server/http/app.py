@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import xxhash
@@ -20,6 +21,7 @@ from common.protocol.schema import ItemError, ItemScore, ScoreRequest, TeacherIn
 from teacher_server.http.auth import Authenticator, NotAuthorised
 from teacher_server.http.bodies import ByteBudget, memory_of, read_body
 from teacher_server.http.headers import DEADLINE_HEADER, ROUTE_HEADER
+from teacher_server.http.http_limits import MAX_CONNECTIONS
 from teacher_server.http.openapi import KEY, REFUSALS, Stored, binary_body, binary_reply, refusals, text_reply
 from teacher_server.http.replies import Conflict, Replies
 from teacher_server.scoring.checks import RequestRefused
@@ -42,6 +44,9 @@ REPLY_CACHE_BYTES = 64 * 1024 * 1024
 
 MAX_DEADLINE_S = 3600.0
 
+MAX_TENANT_REQUESTS = MAX_CONNECTIONS // 2
+"""Requests with a body that one tenant may have in progress."""
+
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,6 +61,7 @@ class TeacherApi:
         self.body_budget = ByteBudget(MAX_BODIES * memory_of(self.max_body_bytes, self.max_items))
         self.reply_budget = ByteBudget(MAX_BODIES * self.max_body_bytes)
         self.replies = Replies(REPLY_CACHE_BYTES)
+        self._requests: Counter[str] = Counter()
 
     def tenant(self, request: Request) -> str:
         """Authenticate a request; call this before reading anything else of it. Raises RequestRefused (401)."""
@@ -65,15 +71,32 @@ class TeacherApi:
             self.service.metrics.unauthorised.inc()
             raise RequestRefused(401, "unauthorised", str(error)) from None
 
+    @contextmanager
+    def _in_progress(self, tenant: str) -> Iterator[None]:
+        """Count a request until the scope ends. Raises RequestRefused (429)."""
+        if self._requests[tenant] >= MAX_TENANT_REQUESTS:
+            raise RequestRefused(
+                429,
+                "busy",
+                f"more than {MAX_TENANT_REQUESTS} requests of this tenant are in progress",
+                retry_after_s=1.0,
+            )
+        self._requests[tenant] += 1
+        try:
+            yield
+        finally:
+            self._requests[tenant] -= 1
+
     async def put_context(self, name: str, request: Request) -> Response:
         """Decode and store a context."""
         tenant = self.tenant(request)
         if not _HASH.fullmatch(name):
             raise RequestRefused(422, "hash", "a context's name is 64 lowercase hex digits")
-        async with read_body(request, self.body_budget, tenant, max_bytes=self.max_body_bytes) as body:
-            self.service.metrics.context_bytes_in.labels(tenant).inc(len(body))
-            parent, ids = await self._convert(tenant, len(body), decode_context, body)
-            context = self.service.put_context(tenant, name, ids, parent)
+        with self._in_progress(tenant):
+            async with read_body(request, self.body_budget, tenant, max_bytes=self.max_body_bytes) as body:
+                self.service.metrics.context_bytes_in.labels(tenant).inc(len(body))
+                parent, ids = await self._convert(tenant, len(body), decode_context, body)
+                context = self.service.put_context(tenant, name, ids, parent)
         return JSONResponse({"hash": context.hash, "tokens": int(context.ids.size)})
 
     async def score(self, request: Request) -> Response:
@@ -83,6 +106,7 @@ class TeacherApi:
         label = metrics.known(tenant, "")
         async with AsyncExitStack() as stack:
             try:
+                stack.enter_context(self._in_progress(tenant))
                 limits = {"max_bytes": self.max_body_bytes, "max_items": self.max_items}
                 async with read_body(request, self.body_budget, tenant, **limits) as body:
                     size = len(body)
@@ -155,7 +179,14 @@ def create_app(service: TeacherService, auth: Authenticator | None = None) -> Fa
         await service.stop()
 
     api = TeacherApi(service, auth or Authenticator())
-    app = FastAPI(title="opcd teacher", version="1", lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="opcd teacher",
+        version="1",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # these pages load scripts from the internet, which clusters lack
+        redoc_url=None,
+    )
     app.state.service = service
     keyed = [Security(KEY)]
     app.add_exception_handler(RequestRefused, _refused)  # type: ignore[arg-type]

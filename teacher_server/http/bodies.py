@@ -21,6 +21,9 @@ WAIT_S = 10.0
 """Longest wait for room. The server does not read the body meanwhile, so the wait holds no memory."""
 
 
+COPIES = 4
+"""Copies of a body while it is decoded: as received, as the arrays' raw bytes, and as ids of twice their size."""
+
 ITEM_WIRE_BYTES = 40
 """Fewest bytes of an item in a body."""
 
@@ -85,8 +88,8 @@ class ByteBudget:
 
 
 def memory_of(size: int, max_items: int) -> int:
-    """Bytes that a body of `size` bytes holds once it is decoded: tiny items take far more memory than on the wire."""
-    return size + ITEM_BYTES * min(max_items, size // ITEM_WIRE_BYTES)
+    """Bytes that a body of `size` bytes holds at most: tiny items take far more memory than on the wire."""
+    return COPIES * size + ITEM_BYTES * min(max_items, size // ITEM_WIRE_BYTES)
 
 
 @asynccontextmanager

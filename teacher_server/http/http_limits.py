@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -24,6 +24,12 @@ MIN_BYTES_PER_S = 256 * 1024
 
 MAX_HEADER_BYTES = 32 * 1024
 
+MAX_PIPELINED = 4
+"""Requests that one connection may send ahead. uvicorn would make objects of all that it reads."""
+
+MAX_CONNECTIONS = 2048
+"""Connections of all clients. At the bound a new one replaces the one that has had no request for longest."""
+
 
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, which limits neither the size and time of headers nor the time of a reply."""
@@ -31,6 +37,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     _receiving: asyncio.TimerHandle | None = None
     _sending: asyncio.TimerHandle | None = None
     _header_bytes = 0
+    _idle_since = 0.0
 
     def connection_made(self, transport: Any) -> None:
         """Start the timer of the first headers."""
@@ -38,6 +45,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # `pause_writing` then comes with the first byte that the client does not take, `resume_writing` with the last.
         transport.set_write_buffer_limits(high=1, low=0)  # TLS would pause at every empty buffer with high=0
         self._limit_receiving(HEADERS_TIMEOUT_S)
+        self._idle_since = self.loop.time()
+        if len(self.connections) > MAX_CONNECTIONS:
+            known = cast("set[LimitedHttpProtocol]", self.connections)
+            idle = [one for one in known if one.cycle is None or one.cycle.response_complete]
+            min(idle, key=lambda one: one._idle_since).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
@@ -61,7 +73,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._limit_receiving(HEADERS_TIMEOUT_S)
 
     def on_headers_complete(self) -> None:
-        """The application limits the body."""
+        """The application limits the body. The parser turns the exception into a 400 that ends the connection."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError(f"more than {MAX_PIPELINED} requests were sent ahead")
         self._limit_receiving(None)
         super().on_headers_complete()
 
@@ -76,6 +90,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
         Closing at once would reset the connection: a client that still sends could not read the reply.
         """
+        self._idle_since = self.loop.time()
         if self.cycle.more_body and not self.transport.is_closing():
             self._limit_receiving(LINGER_S)
         super().on_response_complete()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -26,7 +26,8 @@ class _Entry:
 
 
 class Replies:
-    """Encoded replies, running and done, by request. Done replies are bounded in bytes; the least recently used leaves.
+    """Encoded replies, running and done, by request. Done replies are bounded in bytes: the least recently used one of
+    the tenant that holds most leaves.
 
     A computation is cancelled when its last waiter leaves.
     """
@@ -34,8 +35,13 @@ class Replies:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._running: dict[Name, _Entry] = {}
-        self._done: OrderedDict[Name, tuple[bytes, bytes]] = OrderedDict()
-        self.nbytes = 0
+        self._done: dict[str, OrderedDict[Name, tuple[bytes, bytes]]] = {}
+        self._bytes: Counter[str] = Counter()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all kept replies."""
+        return self._bytes.total()
 
     async def once(
         self,
@@ -51,9 +57,10 @@ class Replies:
         """
         if not name[2]:
             return (await compute())[0]
-        if (done := self._done.get(name)) is not None:
+        kept = self._done.get(name[0], OrderedDict())
+        if (done := kept.get(name)) is not None:
             self._require_same(done[0], digest)
-            self._done.move_to_end(name)
+            kept.move_to_end(name)
             on_repeat()
             return done[1]
         entry = self._running.get(name)
@@ -84,12 +91,17 @@ class Replies:
             if entry is not None and entry.task is asyncio.current_task():
                 del self._running[name]
         if keep and len(reply) + ENTRY_BYTES <= self._max_bytes:
-            self._done[name] = (digest, reply)
-            self.nbytes += len(reply) + ENTRY_BYTES
+            tenant = name[0]
+            self._done.setdefault(tenant, OrderedDict())[name] = (digest, reply)
+            self._bytes[tenant] += len(reply) + ENTRY_BYTES
             while self.nbytes > self._max_bytes:
-                _, (_, oldest) = self._done.popitem(last=False)
-                self.nbytes -= len(oldest) + ENTRY_BYTES
+                self._evict()
         return reply, keep
+
+    def _evict(self) -> None:
+        ((tenant, _),) = self._bytes.most_common(1)
+        _, (_, oldest) = self._done[tenant].popitem(last=False)
+        self._bytes[tenant] -= len(oldest) + ENTRY_BYTES
 
     @staticmethod
     def _require_same(known: bytes, digest: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -25,7 +26,7 @@ from teacher_server.backends.base import Backend, BackendError
 from teacher_server.backends.hf.backend import TransformersBackend
 from teacher_server.http.app import create_app
 from teacher_server.http.auth import KEYS_VARIABLE, Authenticator, authenticator
-from teacher_server.http.http_limits import LimitedHttpProtocol
+from teacher_server.http.http_limits import MAX_CONNECTIONS, LimitedHttpProtocol
 from teacher_server.scoring.service import TeacherService, TokenizerIdentity
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,18 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _raise_file_limit() -> None:
+    """Let this process open all connections; the default limit of many systems is 1,024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MAX_CONNECTIONS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if resource.RLIM_INFINITY != soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _server(service: TeacherService, config: TeacherConfig, auth: Authenticator) -> _Server:
+    _raise_file_limit()
     return _Server(
         uvicorn.Config(
             create_app(service, auth),
@@ -193,7 +205,7 @@ def _server(service: TeacherService, config: TeacherConfig, auth: Authenticator)
             server_header=False,
             host=config.listen_host,
             port=config.port,
-            log_level="warning",
+            log_level="error",  # a warning for each request that is not HTTP would fill the disk
             access_log=False,
             timeout_graceful_shutdown=DRAIN_S + AFTER_DROPPING_S,
             timeout_keep_alive=75,

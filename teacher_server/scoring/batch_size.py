@@ -9,10 +9,12 @@ ALONE_BATCH_S = 2.0
 """Duration of a batch while one run is active: a shorter batch only reads the weights more often."""
 
 BATCH_S = 0.5
-"""Duration of a batch while several runs are active and one of them waits: a newcomer waits for this batch first."""
+"""Duration of a batch while several runs of one tenant are active and one of them waits: a newcomer waits for this
+batch first."""
 
 SHARED_BATCH_S = 0.15
-"""Duration of a batch while several runs wait: a quiet run then waits little longer than its own batch takes."""
+"""Duration of a batch while several runs wait or several tenants are active: a quiet one then waits little longer than
+its own batch takes."""
 
 ACTIVE_S = 60.0
 """A run counts as active this long after its last request."""
@@ -48,8 +50,12 @@ class BatchSizer:
             del self._requested_at[oldest[0]]
         return len(self._requested_at)
 
+    def several_tenants(self) -> bool:
+        """Tell if runs of several tenants are active."""
+        return len({tenant for tenant, _ in self._requested_at}) > 1
+
     def tokens(self, waiting_runs: int) -> int:
         """Token budget of the next batch: what the measured speed computes in its duration, within the bounds."""
         several = BATCH_S if self.active_runs() > 1 else ALONE_BATCH_S
-        seconds = SHARED_BATCH_S if waiting_runs > 1 else several
+        seconds = SHARED_BATCH_S if waiting_runs > 1 or self.several_tenants() else several
         return min(self._max_tokens, max(MIN_BATCH_TOKENS, int(self.tokens_per_s * seconds)))

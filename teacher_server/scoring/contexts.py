@@ -8,7 +8,7 @@ tenant, nor detect them by timing.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,9 +40,20 @@ class ContextRefused(ValueError):
 class ContextStore:
     """Token prefixes of all tenants. A hash always names the same tokens."""
 
-    def __init__(self, tokenizer_fingerprint: str, *, max_tokens: int, max_bytes: int) -> None:
-        """`max_tokens` bounds one context (the model's limit), `max_bytes` all contexts together."""
+    def __init__(
+        self,
+        tokenizer_fingerprint: str,
+        *,
+        max_tokens: int,
+        max_bytes: int,
+        embeds: Callable[[Ids], bool] = lambda _: True,
+    ) -> None:
+        """`max_tokens` bounds one context (the model's limit), `max_bytes` all contexts together.
+
+        `embeds` tells if the model has an embedding for every id.
+        """
         self._fingerprint = tokenizer_fingerprint
+        self._embeds = embeds
         self._max_tokens = max_tokens
         self._max_bytes = max_bytes
         self._contexts: dict[str, OrderedDict[str, Context]] = {}
@@ -57,17 +68,20 @@ class ContextStore:
         """Store ``parent + ids`` under `name`. Putting a context again changes nothing. Raises ContextRefused."""
         if not ids.size:
             raise ContextRefused("empty", "a context has at least one token, and at least one after its parent's")
-        if parent is not None:
-            head = self.get(tenant, parent)
-            if head is None:
-                raise ContextRefused("unknown_parent", f"parent {parent} is not stored: put the parent first")
+        head = None if parent is None else self.get(tenant, parent)
+        if parent is not None and head is None:
+            raise ContextRefused("unknown_parent", f"parent {parent} is not stored: put the parent first")
+        total = int(ids.size) + (0 if head is None else int(head.ids.size))
+        if total >= self._max_tokens:
+            raise ContextRefused(
+                "too_long", f"a context has at most {self._max_tokens - 1} tokens with this model, not {total}"
+            )
+        if not self._embeds(ids):
+            raise ContextRefused("bad_ids", f"token id {int(ids.max())} is not in this model's vocabulary")
+        if head is not None:
             ids = np.concatenate([head.ids, ids])
             if len(self.parents(tenant, head)) + 2 > MAX_CHAIN:
                 raise ContextRefused("too_deep", f"more than {MAX_CHAIN} contexts in a chain: drop `parent`")
-        if ids.size >= self._max_tokens:
-            raise ContextRefused(
-                "too_long", f"a context has at most {self._max_tokens - 1} tokens with this model, not {ids.size}"
-            )
         actual = context_hash(self._fingerprint, ids)
         if actual != name:
             raise ContextRefused(

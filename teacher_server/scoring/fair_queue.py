@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Generic, TypeVar
@@ -117,14 +116,14 @@ class FairQueue(Generic[T]):
             flow.tokens += tokens
         return owner, queue, number
 
-    def pop(self, max_tokens: float = math.inf) -> T | None:
-        """Remove and return the next item; None if the queue is empty or the item has more than `max_tokens`."""
+    def pop(self, fits: Callable[[T], bool] = lambda _: True) -> T | None:
+        """Remove and return the next item; None if the queue is empty or the item does not fit."""
         if not self.tokens:
             return None
         owner = self._root.head()
         queue = owner.head()
         number, (item, tokens) = next(iter(queue.items.items()))
-        if tokens > max_tokens:
+        if not fits(item):
             return None
         del queue.items[number]
         for flow in (self._root, owner, queue):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,6 +34,10 @@ MAX_RESTARTS = 10
 """Restarts of the model's process within `RESTARTS_S`. One more death ends the batch loop: it is not one bad item."""
 
 RESTARTS_S = 3600.0
+
+MAX_DEADLY_ITEMS = 3
+"""Items of one tenant that may each end the model's process within `RESTARTS_S`. The tenant is refused afterwards, so
+that its next ones do not end the server for all."""
 
 SLICE_ITEMS = 128
 """Items that enter the queue before other work of the event loop has its turn."""
@@ -150,6 +154,8 @@ class Scheduler:
         """Times of the last restarts of the backend."""
         self._deadly: set[bytes] = set()
         """Fingerprints of the items that ended the model's process; `MAX_RESTARTS` bounds how fast they grow."""
+        self._deaths: defaultdict[str, list[float]] = defaultdict(list)
+        """Times at which an item of a tenant ended the model's process."""
 
     # --- on the event loop ------------------------------------------------------------------------------------------
 
@@ -258,20 +264,25 @@ class Scheduler:
     def _take(self) -> list[Job]:
         """The next batch: at least one item, then as many as the budget holds, missing contexts included."""
         jobs: list[Job] = []
-        tokens = 0
         missing: set[Name] = set()
-        budget = self._budget
-        while len(jobs) != self._batch_items:
-            job = self.queue.pop(budget - tokens if jobs else math.inf)
-            if job is None:
-                break
+        left = self._budget
+
+        def cost(job: Job) -> int:
+            ref = job.context
+            if ref is None or ref.name in missing or self.cache.holds(ref):
+                return job.work.queue_tokens
+            return job.work.queue_tokens + int(ref.context.ids.size)
+
+        def fits(job: Job) -> bool:
+            return not jobs or cost(job) <= left
+
+        while len(jobs) != self._batch_items and (job := self.queue.pop(fits)) is not None:
             if job.submission.done.done():
                 continue
+            left -= cost(job)
             jobs.append(job)
-            tokens += job.work.queue_tokens
-            if job.context is not None and job.context.name not in missing and not self.cache.holds(job.context):
+            if job.context is not None:
                 missing.add(job.context.name)
-                tokens += int(job.context.context.ids.size)
         return jobs
 
     def between_batches(self, call: Callable[[], None]) -> Future[None]:
@@ -295,9 +306,9 @@ class Scheduler:
 
         An item during which the model's process dies is refused from then on. Raises BackendLost above `MAX_RESTARTS`.
         """
-        deadly = [job for job in jobs if self._deadly and _fingerprint(job) in self._deadly]
+        deadly = [reason for job in jobs if (reason := self._deadly_reason(job)) is not None]
         if len(jobs) == len(deadly):
-            return _failed(jobs, "the model's process died of this item before")
+            return _failed(jobs, deadly[0])
         try:
             if not deadly:
                 return self._compute(jobs)
@@ -305,6 +316,7 @@ class Scheduler:
             self._restart(error)
             if len(jobs) == 1:
                 self._deadly.add(_fingerprint(jobs[0]))
+                self._deaths[jobs[0].submission.tenant].append(time.monotonic())
                 return _failed(jobs, "the model's process died of this item")
         except Exception as error:
             log.exception("a batch of %d items failed", len(jobs))
@@ -313,6 +325,15 @@ class Scheduler:
         began = time.monotonic()
         results = [self._compute_safely([job])[1][0] for job in jobs]
         return BatchReport(jobs, began, time.monotonic() - began, {}), results
+
+    def _deadly_reason(self, job: Job) -> str | None:
+        """The reason to keep an item from the model's process; None if there is none."""
+        if self._deadly and _fingerprint(job) in self._deadly:
+            return "the model's process died of this item before"
+        deaths = self._deaths.get(job.submission.tenant, ())
+        if sum(time.monotonic() - at < RESTARTS_S for at in deaths) >= MAX_DEADLY_ITEMS:
+            return f"the model's process died of {MAX_DEADLY_ITEMS} items of this tenant within an hour"
+        return None
 
     def _restart(self, error: BackendLost) -> None:
         now = time.monotonic()

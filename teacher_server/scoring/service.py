@@ -71,7 +71,9 @@ class TeacherService:
         self._scheduler: Scheduler | None = None
         self._draining = False
         self._broken: str | None = None
-        self.contexts = ContextStore(identity.tokenizer, max_tokens=self._max_sequence, max_bytes=CONTEXT_IDS_BYTES)
+        self.contexts = ContextStore(
+            identity.tokenizer, max_tokens=self._max_sequence, max_bytes=CONTEXT_IDS_BYTES, embeds=backend.embeds
+        )
         self.metrics = Metrics()
         self.turns = Turns()
 
@@ -181,12 +183,6 @@ class TeacherService:
         """Store a context. Raises RequestRefused."""
         if self._draining:
             raise _shutting_down()
-        if not self._backend.embeds(ids):
-            raise RequestRefused(
-                422,
-                "bad_ids",
-                f"token id {int(ids.max())} is not in this model's vocabulary of {self._backend.vocab_size}",
-            )
         try:
             return self.contexts.put(tenant, name, ids, parent)
         except ContextRefused as error:

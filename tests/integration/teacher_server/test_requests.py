@@ -17,7 +17,7 @@ import pytest
 from common.protocol.codec import decode_response, encode_request
 from common.protocol.schema import ItemScore, as_ids
 from teacher_server.backends.wire_size import MIN_ITEM_TOKENS
-from tests.support.teacher_running import KEYS, Running, items, post, request_of, running
+from tests.support.teacher_running import KEYS, Running, items, post, put, request_of, running
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,53 @@ async def test_slow_headers_are_cut_off(teacher: Running, monkeypatch: pytest.Mo
 async def test_endless_headers_are_cut_off(teacher: Running) -> None:
     with pytest.raises(ConnectionResetError):
         await raw(teacher, b"GET /v1/info HTTP/1.1\r\nX-Long: " + b"a" * 2_000_000, hold_s=5)
+
+
+async def test_requests_sent_ahead_end_the_connection(teacher: Running) -> None:
+    """Each would be an object of kilobytes that nobody counts."""
+    one = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    few = await raw(teacher, one * 4 + one.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), hold_s=5)
+    assert few.count(b"HTTP/1.1 200") == 5
+    many = await raw(teacher, one * 1000, hold_s=5)
+    assert b"HTTP/1.1 400" in many
+    assert many.count(b"HTTP/1.1 200") < 10
+
+
+async def test_a_new_connection_replaces_the_one_that_is_idle_for_longest(
+    teacher: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant that holds every connection open shuts no other tenant out, and loses no request in progress."""
+    monkeypatch.setattr("teacher_server.http.http_limits.MAX_CONNECTIONS", 8)
+    host, port = teacher.url.removeprefix("http://").split(":")
+    async with teacher.http("red") as red, teacher.http("blue") as blue:
+        with teacher.gate.held():
+            running_now = asyncio.create_task(post(red, request_of(items(1, 1))))
+            await asyncio.to_thread(teacher.gate.entered.acquire)
+            held = [await asyncio.open_connection(host, int(port)) for _ in range(20)]
+            assert (await blue.get("/healthz")).status_code == 200
+            closed = [await asyncio.wait_for(reader.read(), 5) for reader, _ in held[:12]]
+            assert closed == [b""] * 12
+        assert (await running_now).status_code == 200
+    for _, writer in held:
+        writer.close()
+
+
+async def test_requests_of_one_tenant_are_bounded(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_server.http.app.MAX_TENANT_REQUESTS", 2)
+    async with teacher.http("red") as red, teacher.http("blue") as blue:
+        with teacher.gate.held():
+            two = [asyncio.create_task(post(red, request_of(items(seed, 1)))) for seed in range(2)]
+            await asyncio.to_thread(teacher.gate.entered.acquire)
+            await asyncio.sleep(0.1)
+            context = teacher.context(as_ids([1, 2]))
+            for refused in (await post(red, request_of(items(3, 1))), await put(red, context)):
+                assert (refused.status_code, refused.json()["error"]) == (429, "busy")
+                assert int(refused.headers["Retry-After"]) >= 1
+            other = asyncio.create_task(post(blue, request_of(items(4, 1))))
+            await asyncio.sleep(0.1)
+            assert not other.done()  # in the queue
+        assert {reply.status_code for reply in await asyncio.gather(*two, other)} == {200}
+        assert (await put(red, context)).status_code == 200
 
 
 async def test_a_slow_body_is_cut_off(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +367,11 @@ async def test_keys_are_not_logged(teacher: Running, caplog: pytest.LogCaptureFi
         await raw(teacher, f"\0 {KEYS['red']}\r\n\r\n".encode(), hold_s=5)
     server_lines = [record.getMessage() for record in caplog.records if not record.name.startswith("http")]
     assert not any(KEYS["red"] in line for line in server_lines)
+
+
+def test_no_page_loads_scripts_from_the_internet(teacher: Running) -> None:
+    for path in ("/docs", "/redoc"):
+        assert httpx.get(teacher.url + path, trust_env=False).status_code == 404
 
 
 def test_openapi_page_names_the_binary_form(teacher: Running) -> None:

@@ -121,6 +121,17 @@ async def test_kept_replies_are_bounded_and_the_least_recently_used_leaves() -> 
     assert replies.nbytes == 3 * (ENTRY_BYTES + 100)
 
 
+async def test_a_tenant_with_many_replies_evicts_its_own() -> None:
+    replies, quiet = Replies(10 * ENTRY_BYTES), Work(b"")
+    name = ("quiet", "run", "id")
+    await ask(replies, quiet, name)
+    for number in range(100):
+        await ask(replies, Work(b""), ("busy", "run", str(number)))
+    await ask(replies, quiet, name)
+    assert quiet.begun == 1
+    assert replies.nbytes == 10 * ENTRY_BYTES
+
+
 async def test_tiny_replies_do_not_pile_up() -> None:
     replies = Replies(100 * ENTRY_BYTES)
     for number in range(1000):

@@ -51,6 +51,17 @@ def test_the_same_name_of_two_tenants_is_two_runs(sizer: BatchSizer) -> None:
     assert sizer.active_runs() == 2
 
 
+def test_batches_are_short_while_another_tenant_is_active(sizer: BatchSizer, clock: Clock) -> None:
+    """A tenant that fills the queue must not hold up another one's single request for a batch of its own size."""
+    sizer.tokens_per_s = 2000.0
+    sizer.record_request("t", "one")
+    sizer.record_request("u", "one")
+    assert sizer.tokens(1) == 300
+    clock.now = 61
+    sizer.record_request("t", "one")
+    assert sizer.tokens(1) == 4000
+
+
 def test_the_configured_bound_holds() -> None:
     sizer = BatchSizer(50)
     assert sizer.tokens(1) == 50

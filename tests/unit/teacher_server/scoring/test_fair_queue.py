@@ -28,10 +28,10 @@ def test_an_item_above_the_limit_stays_next() -> None:
     queue: FairQueue[str] = FairQueue()
     queue.push("t", "a", "large", 100)
     queue.push("t", "b", "small", 10)
-    assert queue.pop(99) is None
+    assert queue.pop(lambda item: item == "small") is None
     assert queue.tokens == 110
-    assert queue.pop(100) == "large"
-    assert queue.pop(99) == "small"
+    assert queue.pop(lambda item: item == "large") == "large"
+    assert queue.pop() == "small"
 
 
 def test_one_run_is_first_in_first_out() -> None:
@@ -195,7 +195,7 @@ def test_counts_survive_any_order_of_calls() -> None:
             waiting[id(item)] = (tenant, run, queue.push(tenant, run, item, tokens), tokens)
         elif action < 0.8 and waiting:
             limit = rng.randint(1, 300)
-            if (popped := queue.pop(limit)) is not None:
+            if (popped := queue.pop(lambda item, limit=limit: waiting[id(item)][3] <= limit)) is not None:
                 assert waiting.pop(id(popped))[3] <= limit
         elif waiting:
             tenant, run, _, _ = rng.choice(list(waiting.values()))

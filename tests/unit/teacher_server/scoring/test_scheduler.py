@@ -264,6 +264,18 @@ async def test_an_item_that_ends_the_models_process_is_refused_for_good() -> Non
     assert backend.restarts == 2
 
 
+async def test_a_tenant_whose_items_end_the_process_again_and_again_is_refused() -> None:
+    """Its next item would end the server for all tenants."""
+    backend = Mortal()
+    async with scheduler_of(backend) as scheduler:
+        for length in range(10, 20):
+            assert numbers(await scheduler.submit("t", "r", [work(length, 13)])) == ["internal"]
+        assert numbers(await scheduler.submit("t", "r", [work(10, 1)])) == ["internal"]
+        assert numbers(await scheduler.submit("u", "r", [work(10, 1)])) == [1]
+        assert scheduler.failure is None
+    assert backend.restarts == 3
+
+
 async def test_states_of_a_dead_process_are_not_used() -> None:
     backend = Mortal()
     async with scheduler_of(backend) as scheduler:
@@ -317,6 +329,18 @@ async def test_contexts_to_be_computed_count_for_the_budget() -> None:
         backend.open.set()
         await asyncio.gather(first, asked)
     assert [len(batch) for batch in backend.batches] == [1, 1, 1, 1]
+
+
+async def test_a_long_context_does_not_join_a_batch_that_others_wait_for() -> None:
+    backend = Held()
+    async with scheduler_of(backend) as scheduler:
+        first = await hold(backend, scheduler)
+        quiet = asyncio.create_task(scheduler.submit("u", "r", [work(20, 1)]))
+        costly = asyncio.create_task(scheduler.submit("t", "r", [work(20, 2, context(90))]))
+        await asyncio.sleep(0.01)
+        backend.open.set()
+        await asyncio.gather(first, quiet, costly)
+    assert [[work.k for work in batch] for batch in backend.batches] == [[0], [1], [2]]
 
 
 async def test_stop_finishes_what_is_queued() -> None:
