@@ -13,8 +13,12 @@ HUB_TIMEOUT_S = 5
 """Limit for the hub's answer to one request. Its client's own download retries for 23 s per file without a network."""
 
 
+PREPARED = "models"
+"""Folder that `opcd prepare` writes the examples' models into."""
+
+
 def looks_like_path(model: str) -> bool:
-    """True if `model` cannot be a hub name. `OWNER/NAME` counts as a path if there is a local folder `OWNER`."""
+    """True if `model` cannot be a hub name. `OWNER/NAME` is a path if `OWNER` is a local folder, or `PREPARED`."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -22,7 +26,8 @@ def looks_like_path(model: str) -> bool:
         validate_repo_id(model)
     except HFValidationError:
         return True
-    return "/" in model and Path(model).parent.is_dir()
+    parent = Path(model).parent
+    return "/" in model and (parent == Path(PREPARED) or parent.is_dir())
 
 
 def is_cached(model: str) -> bool:
@@ -41,7 +46,8 @@ def require_model(model: str) -> None:
         return
     fault = f"no model at {model}: no such folder (seen from {Path.cwd()})"
     if looks_like_path(model):
-        raise ConfigError(fault)
+        remedy = "; opcd prepare writes the examples' models there" if Path(model).parent == Path(PREPARED) else ""
+        raise ConfigError(fault + remedy)
     if is_cached(model):
         return
     from huggingface_hub import HfApi

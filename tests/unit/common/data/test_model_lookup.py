@@ -18,7 +18,7 @@ IN_SECONDS = 5.0
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run in an empty folder with an empty hub cache."""
-    (tmp_path / "models").mkdir()
+    (tmp_path / "local").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -35,12 +35,15 @@ def refusal(model: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("model", ["./none", "../none", "/none", "~/none", "a/b/c", "models/none", "no name", "-x"])
+@pytest.mark.parametrize(
+    "model", ["./none", "../none", "/none", "~/none", "a/b/c", "local/none", "models/none", "no name", "-x"]
+)
 def test_a_path_without_a_folder_is_refused_without_asking_the_hub(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked the hub"))
-    assert refusal(model) == f"no model at {model}: no such folder (seen from {tmp_path})"
+    remedy = "; opcd prepare writes the examples' models there" if model == "models/none" else ""
+    assert refusal(model) == f"no model at {model}: no such folder (seen from {tmp_path}){remedy}"
 
 
 @pytest.mark.parametrize("model", ["Qwen/none", "gpt-none"])
@@ -64,7 +67,7 @@ def test_folders_and_cached_models_pass_without_asking_the_hub(
     tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked the hub"))
-    require_model(str(tmp_path / "models"))
+    require_model(str(tmp_path / "local"))
     repository = empty_cache / "models--Qwen--small"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text("abc")
@@ -74,5 +77,5 @@ def test_folders_and_cached_models_pass_without_asking_the_hub(
 
 
 def test_a_folder_without_a_tokenizer_is_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"^no tokenizer at models: [^\n]*$"):
-        load_tokenizer("models")
+    with pytest.raises(ConfigError, match=r"^no tokenizer at local: [^\n]*$"):
+        load_tokenizer("local")
