@@ -137,9 +137,13 @@ def evaluate(
 @app.command()
 def simulate(
     config: Annotated[
-        str,
-        typer.Argument(metavar="CONFIG", help="A run's YAML file (with --from), or a file with a section simulation."),
-    ],
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG]",
+            help="A run's YAML file (with --from; default: that of the measured run), or a file with a section "
+            "simulation.",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Overrides such as simulation.sync.seconds=2, or keys of the run."),
@@ -167,10 +171,14 @@ def simulate(
     from deploy.simulator.report import summary
     from deploy.simulator.simulate import simulate as run_simulation
 
+    if config is not None and "=" in config:
+        overrides, config = [config, *(overrides or ())], None
     sizes = {"rollout.workers": workers, "learner.ranks": ranks, "teacher.replicas": teachers}
     size_overrides = [f"simulation.{key}={value}" for key, value in sizes.items() if value is not None]
     with known_errors(ConfigError, OSError):
-        found = load_simulation(config, [*(overrides or ()), *size_overrides], measured)
+        if config is None and measured is None:
+            raise ConfigError("simulate needs a file with the section `simulation:`, or a run (--from)")
+        found = load_simulation(config or f"{measured}/config.yaml", [*(overrides or ()), *size_overrides], measured)
         simulation = run_simulation(found.simulation)
         if trace is not None:
             trace.unlink(missing_ok=True)

@@ -247,7 +247,8 @@ def test_a_measured_run_is_simulated_on_other_machines(tmp_path: Path) -> None:
     assert step_of(twice.output) > 1.5 * step_of(same.output)
     longer = command(config, "rollout.max_tokens=1024", "--from", str(tmp_path))
     assert "answers of 512 tokens are assumed to have 1024" in longer.stderr
-    slow = command(config, "simulation.sync.seconds=20", "--from", str(tmp_path))
+    assert command("--from", str(tmp_path)).stdout == same.stdout  # the run's own configuration
+    slow = command("simulation.sync.seconds=20", "--from", str(tmp_path))
     assert step_of(slow.output) == pytest.approx(step_of(same.output) + 19.4, rel=0.02)
 
 
@@ -277,6 +278,7 @@ def test_cut_answers_reach_the_new_limit(tmp_path: Path) -> None:
 def test_an_invalid_simulation_is_refused_in_one_line(tmp_path: Path) -> None:
     write_run_files(tmp_path, TRUTH)
     for arguments, reason in (
+        ([], "needs a file with the section `simulation:`, or a run (--from)"),
         ([str(tmp_path / "config.yaml")], "gives sizes but no speeds"),
         ([str(tmp_path / "config.yaml"), "--from", str(tmp_path / "other")], "without config.yaml"),
         ([str(tmp_path / "config.yaml"), "simulation.worker=1", "--from", str(tmp_path)], "unknown key worker"),
