@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from common.config.base import ConfigError, Dtype, Fraction, NonNegative, Positive, PositiveFloat, Section
+from common.config.training import MixedLoss
 from common.files import seen_from
 from common.network import LOOPBACK
 
@@ -295,6 +296,7 @@ class MixedData(Section):
     teacher_template: str | None = None
     labels: tuple[str, ...] | None = None
     ignore: tuple[str, ...] | None = None
+    loss: MixedLoss = MixedLoss()
 
 
 class DataConfig(Section):
@@ -325,7 +327,7 @@ class DataConfig(Section):
 
     def of_mixed(self, name: str) -> DataConfig:
         """Return the settings of the rows of ``mix.NAME``: its own, and those of `data` for what it leaves out."""
-        own = self.mix[name].model_dump(exclude={"share", "teacher"}, exclude_none=True)
+        own = self.mix[name].model_dump(exclude={"share", "teacher", "loss"}, exclude_none=True)
         return self.model_copy(update={**own, "valid": None, "eval": None, "mix": {}})
 
 

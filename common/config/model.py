@@ -43,6 +43,7 @@ from common.config.training import (
     LearnerConfig,
     LoraConfig,
     LossConfig,
+    MixedLoss,
     RolloutConfig,
     SyncConfig,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "LearnerConfig",
     "LoraConfig",
     "LossConfig",
+    "MixedLoss",
     "RolloutConfig",
     "RunConfig",
     "Section",
@@ -106,6 +108,10 @@ class Config(Section):
         """Folder or hub name of the teacher. Default: the student's initial model."""
         return self.teacher.model or self.student.model
 
+    def mixed_losses(self) -> dict[str, MixedLoss]:
+        """Return the losses of the sets of `data.mix`, by name."""
+        return {name: one.loss for name, one in self.data.mix.items()}
+
     def named_teachers(self) -> dict[str, TeacherConfig]:
         """Return all teachers by name; the `teacher` section is ``default``."""
         return {"default": self.teacher, **self.teachers}
@@ -123,7 +129,7 @@ class Config(Section):
         yield from context_rules(self.context, self.data, self.rollout)
         yield from loss_rules(self.loss, self.rollout)
         yield from source_rules(self.rollout, self.loss, self.teacher, more_teachers=bool(self.teachers))
-        yield from data_rules(self.data, self.named_teachers())
+        yield from data_rules(self.data, self.named_teachers(), self.loss)
         yield from importance_rules(self.loss, self.rollout)
         yield from reward_rules(self.loss, self.rollout)
         yield from learner_rules(self.learner, self.sync)

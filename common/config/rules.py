@@ -64,7 +64,7 @@ def source_rules(
         yield f"{key}: teacher.url only scores; set teacher.model to the model that answers"
 
 
-def data_rules(data: DataConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[str]:
+def data_rules(data: DataConfig, teachers: Mapping[str, TeacherConfig], loss: LossConfig) -> Iterator[str]:
     total = sum(one.share for one in data.mix.values())
     if total >= 1:
         yield f"data.mix: the shares add up to {total:g} and leave nothing to data.train: they must stay below 1"
@@ -75,6 +75,11 @@ def data_rules(data: DataConfig, teachers: Mapping[str, TeacherConfig]) -> Itera
             yield (
                 f"data.mix.{name}.teacher {one.teacher!r} is no teacher of the run, which has "
                 f"{', '.join(teachers)} (see `teachers`)"
+            )
+        if loss.form in ("policy_gradient", "nll") and one.loss.model_dump(exclude={"weight"}, exclude_none=True):
+            yield (
+                f"data.mix.{name}.loss changes a divergence, and loss.form is `{loss.form}`: leave it `weight` alone, "
+                "or choose another loss.form"
             )
 
 

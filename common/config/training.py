@@ -104,6 +104,17 @@ class EnvironmentConfig(Section):
     loss."""
 
 
+class MixedLoss(Section):
+    """Loss on the responses to one set of `data.mix`."""
+
+    weight: PositiveFloat = 1.0
+    """Factor of the loss, reward included."""
+    form: Literal["tail", "raw", "renorm", "generalized"] | None = None
+    """As `loss.form`, which is the default, as for the keys below."""
+    direction: Literal["reverse", "forward", "jsd"] | None = None
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
 class LossConfig(Section):
     """The per-token divergence and its average."""
 
@@ -145,6 +156,10 @@ class LossConfig(Section):
     Each token's divergence is multiplied by the probability of the tokens before it under the current weights, divided
     by that under the sampling weights, capped at this value. The ratio is a product over tokens, so watch
     `importance/ess_ratio`. Default: off."""
+
+    def of_mixed(self, mixed: MixedLoss) -> LossConfig:
+        """Return the loss on a set of `data.mix`."""
+        return self.model_copy(update=mixed.model_dump(exclude={"weight"}, exclude_none=True))
 
 
 class LoraConfig(Section):

@@ -228,7 +228,7 @@ class ScoreResponse:
 class ScoredTrajectory:
     """A response and its complete score by the teacher, ready for training.
 
-    `advantage` is that of the response's reward (``loss.reward_weight``).
+    `advantage` is that of the response's reward (``loss.reward_weight``), `data_set` the row's set (`Sample.data_set`).
     """
 
     trajectory: Trajectory
@@ -236,6 +236,7 @@ class ScoredTrajectory:
     model_fingerprint: str
     teacher_version: int
     advantage: float = 0.0
+    data_set: str = "train"
 
 
 ForwardPathName = Literal["shared_prefix", "cache", "full", "engine"]

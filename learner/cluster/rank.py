@@ -72,16 +72,16 @@ class LearnerRank:
         return self._engine.info()
 
     def accumulate(
-        self, advantages: Sequence[float], *scored: ScoredTrajectory | Sequence[ScoredTrajectory]
+        self, more: Sequence[tuple[float, str]], *scored: ScoredTrajectory | Sequence[ScoredTrajectory]
     ) -> AccumulateReport:
         """Add the gradients of a micro-batch, given as object references, possibly none. An episode is a list.
 
-        `advantages` holds one number per item, 0 without a reward.
+        `more` holds (advantage, name of the row's set) per item; the advantage is 0 without a reward.
         """
         return self._running.accumulate(
             [
-                replace(one, advantage=advantage) if advantage else one
-                for advantage, item in zip(advantages, scored, strict=True)
+                replace(one, advantage=advantage, data_set=data_set)
+                for (advantage, data_set), item in zip(more, scored, strict=True)
                 for one in ((item,) if isinstance(item, ScoredTrajectory) else item)
             ]
         )

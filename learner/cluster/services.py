@@ -309,12 +309,12 @@ class Services:
 
     # --- the learner ------------------------------------------------------------------------------------------------
 
-    def accumulate(self, group: Sequence[Sequence[tuple[Any, float]]]) -> list[Any]:
-        """Give every rank its micro-batch of `group`: references to scored trajectories with the advantages of their
-        rewards, possibly none.
+    def accumulate(self, group: Sequence[Sequence[tuple[Any, float, str]]]) -> list[Any]:
+        """Give every rank its micro-batch of `group`: references to scored trajectories, each with the advantage of its
+        reward and the set of its row, possibly none.
         """
         return [
-            rank.accumulate.remote([advantage for _, advantage in items], *(ref for ref, _ in items))
+            rank.accumulate.remote([more for _, *more in items], *(ref for ref, *_ in items))
             for rank, items in zip(self.ranks, group, strict=True)
         ]
 

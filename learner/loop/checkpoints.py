@@ -116,7 +116,7 @@ def identity_of(
         contexts=tuple(sorted(contexts)) if pool is None else (_joint(contexts),),
         pool=pool,
         data=data,
-        loss=config.loss.model_dump(mode="json"),
+        loss={**config.loss.model_dump(mode="json"), **_mixed_losses(config)},
         rollout={"seed": config.run.seed, **config.rollout.model_dump(mode="json", include=_SAMPLING)},
         learner={
             "ranks": config.learner.ranks,
@@ -126,6 +126,13 @@ def identity_of(
             **_schedule(config.learner),
         },
     )
+
+
+def _mixed_losses(config: Config) -> dict[str, Any]:
+    """The losses of sets that change something; other sets have `loss`."""
+    found = {name: one.model_dump(mode="json", exclude_defaults=True) for name, one in config.mixed_losses().items()}
+    changed = {name: one for name, one in found.items() if one}
+    return {"mix": changed} if changed else {}
 
 
 def _schedule(learner: LearnerConfig) -> dict[str, Any]:

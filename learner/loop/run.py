@@ -85,7 +85,7 @@ class Run:
         self._loop: TrainingLoop | None = None
         self._teacher_answers = open_teacher_answers(config, inputs)
         self._alarm = KlAlarm(config.learner.kl_alarm_ratio)
-        self._support_alarm = SupportAlarm() if config.loss.form == "raw" else None
+        self._support_alarm = SupportAlarm() if "raw" in _forms(config) else None
         self._resumed = resumed
         self._began = time.time()
         self._cut_answers = CutAnswers(config.rollout.max_tokens)
@@ -355,6 +355,10 @@ class Run:
         if self._loop is None:
             return self._services.admit_replacements()
         return self._loop.keep_workers(version)
+
+
+def _forms(config: Config) -> set[str]:
+    return {config.loss.form, *(config.loss.of_mixed(one).form for one in config.mixed_losses().values())}
 
 
 def refuse_changes(config: Config, inputs: Inputs, resumed: Resumed, teachers: dict[str, str]) -> None:

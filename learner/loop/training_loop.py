@@ -155,7 +155,7 @@ class TrainingLoop:
         accumulating: list[Any] = []
         async for rollout in rewarded(self._reward_groups, self._rollouts(stats)):
             stats.add(rollout)
-            for group in batcher.add(rollout.tokens, (rollout.item, rollout.advantage)):
+            for group in batcher.add(rollout.tokens, (rollout.item, rollout.advantage, rollout.sample.data_set)):
                 accumulating += self._services.accumulate(group)
             progress = f"{stats.answers}/{self._source.per_step} answers, {stats.student_tokens} tokens"
             self._status(f"step {step + 1}: {progress}")

@@ -62,6 +62,7 @@ class LearnerEngine:
         """Load the student and wrap it in DeepSpeed; `join_ranks` must have formed the process group."""
         learner = config.learner
         self._config = config
+        self._mixed_losses = config.mixed_losses()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         if learner.threads is not None:
             torch.set_num_threads(learner.threads)
@@ -216,7 +217,7 @@ class LearnerEngine:
     def _backward(self, batch: MicroBatch, watch: TokenWatch | None = None) -> Objective:
         batch = batch.to(self._device)
         # DeepSpeed averages gradients over the ranks; the step needs their sum.
-        objective = Objective(batch, self._config.loss, scale=float(self._world_size), watch=watch)
+        objective = Objective(batch, self._config.loss, self._mixed_losses, scale=float(self._world_size), watch=watch)
         self._deepspeed.backward(self._deepspeed(batch, objective))
         self._passes += 1
         return objective

@@ -26,7 +26,7 @@ class MicroBatch:
     sequence normalisation. ``sample_index [R]`` indexes `sample_ids`. ``is_student [R]`` is False for tokens of an
     environment. ``from_teacher [R]`` marks stored responses of the teacher's. ``in_student_topk [R, k]`` marks ids that
     the student picked at sampling time. ``topk_overlap [R]``: share of the teacher's top k that the student picked too;
-    NaN if the teacher's top k is unknown.
+    NaN if the teacher's top k is unknown. `data_sets` names the set of each sample's row.
     """
 
     sequences: SequenceBatch
@@ -43,6 +43,7 @@ class MicroBatch:
     in_student_topk: Bool[Tensor, "R k"]
     topk_overlap: Float[Tensor, " R"]
     sample_ids: tuple[str, ...]
+    data_sets: tuple[str, ...]
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the micro-batch on `device`."""
@@ -82,6 +83,7 @@ def build_micro_batch(scored: Sequence[ScoredTrajectory], loss: LossConfig, layo
         in_student_topk=torch.from_numpy(np.concatenate([_widen(marked, width, False) for marked in marks])),
         topk_overlap=_float(np.concatenate(overlaps)),
         sample_ids=tuple(item.trajectory.sample_id for item in scored),
+        data_sets=tuple(item.data_set for item in scored),
     )
 
 
@@ -103,6 +105,7 @@ def empty_micro_batch(layout: Layout = PADDED) -> MicroBatch:
         in_student_topk=torch.ones(1, 1, dtype=torch.bool),
         topk_overlap=torch.zeros(1),
         sample_ids=("nothing",),
+        data_sets=("train",),
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from common.config.model import LossConfig
+from common.config.model import LossConfig, MixedLoss
 from learner.trainer.importance import PrefixRatios
 from learner.trainer.losses import (
     limit_per_token,
@@ -23,6 +24,24 @@ from learner.trainer.step_metrics import METRICS
 from learner.trainer.token_watch import TokenWatch
 
 
+def divergence(
+    loss: LossConfig, student: Tensor, student_tail: Tensor, teacher: Tensor, teacher_tail: Tensor
+) -> Tensor:
+    """Return the divergence that `loss` asks for, ``[c]``: log-probs on the support ``[c, k]``, outside it ``[c]``."""
+    assert loss.form != "policy_gradient"
+    assert loss.form != "nll"
+    return topk_divergence(
+        student,
+        teacher,
+        form=loss.form,
+        direction=loss.direction,
+        beta=loss.beta,
+        student_tail=student_tail,
+        teacher_tail=teacher_tail,
+        clip_per_entry=loss.clip_per_entry,
+    )
+
+
 @dataclass
 class Objective:
     """Maps each chunk to the weighted sum to minimise, and collects the sums of `METRICS`.
@@ -32,6 +51,8 @@ class Objective:
 
     batch: MicroBatch
     config: LossConfig
+    mixed: Mapping[str, MixedLoss] = field(default_factory=dict)
+    """Losses of the sets of `data.mix`, by name."""
     scale: float = 1.0
     sums: Tensor | None = None
     watch: TokenWatch | None = None
@@ -40,13 +61,18 @@ class Objective:
     _nonfinite: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        sets = list(dict.fromkeys(self.batch.data_sets))
+        losses = [self.mixed.get(name, MixedLoss()) for name in sets]
+        self._losses = [self.config.of_mixed(one) for one in losses]
+        device = self.batch.weights.device
+        self._set_of_sample = torch.tensor([sets.index(name) for name in self.batch.data_sets], device=device)
+        self._factors = torch.tensor([one.weight for one in losses], device=device)
         clip = self.config.importance_clip
         self._ratios = None if clip is None else PrefixRatios(clip)
 
     def __call__(self, chunk: ChunkView) -> Tensor:
         batch, rows = self.batch, chunk.rows
-        teacher, teacher_tail, weights = batch.teacher_logprobs[rows], batch.teacher_tail[rows], batch.weights[rows]
-        config = self.config
+        weights, config = batch.weights[rows], self.config
         if config.form == "policy_gradient":
             values = policy_gradient(
                 chunk.sampled,
@@ -57,23 +83,31 @@ class Objective:
         elif config.form == "nll":
             values = negative_log_likelihood(chunk.sampled)
         else:
-            values = topk_divergence(
-                chunk.logprobs,
-                teacher,
-                form=config.form,
-                direction=config.direction,
-                beta=config.beta,
-                student_tail=chunk.tail,
-                teacher_tail=teacher_tail,
-                clip_per_entry=config.clip_per_entry,
-            )
-        values = limit_per_token(values, config.clip_per_token)
-        rewards = self._rewards(chunk)
+            values = self._divergence(chunk)
+        factors = self._factors[self._sets(chunk)]
+        values = factors * limit_per_token(values, config.clip_per_token)
+        rewards = factors * self._rewards(chunk)
         with torch.no_grad():
             importance = self._importance(chunk)
             self._collect(chunk, values + rewards, importance)
         # A skipped token's value may be infinite: 0 * inf would poison the sum.
         return torch.where(weights > 0, weights * (values * importance + rewards), 0.0).sum() * self.scale
+
+    def _sets(self, chunk: ChunkView) -> Tensor:
+        """Return the number of each token's set, ``[c]``."""
+        return self._set_of_sample[self.batch.sample_index[chunk.rows]]
+
+    def _divergence(self, chunk: ChunkView) -> Tensor:
+        """Return each token's divergence, ``[c]``, by the loss of its set."""
+        teacher, tail = self.batch.teacher_logprobs[chunk.rows], self.batch.teacher_tail[chunk.rows]
+        if len(self._losses) == 1:
+            return divergence(self._losses[0], chunk.logprobs, chunk.tail, teacher, tail)
+        sets, values = self._sets(chunk), torch.zeros_like(chunk.tail)
+        for number, loss in enumerate(self._losses):
+            own = sets == number
+            part = divergence(loss, chunk.logprobs[own], chunk.tail[own], teacher[own], tail[own])
+            values = values.masked_scatter(own, part.to(values.dtype))
+        return values
 
     def _rewards(self, chunk: ChunkView) -> Tensor:
         """Return the reward's term of each token, ``[c]``; zeros without `loss.reward_weight`."""

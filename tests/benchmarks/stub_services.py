@@ -24,7 +24,6 @@ from common.protocol.schema import (
     ItemScore,
     Prompt,
     Sampling,
-    ScoredTrajectory,
     TokenSequence,
     Trajectory,
     as_ids,
@@ -122,7 +121,7 @@ class StubRank(LearnerRank):
         self._version, self._seen = 0, 0
         return LearnerInfo(self._rank, self._world_size, "cpu", "float32", 0, 0, VOCABULARY, (), 0)
 
-    def accumulate(self, *scored: ScoredTrajectory) -> AccumulateReport:
+    def accumulate(self, more: Sequence[tuple[float, str]], *scored: Any) -> AccumulateReport:
         started, latencies = time.time(), Latencies.here()
         time.sleep(latencies.train * len(scored) / latencies.answers)
         tokens = sum(len(item.trajectory.response_ids) for item in scored)

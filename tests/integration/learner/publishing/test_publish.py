@@ -49,7 +49,9 @@ class Partitioned:
 
     def step(self, scored: list[ScoredTrajectory]) -> list[StepReport]:
         shares = [scored[rank::2] for rank in range(2)]
-        calls = [actor.accumulate.remote([0.0] * len(x), *x) for actor, x in zip(self.actors, shares, strict=True)]
+        calls = [
+            actor.accumulate.remote([(0.0, "train")] * len(x), *x) for actor, x in zip(self.actors, shares, strict=True)
+        ]
         ray.get(calls, timeout=SOON_S)
         return self.call("finish_step", *totals(scored))
 

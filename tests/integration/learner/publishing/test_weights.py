@@ -241,7 +241,12 @@ def test_ranks_as_ray_actors(tiny_model: Path, tmp_path: Path) -> None:
     infos = ray.get([rank.setup.remote(host, port) for rank in ranks])
     assert [(info.rank, info.world_size, info.dtype) for info in infos] == [(0, 2, "float32"), (1, 2, "float32")]
     refs = [ray.put(item) for item in scored]
-    reports = ray.get([ranks[0].accumulate.remote([0.0] * 3, *refs[:3]), ranks[1].accumulate.remote([0.0], refs[3])])
+    reports = ray.get(
+        [
+            ranks[0].accumulate.remote([(0.0, "train")] * 3, *refs[:3]),
+            ranks[1].accumulate.remote([(0.0, "train")], refs[3]),
+        ]
+    )
     assert [report.sequences for report in reports] == [3, 1]
     steps = ray.get([rank.finish_step.remote(*totals(scored)) for rank in ranks])
     assert replace(steps[0], token_records=()) == replace(steps[1], token_records=())

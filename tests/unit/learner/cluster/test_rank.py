@@ -27,14 +27,15 @@ def test_ranks_wait_for_each_other_longer_than_for_an_engine(monkeypatch: pytest
         assert joined[-1][-1] == limit_s
 
 
-def test_each_sequence_of_an_item_gets_its_advantage() -> None:
+def test_each_sequence_of_an_item_gets_its_advantage_and_set() -> None:
     """An episode's sequences share the reward of the episode."""
     rank = LearnerRank(0, 1, learner_config(Path("m")))
     taken: list[list[ScoredTrajectory]] = []
     rank._engine = cast(Any, SimpleNamespace(accumulate=taken.append))
     first, second, third, plain = make_scored(4)
-    rank.accumulate([0.5, -2.0, 0.0], first, [second, third], plain)
+    rank.accumulate([(0.5, "train"), (-2.0, "general"), (0.0, "general")], first, [second, third], plain)
     assert [one.advantage for one in taken[0]] == [0.5, -2.0, -2.0, 0.0]
+    assert [one.data_set for one in taken[0]] == ["train", "general", "general", "general"]
     assert [one.trajectory.sample_id for one in taken[0]] == [
         one.trajectory.sample_id for one in (first, second, third, plain)
     ]

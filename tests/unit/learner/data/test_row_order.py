@@ -16,6 +16,7 @@ from common.config.model import Config, ConfigError
 from common.data.rows import batch_rows, digest
 from learner.data.inputs import read_sources
 from learner.data.row_order import RowOrder
+from learner.loop.checkpoints import identity_of
 from tests.support.stub_loop import ROWS, OrderedServices, config_of, loop_over
 
 SIZES, SHARES = (7, 5, 11), (0.55, 0.2, 0.25)
@@ -105,6 +106,7 @@ def test_rows_of_a_further_set_have_its_columns_its_teacher_and_its_name(tmp_pat
         ({"a": {"train": "x", "share": 0.5}, "b": {"train": "y", "share": 0.5}}, "add up to 1 and leave nothing"),
         ({"a": {"train": "x", "share": 0.5, "teacher": "none"}}, r"data\.mix\.a\.teacher 'none' is no teacher"),
         ({"train": {"train": "x", "share": 0.5}}, r"`train` is the name of data\.train"),
+        ({"a": {"train": "x", "share": 0.5, "loss": {"form": "exact"}}}, r"tail', 'raw', 'renorm' or 'generalized'"),
     ],
 )
 def test_sets_that_cannot_be_meant_are_refused(tmp_path: Path, mix: dict[str, Any], why: str) -> None:
@@ -112,15 +114,51 @@ def test_sets_that_cannot_be_meant_are_refused(tmp_path: Path, mix: dict[str, An
         written(tmp_path, mix=mix)
 
 
-async def test_a_steps_shares_are_in_its_metrics() -> None:
+def test_a_set_has_a_loss_of_its_own(tmp_path: Path) -> None:
+    general = {"train": "x", "share": 0.5, "loss": {"direction": "forward", "weight": 0.1}}
+    config = config_of(batch_size=8)
+    plain = {"train": "y", "share": 0.1}
+    tree = {**config.model_dump(), "data": {"train": "t", "mix": {"general": general, "plain": plain}}}
+    mixed = validate(Config, tree)
+    own = mixed.loss.of_mixed(mixed.mixed_losses()["general"])
+    assert own == mixed.loss.model_copy(update={"direction": "forward"})
+    assert mixed.loss.of_mixed(mixed.mixed_losses()["plain"]) == mixed.loss
+    for form, source in (("policy_gradient", "student"), ("nll", "teacher")):
+        with pytest.raises(ConfigError, match=r"data\.mix\.general\.loss changes a divergence"):
+            validate(Config, {**tree, "rollout": {"source": source}, "loss": {"form": form, "support": source}})
+    identities = [
+        identity_of(one, tokenizer="t", teachers={}, contexts=(), data="d")
+        for one in (mixed, validate(Config, {**tree, "data": {"train": "t"}}))
+    ]
+    assert list(identities[0].differences(identities[1])) == [
+        "loss.mix.general.weight: the checkpoint has 0.1, this run has None",
+        "loss.mix.general.direction: the checkpoint has forward, this run has None",
+    ]
+
+
+class Accumulating(OrderedServices):
+    """Keeps what the learner is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items: list[Any] = []
+
+    def accumulate(self, group: Any) -> list[Any]:
+        self.items += [item for share in group for item in share]
+        return super().accumulate(group)
+
+
+async def test_a_steps_shares_are_in_its_metrics_and_the_learner_knows_the_sets() -> None:
     config = config_of(batch_size=8)
     mixed = validate(
         Config, {**config.model_dump(), "data": {"train": "t", "mix": {"general": {"train": "g", "share": 0.25}}}}
     )
-    loop = loop_over(OrderedServices(), mixed, set_sizes=(6, 4))
+    services = Accumulating()
+    loop = loop_over(services, mixed, set_sizes=(6, 4))
     await loop.begin(0)
     outcome = await loop.step(0)
     await loop.close()
     assert (outcome.metrics["mix/train"], outcome.metrics["mix/general"]) == (0.75, 0.25)
+    assert Counter(data_set for _, _, data_set in services.items) == {"train": 6, "general": 2}
     assert len(ROWS) == 10
     assert sum(int(name.split("/row")[1].split("/")[0]) >= 6 for name in outcome.trained) == 2

@@ -118,8 +118,8 @@ async def test_advantages_reach_the_learner_with_their_responses_and_the_metrics
     outcome = await loop.step(0)
     await loop.close()
     assert len(services.accumulated) == 8
-    assert {advantage for item, advantage in services.accumulated if item.endswith("/1")} == {1.0}
-    assert {advantage for item, advantage in services.accumulated if item.endswith("/0")} == {-1.0}
+    assert {tuple(more) for item, *more in services.accumulated if item.endswith("/1")} == {(1.0, "train")}
+    assert {tuple(more) for item, *more in services.accumulated if item.endswith("/0")} == {(-1.0, "train")}
     assert (outcome.metrics["reward/mean"], outcome.metrics["reward/signal"]) == (0.5, 1.0)
 
 
@@ -129,7 +129,7 @@ async def test_without_a_weight_nothing_is_graded() -> None:
     await loop.begin(0)
     outcome = await loop.step(0)
     await loop.close()
-    assert {advantage for _, advantage in services.accumulated} == {0.0}
+    assert {advantage for _, advantage, _ in services.accumulated} == {0.0}
     assert "reward/mean" not in outcome.metrics
 
 

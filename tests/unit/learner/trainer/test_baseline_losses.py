@@ -72,7 +72,7 @@ def as_teacher(teacher: Any, items: list[ScoredTrajectory], k: int) -> list[Scor
 def step(config: Config, model: Any, items: list[ScoredTrajectory]) -> tuple[float, dict[str, Tensor]]:
     """Return the step's loss and the gradient by parameter, as the learner computes them."""
     policy, batch = Policy(model, chunk_tokens=7), build_micro_batch(items, config.loss)
-    value = policy(batch, Objective(batch, config.loss))
+    value = policy(batch, Objective(batch, config.loss, config.mixed_losses()))
     tokens = sum(len(item.trajectory.response_ids) for item in items)
     (value / tokens).backward()
     return value.item() / tokens, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -166,6 +166,30 @@ def test_a_reward_adds_its_policy_gradient_to_the_divergence(tiny_model: Path, c
     if clip is not None:
         free = learner_config(tiny_model, loss={**loss, "ratio_clip": None}, rollout={"samples_per_prompt": 2})
         assert abs(found[0] - step(free, load(tiny_model), items)[0]) > 1e-3  # the bound matters here
+
+
+def test_each_set_of_rows_has_its_loss_and_weight(tiny_model: Path) -> None:
+    """Two losses in one micro-batch, of which chunks hold tokens of both, against plain autograd."""
+    mix = {"general": {"train": "x", "share": 0.5, "loss": {"direction": "forward", "form": "renorm", "weight": 0.3}}}
+    loss = {"reward_weight": 0.2, "clip_per_token": 3.0}
+    config = learner_config(tiny_model, loss=loss, rollout={"samples_per_prompt": 2}, data={"mix": mix})
+    names = ("train", "general", "general", "train", "general")
+    items = [replace(one, data_set=name, advantage=0.5) for one, name in zip(make_scored(5), names, strict=True)]
+
+    def per_token(logits: Tensor, item: ScoredTrajectory) -> Tensor:
+        log_p, ids = logits.log_softmax(-1), torch.from_numpy(item.trajectory.topk_ids.astype("int64"))
+        inside, rest = log_p.gather(-1, ids), log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
+        log_q = torch.from_numpy(item.score.logprobs.astype("float32"))
+        if item.data_set == "general":
+            kl = torch.nn.functional.kl_div(inside.log_softmax(-1), log_q.softmax(-1), reduction="none").sum(-1)
+        else:
+            tail_q = torch.from_numpy(item.score.tail_logprob)
+            kl = (inside.exp() * (inside - log_q)).sum(-1) + rest.exp() * (rest - tail_q)
+        sampled = log_p.gather(-1, torch.from_numpy(item.trajectory.response_ids.astype("int64"))[:, None])[:, 0]
+        ratio = (sampled - torch.from_numpy(item.trajectory.sampled_logprobs)).exp()
+        return (0.3 if item.data_set == "general" else 1.0) * (kl.clamp(max=3.0) - 0.2 * ratio * item.advantage)
+
+    assert_same(step(config, load(tiny_model), items), expected(load(tiny_model), items, per_token))
 
 
 def test_metrics_that_need_the_students_samples_are_left_out(tiny_model: Path, tiny_untied_model: Path) -> None:
