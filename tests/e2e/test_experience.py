@@ -36,7 +36,7 @@ def test_from_problems_to_a_run_that_takes_what_was_learned(
         [sys.executable, "-m", "deploy.cli.main", "experience", "extract", config],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
         check=False,
         env=shared_cluster,
     )

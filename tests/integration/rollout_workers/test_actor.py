@@ -54,7 +54,7 @@ def worker(tiny_model: Path) -> Iterator[Any]:
     yield handle
     engines = {pid for pid in descendants(root) if "VLLM" in command_of(pid)}
     ray.kill(handle)  # without a word: the engine has no chance to shut down
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 120
     while alive(engines) and time.monotonic() < deadline:
         time.sleep(0.2)
     left = alive(engines)
@@ -100,10 +100,10 @@ def test_a_lost_teacher_is_raised_to_the_caller(worker: Any) -> None:
 
 def test_control_calls_do_not_wait_for_answers_in_flight(worker: Any) -> None:
     rollouts = [worker.rollout.remote(sample_of(f"row{i}", max_tokens=200), "scored")[0] for i in range(64)]
-    ray.get(worker.ready.remote(), timeout=10)  # 64 rollouts are all that the worker takes at a time
+    ray.get(worker.ready.remote())  # 64 rollouts are all that the worker takes at a time
     _, unfinished = ray.wait(rollouts, num_returns=len(rollouts), timeout=0)
     assert unfinished
-    assert len(ray.get(rollouts, timeout=60)) == 64
+    assert len(ray.get(rollouts)) == 64
 
 
 def test_a_cancelled_rollout_ends_in_the_engine_too(worker: Any) -> None:
@@ -114,10 +114,10 @@ def test_a_cancelled_rollout_ends_in_the_engine_too(worker: Any) -> None:
     time.sleep(0.3)
     ray.cancel(summary)
     with pytest.raises(ray.exceptions.RayError):
-        ray.get(summary, timeout=10)
+        ray.get(summary)
     again, _ = worker.rollout.remote(sample_of("cancelled", max_tokens=5), "trajectory")
-    assert ray.get(again, timeout=30).response_tokens == 5
-    assert ray.get(other, timeout=30).response_tokens == 100
+    assert ray.get(again).response_tokens == 5
+    assert ray.get(other).response_tokens == 100
 
 
 def test_text_ends_before_the_stop(worker: Any) -> None:

@@ -170,7 +170,7 @@ async def test_topk_rows_are_vllms_own_logprobs_to_the_bit(pair: Pair, monkeypat
 
 async def test_a_cancelled_answer_leaves_nothing_and_the_engine_goes_on(pair: Pair) -> None:
     flying = asyncio.create_task(pair.engine.generate(PROMPT, Sampling(400, top_logprobs=K, seed=5), "cancelled"))
-    await asyncio.wait_for(has_tokens(pair.engine, 5), 60)
+    await has_tokens(pair.engine, 5)
     flying.cancel()
     with pytest.raises(asyncio.CancelledError):
         await flying
@@ -181,7 +181,7 @@ async def test_a_cancelled_answer_leaves_nothing_and_the_engine_goes_on(pair: Pa
 
 async def test_an_answer_that_the_engine_aborts_is_an_error(pair: Pair) -> None:
     flying = asyncio.create_task(pair.engine.generate(PROMPT, Sampling(400, top_logprobs=K, seed=5), "aborted"))
-    await asyncio.wait_for(has_tokens(pair.engine, 5), 60)
+    await has_tokens(pair.engine, 5)
     await pair.engine._engine.abort("aborted")
     with pytest.raises(RolloutError, match="aborted: the engine ended the answer with 'abort'"):
         await flying
@@ -285,7 +285,7 @@ async def test_an_answer_in_flight_across_a_sync_has_a_span_of_each_version(
     monkeypatch.setattr(pair.engine._engine, "generate", watched)
     flying = asyncio.create_task(pair.engine.generate(long, Sampling(200, 1.0, top_logprobs=K, seed=3), "flying"))
     pair.train(lr=1e-2)
-    await asyncio.wait_for(has_tokens(pair.engine, 5), 60)
+    await has_tokens(pair.engine, 5)
     await pair.sync()
     answer = await flying
     (first, version), (turn, next_version) = answer.versions
@@ -453,7 +453,7 @@ async def test_an_engine_joins_again_and_follows_over_every_transport(
 
 
 async def test_an_engine_that_hangs_does_not_pass_for_healthy(pair: Pair) -> None:
-    await asyncio.wait_for(pair.engine.check_health(), 60)
+    await pair.engine.check_health()
     core = {pid for pid in descendants(os.getpid()) if command_of(pid).startswith("VLLM::EngineCore")}
     (process,) = core
     os.kill(process, signal.SIGSTOP)
@@ -463,7 +463,7 @@ async def test_an_engine_that_hangs_does_not_pass_for_healthy(pair: Pair) -> Non
         assert not done
     finally:
         os.kill(process, signal.SIGCONT)
-    await asyncio.wait_for(call, 60)
+    await call
 
 
 class Silent:
@@ -490,7 +490,7 @@ async def test_an_engine_that_dies_in_a_control_call_is_noticed() -> None:
     assert not done  # it may take as long as it likes while the engine lives
     silent.errored = True
     with pytest.raises(EngineLost):
-        await asyncio.wait_for(call, timeout=5)
+        await call
 
 
 async def test_a_nucleus_does_not_touch_the_students_ids(tiny_model: Path) -> None:

@@ -20,7 +20,7 @@ async def test_an_extra_worker_comes_when_there_is_room_and_answers_when_it_is_a
 ) -> None:
     maker.options = ROOM
     pool.invite([2, 3])  # there is room for one
-    await asyncio.wait_for(pool.next_ready(), 30)
+    await pool.next_ready()
     await asyncio.sleep(0.5)
     (extra,) = pool.ready
     assert extra.extra
@@ -39,7 +39,7 @@ async def test_an_extra_worker_that_goes_costs_no_restart_and_is_asked_for_again
     maker.options = ROOM
     pool.invite([2])
     for expected in (2, 3, 4):
-        await asyncio.wait_for(pool.next_ready(), 30)
+        await pool.next_ready()
         (extra,) = pool.ready
         assert (extra.number, extra.slot) == (expected, 2)
         pool.admit(extra)
@@ -57,7 +57,7 @@ async def test_an_extra_worker_whose_engine_cannot_start_is_not_asked_for_again(
     maker.kind = NotHere
     pool.invite([2])
     with pytest.raises(PoolError, match="none is being started"):
-        await asyncio.wait_for(pool.next_ready(), 30)
+        await pool.next_ready()
     assert "worker 2 is lost" in caplog.text
     assert "the model does not fit" in caplog.text
     assert (pool.failures, len(pool.handles())) == (1, 2)
@@ -67,18 +67,18 @@ async def test_an_extra_worker_that_keeps_dying_while_it_starts_is_given_up(pool
     maker.kind = DiesStarting
     pool.invite([2])
     with pytest.raises(PoolError, match="none is being started"):
-        await asyncio.wait_for(pool.next_ready(), 60)
+        await pool.next_ready()
     assert (pool.failures, pool.restarts, len(pool.handles())) == (MAX_EXTRA_STARTS, 0, 2)
 
 
 async def test_a_pool_that_closes_withdraws_whom_it_waits_for(pool: WorkerPool, maker: Maker) -> None:
     maker.options = ROOM
     pool.invite([2, 3])
-    await asyncio.wait_for(pool.next_ready(), 30)
+    await pool.next_ready()
     handles = pool.handles()
     pool.close()
     for handle in handles:
         ray.kill(handle)
     holder = maker(9, 9)
-    assert await asyncio.wait_for(value_of(holder.ready.remote()), 30) == "worker 9"  # no actor waits for the room
+    assert await value_of(holder.ready.remote()) == "worker 9"  # no actor waits for the room
     ray.kill(holder)

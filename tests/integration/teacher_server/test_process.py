@@ -177,12 +177,12 @@ def test_a_broken_actor_dies(tiny_model: Path) -> None:
         ray.get(actor.break_it.remote())
         body, key = encode_request(request_of(items(1, 1))), {"Authorization": f"Bearer {KEYS['red']}"}
         with contextlib.suppress(httpx.TransportError):
-            reply = httpx.post(f"{url}/v1/score", content=body, headers=key, trust_env=False, timeout=30)
+            reply = httpx.post(f"{url}/v1/score", content=body, headers=key, trust_env=False, timeout=300)
             assert reply.status_code == 503
 
         def ask_for_a_while() -> None:
             for _ in range(300):
-                ray.get(actor.node_id.remote(), timeout=30)
+                ray.get(actor.node_id.remote(), timeout=300)
                 time.sleep(0.1)
 
         with pytest.raises(ray.exceptions.RayActorError):
