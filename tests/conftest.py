@@ -27,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # More threads than free cores make tiny models many times slower.
     torch.set_num_threads(1)
+    # Ray gives its workers the lowest priority but four: the tests of another process would starve a whole run.
+    os.environ["RAY_worker_niceness"] = "0"
     # Verdicts do not depend on the machine's speed.
     settings.register_profile("opcd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("opcd")

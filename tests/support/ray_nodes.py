@@ -38,6 +38,7 @@ def ray_cluster(
     gcs, scratch = free_port(), tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     variables["RAY_AUTH_MODE"] = "disabled"
+    variables["RAY_worker_niceness"] = "0"  # as in tests/conftest.py
     share_cores(variables)
     address = f"{namespaces[0].address if namespaces else '127.0.0.1'}:{gcs}"
     head = ["--head", f"--port={gcs}", f"--temp-dir={scratch}", "--include-dashboard=false", f"--num-gpus={gpus[0]}"]
