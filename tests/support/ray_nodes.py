@@ -51,9 +51,7 @@ def ray_cluster(
             command = [*START, *options, "--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}"]
             if place is not None:
                 command = [*place.prefix, *command, f"--node-ip-address={place.address}"]
-            with log.open("ab") as output:
-                started.append(subprocess.Popen(command, env=variables, stdout=output, stderr=output))
-            _wait_for_nodes(started, log)
+            _start_node(command, variables, started, log)
         yield {**variables, "RAY_ADDRESS": address}
     finally:
         pids = {node.pid for node in started}.union(*(descendants(node.pid) for node in started))
@@ -84,12 +82,21 @@ def drain(node: str) -> None:
     )
 
 
-def _wait_for_nodes(started: list[subprocess.Popen[bytes]], log: Path) -> None:
-    """Wait until all of the ``ray start``, of which the last is new, say that their node is known to the head."""
-    for _ in range(3600):  # a busy machine takes more than a minute
-        if log.read_text().count("Ray runtime started.") == len(started):
-            return
-        if started[-1].poll() is not None:
-            break
-        time.sleep(0.05)
+def _start_node(
+    command: list[str], variables: dict[str, str], started: list[subprocess.Popen[bytes]], log: Path
+) -> None:
+    """Add a ``ray start`` to `started` once its node is known to the head.
+
+    A node gives up a head that is silent for 30 s, as on a machine with ten busy processes a core: it then starts anew.
+    """
+    known = len(started) + 1
+    for _ in range(3):
+        with log.open("ab") as output:
+            node = subprocess.Popen(command, env=variables, stdout=output, stderr=output)
+        started.append(node)
+        while node.poll() is None:
+            if log.read_text().count("Ray runtime started.") == known:
+                return
+            time.sleep(0.05)
+        started.remove(node)
     raise AssertionError(log.read_text())
