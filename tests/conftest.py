@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support.families import Families
-from tests.support.ray_nodes import ray_cluster
+from tests.support.ray_nodes import SAME_PRIORITY, ray_cluster
 from tests.support.runs import ReferenceRun, reference_run
 from tests.support.tiny import make_tiny_model
 
@@ -27,8 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # More threads than free cores make tiny models many times slower.
     torch.set_num_threads(1)
-    # Ray gives its workers the lowest priority but four: the tests of another process would starve a whole run.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ.update(SAME_PRIORITY)
     # Verdicts do not depend on the machine's speed.
     settings.register_profile("opcd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("opcd")

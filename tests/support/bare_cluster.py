@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 
 from tests.support.processes import alive, descendants, free_port
+from tests.support.ray_nodes import SAME_PRIORITY
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,7 @@ def bare_cluster(folder: Path, **node_variables: str) -> Iterator[BareCluster]:
     token_file.write_text("a-token-of-at-least-32-characters-for-tests")
     gcs, dashboard = free_port(), free_port()
     path = os.pathsep.join([str(binaries), os.environ["PATH"].replace(str(Path(sys.executable).parent), "")])
-    own = {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
-    own["RAY_worker_niceness"] = "0"  # as in tests/conftest.py
+    own = {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file), **SAME_PRIORITY}
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
     start = [str(binaries / "python"), "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     head = [f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--num-gpus=0", "--head"]

@@ -23,6 +23,8 @@ from tests.support.namespaces import Namespace
 from tests.support.processes import alive, command_of, descendants, free_port, parent_of, wait_until_gone
 
 ONE_WORKER_A_NODE = "rollout.gpus_per_worker=1"
+SAME_PRIORITY = {"RAY_worker_niceness": "0"}
+"""Environment variable: Ray runs its workers at nice 15, where other tests would starve a whole run."""
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
 
 
@@ -37,8 +39,7 @@ def ray_cluster(
     """
     gcs, scratch = free_port(), tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    variables["RAY_AUTH_MODE"] = "disabled"
-    variables["RAY_worker_niceness"] = "0"  # as in tests/conftest.py
+    variables |= {"RAY_AUTH_MODE": "disabled", **SAME_PRIORITY}
     share_cores(variables)
     address = f"{namespaces[0].address if namespaces else '127.0.0.1'}:{gcs}"
     head = ["--head", f"--port={gcs}", f"--temp-dir={scratch}", "--include-dashboard=false", f"--num-gpus={gpus[0]}"]
