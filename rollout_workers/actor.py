@@ -273,6 +273,11 @@ class RolloutWorker:
         return await self._on_loop(self._call(lambda engine: engine.logprobs(sequences)))
 
     @ray.method(concurrency_group=CONTROL)
+    async def experts(self, sequences: Sequence[TokenSequence]) -> list[Any]:
+        """The experts that predict the tokens of fixed responses, ``[T, layers, k]`` each."""
+        return await self._on_loop(self._call(lambda engine: engine.experts(sequences)))
+
+    @ray.method(concurrency_group=CONTROL)
     async def check_health(self) -> None:
         """Return if the engine lives; if it is dead, end this actor, so that the pool replaces both."""
         await self._on_loop(self._call(lambda engine: engine.check_health()))

@@ -143,6 +143,10 @@ def schedule_rules(learner: LearnerConfig) -> Iterator[str]:
 def sync_rules(
     sync: SyncConfig, learner: LearnerConfig, rollout: RolloutConfig, teachers: Mapping[str, TeacherConfig]
 ) -> Iterator[str]:
+    if sync.expert_mismatch and not rollout.gpus_per_worker:
+        yield "sync.expert_mismatch: vLLM records experts on GPUs only: set rollout.gpus_per_worker"
+    if sync.expert_mismatch and learner.deterministic:
+        yield "sync.expert_mismatch needs the prefix cache, which learner.deterministic turns off: set one of the two"
     if sync.backend == "nccl":
         for key, gpus in member_gpus(learner, rollout, teachers.values()).items():
             if gpus < 1:

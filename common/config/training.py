@@ -288,6 +288,10 @@ class SyncConfig(Section):
     parity_change_ratio: PositiveFloat = 0.1
     """Upper bound for rms(engine's change - learner's change) / rms(learner's change) on the probe, since the version
     before and since version 0. Three times the rms difference at version 0 is always allowed."""
+    expert_mismatch: bool = False
+    """For a mixture of experts: measure after every sync, layer by layer, which share of the experts that the learner
+    chooses for the probe's tokens an engine does not choose (`expert_mismatch/layer_N`). vLLM then records the experts
+    of every token. Needs workers on GPUs and prefix caching: not with `learner.deterministic`."""
     mismatch_warn_nats: PositiveFloat | None = None
     """Report a step if engine minus learner log-prob has an rms above this over the trained tokens. Default: 0.002 in
     float32, 0.1 in bfloat16, no bound if `rollout.max_staleness` is above 0."""

@@ -92,9 +92,13 @@ class LearnerRank:
 
     def logprobs(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> list[NDArray[np.float32]]:
         """log-probs of fixed responses, one ``[T]`` array each: this rank's share of the learner's side of the parity
-        probe. Under ZeRO-3 a collective, as are `topk` and `prepare`.
+        probe. Under ZeRO-3 a collective, as are `experts`, `topk` and `prepare`.
         """
         return self._running.inference.logprobs(sequences, temperature)
+
+    def experts(self, sequences: Sequence[TokenSequence]) -> list[dict[int, NDArray[np.int64]]]:
+        """The experts that predict the response tokens: for each sequence ``[T, k]`` by layer."""
+        return self._running.inference.experts(sequences)
 
     def topk(self, sequences: Sequence[TokenSequence], k: int) -> list[Ids]:
         """The k most likely ids at every response position, one ``[T, k]`` array each."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -360,10 +360,22 @@ class Services:
 
     async def probe_learner(self, sequences: Sequence[TokenSequence], temperature: float = 1.0) -> Arrays:
         """Log-probs of the response tokens of fixed sequences, from the learner; each rank computes a share."""
+        return await self._by_rank(lambda rank, share: rank.logprobs.remote(share, temperature), sequences)
+
+    async def experts(
+        self, workers: Sequence[Worker], sequences: Sequence[TokenSequence]
+    ) -> tuple[list[list[NDArray[Any]]], list[dict[int, NDArray[Any]]]]:
+        """Experts that predict the response tokens of fixed sequences, from each engine and from the learner.
+
+        See `learner.loop.expert_mismatch` for their shapes.
+        """
+        engines = await all_of([worker.handle.experts.remote(list(sequences)) for worker in workers])
+        return list(engines), await self._by_rank(lambda rank, share: rank.experts.remote(share), sequences)
+
+    async def _by_rank(self, call: Callable[[Any, Sequence[TokenSequence]], Any], sequences: Any) -> list[Any]:
+        """`call` each rank with a share of `sequences`; the results in the order of `sequences`."""
         count = len(self.ranks)
-        shares = await all_of(
-            [rank.logprobs.remote(sequences[n::count], temperature) for n, rank in enumerate(self.ranks)]
-        )
+        shares = await all_of([call(rank, sequences[n::count]) for n, rank in enumerate(self.ranks)])
         return [shares[index % count][index // count] for index in range(len(sequences))]
 
     async def weight_version(self) -> int:

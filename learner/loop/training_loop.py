@@ -142,7 +142,7 @@ class TrainingLoop:
             during=(started, time.time()),
             reports=reports,
             parity=parity,
-            metrics={**staleness, **pool},
+            metrics={**staleness, **pool, **self._publisher.expert_mismatch},
             max_token_samples=self._config.run.token_samples,
         )
 

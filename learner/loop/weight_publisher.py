@@ -13,6 +13,7 @@ from common.protocol.schema import Prompt, Sampling, TokenSequence, as_ids
 from common.telemetry.trace import TraceSpan
 from common.weight_sync.collective import SyncError
 from learner.cluster.services import Arrays, Services, Worker
+from learner.loop.expert_mismatch import expert_mismatch
 from learner.loop.parity import ParityGate, ParityReport, parity_bounds
 
 MAX_ATTEMPTS = 3
@@ -32,6 +33,8 @@ class WeightPublisher:
         self._gates: dict[int, ParityGate] = {}
         self._lock = asyncio.Lock()
         self._spans: list[TraceSpan] = []
+        self.expert_mismatch: dict[str, float] = {}
+        """Metrics of the last sync (`learner.loop.expert_mismatch`), of the worst engine in each layer."""
 
     async def begin(self, prompts: Sequence[Prompt]) -> ParityReport:
         """Choose the probe (the engine's answers at version 0) and measure each engine's distance from the learner.
@@ -100,6 +103,10 @@ class WeightPublisher:
             self._gates[worker.number].check(version, engine, learner)
             for worker, engine in zip(services.group, engines, strict=True)
         ]
+        if self._config.sync.expert_mismatch:
+            chosen, by_learner = await services.experts(services.group, self._probe)
+            found = [expert_mismatch(by_engine, by_learner) for by_engine in chosen]
+            self.expert_mismatch = {name: max(one[name] for one in found) for name in found[0]}
         for stage, start, end in (("sync", started, published), ("parity", published, time.time())):
             self._spans.append(TraceSpan(stage, "controller", start, end, {"version": version}))
         for worker in set(services.pool.ready) & set(services.group):

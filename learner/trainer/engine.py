@@ -358,7 +358,8 @@ class LearnerEngine:
         if self._rank == 0:
             try:
                 check_reading(folder, self._config.student.model)
-                needed, free = sum(spec.nbytes for spec in self.weight_specs()), shutil.disk_usage(folder).free
+                needed = self._weights.export_bytes(self._config.learner.lora, self._untrained)
+                free = shutil.disk_usage(folder).free
                 if free < needed:
                     raise OSError(f"an export takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
             except Exception as error:  # noqa: BLE001, raised on all ranks below

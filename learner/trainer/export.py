@@ -19,7 +19,7 @@ from common.files import apply_umask
 from common.models.checkpoint_layout import CheckpointUnit, checkpoint_units, other_modules
 from common.weight_sync.manifest import TensorSpec
 from learner.trainer.lora import Adapter, adapters_of, checkpoint_name, save_adapter
-from learner.trainer.untrained import untrained_tensors
+from learner.trainer.untrained import stored_bytes, untrained_tensors
 
 Named = tuple[CheckpointUnit, nn.Parameter, Adapter | None]
 
@@ -115,9 +115,19 @@ class WeightView:
                 state[name] = stored.get_tensor(name).flatten()[:1].clone() if sample else stored.get_tensor(name)
         _replace_folder(folder, lambda partial: save_model(partial, state, files))
 
+    def export_bytes(self, lora: LoraConfig | None, untrained: Mapping[str, Path]) -> int:
+        """Return the size of all tensors that `export` writes with these arguments."""
+        if lora is not None and lora.publish == "adapter":
+            return sum(math.prod(full_shape(factor)) * factor.itemsize for _, factor in self._factors())
+        buffers = sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(spec.nbytes for spec in self.specs) + buffers + stored_bytes(untrained)
+
+    def _factors(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self._model.named_parameters() if checkpoint_name(name) is None]
+
     def _adapter_factors(self) -> dict[str, Tensor]:
         """Copy the adapters' parameters by name. A collective under ZeRO-3."""
-        factors = [(name, p) for name, p in self._model.named_parameters() if checkpoint_name(name) is None]
+        factors = self._factors()
         with _whole([parameter for _, parameter in factors]):
             return {name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in factors}
 

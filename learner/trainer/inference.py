@@ -54,6 +54,15 @@ class PolicyInference:
         found = self._run(sequences, lambda batch, _: _split(self._policy.topk(batch, k), batch))
         return [ids.astype(np.uint32) for ids in found]
 
+    def experts(self, sequences: Sequence[TokenSequence]) -> list[dict[int, NDArray[np.int64]]]:
+        """Return the experts that predict the response tokens: for each sequence ``[T, k]`` by layer."""
+
+        def split(batch: SequenceBatch, _: Sequence[int]) -> Sequence[dict[int, NDArray[np.int64]]]:
+            layers = {layer: _split(ids, batch) for layer, ids in self._policy.experts(batch).items()}
+            return [{layer: parts[n] for layer, parts in layers.items()} for n in range(len(batch.lengths))]
+
+        return self._run(sequences, split)
+
     def score_with_base(self, items: Sequence[tuple[Trajectory, Ids]]) -> list[ItemScore]:
         """Score each (trajectory, teacher prompt) with the base model, adapters off, as a teacher server would.
 

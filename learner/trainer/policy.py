@@ -20,6 +20,7 @@ from common.models.logits import check_logit_transform, logit_transform
 from common.models.positions import fix_rope
 from common.protocol.schema import LOGPROB_FLOOR, Ids, ItemScore
 from learner.trainer.batch_layout import SequenceBatch
+from learner.trainer.experts import recorded_experts
 from learner.trainer.lora import add_adapters
 from learner.trainer.micro_batch import MicroBatch
 from learner.trainer.objective import Objective
@@ -75,6 +76,12 @@ class Policy(nn.Module):
         with torch.no_grad():
             self.head(self.hidden(batch), temperature=temperature, read=read)
         return out
+
+    def experts(self, batch: SequenceBatch) -> dict[int, Tensor]:
+        """Return the experts that predict the response tokens, ``[R, k]`` by layer, without gradient."""
+        with recorded_experts(self.model) as chosen:
+            self.response_logprobs(batch, 1.0)  # the collectives of ZeRO-3 are those of every other pass
+        return {layer: experts[batch.positions] for layer, experts in chosen.items()}
 
     def topk(self, batch: SequenceBatch, k: int) -> Tensor:
         """Compute the k most likely ids at each response position, best first, ``[R, k]``, without gradient."""

@@ -5,7 +5,7 @@ They are frozen, not sent to engines, and copied into every export as they are i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,17 @@ def untrained_tensors(model: Any, held: Iterable[str], source: str) -> dict[str,
                 if target not in ours:
                     found[name] = path
     return found
+
+
+def stored_bytes(tensors: Mapping[str, Path]) -> int:
+    """Return the size of `tensors`, a map of names to their safetensors files. Reads the files' headers only."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in set(tensors.values()):
+        with safe_open(path, "pt") as stored:
+            total += sum(stored.get_tensor(name).nbytes for name, file in tensors.items() if file == path)
+    return total
 
 
 def _folder(source: str) -> Path:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.config.gpus import enforce_eager, memory_utilization
 from common.config.model import Config, RolloutConfig, StudentConfig, SyncConfig
@@ -30,6 +31,16 @@ LIVENESS_POLL_S = 0.5
 
 MESSAGE_ARRAY_BYTES = 64 * 1024
 """Arrays up to this size are copied into vLLM's messages from engine to front end; vLLM's default is 256."""
+
+
+ONE_PASS: dict[str, Any] = {
+    "max_tokens": 1,  # vLLM must generate at least one token; it is ignored
+    "temperature": 0.0,
+    "detokenize": False,
+    "ignore_eos": True,
+    "skip_reading_prefix_cache": True,
+}
+"""Sampling parameters of a request whose prompt is scored."""
 
 
 class RolloutError(RuntimeError):
@@ -117,6 +128,7 @@ class RolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,  # else this coroutine would wake for every token
             detokenize=False,
             stop_token_ids=sorted({*stops.token_ids, *self._end_ids()}),
+            routed_experts_prompt_start=len(prompt),  # with `sync.expert_mismatch`: none of the prompt travel
         )
         completion = await self._run(prompt, params, request_id, lambda output: output.outputs[0])
         ids = as_ids(completion.token_ids)
@@ -135,27 +147,37 @@ class RolloutEngine:
 
         from vllm import SamplingParams
 
-        # vLLM must generate at least one token; it is ignored.
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            ignore_eos=True,
-            skip_reading_prefix_cache=True,
-        )
+        params = SamplingParams(prompt_logprobs=0, flat_logprobs=True, **ONE_PASS)
 
         async def score(index: int, sequence: TokenSequence) -> F32:
-            ids = [*sequence.prompt_ids.tolist(), *sequence.response_ids.tolist()]
             name = f"probe-{self.weight_version}-{index}"
-            flat = await self._run(ids, params, name, lambda output: output.prompt_logprobs)
+            flat = await self._run(_ids(sequence), params, name, lambda output: output.prompt_logprobs)
             starts = flat.start_indices[len(sequence.prompt_ids) :]
             if [flat.token_ids[start] for start in starts] != sequence.response_ids.tolist():
                 raise RolloutError(f"{name}: the engine scored other tokens than it was given")
             return np.asarray([flat.logprobs[start] for start in starts], dtype=np.float32)
 
         return list(await asyncio.gather(*(score(i, sequence) for i, sequence in enumerate(sequences))))
+
+    async def experts(self, sequences: Sequence[TokenSequence]) -> list[NDArray[Any]]:
+        """Experts that predict each sequence's response tokens, ``[T, layers, k]``; zeros in layers without experts.
+
+        Needs ``sync.expert_mismatch``.
+        """
+        import asyncio
+
+        from vllm import SamplingParams
+
+        async def choose(index: int, sequence: TokenSequence) -> NDArray[Any]:
+            ids, name = _ids(sequence), f"experts-{self.weight_version}-{index}"
+            rows = await self._run(
+                ids, SamplingParams(**ONE_PASS), name, lambda output: output.outputs[0].routed_experts
+            )
+            if len(rows) != len(ids):
+                raise RolloutError(f"{name}: vLLM recorded the experts of {len(rows)} tokens, not of {len(ids)}")
+            return np.asarray(rows[len(sequence.prompt_ids) - 1 : -1])
+
+        return list(await asyncio.gather(*(choose(i, sequence) for i, sequence in enumerate(sequences))))
 
     async def join_sync(self, host: str, port: int, rank: int, world_size: int) -> None:
         """Join a weight group, leaving the previous one; this engine's workers take the ranks from `rank` on.
@@ -235,6 +257,10 @@ class RolloutEngine:
         return end_ids(self._tokenizer, config.get("eos_token_id"))
 
 
+def _ids(sequence: TokenSequence) -> list[int]:
+    return [*sequence.prompt_ids.tolist(), *sequence.response_ids.tolist()]
+
+
 @contextmanager
 def _engine_alive() -> Iterator[None]:
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -297,6 +323,7 @@ def engine_args(model: str, config: Config, *, max_logprobs: int) -> Any:
         generation_config="vllm",
         language_model_only=True,  # a vision tower is neither used nor reloaded
         weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER),
+        enable_return_routed_experts=config.sync.expert_mismatch,
         disable_log_stats=True,
     )
     if args.enable_chunked_prefill is False and args.create_model_config().has_inner_state:

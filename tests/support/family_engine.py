@@ -70,12 +70,12 @@ def _cell(folder: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[str, boo
     config, inference = load_learner(folder, dtype=dtype)
     rng = np.random.default_rng(3)
     probe = [TokenSequence(*(as_ids(rng.integers(0, 490, n)) for n in sizes)) for sizes in SIZES]
-    before = inference.logprobs(probe)
+    before, experts_before = inference.logprobs(probe), inference.experts(probe)
     with torch.no_grad():
         for parameter in inference._policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(MOVE * torch.randn_like(parameter))
-    after = inference.logprobs(probe)
+    after, experts_after = inference.logprobs(probe), inference.experts(probe)
     try:
         engine = _start(folder, config)
     except Exception as error:  # noqa: BLE001, whatever vLLM raises for a model that it does not start
@@ -85,8 +85,10 @@ def _cell(folder: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[str, boo
     try:
         gate = ParityGate(parity_bounds(config.sync, dtype))
         gate.begin(_logprobs(engine, probe), before)
+        mismatch = _expert_mismatch(engine, probe, experts_before)
         _sync(engine, config, inference._policy.model, folder)
         gate.check(1, _logprobs(engine, probe), after)
+        mismatch += _expert_mismatch(engine, probe, experts_after)
     except ParityError as error:
         print(folder.name, error, flush=True)
         return f"stops: {'computes it otherwise' if 'before the first step' in str(error) else 'old weights'}", reusable
@@ -94,6 +96,10 @@ def _cell(folder: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[str, boo
         return f"stops: {_reason(error)}", reusable
     finally:
         _stop(engine)
+    if any(mismatch):
+        print(folder.name, dtype, "other experts, by layer, before and after:", mismatch, flush=True)
+        if dtype == "float32":
+            return "stops: chooses other experts", reusable
     return "exact", reusable
 
 
@@ -153,6 +159,38 @@ def _logprobs(engine: Any, probe: list[TokenSequence]) -> list[NDArray[np.float3
                     [flat.logprobs[start] for start in starts], dtype=np.float32
                 )
     return [found[index] for index in range(len(probe))]
+
+
+def _expert_mismatch(
+    engine: Any, probe: list[TokenSequence], learner: list[dict[int, NDArray[np.int64]]]
+) -> list[float]:
+    """Share of other experts by layer; empty for a model without experts.
+
+    `RolloutEngine.experts` needs a GPU. Here each sequence runs alone, and the choices are noted where vLLM's own
+    recorder notes them.
+    """
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+    from learner.loop.expert_mismatch import expert_mismatch
+
+    if not learner[0]:
+        return []
+    (model,) = engine.collective_rpc(lambda worker: worker.get_model())
+    chosen: dict[int, Any] = {}
+    runners = [module for module in model.modules() if isinstance(module, MoERunner)]
+    for runner in runners:
+        runner.router.set_capture_fn(lambda ids, layer=runner.layer_id: chosen.update({layer: ids.numpy().copy()}))
+    found = []
+    for sequence in probe:
+        _logprobs(engine, [sequence])
+        tokens = len(sequence.prompt_ids) + len(sequence.response_ids)
+        rows = np.zeros((tokens, max(chosen) + 1, len(next(iter(chosen.values()))[0])), dtype=np.int64)
+        for layer, ids in chosen.items():
+            rows[:, layer] = ids[:tokens]
+        found.append(rows[len(sequence.prompt_ids) - 1 : -1])
+    for runner in runners:
+        runner.router.set_capture_fn(None)
+    return list(expert_mismatch(found, learner).values())
 
 
 def _sync(engine: Any, config: Any, model: Any, folder: Path) -> None:

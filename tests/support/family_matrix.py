@@ -20,7 +20,7 @@ from common.protocol.schema import ItemScore, ScoredTrajectory, as_ids
 from learner.trainer.batch_layout import PACKED, PADDED
 from learner.trainer.export import WeightView
 from learner.trainer.inference import PolicyInference
-from learner.trainer.micro_batch import build_micro_batch, count_loss_tokens
+from learner.trainer.micro_batch import build_micro_batch, count_loss_tokens, student_sequence
 from learner.trainer.objective import Objective
 from learner.trainer.packing import pack
 from learner.trainer.policy import dtype_of, load_policy
@@ -108,6 +108,14 @@ def gradients(inference: PolicyInference, config: Config, scored: list[ScoredTra
     return {name: p.grad / tokens for name, p in policy.model.named_parameters() if p.grad is not None}
 
 
+def assert_same_alone(inference: PolicyInference, scored: list[ScoredTrajectory]) -> None:
+    """Check that the log-probs of a row are the same alone and in the company of all others."""
+    sequences = [student_sequence(item) for item in scored]
+    for sequence, among_others in zip(sequences, inference.logprobs(sequences), strict=True):
+        (alone,) = inference.logprobs([sequence])
+        np.testing.assert_allclose(among_others, alone, rtol=0, atol=1e-4)
+
+
 def _learner(folder: Path) -> str:
     try:
         config, inference = load_learner(folder)
@@ -117,6 +125,7 @@ def _learner(folder: Path) -> str:
     scored = four_rows()
     expected = expected_gradients(config, scored, pad_to=LONGEST)
     assert relative_difference(gradients(inference, config, scored), expected) < 2e-5
+    assert_same_alone(inference, scored)
     return f"exact, {'packed' if inference._layout is PACKED else 'padded'}"
 
 
@@ -135,9 +144,9 @@ def main(names: Sequence[str]) -> None:
         for name in names or FAMILIES:
             table[name] = whole_row(name, families / name, engines)
             print(table[name], file=sys.stderr, flush=True)
+            before = PAGE.read_text().partition(HEADER)[0]
+            PAGE.write_text(before + HEADER + "\n".join(table[name] for name in FAMILIES if name in table) + "\n")
     engines.close()
-    before = PAGE.read_text().partition(HEADER)[0]
-    PAGE.write_text(before + HEADER + "\n".join(table[name] for name in FAMILIES if name in table) + "\n")
 
 
 if __name__ == "__main__":

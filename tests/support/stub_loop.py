@@ -130,6 +130,7 @@ class StubPublisher:
 
     def __init__(self, order: list[str] | None = None) -> None:
         self.order = [] if order is None else order
+        self.expert_mismatch: dict[str, float] = {}
 
     async def publish(self, version: int) -> ParityReport:
         self.order.append("publish")

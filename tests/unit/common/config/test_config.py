@@ -317,6 +317,11 @@ def test_vllm_as_the_teacher_takes_every_loss_that_its_runner_has(path: Path) ->
         (["teacher.gpus=0.2", "teacher.gpu_memory_utilization=0.3"], "teacher.gpu_memory_utilization (0.3) is more"),
         (["rollout.workers=3", "rollout.max_workers=2"], "rollout.max_workers (2) is less than rollout.workers (3)"),
         (["sync.delta=true", "sync.backend=file"], "not `file`"),
+        (["sync.expert_mismatch=true"], "records experts on GPUs only: set rollout.gpus_per_worker"),
+        (
+            ["sync.expert_mismatch=true", "rollout.gpus_per_worker=1", "learner.deterministic=true"],
+            "needs the prefix cache, which learner.deterministic turns off",
+        ),
         (["learner.ranks=2", "sync.timeout_s=1800"], "learner.collective_timeout_s (1800) must be longer than"),
         (["rollout.topk_from=learner", "loss.support=teacher"], "does not use"),
         (["eval.every=2", "data.valid=null"], "data.valid is not set"),

@@ -32,6 +32,11 @@ def test_families_of_the_core_pass_without_weights(name: str, tmp_path: Path) ->
         ("bloom", {}, "student.model bloom: its configuration names no longest sequence: set student.max_sequence"),
         ("gpt2", {"learner": {"lora": {"rank": 4}}}, "learner.lora: transformer.h.0.attn.c_attn is a Conv1D"),
         ("mamba2", {"learner": {"lora": {"rank": 4}}}, "incompatible with Mamba-based models"),
+        (
+            "llama",
+            {"sync": {"expert_mismatch": True}, "rollout": {"gpus_per_worker": 1}},
+            "LlamaForCausalLM has no experts: remove sync.expert_mismatch",
+        ),
         ("llama-dynamic-ntk", {"student": {"max_sequence_tokens": 1024}}, "set student.max_sequence_tokens to at most"),
         ("llama-dynamic-ntk", {"teacher": {"max_sequence_tokens": 1024}}, "set teacher.max_sequence_tokens to at most"),
     ],

@@ -55,6 +55,7 @@ def test_an_export_has_the_names_of_its_source_and_reloads_to_the_bit(
     files = exported_files(read_source_files(str(source)), "float32")
     view.export(folder, files, None, str(source), untrained, write=True, group_bytes=1)
     before, after = stored(source), stored(folder)
+    assert view.export_bytes(None, untrained) == sum(tensor.nbytes for tensor in after.values())
     assert {key: value.shape for key, value in after.items()} == {key: value.shape for key, value in before.items()}
     for key in untrained:
         assert torch.equal(after[key], before[key])
@@ -94,8 +95,10 @@ def test_weights_that_the_checkpoint_joins_are_refused() -> None:
 
 
 def test_adapters_leave_a_vision_tower_alone() -> None:
-    model = model_on_meta(family_config("gemma3-vl"))
-    add_adapters(model, LoraConfig(rank=4))
+    model, lora = model_on_meta(family_config("gemma3-vl")), LoraConfig(rank=4, publish="adapter")
+    add_adapters(model, lora)
     adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     assert adapted
     assert all("language_model" in name for name in adapted)
+    size = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert WeightView(model).export_bytes(lora, {}) == size

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from learner.trainer.micro_batch import student_sequence
 from tests.support.families import CORE, ORIGINAL, Families
-from tests.support.family_matrix import LONGEST, four_rows, gradients, load_learner
+from tests.support.family_matrix import LONGEST, assert_same_alone, four_rows, gradients, load_learner
 from tests.support.learner_oracle import expected_gradients, relative_difference
 
 
@@ -19,11 +21,21 @@ def test_gradients_and_log_probs(name: str, families: Families) -> None:
     scored = four_rows()
     expected = expected_gradients(config, scored, pad_to=LONGEST)
     assert relative_difference(gradients(inference, config, scored), expected) < 2e-5
-    sequences = [student_sequence(item) for item in scored]
-    together = inference.logprobs(sequences)
-    for sequence, among_others in zip(sequences, together, strict=True):
-        (alone,) = inference.logprobs([sequence])
-        np.testing.assert_allclose(among_others, alone, rtol=0, atol=1e-4)
+    assert_same_alone(inference, scored)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe"])  # packed, and padded
+def test_experts_are_those_of_each_sequence_alone(name: str, families: Families) -> None:
+    _, inference = load_learner(families / name)
+    sequences = [student_sequence(item) for item in four_rows()]
+    model = AutoModelForCausalLM.from_pretrained(families / name)
+    for sequence, found in zip(sequences, inference.experts(sequences), strict=True):
+        ids = [*sequence.prompt_ids.tolist(), *sequence.response_ids.tolist()]
+        logits = model(torch.tensor([ids]), output_router_logits=True).router_logits
+        assert list(found) == list(range(len(logits)))
+        for layer, scores in enumerate(logits):
+            expected = scores[len(sequence.prompt_ids) - 1 : -1].topk(2).indices
+            np.testing.assert_array_equal(np.sort(found[layer]), np.sort(expected))
 
 
 def test_longrope_takes_the_short_factors_if_no_sequence_is_long(families: Families) -> None:

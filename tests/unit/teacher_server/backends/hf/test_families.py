@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.config.model import TeacherConfig
 from common.models.logits import LogitTransform
 from common.protocol.schema import ItemScore, as_ids
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.hf import backend as backend_module
 from teacher_server.backends.hf import forward_path
 from teacher_server.backends.hf.backend import TransformersBackend
+from teacher_server.scoring.service import TeacherService, TokenizerIdentity
 from tests.support.families import CORE, ORIGINAL, Families
 from tests.support.teacher_oracle import Oracle, assert_score, random_item
 
@@ -140,3 +142,14 @@ def test_a_model_without_a_longest_sequence_needs_the_key(families: Families) ->
 def test_dynamic_positions_are_refused_where_they_change(families: Families) -> None:
     with pytest.raises(BackendError, match="set max_sequence_tokens to at most that, not 1024"):
         load(families / "llama-dynamic-ntk", limit=1024)
+
+
+@pytest.mark.parametrize(("name", "path"), [("gemma2", "cache"), ("mamba2", "full")])
+def test_info_and_log_say_which_path_serves_and_what_it_costs(
+    name: str, path: str, families: Families, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = load(families / name)
+    info = TeacherService(backend, TeacherConfig(), TokenizerIdentity("0" * 64, "0" * 64)).info()
+    assert info.path == path
+    assert len(info.path_cost) > 20
+    assert any(info.path_cost in record.getMessage() for record in caplog.records)
