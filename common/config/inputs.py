@@ -137,6 +137,11 @@ class TeacherConfig(Section):
     """Server: PEM certificate chain. Together with `tls_key` it turns on HTTPS."""
     tls_key: Path | None = None
     """Server: PEM private key of `tls_certificate`."""
+    log_requests: bool = False
+    """Server: log one line for each score request, with tenant, run, request id, status, size and seconds."""
+    trace_endpoint: str | None = None
+    """Server: OpenTelemetry collector that takes spans as OTLP over HTTP, for example
+    ``http://collector:4318/v1/traces``."""
     client_key_file: Path | None = None
     """Run with a `url`: file that holds the run's key and nothing else."""
     ca_file: Path | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -24,8 +26,11 @@ from teacher_server.http.headers import DEADLINE_HEADER, ROUTE_HEADER
 from teacher_server.http.http_limits import MAX_CONNECTIONS
 from teacher_server.http.openapi import KEY, REFUSALS, Stored, binary_body, binary_reply, refusals, text_reply
 from teacher_server.http.replies import Conflict, Replies
+from teacher_server.http.request_record import RequestRecord
 from teacher_server.scoring.checks import RequestRefused
 from teacher_server.scoring.service import TeacherService
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -101,42 +106,53 @@ class TeacherApi:
 
     async def score(self, request: Request) -> Response:
         """Decode a request, compute its reply once per request id, cancel the computation if the client leaves."""
-        tenant = self.tenant(request)
-        metrics = self.service.metrics
-        label = metrics.known(tenant, "")
-        async with AsyncExitStack() as stack:
+        tenant, metrics = self.tenant(request), self.service.metrics
+        record, began = RequestRecord(tenant, metrics.known(tenant, "")), time.monotonic()
+        with self.service.tracing.request(request.headers) as span:
             try:
-                stack.enter_context(self._in_progress(tenant))
-                limits = {"max_bytes": self.max_body_bytes, "max_items": self.max_items}
-                async with read_body(request, self.body_budget, tenant, **limits) as body:
-                    size = len(body)
-                    try:
-                        decoded = await self._convert(tenant, size, decode_request, body)
-                        label = metrics.known(tenant, decoded.run)
-                        reply_size = await self._convert(tenant, size, self.service.check, decoded)
-                        label = metrics.run(tenant, decoded.run)
-                    finally:
-                        metrics.bytes_in.labels(label).inc(size)
-                    digest = await self._convert(tenant, size, xxhash.xxh3_128_digest, body)
-                    deadline_s = _deadline_s(request)
-                    del body  # the decoded arrays are copies
-                    await stack.enter_async_context(self.reply_budget.hold(tenant, reply_size))
-                    once = self.replies.once(
-                        (tenant, decoded.run, decoded.request_id),
-                        digest,
-                        lambda: self._compute(tenant, decoded),
-                        metrics.repeated.labels(label).inc,
-                    )
-                    reply = await _while_connected(request, _within(deadline_s, once))
+                return await self._score(request, record)
             except (Conflict, CodecError, RequestRefused) as error:
                 refusal = _as_refusal(error)
-                metrics.rejected.labels(label, refusal.code).inc()
-                metrics.requests.labels(label, str(refusal.status)).inc()
+                record.refuse(refusal)
+                metrics.rejected.labels(record.label, refusal.code).inc()
                 raise refusal from error
-            metrics.bytes_out.labels(label).inc(len(reply))
-            metrics.requests.labels(label, "200").inc()
-            held = stack.pop_all()
-        return HeldReply(reply, held)
+            finally:
+                metrics.requests.labels(record.label, str(record.status)).inc()
+                span.set_attributes(record.attributes())
+                log.info("score %s seconds=%.3f", record, time.monotonic() - began)
+
+    async def _score(self, request: Request, record: RequestRecord) -> Response:
+        tenant, metrics, part = record.tenant, self.service.metrics, self.service.tracing.part
+        limits = {"max_bytes": self.max_body_bytes, "max_items": self.max_items}
+        async with AsyncExitStack() as stack, AsyncExitStack() as until_computed:
+            stack.enter_context(self._in_progress(tenant))
+            with part("read"):
+                incoming = read_body(request, self.body_budget, tenant, **limits)
+                body = await until_computed.enter_async_context(incoming)
+            size = len(body)
+            with part("decode"):
+                try:
+                    decoded = await self._convert(tenant, size, decode_request, body)
+                    record.label = metrics.known(tenant, decoded.run)
+                    record.describe(decoded)
+                    reply_size = await self._convert(tenant, size, self.service.check, decoded)
+                    record.label = metrics.run(tenant, decoded.run)
+                finally:
+                    metrics.bytes_in.labels(record.label).inc(size)
+                digest = await self._convert(tenant, size, xxhash.xxh3_128_digest, body)
+            deadline_s = _deadline_s(request)
+            del body  # the decoded arrays are copies
+            await stack.enter_async_context(self.reply_budget.hold(tenant, reply_size))
+            once = self.replies.once(
+                (tenant, decoded.run, decoded.request_id),
+                digest,
+                lambda: self._compute(tenant, decoded),
+                metrics.repeated.labels(record.label).inc,
+            )
+            reply = await _while_connected(request, _within(deadline_s, once))
+            metrics.bytes_out.labels(record.label).inc(len(reply))
+            record.status = 200
+            return HeldReply(reply, stack.pop_all())
 
     async def _compute(self, tenant: str, request: ScoreRequest) -> tuple[bytes, bool]:
         response = await self.service.score(tenant, request)
@@ -149,7 +165,8 @@ class TeacherApi:
             isinstance(result, ItemError) and result.code in ("internal", "unknown_context")
             for result in response.results
         )
-        return await self._convert(tenant, size, encode_response, response), not temporary
+        with self.service.tracing.part("encode"):
+            return await self._convert(tenant, size, encode_response, response), not temporary
 
     async def _convert(self, tenant: str, size: int, convert: Callable[[V], T], value: V) -> T:
         """Convert a value of `size` bytes, in the tenant's turn and in a thread if it is large."""

@@ -128,6 +128,9 @@ def serve(config: TeacherConfig, *, announce: Callable[[str], None] = print) -> 
     Raises TeacherError, also if requests are unfinished after `DRAIN_S`.
     """
     auth = authenticator(config.listen_host, config.server_keys_file, allow_anonymous=config.allow_anonymous)
+    if config.log_requests:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        logging.getLogger("teacher_server").setLevel(logging.INFO)
     service = build_service(config)
     listener = _listen(config)
     server = _server(service, config, auth)

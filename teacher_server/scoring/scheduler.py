@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from opentelemetry.trace import Span, get_current_span
+
+from common.protocol.fields import shown
 from common.protocol.schema import ItemError, ItemScore
 from teacher_server.backends.base import Backend, BackendLost, Work
 from teacher_server.scoring.batch_size import BatchSizer
@@ -69,6 +72,8 @@ class Submission:
     done: asyncio.Future[None]
     """Set with the last result, or with the fault that ends the batch loop; cancelled with its caller."""
     queued_at: float = field(default_factory=time.monotonic)
+    span: Span = field(default_factory=get_current_span)
+    """Span of the request that the items belong to."""
     missing: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -319,7 +324,8 @@ class Scheduler:
                 self._deaths[jobs[0].submission.tenant].append(time.monotonic())
                 return _failed(jobs, "the model's process died of this item")
         except Exception as error:
-            log.exception("a batch of %d items failed", len(jobs))
+            runs = sorted({f"{job.submission.tenant}/{shown(job.submission.run)}" for job in jobs})
+            log.exception("a batch of %d items failed (%s)", len(jobs), ", ".join(runs[:10]))
             if len(jobs) == 1:
                 return _failed(jobs, f"the backend failed: {type(error).__name__}")
         began = time.monotonic()

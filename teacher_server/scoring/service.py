@@ -26,6 +26,7 @@ from teacher_server.scoring.checks import RequestRefused, check_item, check_requ
 from teacher_server.scoring.contexts import ContextRef, ContextRefused, ContextStore
 from teacher_server.scoring.metrics import Metrics
 from teacher_server.scoring.scheduler import RUN_SHARE, BatchReport, QueueFull, Scheduler, SchedulerStopped
+from teacher_server.scoring.tracing import Tracing
 from teacher_server.scoring.turns import Turns
 
 INLINE_ITEMS = 16
@@ -75,6 +76,7 @@ class TeacherService:
             identity.tokenizer, max_tokens=self._max_sequence, max_bytes=CONTEXT_IDS_BYTES, embeds=backend.embeds
         )
         self.metrics = Metrics()
+        self.tracing = Tracing(config.trace_endpoint)
         self.turns = Turns()
 
     def start(self) -> None:
@@ -99,6 +101,7 @@ class TeacherService:
             await self._scheduler.stop()
         if self._on_stop is not None:
             await asyncio.to_thread(self._on_stop)
+        await asyncio.to_thread(self.tracing.close)
 
     def drain(self) -> None:
         """Refuse new requests from now on. Thread-safe."""
@@ -284,6 +287,7 @@ class TeacherService:
         return faults, works
 
     def _observe(self, report: BatchReport) -> None:
+        self.tracing.record_batch(report)
         metrics = self.metrics
         requested: dict[str, int] = {}
         metrics.batch_items.observe(len(report.jobs))

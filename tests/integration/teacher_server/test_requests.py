@@ -170,16 +170,18 @@ async def test_a_new_connection_replaces_the_one_that_is_idle_for_longest(
     monkeypatch.setattr("teacher_server.http.http_limits.MAX_CONNECTIONS", 8)
     host, port = teacher.url.removeprefix("http://").split(":")
     async with teacher.http("red") as red, teacher.http("blue") as blue:
+        batches = len(teacher.gate.batches)
         with teacher.gate.held():
             running_now = asyncio.create_task(post(red, request_of(items(1, 1))))
-            await asyncio.to_thread(teacher.gate.entered.acquire)
+            await until(lambda: len(teacher.gate.batches) > batches)
             held = [await asyncio.open_connection(host, int(port)) for _ in range(20)]
+            ends = [asyncio.create_task(reader.read()) for reader, _ in held]
             assert (await blue.get("/healthz")).status_code == 200
-            closed = [await asyncio.wait_for(reader.read(), 5) for reader, _ in held[:12]]
-            assert closed == [b""] * 12
+            await until(lambda: sum(end.done() for end in ends) >= 12)
         assert (await running_now).status_code == 200
     for _, writer in held:
         writer.close()
+    await asyncio.gather(*ends)
 
 
 async def test_requests_of_one_tenant_are_bounded(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
