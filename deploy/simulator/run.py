@@ -115,7 +115,8 @@ def _by_part(lines: Sequence[dict[str, Any]]) -> dict[int, list[int]]:
 
 
 def _answers(spans: Sequence[Event], tracks: dict[int, str]) -> list[Answer]:
-    scored = {event["args"]["sample"]: _span(event)[1] for event in spans if event["name"] == "score"}
+    scores = [event for event in spans if event["name"] == "score" and "sample" in event.get("args", {})]
+    scored = {event["args"]["sample"]: _span(event)[1] for event in scores}
     return [
         Answer(
             step=int(event["args"]["sample"].split("/")[0]),

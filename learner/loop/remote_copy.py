@@ -9,6 +9,9 @@ from common.config.model import ConfigError
 from common.error_text import one_line
 from learner.loop.checkpoints import MANIFEST
 
+BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
+"""Stores without folders, where making one would make a bucket: that of a misspelt name."""
+
 
 class RemoteCopy:
     """The folder ``URL/NAME``, which gets copies of folders of the run NAME. Blocking: call it in a thread."""
@@ -20,8 +23,10 @@ class RemoteCopy:
         try:
             self._fs: Any
             self._fs, self._root = fsspec.core.url_to_fs(f"{url.rstrip('/')}/{name}")
+            protocols = self._fs.protocol
+            self._has_folders = not BUCKETS.intersection([protocols] if isinstance(protocols, str) else protocols)
             probe = f"{self._root}/.writable"
-            self._fs.makedirs(self._root, exist_ok=True)
+            self._make_folder(self._root)
             self._fs.pipe_file(probe, b"opcd")
             self._fs.rm_file(probe)
         except Exception as error:  # of any store's client; each has its own errors
@@ -37,7 +42,7 @@ class RemoteCopy:
             self._remove(name)
             for path in files:
                 target = f"{self._root}/{name}/{path.relative_to(folder).as_posix()}"
-                self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self._make_folder(target.rpartition("/")[0])
                 self._fs.put_file(str(path), target)
         except Exception as error:  # of any store's client
             raise OSError(f"{folder} was not copied to {self._root}/{name}: {one_line(error)}") from error
@@ -51,6 +56,10 @@ class RemoteCopy:
                     self._remove(f"{parent}/{name}")
         except Exception as error:  # of any store's client
             raise OSError(f"old copies in {self._root}/{parent} were not removed: {one_line(error)}") from error
+
+    def _make_folder(self, folder: str) -> None:
+        if self._has_folders:
+            self._fs.makedirs(folder, exist_ok=True)
 
     def _remove(self, name: str) -> None:
         target = f"{self._root}/{name}"

@@ -6,7 +6,7 @@ import logging
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from common.protocol.schema import Sample
@@ -89,7 +89,7 @@ def scored_rollout(
             TraceSpan("context", f"worker {summary.worker}", summary.context.started, summary.context.ended, args)
         )
     if prepared is not None:
-        spans.append(prepared.span)
+        spans.append(replace(prepared.span, args=args))
     if score is not None:
         spans.append(TraceSpan("score", "teacher", score.started, score.ended, args))
     agreement = None if prepared is None else prepared.agreement

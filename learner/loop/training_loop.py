@@ -80,7 +80,7 @@ class TrainingLoop:
     async def begin(self, version: int, position: Mapping[str, Any] | None = None) -> None:
         """Start at `version`: 0, or the one that the learner has loaded, at the `position` saved with it."""
         if version:
-            await self._publisher.publish(version)
+            await self._publisher.publish(version, again=True)
         first = position or {"next": version * self._source.per_step, "again": []}
         self._pipeline = RolloutPipeline(
             self._config, self._services, self._source, version, first["next"], first["again"], self._teacher_answers
@@ -192,7 +192,7 @@ class TrainingLoop:
         """
         while True:
             await self._services.pool.only_replacements()
-            await self._publisher.publish(version)
+            await self._publisher.publish(version, again=True)
 
     def _check_failures(self, failures: Mapping[str, str]) -> None:
         issued, share = self._source.per_step, self._config.teacher.max_failed_fraction

@@ -62,9 +62,10 @@ class WeightPublisher:
         """The rows of the probe, and each as a sequence of the student; empty before `begin`."""
         return list(zip(self._probe_prompts, self._probe, strict=True))
 
-    async def publish(self, version: int) -> ParityReport:
+    async def publish(self, version: int, *, again: bool = False) -> ParityReport:
         """Send the learner's weights to every engine as `version` and check parity; returns the worst report.
 
+        `again` marks in the trace that a step has published the version before, so that it ends no step.
         If workers die meanwhile, it tries again with the others and with those that became ready. Raises ParityError,
         and SyncError if no worker died: then another try would change nothing.
         """
@@ -72,20 +73,20 @@ class WeightPublisher:
             for _ in range(MAX_ATTEMPTS - 1):
                 failures = self._services.pool.failures
                 try:
-                    return await self._publish(version)
+                    return await self._publish(version, again)
                 except (SyncError, ray.exceptions.RayError) as error:
                     await self._services.pool.check_health()
                     if self._services.pool.failures == failures:
                         raise
                     self._status(f"weight sync of version {version} again: {error}")
-            return await self._publish(version)
+            return await self._publish(version, again)
 
     def take_spans(self) -> list[TraceSpan]:
         """Spans of the syncs since the last call, for the trace."""
         spans, self._spans = self._spans, []
         return spans
 
-    async def _publish(self, version: int) -> ParityReport:
+    async def _publish(self, version: int, again: bool) -> ParityReport:
         services = self._services
         if not services.pool.members:
             await services.pool.next_ready()
@@ -108,7 +109,9 @@ class WeightPublisher:
             found = [expert_mismatch(by_engine, by_learner) for by_engine in chosen]
             self.expert_mismatch = {name: max(one[name] for one in found) for name in found[0]}
         for stage, start, end in (("sync", started, published), ("parity", published, time.time())):
-            self._spans.append(TraceSpan(stage, "controller", start, end, {"version": version}))
+            self._spans.append(
+                TraceSpan(stage, "controller", start, end, {"version_again" if again else "version": version})
+            )
         for worker in set(services.pool.ready) & set(services.group):
             services.pool.admit(worker)
         return _worst(reports)

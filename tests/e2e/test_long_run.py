@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from common.telemetry.trace import read_trace
+from deploy.cli.main import app
 from tests.support import prometheus_server
 from tests.support.dashboard import queries
 from tests.support.processes import assert_nothing_left, descendants, free_port
@@ -30,6 +33,8 @@ class InterruptedRun:
     printed: str
     children: set[int]
     """Its processes before Ctrl-C."""
+    seconds: float
+    """From the start of its process to its end."""
 
     @property
     def run(self) -> Path:
@@ -58,11 +63,12 @@ def interrupted_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) 
         rollout={"topk_from": "learner"},
         loss={"form": "exact", "top_k": 512},
     )
+    began = time.monotonic()
     with started_run(config) as process:
         wait_for_step(folder / "runs/tiny", process, 4)
         children = descendants(process.pid)
         process.send_signal(signal.SIGINT)
-        return InterruptedRun(folder, finish(process, status=130), children)
+        return InterruptedRun(folder, finish(process, status=130), children, time.monotonic() - began)
 
 
 def test_ctrl_c_keeps_the_weights_and_leaves_no_process(interrupted_run: InterruptedRun) -> None:
@@ -99,6 +105,8 @@ class ResumedRun:
     metrics_port: int
     teacher_url: str
     teacher_pid: int
+    began: float
+    """``time.monotonic()`` at the start of its process."""
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +122,9 @@ def resumed_run(
     (folder / "train.jsonl").write_text("\n".join(changed))
     url, pid = teacher_process(config)
     settings = (f"run.metrics_port={port}", f"teacher.url={url}", "teacher.request_timeout_s=5")
+    began = time.monotonic()
     with started_run(config, *settings, "--resume", "--accept-changes") as process:
-        yield ResumedRun(process, run, newest + 1, port, url, pid)
+        yield ResumedRun(process, run, newest + 1, port, url, pid, began)
 
 
 NEEDS_MORE = ("rejected", "accuracy")
@@ -136,7 +145,9 @@ def test_the_dashboards_queries_find_a_run_in_a_real_prometheus(resumed_run: Res
     assert {series["metric"]["run"] for series in ours['opcd_run_step{run=~"$run"}']} == {"tiny"}
 
 
-def test_an_interrupted_run_resumes_and_a_lost_teacher_ends_it_in_one_clear_line(resumed_run: ResumedRun) -> None:
+def test_an_interrupted_run_resumes_and_a_lost_teacher_ends_it_in_one_clear_line(
+    interrupted_run: InterruptedRun, resumed_run: ResumedRun
+) -> None:
     """The last test of `resumed_run`."""
     process, run = resumed_run.process, resumed_run.run
     wait_for_step(run, process, resumed_run.first_step + 1)
@@ -157,13 +168,33 @@ def test_an_interrupted_run_resumes_and_a_lost_teacher_ends_it_in_one_clear_line
     assert len(lines) > resumed_run.first_step
     assert lines[-1]["kl/lower_bound"] < lines[0]["kl/lower_bound"]
     assert max(line["parity/max_nats"] for line in lines) <= 2e-4
-    # The files are of the whole run, each step once.
-    earlier = resumed_run.first_step - 1
+    check_whole_run(run, lines, resumed_run.first_step - 1)
+    total = json.loads((run / "summary.json").read_text())["time_s"]["total"]
+    assert total < interrupted_run.seconds + time.monotonic() - resumed_run.began
+
+
+def check_whole_run(run: Path, lines: list[dict[str, float]], earlier: int) -> None:
+    """Seconds, shares, trace and simulation are of the whole run, `earlier` steps before the interruption, each step
+    once.
+    """
     assert [line["run/part"] for line in lines] == [1] * earlier + [2] * (len(lines) - earlier)
-    seconds = json.loads((run / "summary.json").read_text())["time_s"]
-    assert seconds["total"] > sum(line["time/total_s"] for line in lines)
-    assert seconds["start"] < seconds["total"]
-    rollouts = [event for event in read_trace(run / "trace.json") if event["name"] == "rollout"]
-    samples = Counter(event["args"]["sample"] for event in rollouts)
+    summary = json.loads((run / "summary.json").read_text())
+    seconds = summary["time_s"]
+    assert seconds["total"] > seconds["start"] + sum(line["time/total_s"] for line in lines)
+    for stage in ("rollout", "score", "accumulate", "step", "sync", "parity"):
+        assert seconds[stage] == pytest.approx(sum(line.get(f"time/{stage}_s", 0.0) for line in lines), abs=2e-3)
+    idle = sum(line["time/trainer_idle_ratio"] * line["time/total_s"] for line in lines)
+    assert summary["trainer_idle_ratio"] == pytest.approx(idle / sum(line["time/total_s"] for line in lines), abs=1e-4)
+    events = read_trace(run / "trace.json")
+    samples = Counter(event["args"]["sample"] for event in events if event["name"] == "rollout")
     assert set(samples.values()) == {1}
     assert {int(sample.split("/")[0]) for sample in samples} == set(range(len(lines)))
+    for stage in ("step", "sync", "parity"):  # the resume sends its version again, which ends no step
+        versions = Counter(event["args"].get("version") for event in events if event["name"] == stage)
+        assert versions.pop(None, 0) == (stage != "step")
+        assert versions == dict.fromkeys(range(1, len(lines) + 1), 1)
+    table = CliRunner().invoke(app, ["simulate", "--from", str(run), f"simulation.steps={len(lines)}"])
+    assert table.exit_code == 0, table.output
+    simulated = next(float(line.split()[1]) for line in table.stdout.splitlines() if line.split()[:1] == ["step"])
+    warm = [line["time/total_s"] for line in lines if line["weight_version"] not in (1, earlier + 1)]
+    assert min(warm) / 3 < simulated < 3 * max(warm)

@@ -17,6 +17,7 @@ from tests.support.namespaces import missing_rights, two_namespaces
 from tests.support.ray_nodes import ONE_WORKER_A_NODE, ray_cluster
 from tests.support.runs import finish, metric_lines, started_run, write_run
 from tests.support.tiny import make_tiny_model
+from tests.support.tokenizers import build_tokenizer
 
 
 @contextmanager
@@ -35,7 +36,11 @@ def two_nodes() -> Iterator[tuple[dict[str, str], list[str]]]:
 
 
 def write_variants(folder: Path, model: Path) -> Path:
+    """The larger teacher is an instruct model of the student's family: another token ends its texts, and it knows one
+    token more.
+    """
     big = make_tiny_model(folder / "big", hidden=128, seed=3)
+    build_tokenizer(eos="<|im_start|>", named=("<|im_end|>", "<|im_start|>"), plain=("<tool>",)).save_pretrained(big)
     config = write_run(
         folder,
         model,

@@ -132,7 +132,7 @@ class StubPublisher:
         self.order = [] if order is None else order
         self.expert_mismatch: dict[str, float] = {}
 
-    async def publish(self, version: int) -> ParityReport:
+    async def publish(self, version: int, *, again: bool = False) -> ParityReport:
         self.order.append("publish")
         return ParityReport(0.0, 0.0, 0.0, 0.0, 0.0)
 

@@ -1,4 +1,4 @@
-"""Copies of checkpoints and exports in stores: fsspec's memory, a folder, and S3 where moto is installed."""
+"""Copies of checkpoints and exports in stores: fsspec's memory, a folder, and moto's S3 server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import cast
 
 import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 
 from common.config.model import CheckpointConfig, ConfigError
 from common.telemetry.run_files import Progress
@@ -40,25 +41,30 @@ class Disk:
         write(Path(folder) / "state", str(self.version))
 
 
-@pytest.fixture(params=["memory", "file", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty folder of a store."""
-    if request.param == "memory":
-        yield f"memory://{uuid.uuid4().hex}/runs"
-        return
-    if request.param == "file":
-        yield f"file://{tmp_path}/store"
-        return
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """An S3 server, which the environment names, as a user names a store that is not Amazon's."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-    yield "s3://bucket/runs"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        yield f"http://{host}:{port}"
     server.stop()
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder of a store."""
+    name = uuid.uuid4().hex
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        fsspec.filesystem("s3").mkdir(name)
+    return {"memory": f"memory://{name}/runs", "file": f"file://{tmp_path}/store", "s3": f"s3://{name}/runs"}[
+        request.param
+    ]
 
 
 def stored(url: str) -> dict[str, bytes]:
@@ -140,7 +146,7 @@ async def test_a_store_that_fails_costs_a_warning(
     assert (tmp_path / "runs/r/exports/step-000002/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("address", ["nonsense://bucket", "file:///proc/none"])
-def test_a_store_that_takes_no_file_is_refused_before_the_run(address: str) -> None:
+@pytest.mark.parametrize("address", ["nonsense://bucket", "file:///proc/none", "s3://none/runs"])
+def test_a_store_that_takes_no_file_is_refused_before_the_run(address: str, s3: str) -> None:
     with pytest.raises(ConfigError, match=rf"^checkpoint\.copy_to: {address} takes no files: [^\n]*$"):
         RemoteCopy(address, "r")

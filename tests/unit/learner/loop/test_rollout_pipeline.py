@@ -52,6 +52,13 @@ async def test_the_timeline_says_how_long_an_answer_was() -> None:
     assert rollout.args == {"sample": answered.sample.sample_id, "prompt_tokens": 2, "response_tokens": 3}
 
 
+async def test_a_pass_of_the_learner_over_several_answers_is_in_the_timeline_of_each() -> None:
+    """With `teacher.kind: base` this pass is the score."""
+    for answered in await take(stream_of(config_of(topk_from="learner"), StubServices())):
+        assert {span.stage for span in answered.spans} == {"queue", "rollout", "topk", "score"}
+        assert {span.args["sample"] for span in answered.spans} == {answered.sample.sample_id}
+
+
 async def test_rollouts_run_ahead_by_the_staleness_that_is_allowed_and_slow_ones_are_trained_later() -> None:
     config = config_of(max_staleness=1)
     source = SampleSource(config, ROWS)

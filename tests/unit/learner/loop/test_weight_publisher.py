@@ -87,3 +87,9 @@ async def test_a_replacement_that_gets_ready_while_others_are_measured_waits_for
     await publisher.publish(1)
     assert services.group == [member, first]
     assert pool.ready == [late]
+    assert [(span.stage, span.args) for span in publisher.take_spans()] == [
+        ("sync", {"version": 1}),
+        ("parity", {"version": 1}),
+    ]
+    await publisher.publish(1, again=True)  # as a resumed run does: it ends no step
+    assert {str(span.args) for span in publisher.take_spans()} == {"{'version_again': 1}"}
