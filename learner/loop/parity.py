@@ -151,8 +151,11 @@ def _aligned(version: int, engine: LogProbs, learner: LogProbs) -> tuple[Values,
     if lengths[0] != lengths[1] or not sum(lengths[0]):
         raise ParityError(f"version {version}: engine scored {lengths[0]} tokens, the learner {lengths[1]}")
     pair = np.concatenate(engine).astype(np.float64), np.concatenate(learner).astype(np.float64)
-    if not (np.isfinite(pair[0]).all() and np.isfinite(pair[1]).all()):
-        raise ParityError(f"version {version}: a log-prob of the probe is NaN or infinite")
+    for side, values in zip(("engine", "learner"), pair, strict=True):
+        if not np.isfinite(values).all():
+            when = f"weight version {version}" if version else "before the first step"
+            remedy = "" if version else ": train another model"
+            raise ParityError(f"{when} the {side} computes NaN or infinity for a token of the probe{remedy}")
     return pair
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from common.config.model import Config, ConfigError
 from common.data.rows import DataError
 from learner.data.inputs import Inputs, read_sources, render_inputs
+from learner.preflight.engines import check_engines
 from learner.preflight.families import check_families
 from learner.preflight.machine import check_devices, check_files, check_folders, check_packages, check_ports, check_ray
 from learner.preflight.models import check_hub, check_models, check_student_limits, is_on_this_machine
@@ -32,6 +33,7 @@ CONFIG_CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     check_student_limits,
     check_ray,
     check_families,
+    check_engines,
     check_packages,
     check_devices,
     check_folders,

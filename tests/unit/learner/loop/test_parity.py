@@ -108,10 +108,12 @@ def test_what_is_not_a_number_fails(bad: float) -> None:
     gate, level = begun()
     broken = level.copy()
     broken[0] = bad
-    with pytest.raises(ParityError):
+    with pytest.raises(ParityError, match="weight version 1 the engine computes NaN"):
         gate.check(1, split(broken), split(level))
-    with pytest.raises(ParityError):
+    with pytest.raises(ParityError, match="weight version 1 the learner computes NaN"):
         gate.check(1, split(level), split(broken))
+    with pytest.raises(ParityError, match=r"before the first step the engine computes NaN .*: train another model"):
+        ParityGate(BOUNDS).begin(split(broken), split(level))
 
 
 def test_missing_tokens_fail() -> None:
