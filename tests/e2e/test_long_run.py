@@ -189,9 +189,9 @@ def check_whole_run(run: Path, lines: list[dict[str, float]], earlier: int) -> N
     samples = Counter(event["args"]["sample"] for event in events if event["name"] == "rollout")
     assert set(samples.values()) == {1}
     assert {int(sample.split("/")[0]) for sample in samples} == set(range(len(lines)))
-    for stage in ("step", "sync", "parity"):  # the resume sends its version again, which ends no step
+    for stage in ("step", "sync", "parity"):  # a resume, or a replaced worker, gets a version again; that ends no step
         versions = Counter(event["args"].get("version") for event in events if event["name"] == stage)
-        assert versions.pop(None, 0) == (stage != "step")
+        assert (versions.pop(None, 0) > 0) == (stage != "step")
         assert versions == dict.fromkeys(range(1, len(lines) + 1), 1)
     table = CliRunner().invoke(app, ["simulate", "--from", str(run), f"simulation.steps={len(lines)}"])
     assert table.exit_code == 0, table.output
