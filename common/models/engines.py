@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-OTHERWISE = ("ministral3", "cohere2", "gemma3n_text", "nemotron_h", "bloom", "apertus", "lfm2")
+OTHERWISE = ("ministral3", "cohere2", "gemma3n_text", "nemotron_h", "bloom", "apertus", "lfm2", "gpt_neox")
 """Families whose log-probs differ from transformers' before the first step."""
 CPU_BFLOAT16 = ("qwen3_next", "deepseek_v2", "deepseek_v3")
 """Families whose CPU kernels compute in bfloat16 only, and there otherwise than transformers on tiny random models."""

@@ -14,8 +14,10 @@ from tests.support.families import Families
 from tests.support.family_engine import FamilyEngines
 from tests.support.runs import finish, metric_lines, started_run, write_run
 
-FAMILIES = ("qwen3_moe", "gemma3-text", "gpt_oss", "deepseek_v3")
-"""Qwen3.5 and vision-language checkpoints are not among them: vLLM's CPU build cannot import their code."""
+FAMILIES = ("qwen3_moe", "gemma3-text", "gpt_oss")
+"""Not among them: Qwen3.5 and vision-language checkpoints, whose code vLLM's CPU build cannot import, and DeepSeek-V3,
+which it computes in bfloat16 only, and there otherwise than transformers (docs/models.md).
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,11 @@ def engines() -> Iterator[FamilyEngines]:
 def test_a_run_and_its_export(
     name: str, families: Families, tmp_path: Path, shared_cluster: dict[str, str], engines: FamilyEngines
 ) -> None:
-    source, dtype = families / name, "bfloat16" if name == "deepseek_v3" else "float32"  # the CPU's kernels for MLA
+    source = families / name
     config = write_run(
         tmp_path,
         source,
-        student={"max_sequence_tokens": 160, "dtype": dtype},
+        student={"max_sequence_tokens": 160},
         teacher={"max_sequence_tokens": 160},
         learner={"steps": 2},
         eval={"every": 0},
@@ -43,7 +45,7 @@ def test_a_run_and_its_export(
         finish(process)
     lines = metric_lines(tmp_path / "runs/tiny")
     assert [line["weight_version"] for line in lines] == [1, 2]  # the sync of each was compared with the learner
-    assert all(line["parity/rms_nats"] < RMS_NATS[dtype] for line in lines)
+    assert all(line["parity/rms_nats"] < RMS_NATS["float32"] for line in lines)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "runs/tiny/checkpoint"))
     assert after.keys() == before.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
