@@ -10,6 +10,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,8 @@ from common.protocol.schema import TokenSequence, as_ids
 
 SIZES = ((4, 9), (70, 50), (30, 40))
 """Tokens of prompt and response of the probe: below and above every window and every original length."""
+MAX_CHARACTERS = 100
+"""Length of a cell; a longer reason is cut."""
 MOVE = 0.02
 """Standard deviation of the change of every trained weight, whose own is 0.12."""
 
@@ -34,7 +37,7 @@ class FamilyEngines:
         cell = self._run(folder, "float32")
         if "bfloat16" in cell or "BF16" in cell:  # kernels that exist for it only
             return self._run(folder, "bfloat16") + " in bfloat16"
-        return cell
+        return shorten(cell, MAX_CHARACTERS, placeholder=" …")
 
     def _run(self, folder: Path, dtype: Literal["float32", "bfloat16"]) -> str:
         if self._pool is None:
@@ -109,7 +112,7 @@ def _reason(error: BaseException) -> str:
         return "its code needs torchvision"  # vLLM logs the import error and drops it
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _start(folder: Path, config: Any) -> Any:
