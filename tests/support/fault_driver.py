@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import resource
 import signal
 import sys
@@ -21,14 +22,15 @@ from tests.support.processes import command_of, descendants
 from tests.support.ray_nodes import drain, raylet_of_a_remote_worker
 
 VICTIMS = {
-    "worker": "ray::RolloutWorker",
-    "engine": "VLLM::EngineCore",
-    "teacher": "ray::TeacherActor",
-    "rank": "ray::LearnerRank",
+    "worker": r"ray::RolloutWorker",
+    "engine": r"VLLM::EngineCore|.*\bmultiprocessing\.spawn\b",
+    "teacher": r"ray::TeacherActor",
+    "rank": r"ray::LearnerRank",
     "driver": "",
     "node": "",
 }
-"""Start of each victim's command line. The driver is this process; a node dies with its raylet."""
+"""Start of each victim's command line. The engine has that of a spawned process until vLLM sets it. The
+driver is this process; a node dies with its raylet."""
 
 PHASES = {
     "rollout": ("rollout", 0.02),
@@ -109,7 +111,7 @@ def victims(name: str) -> list[int]:
     if name == "node":
         return [raylet_of_a_remote_worker()]
     command = VICTIMS[name.removeprefix("last ")]
-    return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(command)]
+    return [pid for pid in descendants(os.getpid()) if re.match(command, command_of(pid))]
 
 
 def kill_one(name: str) -> None:

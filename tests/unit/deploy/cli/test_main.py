@@ -221,9 +221,11 @@ def test_a_missing_argument_shows_the_usage() -> None:
     assert "Missing argument 'CONFIG'" in result.stderr
 
 
-def test_the_demo_passes_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_passes_a_dry_run(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model that is here in a clean checkout, too."""
     monkeypatch.chdir(ROOT)
-    result = opcd("train", "deploy/configs/demo.yaml", "run.name=never-run", "--dry-run")
+    model = f"student.model={tiny_model}"
+    result = opcd("train", "deploy/configs/demo.yaml", "run.name=never-run", model, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "200 train, 32 valid, 64 eval" in result.stdout
 

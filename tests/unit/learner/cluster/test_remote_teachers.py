@@ -29,7 +29,7 @@ async def test_a_teacher_that_is_down_is_one_line_within_seconds(monkeypatch: py
     assert time.monotonic() - started < 5
     assert len(str(error.value).splitlines()) == 1
     assert url in str(error.value)
-    assert "ConnectError" in str(error.value)
+    assert "(last: Connect" in str(error.value)
 
 
 async def test_a_run_that_starts_its_teacher_asks_none() -> None:
