@@ -154,7 +154,7 @@ async def test_endless_headers_are_cut_off(teacher: Running) -> None:
 
 
 async def test_requests_sent_ahead_end_the_connection(teacher: Running) -> None:
-    """Each would be an object of kilobytes that nobody counts."""
+    """The server would hold kilobytes for each, outside every budget."""
     one = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     few = await raw(teacher, one * 4 + one.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), hold_s=5)
     assert few.count(b"HTTP/1.1 200") == 5

@@ -52,7 +52,7 @@ def test_the_same_name_of_two_tenants_is_two_runs(sizer: BatchSizer) -> None:
 
 
 def test_batches_are_short_while_another_tenant_is_active(sizer: BatchSizer, clock: Clock) -> None:
-    """A tenant that fills the queue must not hold up another one's single request for a batch of its own size."""
+    """A newcomer waits for one batch of the other tenant, so that batch is short."""
     sizer.tokens_per_s = 2000.0
     sizer.record_request("t", "one")
     sizer.record_request("u", "one")
