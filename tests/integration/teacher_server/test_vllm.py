@@ -107,17 +107,23 @@ async def test_both_backends_agree(
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=AGREE_NATS)
 
 
-async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine reads the context from its cache for every item of the tenant, and for no other tenant."""
+@pytest.fixture
+def cached(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Tokens that the engine reads from its cache, for each request of each run of the engine from now on."""
     engine = teacher.gate.engine
-    run, cached = engine.run, []
+    run, counts = engine.run, []
 
     def watched(requests, temperature=1.0):
         outputs = run(requests, temperature)
-        cached.append([output.num_cached_tokens for output in outputs])
+        counts.append([output.num_cached_tokens for output in outputs])
         return outputs
 
     monkeypatch.setattr(engine, "run", watched)
+    return counts
+
+
+async def test_a_context_is_computed_once(teacher: Running, cached: list[list[int]]) -> None:
+    """The engine reads the context from its cache for every item of the tenant, and for no other tenant."""
     context = teacher.context(tokens(12, 300))
     batch = bare(items(31, 4, context=context.hash))
     for tenant in ("red", "blue"):
@@ -125,27 +131,19 @@ async def test_a_context_is_computed_once(teacher: Running, monkeypatch: pytest.
             await put(http, context)
             for result in (await scored(http, batch, mode="sampled")).results:
                 assert not isinstance(result, ItemError)
-    block = engine.block_tokens
+    block = teacher.gate.engine.block_tokens
     assert cached[0] == [0]
     assert sorted(count for counts in cached for count in counts) == [0] * 2 + [300 // block * block] * 8
 
 
-def test_a_prompt_of_several_responses_is_computed_once(teacher: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_of_several_responses_is_computed_once(teacher: Running, cached: list[list[int]]) -> None:
     """Without a context; the engine computes the first response with the prompt and the others after it."""
-    engine = teacher.gate.engine
-    run, cached = engine.run, []
-
-    def watched(requests, temperature=1.0):
-        outputs = run(requests, temperature)
-        cached.append([output.num_cached_tokens for output in outputs])
-        return outputs
-
-    monkeypatch.setattr(engine, "run", watched)
-    prompt = tokens(51, 2 * engine.block_tokens + 5)
+    block = teacher.gate.engine.block_tokens
+    prompt = tokens(51, 2 * block + 5)
     batch = [replace(item, prompt_ids=prompt) for item in bare(items(52, 4))]
     results = teacher.gate.score([Work(item, None, "sampled", 1.0, 0) for item in batch])
     assert not any(isinstance(result, ItemError) for result in results)
-    assert cached == [[0, *[2 * engine.block_tokens] * 3]]
+    assert cached == [[0, *[2 * block] * 3]]
 
 
 async def test_an_item_of_which_the_engine_dies_is_refused_and_other_tenants_are_served(
