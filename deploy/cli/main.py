@@ -18,6 +18,7 @@ from common.telemetry.run_folder import check_free, nothing_to_resume
 from deploy.cli import compare, experience, init, report, serve, submit, version
 from deploy.cli.errors import known_errors
 from deploy.cli.loading import load_run_config
+from deploy.tasks.gguf import Dtype
 
 app = typer.Typer(
     name="opcd",
@@ -45,6 +46,7 @@ class Task(StrEnum):
     EXPERIENCE_RULE = "experience-rule"
     FROZEN_LAKE = "frozen-lake"
     FEW_SHOT = "few-shot"
+    GGUF = "gguf"
 
 
 @app.command()
@@ -194,24 +196,33 @@ def simulate(
 @app.command()
 def prepare(
     task: Annotated[Task, typer.Argument(metavar="TASK", help="Name of the model or task.")],
+    file: Annotated[Path | None, typer.Argument(help="The file that `gguf` converts.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: models/TASK.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights that `gguf` writes.")] = "bfloat16",
 ) -> None:
     """Write the model and the rows of a small task into a folder, once. Downloads nothing.
 
     smollm2: a language model, from packaged weights. few-shot: rows of three tasks for it. hidden-rule: a larger and
     a smaller model of a toy task. experience-rule: a model that writes down what it learns. frozen-lake: a model that
-    plays the game by its context. The last three are trained here, in minutes.
+    plays the game by its context. The last three are trained here, in minutes. gguf: your own model, from a GGUF file.
     """
     from deploy.tasks.folders import PrepareError
 
-    folder = out or Path("models") / task.value
-    with known_errors(PrepareError):
-        written = _prepare(task, folder)
+    folder = out or Path("models") / (file.stem if file else task.value)
+    with known_errors(PrepareError, OSError):
+        if (file is None) == (task is Task.GGUF):
+            raise PrepareError("`opcd prepare gguf FILE` converts a file; no other task takes one")
+        written = _prepare(task, folder, file, dtype)
     typer.echo(f"{folder}: {'written' if written else 'exists already'}")
 
 
-def _prepare(task: Task, folder: Path) -> bool:
+def _prepare(task: Task, folder: Path, file: Path | None, dtype: Dtype) -> bool:
     match task:
+        case Task.GGUF:
+            from deploy.tasks.gguf import prepare_gguf
+
+            assert file is not None
+            return prepare_gguf(file, folder, dtype)
         case Task.SMOLLM2:
             from deploy.tasks.gguf import prepare_smollm2
 
