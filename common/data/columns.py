@@ -95,16 +95,16 @@ def _text_of_number(answer: float, labels: Sequence[str]) -> str:
 def nan_to_none(value: Any) -> Any:
     """Replace NaN by None, in nested values too: tables store a missing value as either."""
     if isinstance(value, dict):
-        return {name: nan_to_none(one) for name, one in value.items()}
+        return {name: one if type(one) is str else nan_to_none(one) for name, one in value.items()}
     if isinstance(value, list):
-        return [nan_to_none(one) for one in value]
+        return [one if type(one) is str else nan_to_none(one) for one in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def without_nulls(value: Any) -> Any:
     """Leave out None values of mappings, in nested values too: Arrow gives every struct every field."""
     if isinstance(value, dict):
-        return {name: without_nulls(one) for name, one in value.items() if one is not None}
+        return {name: one if type(one) is str else without_nulls(one) for name, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 

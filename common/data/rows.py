@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +25,7 @@ from common.data.columns import (
 )
 from common.data.sources import DataError, InvalidJson, is_file, read_records
 
-__all__ = ["DataError", "Message", "Row", "batch_rows", "digest", "read_rows", "rows_from"]
+__all__ = ["DataDigest", "DataError", "Message", "Row", "batch_rows", "iterate_rows", "read_rows", "rows_from"]
 
 REPORTED_FAULTS = 20
 FORMS = ("prompt", "messages", "environment")
@@ -184,7 +184,12 @@ def _check_roles(roles: Sequence[str]) -> None:
         raise ValueError("a system message can only be the first")
 
 
-def read_rows(
+def read_rows(source: Path, mapping: DataConfig | None = None, **options: Any) -> list[Row]:
+    """Return all rows of a source; `options` are those of `iterate_rows`."""
+    return list(iterate_rows(source, mapping, **options))
+
+
+def iterate_rows(
     source: Path,
     mapping: DataConfig | None = None,
     *,
@@ -193,18 +198,17 @@ def read_rows(
     keep_columns: bool = False,
     check: Callable[[Row], str | None] = lambda row: None,
     unused: dict[str, str] | None = None,
-) -> list[Row]:
-    """Read all rows of a source (`common.data.sources`), with columns mapped by `mapping`; blank lines are skipped.
+) -> Iterator[Row]:
+    """Yield the rows of a source (`common.data.sources`), with columns mapped by `mapping`; blank lines are skipped.
 
     With `own_contexts` the columns `CONTEXT_COLUMNS` belong to a row, else they are unused. `keep_columns` keeps all
     columns of the source for `Row.columns`. `check` returns a further
     fault of a row, or None. `unused` receives each column that no row uses, with the column that its name resembles
     and that the row lacks, else "".
 
-    Raises DataError with one ``location: reason`` line per bad row (the first 20), for a repeated id, for an unreadable
-    or empty source, and, with `need_answers`, for a row without an answer (games need none).
+    Raises DataError, after the last row, with one ``location: reason`` line per bad row (the first 20), for a repeated
+    id, for an unreadable or empty source, and, with `need_answers`, for a row without an answer (games need none).
     """
-    rows: list[Row] = []
     faults: list[str] = []
     seen: dict[str, str] = {}
     known_layouts: set[tuple[str, ...]] = set()
@@ -216,18 +220,17 @@ def read_rows(
             faults.append(f"{location}: {fault}")
         elif isinstance(row, Row):
             seen[row.id] = location
-            rows.append(row)
             if keep_columns:
                 row._source = record
             if unused is not None and mapping is not None and (layout := tuple(map(str, record))) not in known_layouts:
                 known_layouts.add(layout)
                 _note_unused(unused, unused_columns(layout, mapping, used), row)
+            yield row
     if faults:
         more = [f"... and {len(faults) - REPORTED_FAULTS} more"] if len(faults) > REPORTED_FAULTS else []
         raise DataError("\n".join(faults[:REPORTED_FAULTS] + more))
-    if not rows:
+    if not seen:
         raise DataError(f"{source} holds no rows")
-    return rows
 
 
 def _note_unused(unused: dict[str, str], names: Sequence[str], row: Row) -> None:
@@ -237,21 +240,34 @@ def _note_unused(unused: dict[str, str], names: Sequence[str], row: Row) -> None
         unused[name] = next((column for column in absent if close_column([name], column)), "")
 
 
-def digest(data: DataConfig, rows: Sequence[Row]) -> str:
-    """Hex sha256 of the training data: the file's bytes, or `rows` if the source is no file or has mapped columns."""
-    if is_file(data.train) and not (
-        data.mix or data.columns or data.user_template or data.teacher_template or data.labels
-    ):
-        with data.train.open("rb") as stream:
+class DataDigest:
+    """sha256 of the training data: the file's bytes, or its rows if the source is no file or has mapped columns."""
+
+    def __init__(self, data: DataConfig) -> None:
+        mapped = data.mix or data.columns or data.user_template or data.teacher_template or data.labels
+        self._file = data.train if is_file(data.train) and not mapped else None
+        self._content = hashlib.sha256()
+        if data.mix:
+            self._add({name: one.share for name, one in data.mix.items()})
+
+    def each(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Yield `rows`, each added to the digest."""
+        for row in rows:
+            if self._file is None:
+                self._content.update(row.model_dump_json().encode() + b"\n")
+                if row.columns:  # a function may read any of them
+                    self._add(row.columns)
+            yield row
+
+    def hexdigest(self) -> str:
+        """The digest in hex."""
+        if self._file is None:
+            return self._content.hexdigest()
+        with self._file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
-    content = hashlib.sha256()
-    if data.mix:
-        content.update(json.dumps({name: one.share for name, one in data.mix.items()}).encode() + b"\n")
-    for row in rows:
-        content.update(row.model_dump_json().encode() + b"\n")
-        if row.columns:  # a function may read any of them
-            content.update(json.dumps(row.columns, default=str).encode() + b"\n")
-    return content.hexdigest()
+
+    def _add(self, value: Any) -> None:
+        self._content.update(json.dumps(value, default=str).encode() + b"\n")
 
 
 def _parse(record: Any, mapping: DataConfig | None, used: Collection[str]) -> Row | str:

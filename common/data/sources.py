@@ -20,6 +20,9 @@ from common.files import seen_from
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 """Code points that UTF-8 cannot encode; text cut inside an emoji's escape sequence holds one."""
 
+PARQUET_BATCH_ROWS = 1024
+"""Rows of a Parquet table that are Python objects at a time."""
+
 Record = tuple[str, Any]
 """(location for an error line, columns or `InvalidJson`)."""
 
@@ -69,7 +72,8 @@ def _parsed(line: str) -> Any:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         return InvalidJson(f"not JSON: {error}")
-    half = HALF_CHARACTER.search(json.dumps(value, ensure_ascii=False)) if "\\ud" in line.lower() else None
+    escaped = "\\u" in line and "\\ud" in line.lower()
+    half = HALF_CHARACTER.search(json.dumps(value, ensure_ascii=False)) if escaped else None
     if half is not None:
         return InvalidJson(f"holds half a character ({half.group()!a}, a surrogate without its pair), which is no text")
     return value
@@ -79,12 +83,15 @@ def _parquet(path: Path) -> Iterator[Record]:
     pyarrow = _need("pyarrow", f"{path}")
     from pyarrow import parquet
 
+    number = 0
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(PARQUET_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    yield f"{path} row {number}", row
+                    number += 1
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise DataError(f"cannot read {path}: {one_line(error)}{seen_from(path)}") from error
-    for number, row in enumerate(rows):
-        yield f"{path} row {number}", row
 
 
 def _hub(rest: str) -> Iterator[Record]:

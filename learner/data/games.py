@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from common.config.model import Config, ConfigError
@@ -61,10 +61,10 @@ def first_turn(row: Row) -> FirstTurn:
     return FirstTurn(first, game)
 
 
-def refuse_games_if_unsupported(turns: Sequence[FirstTurn], config: Config) -> None:
-    """Raise ConfigError if `turns` hold games and the settings take single answers only."""
+def refuse_games_if_unsupported(games: Collection[FirstTurn], config: Config) -> None:
+    """Raise ConfigError if there are games and the settings take single answers only."""
     rollout, teacher = config.rollout, config.teacher
-    if not any(turn.game for turn in turns):
+    if not games:
         return
     if config.context.from_rollout is not None:
         raise ConfigError("data.train has games: context.from_rollout makes the context of a single answer")
@@ -73,7 +73,7 @@ def refuse_games_if_unsupported(turns: Sequence[FirstTurn], config: Config) -> N
             "data.train has games, which the teacher does not play: rollout.source must be `student`, without "
             "rollout.mix"
         )
-    if config.environment.sample_format == "observation" and any(turn.game and turn.row.tools for turn in turns):
+    if config.environment.sample_format == "observation" and any(game.row.tools for game in games):
         raise ConfigError(
             "data.train has environments with tools: environment.sample_format must be `conversation` or `chat`, since "
             "an observation alone does not show what a tool's result belongs to"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +21,7 @@ from common.data.fingerprint import added_tokens, tokenizer_fingerprint
 from common.data.model_lookup import load_tokenizer, model_limit
 from common.data.rendered_checks import length_faults
 from common.data.rendering import Renderer
-from common.data.rows import DataError, Row, digest, read_rows
+from common.data.rows import DataDigest, DataError, Row, iterate_rows
 from common.data.special_tokens import control_token_in, control_tokens
 from common.data.turns import looks_like_turns, read_turns
 from common.evaluation.graders import Grader, make_grader, make_reward
@@ -27,21 +29,25 @@ from common.evaluation.perplexity import split_into_chunks
 from common.files import seen_from
 from common.protocol.schema import Context, Prompt, TokenSequence, as_ids
 from learner.data.context_sampling import ContextSampler
-from learner.data.games import environment_error, first_turn, refuse_games_if_unsupported
-from learner.data.prompts import LazyPrompts, PromptFacts, facts_of, rows_to_check
+from learner.data.games import FirstTurn, environment_error, first_turn, refuse_games_if_unsupported
+from learner.data.prompts import LazyPrompts, PromptFacts, facts_of, rows_to_check, spread
+from learner.data.stored_rows import StoredRows
 from learner.data.text_sizes import oversized_texts
 
 T = TypeVar("T")
+
+PARENT_ROWS = 4096
+"""Training rows that are searched for texts before the rows' own contexts, spread evenly over all of them."""
 
 
 @dataclass(frozen=True)
 class Sources:
     """What a run reads, before a tokenizer is needed."""
 
-    train: list[Row]
-    valid: list[Row]
-    eval: list[Row]
-    ood: dict[str, list[Row]]
+    train: StoredRows
+    valid: StoredRows
+    eval: StoredRows
+    ood: dict[str, StoredRows]
     """Rows of other tasks by name."""
     texts: dict[str, str]
     """Texts for perplexity by name."""
@@ -49,12 +55,14 @@ class Sources:
     """The context for all rows; with a pool, its first one; empty if each row has its own and there is none for all."""
     pool: Pool | None
     grader: Grader
+    data_digest: str
+    """sha256 of the training rows."""
     unused: dict[str, dict[str, str]]
     """Set -> column that no row uses -> column of a row that its name resembles and that is absent, else ""."""
     set_sizes: tuple[int, ...] = ()
     """Rows of ``data.train`` and of each set of ``data.mix``, which follow one another in `train`."""
 
-    def sets(self) -> dict[str, list[Row]]:
+    def sets(self) -> dict[str, StoredRows]:
         """Rows by the key of their set."""
         named = {"data.train": self.train, "data.valid": self.valid, "data.eval": self.eval}
         return named | {f"eval.ood.{name}": rows for name, rows in self.ood.items()}
@@ -126,39 +134,39 @@ def read_sources(config: Config) -> Sources:
         faults.collect("", load_answer_hook, config.context.from_rollout)
     own, unused = config.context.from_rows, {name: dict[str, str]() for name in ("train", "valid", "eval")}
 
-    def read(
-        key: str,
-        path: Path | None,
-        columns: dict[str, str] | None,
-        *,
-        need_answers: bool = True,
-        settings: DataConfig = data,
-    ) -> list[Row]:
-        kept = {"own_contexts": own, "keep_columns": config.context.from_rollout is not None}
-        options = {"need_answers": need_answers, "check": environment_error, "unused": columns, **kept}
-        return [] if path is None else faults.collect(key, read_rows, path, settings, **options) or []
+    keep_columns = config.context.from_rollout is not None
+    read = partial(iterate_rows, own_contexts=own, keep_columns=keep_columns, check=environment_error)
+    digest = DataDigest(data)
 
-    train = read("data.train", data.train, unused["train"], need_answers=config.loss.reward_weight > 0)
+    def held_out(key: str, path: Path | None, columns: dict[str, str] | None) -> StoredRows:
+        rows = StoredRows()
+        if path is not None:
+            found = read(path, data, need_answers=True, unused=columns)
+            faults.collect(key, rows.extend, found)
+        return rows
+
+    def trained(path: Path, settings: DataConfig, columns: dict[str, str] | None, part: str | None) -> Iterator[Row]:
+        rows = read(path, settings, need_answers=config.loss.reward_weight > 0, unused=columns)
+        if part is not None:
+            rows = (_of_part(row, part, data.mix[part].teacher) for row in rows)
+        return digest.each(_fit_to_train(rows, tuple(config.named_teachers()), need_contexts=own and not text))
+
+    train = StoredRows()
+    faults.collect("data.train", train.extend, trained(data.train, data, unused["train"], None))
     sizes = [len(train)]
     for name, mixed in data.mix.items():
-        key, own_data = f"data.mix.{name}.train", data.of_mixed(name)
-        rows = read(key, mixed.train, None, need_answers=config.loss.reward_weight > 0, settings=own_data)
-        train += (
-            row.model_copy(update={"id": f"{name}/{row.id}", "teacher": row.teacher or mixed.teacher}) for row in rows
-        )
-        sizes.append(len(rows))
-    faults.collect("data.train", _check_teachers, train, tuple(config.named_teachers()))
-    if own and not text:
-        faults.collect("data.train", _check_own_contexts, train)
-    valid = read("data.valid", data.valid, unused["valid"])
-    held_out = read("data.eval", data.eval, unused["eval"])
-    ood = {name: read(f"eval.ood.{name}", path, None) for name, path in config.eval.ood.items()}
+        rows = trained(mixed.train, data.of_mixed(name), None, name)
+        faults.collect(f"data.mix.{name}.train", train.extend, rows)
+        sizes.append(len(train) - sum(sizes))
+    valid = held_out("data.valid", data.valid, unused["valid"])
+    evaluated = held_out("data.eval", data.eval, unused["eval"])
+    ood = {name: held_out(f"eval.ood.{name}", path, None) for name, path in config.eval.ood.items()}
     texts = {
         name: faults.collect("eval.perplexity", _text, path) or "" for name, path in config.eval.perplexity.items()
     }
     faults.raise_all()
     assert grader is not None
-    return Sources(train, valid, held_out, ood, texts, text, pool, grader, unused, tuple(sizes))
+    return Sources(train, valid, evaluated, ood, texts, text, pool, grader, digest.hexdigest(), unused, tuple(sizes))
 
 
 def render_inputs(config: Config, sources: Sources, *, every_row: bool = True) -> Inputs:
@@ -170,7 +178,8 @@ def render_inputs(config: Config, sources: Sources, *, every_row: bool = True) -
     tokenizer, own = load_tokenizer(config.student.model), config.context.by_row
     renderer = make_renderer(tokenizer, sources.context, config.student, config.context)
     if own:
-        rows = [*sources.train, *sources.valid, *sources.eval]
+        some = (sources.train[index] for index in spread(len(sources.train), PARENT_ROWS))
+        rows = itertools.chain(some, sources.valid, sources.eval)
         made = config.context.from_rollout is not None  # then every row will have one
         renderer.share_parents(row.model_copy(update={"context": "-"}) if made else row for row in rows)
     limit = config.student.max_sequence_tokens or model_limit(config.student.model)
@@ -181,16 +190,19 @@ def render_inputs(config: Config, sources: Sources, *, every_row: bool = True) -
         )
     if faults := list(oversized_texts(config, tokenizer, sources.context, sources.sets(), limit)):
         raise DataError("\n".join(faults))
-    turns = [first_turn(row) for row in sources.train]
-    pool = sources.pool
-    sampler = None if pool is None else ContextSampler(pool, renderer, config.run.seed, turns)
+    games = {index: first_turn(sources.train[index]) for index in sources.train.games}
+    pool, sampler = sources.pool, None
     other_tasks = replace(renderer, contexts={}, without_shared_prefix=[])  # no teacher gets their contexts
-    checked = rows_to_check(sources.train, every_row=every_row) if own else range(len(turns))
+    checked = rows_to_check(sources.train, every_row=every_row) if own else range(len(sources.train))
     train: Sequence[Prompt]
     if own:
-        train = LazyPrompts(turns, renderer)
-        facts = [facts_of(turns[index].render(renderer), renderer.contexts) for index in checked]
+        train = LazyPrompts(sources.train, games, renderer, answer_limit(config, "data.train"))
+        train.limits["student"] = _student_limit(config, limit)
+        facts = [facts_of(train.render(index), renderer.contexts) for index in checked]
     else:
+        turns = [games.get(index) or FirstTurn(row) for index, row in enumerate(sources.train)]
+        if pool is not None:
+            sampler = ContextSampler(pool, renderer, config.run.seed, turns)
         train = [turn.render(renderer) if sampler is None else sampler.with_longest_context(turn) for turn in turns]
         facts = [facts_of(prompt, renderer.contexts) for prompt in train]
     valid, held_out = (_rendered(rows, renderer, sampler) for rows in (sources.valid, sources.eval))
@@ -217,13 +229,13 @@ def render_inputs(config: Config, sources: Sources, *, every_row: bool = True) -
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         added_tokens=added_tokens(tokenizer),
         student_limit=limit,
-        data_digest=digest(config.data, sources.train),
+        data_digest=sources.data_digest,
         context_sampler=sampler,
         pool_digest=None if pool is None else pool_digest(pool),
         set_sizes=sources.set_sizes,
-        warnings=tuple(_row_warnings(renderer, sources, [sources.train[index] for index in checked])),
+        warnings=tuple(_row_warnings(renderer, sources, (sources.train[index] for index in checked))),
     )
-    refuse_games_if_unsupported(turns, config)
+    refuse_games_if_unsupported(games.values(), config)
     _check_student_lengths(config, inputs)
     return inputs
 
@@ -237,7 +249,6 @@ def answer_limit(config: Config, key: str) -> tuple[str, int]:
 
 def _check_student_lengths(config: Config, inputs: Inputs) -> None:
     faults = []
-    named = config.student.max_sequence_tokens is not None
     for key, rows in inputs.facts.items():
         name, tokens = answer_limit(config, key)
         faults += length_faults(
@@ -245,10 +256,15 @@ def _check_student_lengths(config: Config, inputs: Inputs) -> None:
             "student",
             {row.row_id: row.student_tokens for row in rows},
             answer=(name, tokens),
-            limit=("student.max_sequence_tokens" if named else "the model's own limit", inputs.student_limit),
+            limit=_student_limit(config, inputs.student_limit),
         )
     if faults:
         raise DataError("\n".join(faults))
+
+
+def _student_limit(config: Config, tokens: int) -> tuple[str, int]:
+    named = config.student.max_sequence_tokens is not None
+    return "student.max_sequence_tokens" if named else "the model's own limit", tokens
 
 
 class _Faults:
@@ -300,7 +316,7 @@ def _is_plain(prompt: Prompt) -> bool:
     return prompt.context is None and np.array_equal(prompt.teacher_ids, prompt.student_ids)
 
 
-def _row_warnings(renderer: Renderer, sources: Sources, train: Sequence[Row]) -> Iterator[str]:
+def _row_warnings(renderer: Renderer, sources: Sources, train: Iterable[Row]) -> Iterator[str]:
     for name, columns in sources.unused.items():
         for column, resembles in columns.items():
             if looks_like_context(column):
@@ -323,7 +339,8 @@ def _row_warnings(renderer: Renderer, sources: Sources, train: Sequence[Row]) ->
             f"the context holds the text of a special token, {token!r}, which becomes a control token: for turns of a "
             "chat write a list of messages, and set context.placement=turns"
         )
-    for name, held_rows in (("train", train), ("valid", sources.valid), ("eval", sources.eval)):
+    sets: tuple[tuple[str, Iterable[Row]], ...] = (("train", train), ("valid", sources.valid), ("eval", sources.eval))
+    for name, held_rows in sets:
         if held := control_tokens(renderer.tokenizer, held_rows):
             row, token = next(iter(held.items()))
             yield (
@@ -354,20 +371,29 @@ def _chunks(tokenizer: Any, text: str, tokens: int, path: Path) -> list[TokenSeq
         raise DataError(f"eval.perplexity: {path}: {error}") from error
 
 
-def _check_own_contexts(rows: Sequence[Row]) -> None:
-    """Raise DataError if a row gives the teacher nothing to see."""
-    without = [row.id for row in rows if not row.has_own_context]
-    if without:
-        raise DataError(
-            f"{len(without)} of {len(rows)} rows (the first is {without[0]!r}) have neither `context` nor "
-            "`teacher_messages`: map one of them (data.columns), or set context.text for all rows"
-        )
+def _of_part(row: Row, part: str, teacher: str | None) -> Row:
+    """Name a row of ``data.mix`` after its set, and give it the set's teacher."""
+    return row.model_copy(update={"id": f"{part}/{row.id}", "teacher": row.teacher or teacher})
 
 
-def _check_teachers(rows: Sequence[Row], known: Sequence[str]) -> None:
-    for row in rows:
-        if row.teacher is not None and row.teacher not in known:
-            raise DataError(
-                f"row {row.id!r} names teacher {row.teacher!r}, the configuration has {', '.join(known)} "
+def _fit_to_train(rows: Iterable[Row], teachers: Sequence[str], *, need_contexts: bool) -> Iterator[Row]:
+    """Yield `rows`. Raises DataError, after the last, for a row of an unknown teacher, and with `need_contexts` for one
+    that gives the teacher nothing to see.
+    """
+    count, without, faults = 0, list[str](), list[str]()
+    for count, row in enumerate(rows, start=1):  # noqa: B007  used after the loop
+        if need_contexts and not row.has_own_context:
+            without.append(row.id)
+        if not faults and row.teacher is not None and row.teacher not in teachers:
+            faults.append(
+                f"row {row.id!r} names teacher {row.teacher!r}, the configuration has {', '.join(teachers)} "
                 "(see `teachers`)"
             )
+        yield row
+    if without:
+        faults.append(
+            f"{len(without)} of {count} rows (the first is {without[0]!r}) have neither `context` nor "
+            "`teacher_messages`: map one of them (data.columns), or set context.text for all rows"
+        )
+    if faults:
+        raise DataError("\n".join(faults))

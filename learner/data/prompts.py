@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
+from common.data.rendered_checks import length_faults
 from common.data.rendering import Renderer, context_of
-from common.data.rows import Row
+from common.data.rows import DataError
 from common.protocol.schema import Context, Ids, Prompt
 from learner.data.games import FirstTurn
+from learner.data.stored_rows import StoredRows
 
-CHECKED_ROWS = 512
+CHECKED_ROWS = 128
 """Rows with their own contexts that a run renders before it starts. The dry run renders all."""
 KEPT_PROMPTS = 1024
 """Rendered prompts that stay in memory."""
@@ -66,18 +69,27 @@ def _largest(ids: Ids) -> int:
 
 
 class LazyPrompts(Sequence[Prompt]):
-    """Prompts of rows, each rendered when it is read; the last `KEPT_PROMPTS` stay.
+    """Prompts of training rows, each rendered when it is read; the last `KEPT_PROMPTS` stay.
 
-    Reading one raises DataError for a row that cannot be rendered.
+    Reading one raises DataError, which names the row, for a row that cannot be rendered or exceeds one of `limits`.
     """
 
-    def __init__(self, turns: Sequence[FirstTurn], renderer: Renderer) -> None:
-        self._turns = turns
+    def __init__(
+        self, rows: StoredRows, games: Mapping[int, FirstTurn], renderer: Renderer, answer: tuple[str, int]
+    ) -> None:
+        """`games` are the first turns of the rows that are games, by index. `answer` is the key and the number of the
+        tokens that an answer can have.
+        """
+        self._rows = rows
+        self._games = games
         self._renderer = renderer
+        self._answer = answer
         self._kept: OrderedDict[int, Prompt] = OrderedDict()
+        self.limits: dict[Literal["student", "teacher"], tuple[str, int]] = {}
+        """Side -> name and tokens of its longest sequence."""
 
     def __len__(self) -> int:
-        return len(self._turns)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
@@ -90,23 +102,39 @@ class LazyPrompts(Sequence[Prompt]):
         if index in self._kept:
             self._kept.move_to_end(index)
             return self._kept[index]
-        prompt = self._kept[index] = self._turns[index].render(self._renderer)
+        prompt = self.render(index)
+        self._check(prompt)
+        self._kept[index] = prompt
         if len(self._kept) > KEPT_PROMPTS:
             self._kept.popitem(last=False)
         return prompt
 
+    def render(self, index: int) -> Prompt:
+        """Return a row's prompt, of any length, and keep nothing."""
+        turn = self._games.get(index) or FirstTurn(self._rows[index])
+        return turn.render(self._renderer)
 
-def rows_to_check(rows: Sequence[Row], *, every_row: bool) -> list[int]:
+    def _check(self, prompt: Prompt) -> None:
+        own = 0 if prompt.own_context is None else len(prompt.own_context.ids)
+        tokens = {"student": len(prompt.student_ids), "teacher": own + len(prompt.teacher_ids)}
+        for side, limit in self.limits.items():
+            for fault in length_faults(
+                "data.train: ", side, {prompt.row_id: tokens[side]}, answer=self._answer, limit=limit
+            ):
+                raise DataError(fault)
+
+
+def rows_to_check(rows: StoredRows, *, every_row: bool) -> list[int]:
     """Return the indices of the rows to render before a run: all, or `CHECKED_ROWS`, half of them the longest texts and
     half spread evenly.
     """
     if every_row or len(rows) <= CHECKED_ROWS:
         return list(range(len(rows)))
     half = CHECKED_ROWS // 2
-    longest = sorted(range(len(rows)), key=lambda index: -_characters(rows[index]))[:half]
-    return sorted({*longest, *(len(rows) * number // half for number in range(half))})
+    longest = heapq.nlargest(half, range(len(rows)), lambda i: rows.prompt_characters[i] + rows.own_characters[i])
+    return sorted({*longest, *spread(len(rows), half)})
 
 
-def _characters(row: Row) -> int:
-    messages = (*(row.messages or ()), *(row.teacher_messages or ()))
-    return len(row.prompt or "") + len(row.context or "") + sum(len(message.content) for message in messages)
+def spread(rows: int, count: int) -> list[int]:
+    """Return `count` indices spread evenly over `rows`, or all of them if there are fewer."""
+    return [rows * number // count for number in range(count)] if rows > count else list(range(rows))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from common.config.model import Config
 from common.data.model_lookup import model_limit
-from common.data.rows import Row
+from learner.data.stored_rows import StoredRows
 
 
 def oversized_texts(
-    config: Config, tokenizer: Any, context: str, sets: dict[str, list[Row]], student_limit: int
+    config: Config, tokenizer: Any, context: str, sets: Mapping[str, StoredRows], student_limit: int
 ) -> Iterator[str]:
     """Yield a line for every row, and for a context, with more characters than any tokens within the limit can hold.
 
@@ -22,18 +22,16 @@ def oversized_texts(
     if teacher_limit is not None and len(context) > teacher_limit * longest:
         yield f"the context has {len(context):,} characters, more than {teacher_limit:,} tokens of a teacher can hold"
     for key, rows in sets.items():
-        for row in rows:
-            size = len(row.prompt or "") + sum(len(message.content) for message in row.messages or ())
+        for index, (size, own) in enumerate(zip(rows.prompt_characters, rows.own_characters, strict=True)):
             if size > student_limit * longest:
                 yield (
-                    f"{key}: row {row.id!r}: {size:,} characters, more than {student_limit:,} tokens of the student "
-                    "can hold: shorten the row"
+                    f"{key}: row {rows[index].id!r}: {size:,} characters, more than {student_limit:,} tokens of the "
+                    "student can hold: shorten the row"
                 )
-            size = len(context) + len(row.context or "") + sum(len(one.content) for one in row.teacher_messages or ())
-            if row.has_own_context and teacher_limit is not None and size > teacher_limit * longest:
+            if own and teacher_limit is not None and len(context) + own > teacher_limit * longest:
                 yield (
-                    f"{key}: row {row.id!r}: {size:,} characters of context, more than {teacher_limit:,} tokens of a "
-                    "teacher can hold: shorten it"
+                    f"{key}: row {rows[index].id!r}: {len(context) + own:,} characters of context, more than "
+                    f"{teacher_limit:,} tokens of a teacher can hold: shorten it"
                 )
 
 

@@ -28,6 +28,7 @@ from common.telemetry.trace import TraceFile
 from common.weight_sync.collective import SyncError
 from learner.cluster.services import Services
 from learner.data.inputs import Inputs
+from learner.data.prompts import LazyPrompts
 from learner.data.teacher_answers import open_teacher_answers
 from learner.errors import ServiceLost
 from learner.evaluation.held_out import HeldOutEvaluator
@@ -223,15 +224,18 @@ class Run:
             )
         for name, page in services.teachers.metrics_pages().items():
             self._files.relay_metrics(name, page)
+        limit = ("the teacher's limit", services.teachers.longest_tokens or inputs.student_limit)
         faults = length_faults(
             "data.train: ",
             "teacher",
             {row.row_id: row.teacher_tokens for row in trained},
             answer=("rollout.max_tokens", config.rollout.max_tokens),
-            limit=("the teacher's limit", services.teachers.longest_tokens or inputs.student_limit),
+            limit=limit,
         )
         if faults:
             raise DataError("\n".join(faults))
+        if isinstance(inputs.train, LazyPrompts):  # rows that were not checked yet
+            inputs.train.limits["teacher"] = limit
         if self._resumed is not None:
             refuse_changes(config, inputs, self._resumed, services.teachers.fingerprints())
         shared = any(map(is_part, reserved_gpus(config.learner, config.rollout, config.named_teachers()).values()))

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from common.config.model import DataConfig
-from common.data.rows import DataError, Row, digest, read_rows
-from common.data.sources import is_file
+from common.data import sources
+from common.data.rows import DataDigest, DataError, Row, read_rows
+from common.data.sources import is_file, read_records
 from learner.data.games import environment_error
 
 TABLE: list[dict[str, Any]] = [
@@ -46,6 +47,13 @@ def test_parquet_rows_get_a_turn_labels_and_the_rows_number(parquet: Path) -> No
     assert rows[0].messages[0].content == "2 + 2?\nA. 3\nB. 4"
     assert rows[1].messages is not None
     assert rows[1].messages[0].content.startswith("3 {x}?")  # braces of the data are no places
+
+
+def test_a_parquet_table_is_read_in_batches(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(read_records(parquet))
+    monkeypatch.setattr(sources, "PARQUET_BATCH_ROWS", 1)
+    assert list(read_records(parquet)) == whole
+    assert len(whole) > 1
 
 
 def test_dots_reach_into_a_column(parquet: Path) -> None:
@@ -146,13 +154,18 @@ def test_procedural_tasks_are_rows_that_depend_on_the_seed() -> None:
 
 
 def test_a_digest_covers_the_file_or_the_rows(tmp_path: Path) -> None:
+    def digest(rows: list[Row], **data: Any) -> str:
+        found = DataDigest(DataConfig(**data))
+        assert list(found.each(rows)) == rows
+        return found.hexdigest()
+
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": "a", "prompt": "p"}\n')
     rows = [Row(id="a", prompt="p")]
-    assert digest(DataConfig(train=path), rows) == hashlib.sha256(path.read_bytes()).hexdigest()
-    mapped = digest(DataConfig(train=path, labels=("A",)), rows)
-    assert mapped == digest(DataConfig(train=Path("game:FrozenLake")), rows)
-    assert mapped != digest(DataConfig(train=Path("game:FrozenLake")), [Row(id="a", prompt="P")])
+    assert digest(rows, train=path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    mapped = digest(rows, train=path, labels=("A",))
+    assert mapped == digest(rows, train=Path("game:FrozenLake"))
+    assert mapped != digest([Row(id="a", prompt="P")], train=Path("game:FrozenLake"))
 
 
 def test_paths_and_generators_are_told_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import yaml
 from common.config.loader import load_config
 from common.config.model import Config, ConfigError
 from common.data.model_lookup import load_tokenizer
-from common.data.rendering import teacher_sequence
+from common.data.rendering import Renderer, teacher_sequence
 from common.data.rows import DataError, Row
-from learner.data import prompts
+from learner.data import inputs as inputs_module
+from learner.data import prompts, stored_rows
 from learner.data.inputs import read_inputs, read_sources
 from learner.data.prompts import LazyPrompts, rows_to_check
 from learner.data.samples import SampleSource
+from learner.data.stored_rows import StoredRows
 from learner.data.teacher_answers import answers_origin
 from learner.loop.checkpoints import identity_of
 from learner.preflight.checks import preflight
@@ -89,9 +92,10 @@ def test_few_prompts_stay_in_memory_whatever_the_number_of_rows(make: Any, monke
 def test_the_longest_rows_are_checked_and_some_of_all_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "CHECKED_ROWS", 6)
     rows = [Row(id=str(i), prompt="p", context="c" * (100 if i in (11, 17, 19) else 1)) for i in range(30)]
-    assert rows_to_check(rows, every_row=False) == [0, 10, 11, 17, 19, 20]
-    assert rows_to_check(rows, every_row=True) == list(range(30))
-    assert rows_to_check(rows[:6], every_row=False) == list(range(6))
+    stored = StoredRows(rows)
+    assert rows_to_check(stored, every_row=False) == [0, 10, 11, 17, 19, 20]
+    assert rows_to_check(stored, every_row=True) == list(range(30))
+    assert rows_to_check(StoredRows(rows[:6]), every_row=False) == list(range(6))
 
 
 def test_a_row_that_cannot_be_rendered_is_named_by_the_dry_run_or_when_its_turn_comes(
@@ -112,6 +116,79 @@ def test_a_row_that_cannot_be_rendered_is_named_by_the_dry_run_or_when_its_turn_
     assert report.inputs.train[12].row_id == "train12"
     with pytest.raises(DataError, match="row 'train13' has a system message"):
         report.inputs.train[13]
+
+
+def test_a_start_renders_a_bounded_number_of_rows_whatever_their_number(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def noting(name: str) -> Any:
+        method = getattr(Renderer, name)
+
+        def noted(self: Renderer, row: Row) -> Any:
+            seen.append(f"{name} {row.id}")
+            return method(self, row)
+
+        return noted
+
+    for name in ("render", "_parent_key"):
+        monkeypatch.setattr(Renderer, name, noting(name))
+    monkeypatch.setattr(prompts, "CHECKED_ROWS", 8)
+    monkeypatch.setattr(inputs_module, "PARENT_ROWS", 8)
+    for rows in (60, 600):
+        seen.clear()
+        inputs = preflight(make({"train": rows_of("train", rows)}), offline=True, every_row=False).inputs
+        assert inputs is not None
+        assert len(inputs.train) == rows
+        assert len([one for one in seen if one.startswith("render train")]) <= 8
+        assert len([one for one in seen if one.startswith("_parent_key train")]) <= 16
+        assert inputs.train[rows - 1].row_id == f"train{rows - 1}"
+
+
+def test_the_texts_of_many_rows_stay_on_disk(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_rows, "IN_MEMORY_BYTES", 1000)
+    config, written = make({"train": rows_of("train", 50)}), rows_of("train", 50)
+    rows = read_sources(config).train
+    assert rows._file._rolled  # type: ignore[attr-defined]
+    config.data.train.write_text("")  # a source that changes later does not change the rows
+    assert [row.context for row in rows] == [row["privileged_context"] for row in written]
+    assert (rows[-1].id, rows[7].id, [row.id for row in rows[48:]]) == ("train49", "train7", ["train48", "train49"])
+    with pytest.raises(IndexError):
+        rows[50]
+
+
+def test_a_full_disk_is_an_error_with_the_remedy(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make()
+
+    def full(self: Any, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stored_rows.tempfile.SpooledTemporaryFile, "write", full)
+    with pytest.raises(DataError, match=r"data\.train: cannot keep .* No space left .* TMPDIR"):
+        read_sources(config)
+
+
+def test_an_unchecked_row_that_is_too_long_is_refused_by_name_when_its_turn_comes(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "CHECKED_ROWS", 2)
+    rows = rows_of("train", 20)
+    rows[0]["privileged_context"] = "a" * 200  # one long run is few tokens
+    rows[13]["privileged_context"] = " ".join(["1", "2", "3", "4", "5", "6", "7", "8", "9", "0"] * 4)
+    config = make({"train": rows})
+    inputs = preflight(config, offline=True, every_row=False).inputs
+    assert inputs is not None
+    assert isinstance(inputs.train, LazyPrompts)
+    length = len(inputs.train[13].student_ids)
+    inputs.train._kept.clear()
+    inputs.train.limits["teacher"] = ("the teacher's limit", length + 8 + 20)
+    assert inputs.train[12].row_id == "train12"
+    with pytest.raises(DataError, match=r"data\.train: row 'train13': \d+ teacher tokens .* \(the teacher's limit\)"):
+        inputs.train[13]
+    inputs.train.limits["student"] = ("student.max_sequence_tokens", length)
+    with pytest.raises(DataError, match=r"row 'train11': .* student tokens .* \(student.max_sequence_tokens\)"):
+        inputs.train[11]
 
 
 def test_training_rows_need_contexts_and_held_out_rows_decide_what_is_measured(make: Any) -> None:
