@@ -64,6 +64,7 @@ gpu-check: ## check a GPU machine before the first run, in ten minutes; without 
 docs: setup ## build the documentation into site/
 	$(BIN)/python -m deploy.docs_tools.docs --check
 	$(BIN)/python -m deploy.docs_tools.sizes --check
+	$(BIN)/python -m deploy.docs_tools.roofline --check
 	$(BIN)/python -m deploy.docs_tools.licences --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
