@@ -1,14 +1,15 @@
 """The task ``few-shot``: three tasks that SmolLM2 solves only after worked examples, made from the word lists here.
 
 A prompt is ``Q: walk``, ``A:``; without the context's four examples the model answers something else. No row is in two
-sets, and no example is a row.
+sets, and no example of ``context.txt`` is a row.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deploy.tasks.folders import whole_folder, write_lines
 
@@ -109,7 +110,8 @@ ELSEWHERE = {"past-tense": "first-letter", "first-letter": "number-words", "numb
 
 
 def prepare_few_shot(folder: Path, *, seed: int = 0) -> bool:
-    """Write ``context.txt``, the rows of `SPLITS` and ``other_task.jsonl`` of each task to ``TASK/``.
+    """Write ``context.txt``, the rows of `SPLITS` and ``other_task.jsonl`` of each task to ``TASK/``, and the same
+    rows, each with a `context` of its own, to ``TASK/with_examples/``.
 
     Returns False without changes if `folder` exists.
     """
@@ -123,18 +125,41 @@ def prepare_few_shot(folder: Path, *, seed: int = 0) -> bool:
 
 def write_task(folder: Path, task: str, seed: int) -> None:
     """Write the files of one task."""
-    folder.mkdir()
+    (folder / "with_examples").mkdir(parents=True)
     (folder / "context.txt").write_text(context_of(task), encoding="utf-8")
     splits, other = split(task, seed), ELSEWHERE[task]
     for name, questions in splits.items():
         write_lines(folder / f"{name}.jsonl", (_row(task, question) for question in questions))
+        with_examples = (
+            {**_row(task, question), "context": examples_for(task, question, splits["train"], seed)}
+            for question in questions
+        )
+        write_lines(folder / "with_examples" / f"{name}.jsonl", with_examples)
     other_rows = (_row(other, question, lead=context_of(other)) for question in split(other, seed)["eval"])
     write_lines(folder / "other_task.jsonl", other_rows)
 
 
 def context_of(task: str) -> str:
-    """Return the worked examples, one after another."""
-    return "".join(f"{prompt_of(one)} {TASKS[task][one]}\n" for one in EXAMPLES[task])
+    """Return the worked examples of all rows, one after another."""
+    return _worked(task, EXAMPLES[task])
+
+
+def examples_for(task: str, question: str, known: Sequence[str], seed: int) -> str:
+    """Return four worked examples for one row: questions of `known`, drawn for this row, without its own."""
+    others = [one for one in known if one != question]
+    return _worked(task, random.Random(f"{task}/{question}/{seed}").sample(others, 4))
+
+
+def _worked(task: str, questions: Iterable[str]) -> str:
+    return "".join(f"{prompt_of(one)} {TASKS[task][one]}\n" for one in questions)
+
+
+async def right_answer_after_a_mistake(row: Mapping[str, Any], prompt: str, response: str) -> str | None:
+    """Show the teacher the row's question with its right answer after a wrong one; leave right answers out.
+
+    A function for ``context.from_rollout``.
+    """
+    return None if response.strip() == row["answer"] else f"{prompt} {row['answer']}\n"
 
 
 def prompt_of(question: str) -> str:

@@ -29,12 +29,14 @@ def summarize(config: Config, inputs: Inputs) -> Iterator[Finding]:
     rollout, learner = config.rollout, config.learner
     student = [row.student_tokens for rows in inputs.facts.values() for row in rows]
     teacher = [row.teacher_tokens for row in inputs.facts["data.train"]]
-    yield summary("prompts", f"student {_range(student)} tokens, teacher {_range(teacher)} tokens with the context")
+    seen = "before the context of the answer" if config.context.from_rollout else "with the context"
+    yield summary("prompts", f"student {_range(student)} tokens, teacher {_range(teacher)} tokens {seen}")
     contexts = [len(context.ids) for context in inputs.contexts.values()]
     if config.context.by_row:
         own = [row.own_tokens for row in inputs.facts["data.train"] if row.own_tokens is not None]
         kind = f"of the rows, {_range(own)} tokens" if config.context.from_rows else "of the answers"
-        yield summary("contexts", f"{kind}; {len(contexts)} shared, {_range(contexts)} tokens")
+        shared = f"; {len(contexts)} shared, {_range(contexts)} tokens" if contexts else ""
+        yield summary("contexts", kind + shared)
     else:
         yield summary("contexts", f"{len(contexts)}, {_range(contexts)} tokens")
     yield summary(

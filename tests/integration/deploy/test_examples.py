@@ -152,17 +152,6 @@ def dry_run(tmp_path: Path, model: Path, settings: dict[str, Any]) -> str:
     return str(result.output)
 
 
-def test_rows_of_the_demo_get_worked_examples_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
-    run("row_contexts.py", tmp_path / "rows")
-    rows = [json.loads(line) for line in (tmp_path / "rows/train.jsonl").read_text().splitlines()]
-    assert len({row["context"] for row in rows}) == len(rows) == 200
-    for row in rows:
-        assert row["context"].count("\n") == 8
-        assert f"A: {row['answer']}\n" not in row["context"]
-    data = {name: str(tmp_path / f"rows/{name}.jsonl") for name in ("train", "valid", "eval")}
-    assert "of the rows, " in dry_run(tmp_path, tiny_model, {"context": {"from_rows": True}, "data": data})
-
-
 def test_a_calculator_is_a_tool(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "chat_template.jinja").write_text(TOOL_TEMPLATE)

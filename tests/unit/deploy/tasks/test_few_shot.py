@@ -45,6 +45,23 @@ def test_the_context_is_examples_as_rows_are_asked(task: str, written: Path) -> 
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_rows_with_examples_are_the_same_rows_and_each_shows_four_other_training_rows(task: str, written: Path) -> None:
+    known = {str(row.prompt): row.answer for row in read_rows(written / task / "train.jsonl")}
+    contexts = []
+    for name in ("train", "valid", "eval"):
+        rows = read_rows(written / task / "with_examples" / f"{name}.jsonl", own_contexts=True)
+        assert [row.model_copy(update={"context": None}) for row in rows] == read_rows(written / task / f"{name}.jsonl")
+        for row in rows:
+            shown = str(row.context).removesuffix("\n").split("\nQ: ")
+            pairs = [one.removeprefix("Q: ").partition("\nA: ") for one in shown]
+            assert len(pairs) == len({question for question, _, _ in pairs}) == 4
+            assert all(known[f"Q: {question}\nA:"] == answer for question, _, answer in pairs)
+            assert str(row.prompt) not in str(row.context)
+            contexts.append(row.context)
+    assert len(set(contexts)) == len(contexts)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_another_task_brings_its_own_examples(task: str, written: Path) -> None:
     rows = read_rows(written / task / "other_task.jsonl", need_answers=True)
     (other,) = {next(name for name in TASKS if row.id.startswith(name)) for row in rows}
