@@ -12,7 +12,8 @@ OTHERWISE = ("ministral3", "cohere2", "gemma3n_text", "nemotron_h", "bloom", "ap
 CPU_BFLOAT16 = ("qwen3_next", "deepseek_v2", "deepseek_v3")
 """Families whose CPU kernels compute in bfloat16 only, and there otherwise than transformers on tiny random models."""
 CPU_NEVER = ("mamba", "mamba2", "minimax_m2", "phimoe", "phi", "ernie4_5_moe")
-"""Families whose kernels fail on CPU, or that fail after a sync there: a bias (Phi), other log-probs (ERNIE)."""
+"""Families that fail on CPU: in their kernels, after a sync (Phi's bias), or because the router there leaves out its
+correction bias (ERNIE)."""
 NEVER = ("gpt_neo", "minimax")
 """Families that this vLLM has no model for."""
 QWEN2 = ("qwen2", "qwen2_5_vl_text")
@@ -48,7 +49,7 @@ def cpu_fault(config: Any, dtype: str, *, torchvision: bool) -> str | None:
             "only: train it on GPUs"
         )
     if kind in CPU_NEVER:
-        return f"vLLM's CPU build does not compute {kind}, or not after a sync: train it on GPUs"
+        return f"vLLM's CPU build does not compute {kind} rightly, or not after a sync: train it on GPUs"
     if kind in CPU_BFLOAT16 and dtype != "bfloat16":
         return "vLLM's CPU build computes this family in bfloat16 only: set student.dtype to bfloat16"
     return None

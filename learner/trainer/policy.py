@@ -25,7 +25,7 @@ from learner.trainer.lora import add_adapters
 from learner.trainer.micro_batch import MicroBatch
 from learner.trainer.objective import Objective
 from learner.trainer.output_layer import OutputLayer
-from learner.trainer.untrained import freeze_other_modules
+from learner.trainer.untrained import freeze_untrained
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def load_policy(
         )
     model.to(device)
     fix_rope(model, student.max_sequence_tokens)
-    freeze_other_modules(model)
+    freeze_untrained(model)
     if learner.lora is not None:
         add_adapters(model, learner.lora)
     if learner.gradient_checkpointing:

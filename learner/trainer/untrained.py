@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from common.models.checkpoint_layout import conversions, other_modules
@@ -16,10 +17,20 @@ from common.models.checkpoint_layout import conversions, other_modules
 CHECKPOINT = "*.safetensors"
 
 
-def freeze_other_modules(model: nn.Module) -> None:
-    """Exclude `other_modules` from training: without gradients, weight decay would still shrink them."""
+def freeze_untrained(model: nn.Module) -> None:
+    """Exclude from training `other_modules` and what the model's class fixes: without gradients, weight decay would
+    still shrink them.
+
+    transformers makes every parameter that it loads trainable, so a model of the class on the meta device is asked.
+    Such parameters are the correction biases of routers (ERNIE 4.5 MoE): they stay as they are.
+    """
     for name in other_modules(model):
         model.get_submodule(name).requires_grad_(requires_grad=False)
+    with torch.device("meta"):
+        built = type(model)(model.config)
+    for name, parameter in built.named_parameters():
+        if not parameter.requires_grad:
+            model.get_parameter(name).requires_grad_(requires_grad=False)
 
 
 def untrained_tensors(model: Any, held: Iterable[str], source: str) -> dict[str, Path]:

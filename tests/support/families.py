@@ -83,12 +83,11 @@ def make_family(name: str, folder: Path) -> Path:
     model = kind.from_config(config).to(torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        for key, buffer in model.named_buffers():
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if key.endswith("e_score_correction_bias"):
-                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+                tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
+            elif isinstance(tensor, torch.nn.Parameter) and tensor.ndim == 1:
+                tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

@@ -18,7 +18,7 @@ from common.models.families import model_on_meta
 from learner.trainer.export import WeightView
 from learner.trainer.lora import add_adapters
 from learner.trainer.source_files import exported_files, read_source_files
-from learner.trainer.untrained import freeze_other_modules
+from learner.trainer.untrained import freeze_untrained
 from tests.support.families import Families, family_config
 
 RENAMED = {
@@ -28,6 +28,7 @@ RENAMED = {
     "gpt_oss": 0,
     "nemotron_h": 0,
     "gpt_neox": 0,
+    "ernie4_5_moe": 0,
     "qwen3_5-vl": 33,
     "gemma3-vl": 50,
 }
@@ -44,7 +45,7 @@ def test_an_export_has_the_names_of_its_source_and_reloads_to_the_bit(
 ) -> None:
     source, folder = families / name, tmp_path / "export"
     model = AutoModelForCausalLM.from_pretrained(source)
-    freeze_other_modules(model)
+    freeze_untrained(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -66,3 +66,11 @@ def test_dynamic_positions_are_refused_where_they_change(families: Families) -> 
     with pytest.raises(ValueError, match="set max_sequence_tokens to at most that, not 1024"):
         load_learner(families / "llama-dynamic-ntk", 1024)
     load_learner(families / "llama-dynamic-ntk", 512)
+
+
+def test_what_a_family_fixes_is_not_trained(families: Families) -> None:
+    _, inference = load_learner(families / "ernie4_5_moe")
+    parameters = dict(inference._policy.model.named_parameters())
+    fixed = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    assert fixed == ["model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"]
+    assert parameters[fixed[0]].abs().max() > 0.1  # as loaded
