@@ -27,10 +27,10 @@ def freeze_untrained(model: nn.Module) -> None:
     for name in other_modules(model):
         model.get_submodule(name).requires_grad_(requires_grad=False)
     with torch.device("meta"):
-        built = type(model)(model.config)
+        built: nn.Module = type(model)(model.config)
     for name, parameter in built.named_parameters():
         if not parameter.requires_grad:
-            model.get_parameter(name).requires_grad_(requires_grad=False)
+            model.get_parameter(name).requires_grad = False
 
 
 def untrained_tensors(model: Any, held: Iterable[str], source: str) -> dict[str, Path]:
