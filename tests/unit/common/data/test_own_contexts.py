@@ -123,6 +123,16 @@ def test_what_stands_before_the_own_contexts_of_several_rows_is_their_parent(
         assert len(own.ids) > len(parent.ids)
 
 
+def test_a_row_that_does_not_begin_with_the_shared_text_has_no_parent() -> None:
+    render = renderer(SHARED, template="{% if messages[-1].content == 'odd' %}!{% endif %}" + CHAT_TEMPLATE)
+    rows = [row("one", context="A."), row("two", context="B."), row("odd", context="C.")]
+    render.share_parents(rows)
+    (parent,) = render.contexts
+    contexts = [render.render(one).own_context for one in rows]
+    assert [one.parent for one in contexts if one is not None] == [parent, parent, None]
+    assert render.tokenizer.decode(contexts[2].ids).startswith(f"!<|im_start|>system\n{SHARED}")  # type: ignore[union-attr]
+
+
 def test_a_text_of_a_single_row_or_of_a_few_tokens_is_no_parent() -> None:
     render = renderer()
     systems = (SHARED, "Other " * 9, None, None)

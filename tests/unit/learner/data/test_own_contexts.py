@@ -264,6 +264,21 @@ def test_a_change_of_a_rows_context_or_of_the_template_makes_another_run(make: A
         assert found[1] != first[1]
 
 
+def test_a_function_gets_every_column_and_a_change_of_any_makes_another_run(make: Any) -> None:
+    context = {"from_rows": False, "from_rollout": "tests.support.answer_hooks:by_row"}
+    digests = set()
+    for hint in ("one", "two"):
+        config = make({"train": rows_of("train", hint=hint)}, context=context, data={"columns": {"messages": "prompt"}})
+        inputs = read_inputs(config)
+        digests.add(inputs.data_digest)
+        columns = inputs.train[1].row
+        assert columns is not None
+        assert (columns["id"], columns["hint"], columns["privileged_context"]) == ("train1", hint, "train 1")
+    assert len(digests) == 2
+    other = config.context.model_copy(update={"from_rollout": "tests.support.answer_hooks:slow"})
+    assert read_inputs(config.model_copy(update={"context": other})).context_names != inputs.context_names
+
+
 def test_a_games_own_context_goes_to_the_player_of_its_turns(make: Any) -> None:
     game = {"environment": "FrozenLake", "options": {"size": 3}, "context": "G is the goal."}
     games = [{**game, "id": f"g{i}", "seed": i} for i in range(2)]
