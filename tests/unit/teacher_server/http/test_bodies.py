@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 
+import numpy as np
 import pytest
 
-from teacher_server.http.bodies import ByteBudget
+from common.protocol.codec import decode_request, encode_request
+from common.protocol.schema import ScoreItem, as_ids
+from teacher_server.http.bodies import ByteBudget, memory_of
 from teacher_server.scoring.checks import RequestRefused
+from tests.support.teacher_running import request_of
 
 
 async def hold(budget: ByteBudget, tenant: str, size: int, order: list[str], name: str, go: asyncio.Event) -> None:
@@ -77,3 +82,26 @@ async def test_who_leaves_the_queue_makes_room_for_those_behind() -> None:
         await large
     assert budget.held == 0
     await all_of_it_is_free(budget)
+
+
+@pytest.mark.parametrize(("items", "prompt", "response", "k"), [(1, 16, 2000, 128), (1, 60_000, 1, 0), (1024, 1, 1, 1)])
+def test_decoding_takes_no_more_memory_than_is_counted(items: int, prompt: int, response: int, k: int) -> None:
+    """Few large arrays of 16-bit ids, one long prompt, and many tiny items."""
+    rng = np.random.default_rng(0)
+    batch = [
+        ScoreItem(
+            None,
+            as_ids(rng.integers(0, 512, prompt)),
+            as_ids(rng.integers(0, 512, response)),
+            topk_ids=as_ids(rng.integers(0, 512, (response, k))) if k else None,
+        )
+        for _ in range(items)
+    ]
+    body = encode_request(request_of(batch, mode="at_ids" if k else "sampled", k=k))
+    tracemalloc.start()
+    decoded = decode_request(body)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(decoded.items) == items
+    counted = memory_of(len(body), items)
+    assert len(body) + peak <= counted
