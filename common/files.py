@@ -1,4 +1,4 @@
-"""Permissions of written files, and the place of missing ones."""
+"""Permissions of written files, the place of missing ones, and files that hold a key."""
 
 from __future__ import annotations
 
@@ -20,3 +20,17 @@ def apply_umask(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
+
+
+def read_key(path: Path, name: str) -> str:
+    """Read the key from a file that holds nothing else. `name` is the configuration key, for errors.
+
+    Raises ValueError, which never shows the file's content.
+    """
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} {path} cannot be read: {type(error).__name__}") from None
+    if not key.isascii() or not key.isprintable() or len(key.split()) != 1:
+        raise ValueError(f"{name} {path} must hold one key and nothing else")
+    return key

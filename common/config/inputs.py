@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -83,7 +84,8 @@ class TeacherConfig(Section):
     """Folder or hub name. Default: the student's initial model. With a `url`, `model` is needed only to generate
     in-context answers."""
     dtype: Dtype = "auto"
-    """`auto` is bfloat16 on a GPU and float32 on CPU."""
+    """`auto` is bfloat16 on a GPU and float32 on CPU. With `remote` it says what `endpoint` computes in, and `auto` is
+    bfloat16."""
     host: str | None = None
     """Address that the server listens on. Default: 127.0.0.1; for a teacher that a run starts on a cluster, the address
     of its node."""
@@ -99,8 +101,15 @@ class TeacherConfig(Section):
     refresh_every: Positive = 1
     """Steps between two versions that a teacher of `kind: live` or `ema` takes; in between its weights stay. With `ema`
     the decay is applied once per version taken."""
-    backend: Literal["transformers", "vllm"] = "transformers"
-    """Library that runs the teacher's forward passes."""
+    backend: Literal["transformers", "vllm", "remote"] = "transformers"
+    """Library that runs the teacher's forward passes. `remote` runs none: it asks the server at `endpoint`."""
+    endpoint: str | None = None
+    """Address of a vLLM server (``vllm serve``) that holds the teacher's weights, `remote` only, for example
+    ``http://HOST:8000``. Of `model` only the tokenizer and the configuration are read then."""
+    endpoint_model: str | None = None
+    """Name under which `endpoint` serves the model. Default: the only name that it serves."""
+    endpoint_key_file: Path | None = None
+    """File that holds the API key of `endpoint` and nothing else."""
     device_map: str | None = None
     """Device of each layer, `transformers` only; `auto` spreads a model over several GPUs. Default: one device."""
     tensor_parallel_size: Positive = 1
@@ -145,14 +154,14 @@ class TeacherConfig(Section):
     client_key_file: Path | None = None
     """Run with a `url`: file that holds the run's key and nothing else."""
     ca_file: Path | None = None
-    """Run with an ``https`` `url`: PEM bundle to trust instead of the system's."""
+    """PEM bundle to trust instead of the system's, for an ``https`` `url` or `endpoint`."""
     threads: Positive | None = None
     """CPU threads of the forward pass. Default: torch's choice."""
     gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs to reserve for a teacher that the run starts. With 0 it computes on CPU; below 1 it shares a GPU, and takes
     at most this share of its memory."""
     request_timeout_s: PositiveFloat = 600.0
-    """Deadline for one request of the client, retries included."""
+    """Deadline for one request of the client, and for one to `endpoint`, retries included."""
     max_failed_fraction: Fraction = 0.0
     """Upper bound for the share of a step's samples that the teacher fails to score. These samples are counted and left
     out; above the bound the run stops."""
@@ -163,15 +172,43 @@ class TeacherConfig(Section):
         return self.host or LOOPBACK
 
     @model_validator(mode="after")
-    def _weights_need_transformers(self) -> TeacherConfig:
+    def _keys_fit_the_backend(self) -> TeacherConfig:
         if self.kind in ("live", "ema") and self.backend != "transformers":
             raise ValueError(f"kind `{self.kind}` receives new weights, which backend `{self.backend}` cannot")
+        if self.backend == "remote":
+            _require_endpoint(self)
+        elif self.endpoint is not None:
+            raise ValueError(f"endpoint is for backend `remote`, not `{self.backend}`")
+        if self.endpoint is None and (self.endpoint_model is not None or self.endpoint_key_file is not None):
+            raise ValueError("endpoint_model and endpoint_key_file need endpoint")
         if self.refresh_every > 1 and self.kind not in ("live", "ema"):
             raise ValueError(
                 f"refresh_every is {self.refresh_every}, but kind `{self.kind}` keeps its weights: set kind to `live` "
                 "or `ema`"
             )
         return self
+
+
+def _require_endpoint(teacher: TeacherConfig) -> None:
+    """Raise ValueError for a `remote` teacher without a usable address, or with keys of a model that it would load."""
+    if teacher.endpoint is None:
+        raise ValueError("backend `remote` needs endpoint, the address of the inference server")
+    address = urlsplit(teacher.endpoint)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError(f"endpoint {teacher.endpoint!r} is not an address: write it as http://HOST:PORT")
+    if address.username is not None or address.password is not None or address.query or address.fragment:
+        raise ValueError("endpoint holds more than an address: put the key into endpoint_key_file")
+    if teacher.model is None:
+        raise ValueError("backend `remote` needs model, whose tokenizer and configuration it reads")
+    loads = {
+        "gpus": teacher.gpus > 0,
+        "tensor_parallel_size": teacher.tensor_parallel_size > 1,
+        "device_map": teacher.device_map is not None,
+        "gpu_memory_utilization": teacher.gpu_memory_utilization is not None,
+    }
+    for key, is_set in loads.items():
+        if is_set:
+            raise ValueError(f"{key} is for a teacher that loads its model, and backend `remote` loads none: remove it")
 
 
 class ContextConfig(Section):

@@ -229,6 +229,8 @@ def teacher_rules(
                 f"`{loss.support}`: set loss.support to `teacher`, {section}.backend to `transformers`, or "
                 f"{section}.gpus"
             )
+        if teacher.backend == "remote" and teacher.url is None:
+            yield from _remote_rules(section, loss, learner)
         if name != "default" and teacher.kind == "base":
             yield f"{section}.kind `base` is possible for `teacher` only, as the run's single teacher"
     if teachers["default"].kind != "base":
@@ -239,6 +241,20 @@ def teacher_rules(
         yield "teacher.kind `base`: the learner scores every row, so `teachers` must be empty"
     if loss.support != "student":
         yield "teacher.kind `base` scores the student's ids: loss.support must be `student`"
+
+
+def _remote_rules(section: str, loss: LossConfig, learner: LearnerConfig) -> Iterator[str]:
+    other = "or choose another backend"
+    if loss.temperature != 1:
+        yield (
+            f"{section}.backend `remote` gets log-probs at temperature 1 only, loss.temperature is "
+            f"{loss.temperature:g}: set it to 1, {other}"
+        )
+    if learner.deterministic:
+        yield (
+            f"{section}.backend `remote`: the endpoint's scores depend on its other requests in the last digits, so "
+            f"learner.deterministic is not possible: turn it off, {other}"
+        )
 
 
 def worker_rules(rollout: RolloutConfig) -> Iterator[str]:

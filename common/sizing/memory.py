@@ -263,6 +263,9 @@ def teacher_need(
     name: str, teacher: TeacherConfig, model: ModelSize, bucket_bytes: int, context_tokens: int
 ) -> ProcessNeed:
     """A teacher that the run starts; of `context_tokens` at most ``teacher.context_cache_bytes`` are kept."""
+    label = "teacher" if name == "default" else f"teacher {name}"
+    if teacher.backend == "remote":  # the endpoint holds the model
+        return ProcessNeed(label, 1, 0, {}, host={"process": PROCESS_BYTES["teacher"]})
     element = element_bytes(teacher.dtype, teacher.gpus)
     weights = element * model.parameters
     contexts = min(teacher.context_cache_bytes, model.context_bytes(context_tokens, element))
@@ -271,7 +274,7 @@ def teacher_need(
     if teacher.kind != "frozen":
         host["sync"] = 3 * bucket_bytes
     return ProcessNeed(
-        "teacher" if name == "default" else f"teacher {name}",
+        label,
         1,
         teacher.gpus,
         {"weights": weights, "contexts": contexts},

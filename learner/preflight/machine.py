@@ -87,7 +87,9 @@ def check_files(config: Config) -> Iterator[Finding]:
     for name, teacher in config.named_teachers().items():
         section = "teacher" if name == "default" else f"teachers.{name}"
         for key in (
-            ("client_key_file", "ca_file") if teacher.url else ("server_keys_file", "tls_certificate", "tls_key")
+            ("client_key_file", "ca_file")
+            if teacher.url
+            else ("server_keys_file", "tls_certificate", "tls_key", "endpoint_key_file", "ca_file")
         ):
             path: Path | None = getattr(teacher, key)
             try:

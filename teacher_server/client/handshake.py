@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from common import files
 from common.data.fingerprint import added_token_fault
 from common.protocol.schema import PROTOCOL_VERSION, ScoreMode, TeacherInfo
 from common.protocol.scoring import TeacherError
@@ -33,9 +34,12 @@ def handshake(
     if (fault := added_token_fault(added_tokens, info.added_tokens)) is not None:
         raise TeacherError(f"the teacher {info.model} has another tokenizer: {fault}; use models of one family")
     if mode not in info.modes:
+        remedy = "use its transformers backend, or another loss.support"
+        if info.backend == "remote":
+            remedy = "start the endpoint on GPUs with --enable-scale-out, or set loss.support to `teacher`"
         raise TeacherError(
             f"the teacher's {info.backend} backend cannot score in mode {mode} (it can {', '.join(info.modes)}): "
-            "use its transformers backend, or another loss.support"
+            f"{remedy}"
         )
     temperatures = info.modes[mode]
     if temperatures is not None and temperature not in temperatures:
@@ -58,9 +62,6 @@ def handshake(
 def read_key(path: Path) -> str:
     """Key from ``teacher.client_key_file``. Raises TeacherError, which never shows the file's content."""
     try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher.client_key_file {path} cannot be read: {type(error).__name__}") from error
-    if not key or not key.isascii() or len(key.split()) != 1:
-        raise TeacherError(f"teacher.client_key_file {path} must hold one key and nothing else")
-    return key
+        return files.read_key(path, "teacher.client_key_file")
+    except ValueError as error:
+        raise TeacherError(str(error)) from error

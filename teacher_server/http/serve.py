@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 import uvicorn
@@ -24,6 +25,7 @@ from common.data.model_lookup import load_tokenizer
 from common.protocol.scoring import TeacherError
 from teacher_server.backends.base import Backend, BackendError
 from teacher_server.backends.hf.backend import TransformersBackend
+from teacher_server.backends.remote.backend import RemoteBackend
 from teacher_server.http.app import create_app
 from teacher_server.http.auth import KEYS_VARIABLE, Authenticator, authenticator
 from teacher_server.http.http_limits import MAX_CONNECTIONS, LimitedHttpProtocol
@@ -49,8 +51,10 @@ def build_service(config: TeacherConfig, *, on_failure: Callable[[str], None] = 
     set_threads()
     try:
         tokenizer = load_tokenizer(config.model)
-        backend, on_stop = _backend(config, config.model)
+        backend, on_stop = _backend(config, config.model, tokenizer)
     except (BackendError, OSError, ValueError) as error:
+        if config.backend == "remote" and isinstance(error, BackendError):
+            raise TeacherError(str(error)) from error
         raise TeacherError(f"teacher.model {config.model} cannot be loaded: {error}") from error
     identity = TokenizerIdentity(
         tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer), added_tokens(tokenizer)
@@ -58,7 +62,7 @@ def build_service(config: TeacherConfig, *, on_failure: Callable[[str], None] = 
     return TeacherService(backend, config, identity, thread_setup=set_threads, on_stop=on_stop, on_failure=on_failure)
 
 
-def _backend(config: TeacherConfig, model: str) -> tuple[Backend, Callable[[], None] | None]:
+def _backend(config: TeacherConfig, model: str, tokenizer: Any) -> tuple[Backend, Callable[[], None] | None]:
     """Load the backend; returns it with a function that stops its processes, if it has any."""
     if config.kind == "base":
         raise TeacherError("teacher.kind=base means that the learner scores: there is no server to start")
@@ -68,6 +72,9 @@ def _backend(config: TeacherConfig, model: str) -> tuple[Backend, Callable[[], N
 
         engine = VllmBackend.load(model, config)
         return engine, engine.close
+    if config.backend == "remote":
+        remote = RemoteBackend.load(config, tokenizer)
+        return remote, remote.close
     backend = TransformersBackend.load(
         model,
         dtype=config.dtype,

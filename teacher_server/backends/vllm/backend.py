@@ -17,17 +17,10 @@ import numpy as np
 from common.config.model import TeacherConfig
 from common.protocol.schema import ForwardPathName, Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
 from teacher_server.backends.base import BackendError, Work
+from teacher_server.backends.rows import InvalidRows, Rows, item_score, support_error
 from teacher_server.backends.vllm.engine import EngineRequest, ScoringEngine
 from teacher_server.backends.vllm.files import model_folder, weights_fingerprint
-from teacher_server.backends.vllm.rows import (
-    InvalidRows,
-    Rows,
-    fixed_ids,
-    item_score,
-    rows_of_fixed_ids,
-    rows_of_top_k,
-    support_error,
-)
+from teacher_server.backends.vllm.rows import fixed_ids, rows_of_fixed_ids, rows_of_top_k
 
 log = logging.getLogger(__name__)
 

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.protocol.schema import F32, LOGPROB_FLOOR, PAD_ID, Ids, ItemError, ItemScore, Mask, as_ids
+from common.protocol.schema import F32, LOGPROB_FLOOR, PAD_ID, Ids, as_ids
 from teacher_server.backends.base import Work
+from teacher_server.backends.rows import InvalidRows, Rows, support_of
 from teacher_server.backends.vllm.worker import FIXED_COLUMNS
 
 MASS_NATS = 1e-3
 """Allowed distance from 0 of the log of a row's mass (support and tail); f32 rounding is about 1e-6."""
-
-
-class InvalidRows(Exception):
-    """The engine's result misses rows or holds wrong ones; the message says which."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """Validated f32 scores of one item: ``sampled [T]``, ``tail [T]``, ``logprobs [T, width]`` at ``ids`` (None: the
-    request's ids).
-    """
-
-    sampled: F32
-    tail: F32
-    logprobs: F32
-    ids: Ids | None
-
-
-def support_error(work: Work, vocab_size: int) -> ItemError | None:
-    """Error of a support that vLLM cannot score; None if it can."""
-    ids = work.item.topk_ids
-    if ids is None or not ids.size:
-        return None
-    ordered = np.sort(ids, axis=1)
-    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-    if repeated.any():
-        return ItemError("bad_ids", f"the support at position {int(repeated.argmax())} has an id twice")
-    known = (ids < vocab_size).any(axis=1)
-    if not known.all():
-        return ItemError("bad_ids", f"this model has no id of the support at position {int(known.argmin())}")
-    return None
 
 
 def fixed_ids(work: Work, vocab_size: int) -> NDArray[np.int32]:
@@ -55,7 +24,7 @@ def fixed_ids(work: Work, vocab_size: int) -> NDArray[np.int32]:
     tokens = work.item.response_ids.size
     k = work.teacher_ids
     head = np.stack([work.item.response_ids, np.full(tokens, k)], axis=1)
-    support = _support(work)
+    support = support_of(work)
     known = support < vocab_size
     if not known.all():
         first = np.take_along_axis(support, known.argmax(axis=1)[:, None], axis=1)
@@ -67,7 +36,7 @@ def rows_of_fixed_ids(values: F32 | None, work: Work, vocab_size: int) -> Rows:
     """Rows of the result of a `fixed_ids` request. Raises InvalidRows."""
     if values is None:
         raise InvalidRows("the result holds no scores")
-    support = _support(work)
+    support = support_of(work)
     tokens, width = support.shape
     k = work.teacher_ids
     if values.shape != (tokens, FIXED_COLUMNS + width + 2 * k):
@@ -119,22 +88,3 @@ def _validated(rows: Rows) -> Rows:
         row = int(np.abs(mass).argmax())
         raise InvalidRows(f"the mass of row {row} is e**{mass[row]:.3g}, not 1")
     return rows
-
-
-def item_score(rows: Rows, work: Work) -> ItemScore:
-    """Score of `rows`, with the number of values at the floor."""
-    values = rows.logprobs
-    present: Mask = np.ones(values.shape, dtype=np.bool_) if rows.ids is None else rows.ids != PAD_ID
-    floored = sum(int((part <= LOGPROB_FLOOR).sum()) for part in (values[present], rows.sampled, rows.tail))
-    return ItemScore(
-        logprobs=values.astype(np.float16),
-        sampled_logprob=np.ascontiguousarray(rows.sampled),
-        tail_logprob=np.ascontiguousarray(rows.tail),
-        topk_ids=rows.ids if work.teacher_ids else None,
-        floored=floored,
-    )
-
-
-def _support(work: Work) -> Ids:
-    ids = work.item.topk_ids
-    return as_ids(np.empty((work.item.response_ids.size, 0))) if ids is None else ids

@@ -298,6 +298,43 @@ def test_vllm_as_the_teacher_takes_every_loss_that_its_runner_has(path: Path) ->
         load_config(path, ["teacher.backend=vllm", f"loss.support={support}", "teacher.url=http://127.0.0.1:1"])
 
 
+REMOTE = ("teacher.backend=remote", "teacher.endpoint=http://e:8000/v1", "teacher.model=m", "loss.support=teacher")
+
+
+def test_a_teacher_in_front_of_an_endpoint(path: Path) -> None:
+    teacher = load_config(path, [*REMOTE, "teacher.endpoint_model=big", "teacher.endpoint_key_file=key"]).teacher
+    assert (teacher.endpoint, teacher.endpoint_model) == ("http://e:8000/v1", "big")
+    assert load_teacher_config(path, REMOTE[:2]).teacher.model == "models/a"
+    as_client = [f"teachers.far.{key.partition('.')[2]}" for key in REMOTE[:3]]
+    load_config(path, [*as_client, "teachers.far.url=http://t:1", "loss.temperature=2"])  # the server decides
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["teacher.endpoint=null"], "backend `remote` needs endpoint"),
+        (["teacher.backend=vllm"], "endpoint is for backend `remote`, not `vllm`"),
+        (["teacher.backend=transformers", "teacher.endpoint=null", "teacher.endpoint_model=m"], "need endpoint"),
+        (["teacher.endpoint=e:8000"], "endpoint 'e:8000' is not an address: write it as http://HOST:PORT"),
+        (["teacher.endpoint=https://user:secret@e"], "put the key into endpoint_key_file"),
+        (["teacher.endpoint=http://e/?key=secret"], "put the key into endpoint_key_file"),
+        (["teacher.model=null"], "backend `remote` needs model"),
+        (["teacher.gpus=1"], "gpus is for a teacher that loads its model"),
+        (["teacher.tensor_parallel_size=2"], "tensor_parallel_size is for a teacher that loads"),
+        (["teacher.device_map=auto"], "device_map is for a teacher that loads"),
+        (["teacher.gpu_memory_utilization=0.5"], "gpu_memory_utilization is for a teacher that loads"),
+        (["teacher.kind=live"], "kind `live` receives new weights, which backend `remote` cannot"),
+        (["teacher.kind=ema"], "kind `ema` receives new weights, which backend `remote` cannot"),
+        (["loss.temperature=0.7"], "at temperature 1 only, loss.temperature is 0.7"),
+        (["learner.deterministic=true"], "learner.deterministic is not possible"),
+    ],
+)
+def test_what_an_endpoint_cannot_do_is_refused(path: Path, overrides: list[str], why: str) -> None:
+    found = mistake(path, *REMOTE, *overrides)
+    assert why in found
+    assert "secret" not in found
+
+
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.config.loader import validate
-from common.config.model import Config
+from common.config.model import Config, TeacherConfig
 from common.sizing.machine import GIB
 from common.sizing.memory import (
     ProcessNeed,
@@ -15,6 +15,7 @@ from common.sizing.memory import (
     longest_trainable,
     process_needs,
     rank_need,
+    teacher_need,
 )
 from common.sizing.model_size import size_of
 from deploy.docs_tools.sizes import qwen3
@@ -108,6 +109,8 @@ def test_processes_and_contexts() -> None:
     assert needs["rollout worker"].parts == {"weights": 2 * N, "cache of one sequence": 1024 * 2 * 36 * 1024 * 2}
     many = {need.name: need for need in process_needs(settings, EIGHT, sizes, context_tokens=10**9)}
     assert many["teacher"].parts["contexts"] == 2**30
+    asking = TeacherConfig(model="m", backend="remote", endpoint="http://e")
+    assert teacher_need("default", asking, EIGHT, 0, 1000).total == 0  # the endpoint holds the model
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -152,6 +152,9 @@ def test_files_of_keys_that_cannot_be_read_are_errors(make: Make, tmp_path: Path
     assert [one.partition(":")[0] for one in found] == ["teacher.client_key_file", "teacher.ca_file"]
     (found,) = texts(check_files(make(teacher={"server_keys_file": missing})))
     assert found == f"teacher.server_keys_file: cannot read {missing}: No such file or directory"
+    asking = {"backend": "remote", "endpoint": "http://e:1", "model": "m", "endpoint_key_file": missing}
+    found = texts(check_files(make(teacher=asking)))
+    assert found == [f"teacher.endpoint_key_file: cannot read {missing}: No such file or directory"]
     (tmp_path / "key").write_text("secret")
     assert not texts(check_files(make(teacher={"url": "http://t:1", "client_key_file": str(tmp_path / "key")})))
 
