@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import ray
+import xxhash
 
 from common.config.model import Config
 from common.data.model_lookup import load_tokenizer
@@ -103,6 +104,8 @@ class RolloutSummary:
     versions: tuple[tuple[int, int], ...]
     started: float
     ended: float
+    answer: int
+    """Digest of the response's tokens: equal answers have equal ones."""
     score: ScoreSummary | None = None
     episode: EpisodeSummary | None = None
     text: str | None = None
@@ -352,4 +355,5 @@ def _summary(worker: int, trajectories: Sequence[Trajectory], started: float) ->
         versions=spans_of(trajectories),
         started=started,
         ended=time.time(),
+        answer=xxhash.xxh64_intdigest(b"".join(one.response_ids.tobytes() for one in trajectories)),
     )

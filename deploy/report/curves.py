@@ -29,6 +29,7 @@ HEALTH = (
     ("teacher/age", "Age of the teacher", "steps since its weights, mean"),
     ("rollout/mean_tokens", "Length of answers", "tokens"),
     ("rollout/stopped_by_length", "Answers cut by length", "share"),
+    ("rollout/commonest_answer", "Prompts with one and the same answer", "share"),
     ("tokens_per_s", "Speed", "trained response tokens per second"),
     ("staleness/mean_age", "Staleness", "mean age of trained tokens, steps"),
     ("support_coverage", "Coverage of the support", "student’s mass on the stored ids"),

@@ -49,6 +49,7 @@ from learner.loop.support_alarm import SupportAlarm
 from learner.loop.teacher_check import check_teachers
 from learner.loop.training_loop import TrainingLoop
 from learner.loop.user_errors import known_error, outcome_of, unwrap_ray_error
+from learner.loop.variety import COMMONEST, Variety
 from learner.loop.weight_publisher import WeightPublisher
 from learner.trainer.token_records import TokenRecordFiles
 
@@ -90,6 +91,7 @@ class Run:
         self._resumed = resumed
         self._began = time.time()
         self._cut_answers = CutAnswers(config.rollout.max_tokens)
+        self._variety = Variety()
         self._part = 1 if resumed is None else resumed.manifest.loop["part"] + 1
         self.summary = RunSummary(planned_steps=config.learner.steps)
         self._held_out = HeldOutEvaluator(
@@ -312,6 +314,7 @@ class Run:
             self._progress.line(stage_line(outcome.metrics))
         for warning in (
             self._cut_answers.observe(outcome.metrics["rollout/stopped_by_length"]),
+            self._variety.observe(outcome.metrics.get(COMMONEST)),
             self._mismatch.check(outcome.version, outcome.metrics),
             self._alarm.observe(outcome.metrics["kl/lower_bound"]),
             self._support_alarm and self._support_alarm.observe(outcome.metrics["mass/student_topk"]),

@@ -16,6 +16,7 @@ from learner.cluster.services import EpisodeSummary, Prepared
 from learner.data.teacher_answers import Replayed
 from learner.errors import RunError
 from learner.loop.parity import ParityReport
+from learner.loop.variety import COMMONEST, commonest_answer
 from learner.trainer.reports import AccumulateReport, StepReport
 from learner.trainer.token_records import TokenRecord, choose_records
 
@@ -134,6 +135,8 @@ class StepStats:
     from_teacher: int = 0
     by_set: Counter[str] = field(default_factory=Counter)
     """Rollouts by the name of their row's set."""
+    prompts_by_answer: dict[int, set[str]] = field(default_factory=dict)
+    """Rows by the digest of the student's answer."""
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     episodes: list[EpisodeSummary] = field(default_factory=list)
@@ -147,6 +150,8 @@ class StepStats:
         self.from_teacher += rollout.sample.from_teacher
         self.by_set[rollout.sample.data_set] += 1
         self.stopped_by_length += rollout.summary.finish_reason == "length"
+        if not rollout.sample.from_teacher:
+            self.prompts_by_answer.setdefault(rollout.summary.answer, set()).add(rollout.sample.prompt.row_id)
         self.sample_ids.append(rollout.sample.sample_id)
         if rollout.context_id is not None:
             self.context_ids.append(rollout.context_id)
@@ -217,6 +222,7 @@ class StepStats:
             "rollout/mean_tokens": self.student_tokens / max(self.answers, 1),
             "rollout/stopped_by_length": self.stopped_by_length / max(self.answers, 1),
             "teacher/failed": len(self.failures),
+            **({} if (share := commonest_answer(self.prompts_by_answer)) is None else {COMMONEST: share}),
             **{
                 f"env/{name}": sum(float(getattr(one, name)) for one in played) / len(played)
                 for name in ("success", "reward", "turns")

@@ -57,6 +57,7 @@ class StubServices:
             versions=((0, version),),
             started=0.0,
             ended=1.0,
+            answer=sample.number,
             score=None,
             episode=None,
             context=self.context_of(sample),

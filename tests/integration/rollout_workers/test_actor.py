@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import xxhash
 
 from common.protocol.schema import ItemScore, Prompt, Sample, Sampling, ScoredTrajectory, Trajectory, as_ids
 from common.protocol.scoring import ScoringError, TeacherError
@@ -74,6 +75,7 @@ def test_an_answer_comes_back_scored_and_its_summary_apart(worker: Any) -> None:
     assert summary.response_tokens == len(scored.trajectory.response_ids) == 12
     assert summary.prompt_tokens == len(PROMPT)
     assert summary.versions == ((0, 0),)
+    assert summary.answer == xxhash.xxh64_intdigest(scored.trajectory.response_ids.tobytes())
     assert summary.started <= summary.ended <= summary.score.started <= summary.score.ended
     assert scored.trajectory.topk_ids.shape == (12, K)
 
