@@ -11,12 +11,13 @@ from common.config.model import StudentConfig
 from common.data.rendering import MIN_PARENT_TOKENS, Renderer, teacher_sequence
 from common.data.rows import DataError, Row
 from common.protocol.schema import Prompt, context_hash
-from tests.support.tiny import CHAT_TEMPLATE, make_tokenizer
+from tests.support.tiny import CHAT_TEMPLATE, TOOL_TEMPLATE, make_tokenizer
 
 THINKING = CHAT_TEMPLATE.replace(
     "<|im_start|>assistant\n{% endif %}",
     "<|im_start|>assistant\n{% if not think %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
 )
+ADD = {"type": "function", "function": {"name": "add"}}
 SHARED = "Follow these rules in every answer."
 
 
@@ -105,6 +106,10 @@ def test_a_row_without_a_context_has_the_shared_one_or_none() -> None:
         ({"placement": "user_prefix"}, [row("a", system=SHARED, context=c) for c in ("One.", "Two.")]),
         ({}, [row("a", teacher_messages=chat(c, system=SHARED)) for c in ("One.", "Two.")]),
         ({"context": SHARED}, [Row(id="r", prompt="p", context=c) for c in ("One.", "Two.")]),
+        (
+            {"placement": "user_prefix", "template": TOOL_TEMPLATE},
+            [row("a", system=SHARED, context=c, tools=[ADD]) for c in ("One.", "Two.")],
+        ),
     ],
 )
 def test_what_stands_before_the_own_contexts_of_several_rows_is_their_parent(
@@ -138,6 +143,13 @@ def test_a_text_of_a_single_row_or_of_a_few_tokens_is_no_parent() -> None:
     systems = (SHARED, "Other " * 9, None, None)
     render.share_parents([row(teacher_messages=chat("a", system=system)) for system in systems])
     assert render.contexts == {}
+
+
+@pytest.mark.parametrize("form", [{"prompt": "p"}, {"messages": chat("Hi")}])
+@pytest.mark.parametrize("context", [None, "Rules."])
+def test_teacher_and_answer_of_a_row_are_those_of_its_prompt(form: dict[str, Any], context: str | None) -> None:
+    prompt = renderer().render(Row(id="r", answer="x", teacher="fixed", context=context, **form))
+    assert (prompt.row_id, prompt.answer, prompt.teacher) == ("r", "x", "fixed")
 
 
 def test_contexts_of_rows_are_not_collected() -> None:
