@@ -33,7 +33,11 @@ class EndpointError(Exception):
 
 
 class RequestRefused(EndpointError):
-    """The endpoint refused this request (a status that is not retried)."""
+    """The endpoint refused this request with a `status` that is not retried."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Endpoint:
@@ -122,15 +126,15 @@ class Endpoint:
                     raise httpx.ReadTimeout("the reply was not complete at the deadline")
             return reply.status_code, bytes(content), _retry_after_s(reply)
 
-    def _refusal(self, status: int, reason: str) -> EndpointError:
-        who = f"the endpoint {self.address}"
-        if status in (401, 403):
-            if self._key is None:
-                return EndpointError(f"{who} wants a key, set teacher.endpoint_key_file ({reason})")
-            return EndpointError(f"{who} refuses the key in teacher.endpoint_key_file {self._key_file} ({reason})")
-        if 300 <= status < 400:
-            return EndpointError(f"{who} redirects (HTTP {status}): set teacher.endpoint to the address that answers")
-        return RequestRefused(f"{who}: {reason}")
+    def _refusal(self, status: int, reason: str) -> RequestRefused:
+        text = f": {reason}"
+        if status in (401, 403) and self._key is None:
+            text = f" wants a key, set teacher.endpoint_key_file ({reason})"
+        elif status in (401, 403):
+            text = f" refuses the key in teacher.endpoint_key_file {self._key_file} ({reason})"
+        elif 300 <= status < 400:
+            text = f" redirects (HTTP {status}): set teacher.endpoint to the address that answers"
+        return RequestRefused(status, f"the endpoint {self.address}{text}")
 
     def _message(self, content: bytes) -> str:
         """The error message of a refusal, in one line, without the key in case the endpoint repeats it."""

@@ -13,7 +13,7 @@ from common.models.positions import sequence_limit
 from common.protocol.schema import F32, Ids, ScoreItem, as_ids
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.remote import completions, generate
-from teacher_server.backends.remote.endpoint import Endpoint, EndpointError, RequestRefused
+from teacher_server.backends.remote.endpoint import Endpoint, RequestRefused
 from teacher_server.backends.remote.probe import (
     PROBE_TEXT,
     RMS_NATS,
@@ -85,12 +85,14 @@ class EndpointModel:
         """
         if not self.fixed_ids:
             return self.rows(ids, tokens=int(work.item.response_ids.size), k=work.teacher_ids)
-        return self._given_ids(work, ids, salt, self._timeout_s), None
+        return self._given_ids(work, ids, salt), None
 
-    def _given_ids(self, work: Work, ids: Ids, salt: str | None, timeout_s: float) -> Rows:
+    def _given_ids(self, work: Work, ids: Ids, salt: str | None) -> Rows:
         body = generate.request_body(self.served_name, ids, work, self.vocab_size, salt)
         max_bytes = generate.max_reply_bytes(work, int(ids.size))
-        reply = generate.decode_reply(self.endpoint.send(generate.PATH, body, max_bytes=max_bytes, timeout_s=timeout_s))
+        reply = generate.decode_reply(
+            self.endpoint.send(generate.PATH, body, max_bytes=max_bytes, timeout_s=self._timeout_s)
+        )
         self._check_name(reply.model)
         return generate.rows_of(reply, work, self.vocab_size)
 
@@ -106,7 +108,8 @@ class EndpointModel:
     def at_once(self, call: Callable[[T], R], arguments: Sequence[T], sizes: Sequence[int]) -> list[R]:
         """Results of `call` in order; at a time, as many calls as replies of the largest of `sizes` fit into memory."""
         results: list[R] = []
-        step = max(1, min(MAX_CONNECTIONS, REPLIES_BYTES // max(sizes, default=1)))
+        fit = max(1, REPLIES_BYTES // max(sizes, default=1))
+        step = fit if fit < MAX_CONNECTIONS else max(1, len(arguments))  # else the threads are the bound
         for start in range(0, len(arguments), step):
             results += self._pool.map(call, arguments[start : start + step])
         return results
@@ -145,12 +148,14 @@ class EndpointModel:
         try:
             rows, _ = self.rows(probe, tokens=int(probe.size) - 1, k=k)
         except RequestRefused as error:
+            if error.status != 400:
+                raise
             raise BackendError(
                 f"{error}: start the endpoint with --max-logprobs {k}, or set teacher.max_k to what it takes"
             ) from error
         try:
-            given = self._given_ids(_probe_work(probe, 1), probe, None, START_TIMEOUT_S)
-        except (EndpointError, InvalidRows) as error:
+            given = self._given_ids(_probe_work(probe, 1), probe, None)
+        except (RequestRefused, InvalidRows) as error:
             log.info("the endpoint scores no given ids, only its own most likely ones: %s", error)
             return
         if not (rms := rms_difference(rows.sampled, given.sampled)) <= RMS_NATS[dtype]:
@@ -159,7 +164,7 @@ class EndpointModel:
                 f"{completions.PATH}, by {rms:.3g} nats (rms), allowed are {RMS_NATS[dtype]:g} in {dtype}"
             )
         try:
-            self._given_ids(_probe_work(probe, k), probe, None, self._timeout_s)
+            self._given_ids(_probe_work(probe, k), probe, None)
         except RequestRefused as error:
             raise BackendError(
                 f"{error}: start the endpoint with --max-logprobs {k + 1} (one for the token itself), or lower "
