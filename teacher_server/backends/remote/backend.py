@@ -2,8 +2,8 @@
 forward passes are the endpoint's.
 
 A result with an invalid row is asked for once more, without the endpoint's prefix cache, and is then an error of its
-item. The model behind the address is
-identified at the start and again later (`probe`): scores of another model are errors.
+item. The model behind the address is identified at the start and again later (`probe`): scores of another model are
+errors.
 """
 
 from __future__ import annotations
