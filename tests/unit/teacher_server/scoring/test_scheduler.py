@@ -22,6 +22,7 @@ class Held:
     """A backend that answers at once while open. Records its batches."""
 
     weight_version = 0
+    path = "shared_prefix"
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -387,3 +388,16 @@ async def test_every_waiter_gets_the_fault_of_the_batch_loop() -> None:
         with pytest.raises(SchedulerStopped):
             await scheduler.submit("t", "r", [work(1)])
         assert scheduler.queue.tokens == 0
+
+
+@pytest.mark.parametrize(("path", "charged"), [("shared_prefix", 20), ("engine", 20), ("full", 60)])
+async def test_a_context_is_charged_as_often_as_it_is_computed(path: str, charged: int) -> None:
+    """Otherwise many short items under a long context would cost their tenant next to nothing."""
+    backend, reports = Held(), list[BatchReport]()
+    backend.path = path
+    async with scheduler_of(backend, on_batch=reports.append) as scheduler:
+        charges: list[tuple[str, int]] = []
+        scheduler.queue.charge = lambda tenant, tokens: charges.append((tenant, tokens))  # type: ignore[method-assign]
+        await scheduler.submit("t", "r", [work(5, n, context(20)) for n in range(3)])
+    assert sum(sum(report.context_tokens.values()) for report in reports) == charged
+    assert sum(tokens for _, tokens in charges) == charged
