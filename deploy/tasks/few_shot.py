@@ -157,9 +157,10 @@ def _worked(task: str, questions: Iterable[str]) -> str:
 async def right_answer_after_a_mistake(row: Mapping[str, Any], prompt: str, response: str) -> str | None:
     """Show the teacher the row's question with its right answer after a wrong one; leave right answers out.
 
-    A function for ``context.from_rollout``.
+    A function for ``context.from_rollout``. The pair is repeated: so small a model copies it with probability 0.26 if
+    it sees it once, 0.56 twice, 0.78 four times (mean over the rows of ``data.valid``).
     """
-    return None if response.strip() == row["answer"] else f"{prompt} {row['answer']}\n"
+    return None if response.strip() == row["answer"] else f"{prompt} {row['answer']}\n" * 4
 
 
 def prompt_of(question: str) -> str:

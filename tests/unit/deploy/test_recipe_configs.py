@@ -43,5 +43,5 @@ def test_a_recipe_passes_the_dry_run(
 def test_the_right_answer_is_shown_after_a_mistake_only() -> None:
     hook = load_answer_hook("deploy.tasks.few_shot:right_answer_after_a_mistake")
     row = {"answer": "walked"}
-    assert asyncio.run(hook(row, "Q: walk\nA:", " walks")) == "Q: walk\nA: walked\n"
+    assert asyncio.run(hook(row, "Q: walk\nA:", " walks")) == "Q: walk\nA: walked\n" * 4
     assert asyncio.run(hook(row, "Q: walk\nA:", " walked")) is None
