@@ -20,8 +20,10 @@ from common.files import seen_from
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 """Code points that UTF-8 cannot encode; text cut inside an emoji's escape sequence holds one."""
 
-PARQUET_BATCH_ROWS = 1024
+PARQUET_BATCH_ROWS = 256
 """Rows of a Parquet table that are Python objects at a time."""
+PARQUET_BUFFER_BYTES = 1 << 20
+"""Bytes of each column that the reader holds."""
 
 Record = tuple[str, Any]
 """(location for an error line, columns or `InvalidJson`)."""
@@ -85,7 +87,8 @@ def _parquet(path: Path) -> Iterator[Record]:
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as table:
+        # Without a bounded buffer the reader holds whole row groups.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as table:
             for batch in table.iter_batches(PARQUET_BATCH_ROWS):
                 for row in batch.to_pylist():
                     yield f"{path} row {number}", row
