@@ -20,7 +20,7 @@ from common.data.sources import is_file
 Use = Literal["input", "output", "secret", "model"]
 
 OUTPUTS = ("run.dir", "sync.folder")
-SECRETS = ("client_key_file", "server_keys_file", "tls_key")
+SECRETS = ("client_key_file", "endpoint_key_file", "server_keys_file", "tls_key")
 """Last parts of the configuration keys that name files with secrets."""
 
 

@@ -12,12 +12,12 @@ import pytest
 from ray.dashboard.modules.job.cli import submit as ray_job_submit
 from typer.testing import CliRunner, Result
 
-from common.config.model import Config, ConfigError
+from common.config.model import Config, ConfigError, TeacherConfig
 from deploy.cli import submit as cli_submit
 from deploy.cli.main import app
 from deploy.submit import cluster as submit_cluster
 from deploy.submit.cluster import Cluster, shipped_files
-from deploy.submit.files import file_faults, named_files
+from deploy.submit.files import SECRETS, file_faults, named_files
 from deploy.submit.submit import EXCLUDES, Job, plain_variable, plan, ray_command, secret_variable
 from learner.cluster.placement import PlacementError
 from tests.support.configs import config_of
@@ -146,6 +146,12 @@ def test_a_file_outside_of_the_upload_is_refused(folder: Path, tmp_path: Path) -
 def test_rays_packer_leaves_out_models_runs_keys_and_ignored_files(folder: Path) -> None:
     names = {path.relative_to(folder).as_posix() for path in shipped_files(folder)}
     assert names == {".gitignore", "data/train.jsonl", "run.yaml"}
+
+
+def test_every_file_of_keys_is_a_secret() -> None:
+    """By its name, so that a new one is no input that the upload contains."""
+    keys = {name for name in TeacherConfig.model_fields if name.endswith(("key", "key_file", "keys_file"))}
+    assert keys == set(SECRETS)
 
 
 def test_every_path_of_a_configuration_is_sorted_by_its_use() -> None:
