@@ -108,6 +108,17 @@ class Config(Section):
         """Folder or hub name of the teacher. Default: the student's initial model."""
         return self.teacher.model or self.student.model
 
+    @property
+    def answering_model(self) -> str | None:
+        """The teacher's model, which an engine of the run can load to answer with the context; None if there is none.
+
+        A teacher at a `url` may have none here, and the weights of backend `remote` are the endpoint's.
+        """
+        teacher = self.teacher
+        if teacher.backend == "remote" and teacher.model != self.student.model:
+            return None
+        return teacher.model or (None if teacher.url else self.student.model)
+
     def mixed_losses(self) -> dict[str, MixedLoss]:
         """Return the losses of the sets of `data.mix`, by name."""
         return {name: one.loss for name, one in self.data.mix.items()}
@@ -128,7 +139,13 @@ class Config(Section):
             yield "teachers: `default` is the name of the `teacher` section"
         yield from context_rules(self.context, self.data, self.rollout)
         yield from loss_rules(self.loss, self.rollout)
-        yield from source_rules(self.rollout, self.loss, self.teacher, more_teachers=bool(self.teachers))
+        yield from source_rules(
+            self.rollout,
+            self.loss,
+            self.teacher,
+            more_teachers=bool(self.teachers),
+            answering_model=self.answering_model,
+        )
         yield from data_rules(self.data, self.named_teachers(), self.loss)
         yield from importance_rules(self.loss, self.rollout)
         yield from reward_rules(self.loss, self.rollout)

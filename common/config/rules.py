@@ -30,7 +30,12 @@ def _comparable_logprobs(key: str, loss: LossConfig, rollout: RolloutConfig) -> 
 
 
 def source_rules(
-    rollout: RolloutConfig, loss: LossConfig, teacher: TeacherConfig, *, more_teachers: bool
+    rollout: RolloutConfig,
+    loss: LossConfig,
+    teacher: TeacherConfig,
+    *,
+    more_teachers: bool,
+    answering_model: str | None,
 ) -> Iterator[str]:
     if rollout.source == "teacher" and rollout.mix is not None:
         yield "rollout.mix has responses of both: it needs rollout.source `student`"
@@ -60,8 +65,11 @@ def source_rules(
         )
     if more_teachers or teacher.kind in ("live", "ema"):
         yield f"{key} needs a single teacher with fixed weights: no `teachers`, `live` or `ema`"
-    if teacher.url is not None and teacher.model is None:
-        yield f"{key}: teacher.url only scores; set teacher.model to the model that answers"
+    if answering_model is None:
+        where, remedy = "teacher.url", "set teacher.model to the model that answers"
+        if teacher.backend == "remote":
+            where, remedy = "teacher.backend `remote`", "choose a backend that loads the model that answers"
+        yield f"{key}: {where} only scores; {remedy}"
 
 
 def data_rules(data: DataConfig, teachers: Mapping[str, TeacherConfig], loss: LossConfig) -> Iterator[str]:

@@ -186,19 +186,13 @@ class Run:
             return
         await loop.begin(0)
         await self._held_out.before()
-        if self._local_teacher == self._config.student.model:
+        if self._config.answering_model == self._config.student.model:
             await self._held_out.in_context()
         self._held_out.warn_if_no_gap()
 
-    @property
-    def _local_teacher(self) -> str | None:
-        """The teacher's model, which engines can load to answer with the context; None for a remote teacher alone."""
-        teacher = self._config.teacher
-        return teacher.model or (None if teacher.url else self._config.student.model)
-
     async def _evaluate_larger_teacher(self) -> None:
         """If the teacher is another model, load it into engines first, for accuracy in context and stored answers."""
-        model, services = self._local_teacher, self._services
+        model, services = self._config.answering_model, self._services
         to_evaluate = self._resumed is None and bool(self._inputs.eval)
         to_answer = self._teacher_answers is not None and bool(self._teacher_answers.missing())
         if model in (None, self._config.student.model) or not (to_evaluate or to_answer):

@@ -24,7 +24,7 @@ def check_lengths(config: Config, inputs: Inputs) -> Iterator[Finding]:
         key = "teacher" if name == "default" else f"teachers.{name}"
         rows = [row for row in inputs.facts["data.train"] if row.teacher == name]
         yield from _too_long("data.train", rows, config, inputs, f"{key}.max_sequence_tokens", model, section)
-    teacher = config.teacher.model or (None if config.teacher.url else config.student.model)
+    teacher = config.answering_model
     if teacher is None or not is_on_this_machine(teacher):
         return
     # An engine of the teacher's model answers with the context, to measure accuracy and for stored answers.

@@ -310,6 +310,23 @@ def test_a_teacher_in_front_of_an_endpoint(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "model"),
+    [
+        ([], "models/a"),
+        (["teacher.model=models/b"], "models/b"),
+        (["teacher.url=http://t:1"], None),
+        (["teacher.url=http://t:1", "teacher.model=models/b"], "models/b"),
+        ([*REMOTE], None),
+        ([*REMOTE, "teacher.model=models/a"], "models/a"),  # the student's: its engines hold it anyway
+        ([*REMOTE, "teacher.url=http://t:1"], None),
+    ],
+)
+def test_the_model_that_answers_with_the_context(path: Path, overrides: list[str], model: str | None) -> None:
+    """No run loads the weights that an endpoint holds."""
+    assert load_config(path, overrides).answering_model == model
+
+
+@pytest.mark.parametrize(
     ("overrides", "why"),
     [
         (["teacher.endpoint=null"], "backend `remote` needs endpoint"),
@@ -327,6 +344,7 @@ def test_a_teacher_in_front_of_an_endpoint(path: Path) -> None:
         (["teacher.kind=ema"], "kind `ema` receives new weights, which backend `remote` cannot"),
         (["loss.temperature=0.7"], "at temperature 1 only, loss.temperature is 0.7"),
         (["learner.deterministic=true"], "learner.deterministic is not possible"),
+        (["rollout.source=teacher"], "teacher.backend `remote` only scores; choose a backend that loads"),
     ],
 )
 def test_what_an_endpoint_cannot_do_is_refused(path: Path, overrides: list[str], why: str) -> None:
