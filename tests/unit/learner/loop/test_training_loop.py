@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from common.config.model import Config
-from common.protocol.schema import Sample
+from common.data.rows import DataError
+from common.protocol.schema import Prompt, Sample
 from learner.data.samples import SampleSource
 from learner.errors import RunError
 from learner.loop.run import write_skipped
@@ -47,6 +48,22 @@ async def test_tokens_are_the_students_and_the_learner_hears_of_all_in_the_seque
     assert outcome.metrics["rollout/mean_tokens"] == 2
     assert outcome.metrics["tokens_per_s"] * outcome.metrics["time/total_s"] == pytest.approx(4 * 2)
     assert said[-1] == "step 1: 8 tokens, learning"
+
+
+async def test_a_row_that_cannot_be_rendered_in_its_turn_ends_the_run_by_its_name() -> None:
+    class Rows(list[Prompt]):
+        def __getitem__(self, index: Any) -> Any:
+            if ROWS[index].row_id == bad:
+                raise DataError(f"row {bad!r} has a system message")
+            return super().__getitem__(index)
+
+    bad = SampleSource(config_of(), ROWS)[4].prompt.row_id  # of the second step
+    loop = loop_over(OrderedServices(), prompts=Rows(ROWS))
+    await loop.begin(0)
+    await loop.step(0)
+    with pytest.raises(DataError, match=f"^row '{bad}' has a system message$"):
+        await loop.step(1)
+    await loop.close()
 
 
 # --- steps that moved nothing ---------------------------------------------------------------------------------------
