@@ -1,4 +1,4 @@
-"""A real ``vllm serve`` of a tiny model on loopback, in processes that end with the scope."""
+"""A real ``vllm serve`` on loopback, in processes that end with the scope."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ START_S = 600
 
 @contextmanager
 def vllm_server(model: Path, log: Path, *arguments: str) -> Iterator[str]:
-    """Serve `model` in float32, with chunked prefill and prefix caching; the address. Output goes to `log`."""
+    """Serve `model` with these arguments; the address. Output goes to `log`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-batched-tokens", "256", *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
     environment = {
         **os.environ,
         "VLLM_NO_USAGE_STATS": "1",

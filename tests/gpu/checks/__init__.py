@@ -34,6 +34,7 @@ CHECKS = (
     _check("engine", 120, "an eager vLLM engine", "vllm", gpus=1, module="vllm"),
     _check("graphs", 180, "CUDA graphs", "vllm", gpus=1, module="vllm"),
     _check("v2", 180, "vLLM as the teacher, given ids", "vllm", gpus=1, module="vllm"),
+    _check("remote", 240, "vllm serve as the teacher's endpoint", "vllm", gpus=1, module="vllm"),
     _check("tp2", 180, "an engine on two GPUs", "vllm", gpus=2, module="vllm"),
     _check("demo", 600, "the demo in bfloat16, whole", "vllm", "ray", gpus=1),
 )

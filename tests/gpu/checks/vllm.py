@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tests.gpu.models import joined, load, model_folder, plain_logprobs, random_
 from tests.gpu.place import Place
 from tests.gpu.report import Figure
 from tests.support.scored import learner_config
+from tests.support.vllm_server import vllm_server
 
 
 def engine_config(place: Place, **rollout: Any) -> Config:
@@ -96,33 +98,61 @@ def tp2(place: Place) -> Iterator[Figure]:
     yield from agreement(place, asyncio.run(answers(place, engine_config(place, tensor_parallel_size=2))), "two GPUs")
 
 
-def v2(place: Place) -> Iterator[Figure]:
-    """vLLM as the teacher's backend under a context, against the transformers backend."""
+def scored(place: Place, backend: Backend, mode: ScoreMode, temperature: float) -> tuple[torch.Tensor, float]:
+    """Log-probs of random items under a context, scored twice, and the seconds of the second time."""
+    (prefix,) = backend.prefill([context_ids(place)], None)
+    works = [Work(item, prefix, mode, temperature, 0) for item in score_items(place, None)]
+    if mode == "sampled":
+        works = [replace(work, item=replace(work.item, topk_ids=None)) for work in works]
+    backend.score(works)
+    began = time.monotonic()
+    results = backend.score(works)
+    return joined([scores_of([result])[0] for result in results]), time.monotonic() - began
+
+
+def against_transformers(place: Place, backend: Backend, temperature: float) -> Iterator[Figure]:
+    """A teacher's scores at given ids, if it has any, and its time, against the transformers backend in bfloat16."""
     from teacher_server.backends.hf.backend import TransformersBackend
-    from teacher_server.backends.vllm.backend import VllmBackend
 
-    folder = model_folder(place, place.sizes.scored)
-    ids, items = context_ids(place), score_items(place, None)
-
-    def scored(backend: Backend, mode: ScoreMode) -> tuple[torch.Tensor, float]:
-        (prefix,) = backend.prefill([ids], None)
-        works = [Work(item, prefix, mode, 0.7, 0) for item in items]
-        backend.score(works)
-        began = time.monotonic()
-        results = backend.score(works)
-        return joined([scores_of([result])[0] for result in results]), time.monotonic() - began
-
-    config = TeacherConfig(model=str(folder), backend="vllm", dtype="bfloat16", gpu_memory_utilization=0.5)
-    started = time.monotonic()
-    vllm = VllmBackend.load(str(folder), config)
-    yield Figure("start", time.monotonic() - started, "s")
-    mode: ScoreMode = "at_ids" if "at_ids" in vllm.modes else "sampled"
-    try:
-        got, seconds = scored(vllm, mode)
-    finally:
-        vllm.close()
-    expected, plain_seconds = scored(TransformersBackend(load(folder, place, torch.bfloat16), model_name="bf16"), mode)
+    mode: ScoreMode = "at_ids" if "at_ids" in backend.modes else "sampled"
+    got, seconds = scored(place, backend, mode, temperature)
+    model = load(model_folder(place, place.sizes.scored), place, torch.bfloat16)
+    expected, plain_seconds = scored(place, TransformersBackend(model, model_name="bf16"), mode, temperature)
     yield Figure("fixed ids", float(mode == "at_ids"), at_least=1.0 if place.on_gpu else None)
     stop = mismatch_bounds(SyncConfig(), dtype="bfloat16", max_staleness=0).stop_nats
     yield Figure("sd against transformers", rms(got - expected), "nats", at_most=stop)
     yield Figure("time", seconds / plain_seconds, "of transformers'")
+
+
+def v2(place: Place) -> Iterator[Figure]:
+    """vLLM as the teacher's backend under a context."""
+    from teacher_server.backends.vllm.backend import VllmBackend
+
+    folder = model_folder(place, place.sizes.scored)
+    config = TeacherConfig(model=str(folder), backend="vllm", dtype="bfloat16", gpu_memory_utilization=0.5)
+    started = time.monotonic()
+    vllm = VllmBackend.load(str(folder), config)
+    yield Figure("start", time.monotonic() - started, "s")
+    try:
+        yield from against_transformers(place, vllm, 0.7)
+    finally:
+        vllm.close()
+
+
+def remote(place: Place) -> Iterator[Figure]:
+    """A ``vllm serve`` as the teacher's endpoint under a context."""
+    from common.data.model_lookup import load_tokenizer
+    from teacher_server.backends.remote.backend import RemoteBackend
+
+    folder, k = model_folder(place, place.sizes.scored), place.sizes.k
+    memory = ["--gpu-memory-utilization", "0.5"] if place.on_gpu else ["--kv-cache-memory-bytes", str(1 << 28)]
+    arguments = ["--dtype", "bfloat16", "--enable-scale-out", "--max-logprobs", str(k + 1), *memory]
+    started = time.monotonic()
+    with vllm_server(folder, place.folder / "endpoint.log", *arguments) as url:
+        config = TeacherConfig(model=str(folder), backend="remote", endpoint=url, dtype="bfloat16", max_k=k)
+        backend = RemoteBackend.load(config, load_tokenizer(str(folder)))
+        yield Figure("start", time.monotonic() - started, "s")
+        try:
+            yield from against_transformers(place, backend, 1.0)
+        finally:
+            backend.close()

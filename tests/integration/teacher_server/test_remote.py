@@ -26,6 +26,8 @@ KEY = "key-of-the-endpoint"
 def endpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("endpoint") / "log"
     arguments = ["--max-logprobs", "512", "--api-key", KEY, "--served-model-name", "big", "--enable-scale-out"]
+    arguments += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
+    arguments += ["--max-num-batched-tokens", "256"]  # prompts above it take several steps
     with vllm_server(tiny_model, log, *arguments) as url:
         yield url
 
