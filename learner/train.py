@@ -96,8 +96,9 @@ def _run_owned(config: Config, progress: Progress, *, resume: bool, accept_chang
         )
     if resumed is not None:
         refuse_changes(config, inputs, resumed, resumed.manifest.identity.teachers)
-    if any(teacher.url is not None for teacher in config.named_teachers().values()):
-        progress.status("asking the teachers at teacher.url")
+    teachers = config.named_teachers().values()
+    if any(teacher.url is not None or teacher.backend == "remote" for teacher in teachers):
+        progress.status("asking the teachers at teacher.url or teacher.endpoint")
         asyncio.run(ask_remote_teachers(config))
     if resumed is None:
         clear(config.run.path)

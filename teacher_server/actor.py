@@ -13,6 +13,7 @@ import ray
 from common.config.model import SyncConfig, TeacherConfig
 from common.devices import limit_memory, see_only
 from common.network import use_interface_of
+from common.protocol.scoring import TeacherError
 from common.weight_sync.collective import SyncError
 from common.weight_sync.manifest import SyncManifest
 from teacher_server.http.auth import authenticator, single_key
@@ -31,6 +32,20 @@ def end_process(reason: str) -> None:
     log.critical("the teacher's process ends: %s", reason)
     logging.shutdown()
     os._exit(1)
+
+
+def ask_endpoint(config: TeacherConfig) -> None:
+    """Ask the endpoint of a `remote` teacher for its model, before anything heavy starts.
+
+    Raises TeacherError, within seconds if it is down.
+    """
+    from teacher_server.backends.base import BackendError
+    from teacher_server.backends.remote.backend import connect
+
+    try:
+        connect(config).close()
+    except BackendError as error:
+        raise TeacherError(str(error)) from error
 
 
 class TeacherActor:

@@ -198,6 +198,8 @@ def _require_endpoint(teacher: TeacherConfig) -> None:
         raise ValueError(f"endpoint {teacher.endpoint!r} is not an address: write it as http://HOST:PORT")
     if address.username is not None or address.password is not None or address.query or address.fragment:
         raise ValueError("endpoint holds more than an address: put the key into endpoint_key_file")
+    if teacher.kind == "base":
+        raise ValueError("kind `base` is computed by the learner: it has no endpoint")
     if teacher.model is None:
         raise ValueError("backend `remote` needs model, whose tokenizer and configuration it reads")
     loads = {

@@ -26,7 +26,7 @@ from common.protocol.scoring import DEFAULT_TEACHER, RoutingScorerFactory, Score
 from learner.cluster.placement import Placement
 from learner.errors import ServiceLost
 from rollout_workers.pool.failures import ACTOR_LOST, short
-from teacher_server.actor import TeacherActor
+from teacher_server.actor import TeacherActor, ask_endpoint
 from teacher_server.client import LOST_AFTER_S, TeacherClient, TeacherScorerFactory, handshake, read_key
 
 log = logging.getLogger(__name__)
@@ -234,11 +234,14 @@ class Teachers:
 
 
 async def ask_remote_teachers(config: Config) -> None:
-    """Ask each teacher at a ``url`` for its information, before anything heavy starts.
+    """Ask each teacher at a ``url`` for its information, and each ``endpoint`` for its model, before anything heavy
+    starts.
 
     Raises TeacherError within `FIRST_ANSWER_S` for one that is down, and at once for a key that is missing or wrong.
     """
     for section in config.named_teachers().values():
+        if section.url is None and section.backend == "remote":
+            await asyncio.to_thread(ask_endpoint, section)
         if section.url is not None:
             key = None if section.client_key_file is None else read_key(section.client_key_file)
             ca_file = None if section.ca_file is None else str(section.ca_file)

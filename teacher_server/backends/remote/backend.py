@@ -93,25 +93,7 @@ class RemoteBackend:
     @classmethod
     def load(cls, config: TeacherConfig, tokenizer: Any) -> RemoteBackend:
         """Connect to ``config.endpoint``. Raises BackendError, within seconds if the endpoint is down."""
-        assert config.endpoint is not None
-        assert config.model is not None
-        path = config.endpoint_key_file
-        try:
-            endpoint = Endpoint(
-                config.endpoint,
-                key=None if path is None else files.read_key(path, "teacher.endpoint_key_file"),
-                key_file=path,
-                ca_file=config.ca_file,
-                max_connections=MAX_CONNECTIONS,
-            )
-            model = EndpointModel(
-                endpoint,
-                name=config.endpoint_model,
-                model_config=load_model_config(config.model),
-                timeout_s=config.request_timeout_s,
-            )
-        except (EndpointError, ValueError) as error:
-            raise BackendError(str(error)) from error
+        model = connect(config)
         try:
             return cls(model, config, tokenizer)
         except BaseException:
@@ -203,6 +185,29 @@ class RemoteBackend:
             f"the model behind the endpoint {self._model.endpoint.address} is not that of this teacher's start: "
             f"{change}. Start the teacher again, and the runs that use it"
         )
+
+
+def connect(config: TeacherConfig) -> EndpointModel:
+    """The model at ``config.endpoint``, unchecked. Raises BackendError, within seconds if the endpoint is down."""
+    assert config.endpoint is not None
+    assert config.model is not None
+    path = config.endpoint_key_file
+    try:
+        endpoint = Endpoint(
+            config.endpoint,
+            key=None if path is None else files.read_key(path, "teacher.endpoint_key_file"),
+            key_file=path,
+            ca_file=config.ca_file,
+            max_connections=MAX_CONNECTIONS,
+        )
+        return EndpointModel(
+            endpoint,
+            name=config.endpoint_model,
+            model_config=load_model_config(config.model),
+            timeout_s=config.request_timeout_s,
+        )
+    except (EndpointError, ValueError) as error:
+        raise BackendError(str(error)) from error
 
 
 def _sequence(work: Work) -> Ids:

@@ -342,6 +342,7 @@ def test_the_model_that_answers_with_the_context(path: Path, overrides: list[str
         (["teacher.gpu_memory_utilization=0.5"], "gpu_memory_utilization is for a teacher that loads"),
         (["teacher.kind=live"], "kind `live` receives new weights, which backend `remote` cannot"),
         (["teacher.kind=ema"], "kind `ema` receives new weights, which backend `remote` cannot"),
+        (["teacher.kind=base"], "kind `base` is computed by the learner: it has no endpoint"),
         (["loss.temperature=0.7"], "at temperature 1 only, loss.temperature is 0.7"),
         (["learner.deterministic=true"], "learner.deterministic is not possible"),
         (["rollout.source=teacher"], "teacher.backend `remote` only scores; choose a backend that loads"),

@@ -13,6 +13,7 @@ import pytest
 from common.protocol.scoring import TeacherError
 from learner.cluster import teachers
 from learner.cluster.teachers import FIRST_ANSWER_S, ask_remote_teachers
+from teacher_server.backends.remote import model
 from teacher_server.client import client
 from tests.support.configs import config_of
 
@@ -30,6 +31,21 @@ async def test_a_teacher_that_is_down_is_one_line_within_seconds(monkeypatch: py
     assert len(str(error.value).splitlines()) == 1
     assert url in str(error.value)
     assert "(last: Connect" in str(error.value)
+
+
+async def test_an_endpoint_that_is_down_is_one_line_within_seconds(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Ray starts, and through the key of a further teacher too."""
+    monkeypatch.setattr(model, "START_TIMEOUT_S", 0.5)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        teacher = {"model": str(tiny_model), "backend": "remote", "endpoint": address}
+        for sections in ({"teacher": teacher}, {"teachers": {"big": teacher}}):
+            with pytest.raises(TeacherError, match=f"the endpoint {address} did not answer .*ConnectError") as error:
+                await ask_remote_teachers(config_of(**sections))
+            assert len(str(error.value).splitlines()) == 1
 
 
 async def test_a_run_that_starts_its_teacher_asks_none() -> None:
