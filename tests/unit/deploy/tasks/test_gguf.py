@@ -68,7 +68,8 @@ def test_the_weights_are_those_of_the_model(tied: bool, tmp_path: Path, monkeypa
     model = AutoModelForCausalLM.from_config(Qwen2Config(**CONFIG, tie_word_embeddings=tied))
     write_qwen2(tmp_path / "x.gguf", model.state_dict(), output=not tied)
     monkeypatch.setattr("deploy.tasks.gguf.check_language", lambda *_: None)  # the weights are random
-    result = CliRunner().invoke(app, ["prepare", "gguf", str(tmp_path / "x.gguf"), "--out", str(tmp_path / "model")])
+    written_to = ["--out", str(tmp_path / "model"), "--dtype", "bfloat16"]
+    result = CliRunner().invoke(app, ["prepare", "gguf", str(tmp_path / "x.gguf"), *written_to])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "model/model.safetensors").stat().st_mode & 0o777 == 0o644
     settings = json.loads((tmp_path / "model/config.json").read_text())
