@@ -125,7 +125,15 @@ def renamed(choice: dict[str, Any], new: str) -> None:
     row[new] = row.pop(old)
 
 
+def moved(row: dict[str, Any]) -> None:
+    """Put the first id last: the row may be another token's, and hold this one among its likely ids."""
+    token = next(iter(row))
+    row[token] = row.pop(token)
+
+
 FAULTS = {
+    "the token is not first": lambda choice: moved(rows_of(choice)[-2]),
+    "the token is too likely": lambda choice: next(iter(rows_of(choice)[-2].values())).update(logprob=-0.001),
     "none": lambda choice: choice.update(prompt_logprobs=None),
     "a row less": lambda choice: rows_of(choice).pop(0),
     "a row more": lambda choice: rows_of(choice).append({}),
