@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,12 @@ from teacher_server.backends.remote import model as model_module
 from teacher_server.backends.remote.prompt_rows import MASS_ERROR
 from tests.support.fake_vllm import ADDRESS, FakeVllm, V, connect
 from tests.support.teacher_oracle import assert_score, random_item
+
+
+@pytest.fixture(autouse=True)
+def no_probe_by_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No check of the model because a slow machine let time pass."""
+    monkeypatch.setattr(module, "PROBE_EVERY_S", float("inf"))
 
 
 def work_of(mode: ScoreMode, *, seed: int = 0, prefix: Any = None, k: int = 5, response: int = 7) -> Work:
@@ -90,14 +97,19 @@ def test_minus_infinity_becomes_the_floor() -> None:
 
 
 def test_a_batch_is_sent_at_once_within_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(_: httpx.Request) -> None:
-        module.time.sleep(0.02)
-
-    fake = FakeVllm(reply=slow)
+    fake, full = FakeVllm(), threading.Event()
     backend = connect(fake)
+
+    def wait(_: httpx.Request) -> None:
+        """Until the last connection is in use."""
+        if fake.at_once >= model_module.MAX_CONNECTIONS:
+            full.set()
+        assert full.wait(600)
+
+    fake.reply = wait
     batch = [work_of("sampled", seed=seed) for seed in range(3 * model_module.MAX_CONNECTIONS)]
     scores = backend.score(batch)
-    assert model_module.MAX_CONNECTIONS // 2 < fake.at_once <= model_module.MAX_CONNECTIONS
+    assert fake.at_once == model_module.MAX_CONNECTIONS
     for work, score in zip(batch, scores, strict=True):
         assert isinstance(score, ItemScore)
         assert_score(score, expected(fake, work), work.item)
@@ -137,6 +149,7 @@ FAULTS = {
     "none": lambda choice: choice.update(prompt_logprobs=None),
     "a row less": lambda choice: rows_of(choice).pop(0),
     "a row more": lambda choice: rows_of(choice).append({}),
+    "a row more before the others": lambda choice: rows_of(choice).insert(0, None),
     "an empty row": lambda choice: rows_of(choice)[-2].clear(),
     "a null row": lambda choice: rows_of(choice).__setitem__(-2, None),
     "rows of the next tokens": lambda choice: rows_of(choice).insert(0, rows_of(choice).pop()),
@@ -336,7 +349,8 @@ def test_a_broken_connection_has_the_model_checked_again(weights: int, monkeypat
 
 def test_an_endpoint_that_stays_down_fails_the_items_and_then_serves_again(monkeypatch: pytest.MonkeyPatch) -> None:
     fake, work = FakeVllm(), work_of("teacher_topk")
-    backend = connect(fake, request_timeout_s=0.3)
+    backend = connect(fake)
+    monkeypatch.setattr(backend._model, "_timeout_s", 0.3)
 
     def down(_: httpx.Request) -> None:
         raise httpx.ConnectError("connection refused")
@@ -347,6 +361,7 @@ def test_an_endpoint_that_stays_down_fails_the_items_and_then_serves_again(monke
         assert isinstance(error, ItemError)
         assert f"{ADDRESS} did not answer" in error.message
         assert "connection refused" in error.message
+    monkeypatch.setattr(backend._model, "_timeout_s", 600.0)
     fake.reply = lambda _: None
     (score,) = backend.score([work])
     assert isinstance(score, ItemScore), score

@@ -19,6 +19,13 @@ from teacher_server.backends.remote import generate
 from tests.support.fake_vllm import BLOCK, FakeVllm, V, connect
 from tests.support.teacher_oracle import assert_score, random_item
 
+
+@pytest.fixture(autouse=True)
+def no_probe_by_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No check of the model because a slow machine let time pass."""
+    monkeypatch.setattr("teacher_server.backends.remote.backend.PROBE_EVERY_S", float("inf"))
+
+
 MODES: tuple[ScoreMode, ...] = ("at_ids", "teacher_topk", "union", "sampled")
 
 
@@ -192,6 +199,20 @@ def test_an_invalid_reply_is_never_a_score(fault: str, mode: ScoreMode) -> None:
     (error,) = backend.score([work])
     assert isinstance(error, ItemError)
     assert "invalid, also the second one" in error.message
+
+
+@pytest.mark.parametrize("rows", [0, 6])
+@pytest.mark.parametrize("mode", ["teacher_topk", "union"])
+def test_too_few_rows_are_never_a_score(mode: ScoreMode, rows: int) -> None:
+    def cut(reply: dict[str, Any]) -> None:
+        reply["prompt_logprobs"] = reply["prompt_logprobs"][-rows:] if rows else None
+
+    fake = FakeVllm(v2=True, damage=cut)
+    backend, work = connect(fake, max_k=40), work_of(mode)
+    fake.faults = 2
+    (error,) = backend.score([work])
+    assert isinstance(error, ItemError)
+    assert f"the reply has {rows} rows, the last 7 are needed" in error.message
 
 
 def test_rows_of_another_position_are_seen_where_they_can_be() -> None:
