@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 import re
 import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, cast
+
+import regex
 
 from common.config.model import ConfigError
 from common.evaluation.answers import final_answer, strip_thinking, tagged_answer, tidy
@@ -20,6 +23,10 @@ Grader = Callable[[str, str], bool]
 
 _LETTER = re.compile(r"[A-Da-d]")
 _BRACKETED_LETTER = re.compile(r"\([A-Da-d]\)")
+log = logging.getLogger(__name__)
+
+REGEX_TIMEOUT_S = 1.0
+"""Limit for one answer: a pattern with nested repetitions can take longer than any run."""
 MATH_TIMEOUT_S = 5
 """Limit for one expression: a model's text can keep a computer algebra system busy without end."""
 
@@ -154,12 +161,19 @@ def _is_import(spec: str) -> bool:
 
 def _regex(spec: str, pattern: str) -> Grader:
     try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
+        compiled = regex.compile(pattern, regex.DOTALL)
+    except regex.error as error:
         raise ConfigError(f"bad value eval.grader={spec!r}: {error}") from error
 
     def grade(answer: str, expected: str) -> bool:
-        match = compiled.search(answer)
+        try:
+            match = compiled.search(answer, timeout=REGEX_TIMEOUT_S)
+        except TimeoutError:
+            log.warning(
+                "eval.grader %s: no match within %g s in an answer of %d characters, which counts as wrong: nested "
+                "repetitions, as in (a+ ?)+, try every way to divide the text", spec, REGEX_TIMEOUT_S, len(answer)
+            )  # fmt: skip
+            return False
         if match is None:
             return False
         found = match.group(1) if compiled.groups else match.group(0)

@@ -173,3 +173,9 @@ def test_a_grader_whose_package_is_missing_says_which_extra(monkeypatch: pytest.
         make_grader("math")
     with pytest.raises(ConfigError, match=r"`reasoning_gym` needs the `reasoning` extra"):
         make_grader("reasoning_gym")
+
+
+def test_a_pattern_that_would_search_without_end_counts_as_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    answer = "- " + "word" * 20
+    assert not make_grader(r"regex:\A- (?:\S+ ?){1,40}\n")(answer, "x")
+    assert "no match within 1 s in an answer of 82 characters" in caplog.text
