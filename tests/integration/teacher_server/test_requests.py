@@ -149,8 +149,12 @@ async def test_slow_headers_are_cut_off(teacher: Running, monkeypatch: pytest.Mo
 
 
 async def test_endless_headers_are_cut_off(teacher: Running) -> None:
-    with pytest.raises(ConnectionResetError):
-        await raw(teacher, b"GET /v1/info HTTP/1.1\r\nX-Long: " + b"a" * 2_000_000, hold_s=5)
+    """Seen as a reset if the server has not read all that came, else as an end."""
+    try:
+        answer = await raw(teacher, b"GET /v1/info HTTP/1.1\r\nX-Long: " + b"a" * 2_000_000, hold_s=5)
+    except ConnectionResetError:
+        answer = b""
+    assert answer == b""
 
 
 async def test_requests_sent_ahead_end_the_connection(teacher: Running) -> None:
