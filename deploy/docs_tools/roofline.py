@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 
 from common.sizing.model_size import ModelSize
-from deploy.docs_tools.pages import write_or_check
+from deploy.docs_tools.pages import with_table, write_or_check
 from deploy.docs_tools.sizes import PAGE, QWEN3, qwen3
 
 BEGIN, END = "<!-- roofline: written by `python -m deploy.docs_tools.roofline` -->\n", "<!-- end of roofline -->\n"
@@ -28,7 +28,7 @@ ANSWERS, PROMPT, RESPONSE, CONTEXT = 512, 512, 1024, 2048
 """Answers of a step; tokens of a prompt, of an answer and of the context that all rows share."""
 TOKENS = ANSWERS * (PROMPT + RESPONSE)
 BYTES = 2
-"""Of a bfloat16 number."""
+"""Size of a bfloat16 number."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,7 @@ def table() -> str:
 
 def page() -> str:
     """The page with a current table."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return with_table(PAGE, BEGIN, END, table())
 
 
 def main(arguments: list[str]) -> int:

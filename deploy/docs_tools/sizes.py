@@ -14,7 +14,7 @@ from common.sizing.disk import state_bytes
 from common.sizing.machine import GIB
 from common.sizing.memory import CUDA_BYTES, longest_trainable, rank_need
 from common.sizing.model_size import ModelSize, size_of
-from deploy.docs_tools.pages import write_or_check
+from deploy.docs_tools.pages import with_table, write_or_check
 
 PAGE = Path(__file__).parents[2] / "docs" / "cluster.md"
 BEGIN, END = "<!-- sizes: written by `python -m deploy.docs_tools.sizes` -->\n", "<!-- end of sizes -->\n"
@@ -110,9 +110,7 @@ def _longest(model: ModelSize, ranks: int) -> str:
 
 def page() -> str:
     """The page with a current table."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return with_table(PAGE, BEGIN, END, table())
 
 
 def main(arguments: list[str]) -> int:

@@ -111,7 +111,7 @@ ELSEWHERE = {"past-tense": "first-letter", "first-letter": "number-words", "numb
 
 def prepare_few_shot(folder: Path, *, seed: int = 0) -> bool:
     """Write ``context.txt``, the rows of `SPLITS` and ``other_task.jsonl`` of each task to ``TASK/``, and the same
-    rows, each with a `context` of its own, to ``TASK/with_examples/``.
+    rows, with a different `context` in each, to ``TASK/with_examples/``.
 
     Returns False without changes if `folder` exists.
     """

@@ -12,7 +12,6 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from teacher_server.backends.remote.endpoint import Endpoint, EndpointError
 from teacher_server.backends.remote.model import MAX_CONNECTIONS, EndpointModel
 from teacher_server.backends.remote.probe import check_determinism, probe_ids
 from teacher_server.backends.rows import InvalidRows, item_score, support_error
+from teacher_server.backends.salted_prefix import SaltedPrefix
 
 log = logging.getLogger(__name__)
 
@@ -44,23 +44,6 @@ PATHS: dict[bool, tuple[ForwardPathName, str]] = {
     True: ("engine", "a context is computed once and stays in the endpoint's prefix cache"),
     False: ("full", "the endpoint computes a context again for every answer: vLLM reads no prefix cache for it"),
 }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RemotePrefix:
-    """A context: its ids, and the `salt` that names its keys and values in the endpoint's prefix cache.
-
-    Each chain of contexts has a random salt, so no other tenant or user of the endpoint hits or finds it there.
-    """
-
-    ids: Ids
-    salt: str
-    nbytes: int
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of the whole prefix."""
-        return int(self.ids.size)
 
 
 class RemoteBackend:
@@ -114,13 +97,13 @@ class RemoteBackend:
     def embeds(self, ids: Ids) -> bool:
         return int(ids.max(initial=0)) < self.vocab_size
 
-    def prefill(self, parts: Sequence[Ids], parent: RemotePrefix | None) -> list[RemotePrefix]:
+    def prefill(self, parts: Sequence[Ids], parent: SaltedPrefix | None) -> list[SaltedPrefix]:
         """Have the endpoint compute the longest of the prefixes into its cache, if items will read it there."""
         salt = uuid.uuid4().hex if parent is None else parent.salt
         prefixes = []
         for part in parts:
             whole = part if parent is None else np.concatenate([parent.ids, part])
-            parent = RemotePrefix(whole, salt, self.prefix_bytes(int(part.size)))
+            parent = SaltedPrefix(whole, salt, self.prefix_bytes(int(part.size)))
             prefixes.append(parent)
         if self._model.fixed_ids:
             try:

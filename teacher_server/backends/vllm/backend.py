@@ -10,7 +10,6 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from common.config.model import TeacherConfig
 from common.protocol.schema import ForwardPathName, Ids, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
 from teacher_server.backends.base import BackendError, Work
 from teacher_server.backends.rows import InvalidRows, Rows, item_score, support_error
+from teacher_server.backends.salted_prefix import SaltedPrefix
 from teacher_server.backends.vllm.engine import EngineRequest, ScoringEngine
 from teacher_server.backends.vllm.files import model_folder, weights_fingerprint
 from teacher_server.backends.vllm.rows import fixed_ids, rows_of_fixed_ids, rows_of_top_k
@@ -29,24 +29,6 @@ MODES: dict[bool, tuple[ScoreMode, ...]] = {
     False: ("teacher_topk", "sampled"),
 }
 """Modes of a model runner that scores fixed ids (V2, on GPUs) or only its own best ids (V1, on CPU)."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class VllmPrefix:
-    """A context: its ids, and the `salt` that names its keys and values in the engine's cache.
-
-    Each chain of contexts has a random salt, so one tenant's tokens never hit another tenant's cache. The engine
-    recomputes evicted contexts.
-    """
-
-    ids: Ids
-    salt: str
-    nbytes: int
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of the whole prefix."""
-        return int(self.ids.size)
 
 
 class VllmBackend:
@@ -95,14 +77,14 @@ class VllmBackend:
     def embeds(self, ids: Ids) -> bool:
         return int(ids.max(initial=0)) < self.vocab_size
 
-    def prefill(self, parts: Sequence[Ids], parent: VllmPrefix | None) -> list[VllmPrefix]:
+    def prefill(self, parts: Sequence[Ids], parent: SaltedPrefix | None) -> list[SaltedPrefix]:
         """Have the engine compute the longest of the prefixes into its cache, where it serves the shorter ones."""
         whole = np.concatenate([*([] if parent is None else [parent.ids]), *parts])
         salt = uuid.uuid4().hex if parent is None else parent.salt
         self.engine.run([EngineRequest(whole.tolist(), salt)])
         ends = np.cumsum([0 if parent is None else parent.ids.size, *(part.size for part in parts)])[1:]
         return [
-            VllmPrefix(whole[:end], salt, self.prefix_bytes(int(part.size)))
+            SaltedPrefix(whole[:end], salt, self.prefix_bytes(int(part.size)))
             for part, end in zip(parts, ends, strict=True)
         ]
 

@@ -10,7 +10,7 @@ from deploy.docs_tools.sizes import PAGE, qwen3
 
 ONE_NODE = Layout("8B", "32B", 2, 2, 4)
 WEIGHTS_8B = 7_568_405_504
-"""Of 36 layers, of the norms and of the output layer."""
+"""Weights in 36 layers, the norms and the output layer."""
 
 
 def test_a_decode_step_reads_the_weights_and_the_keys_of_what_fits() -> None:

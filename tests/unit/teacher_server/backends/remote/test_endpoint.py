@@ -21,7 +21,7 @@ from teacher_server.backends.remote.backend import RemoteBackend
 from teacher_server.backends.remote.endpoint import MAX_BROKEN, Endpoint, EndpointError, RequestRefused
 
 ADDRESS = "http://endpoint:8000"
-KEY = "key-that-nobody-may-see"
+KEY = "secret-key"
 
 
 @pytest.fixture

@@ -259,7 +259,7 @@ def test_routes_that_disagree_end_the_start() -> None:
 
 
 def test_the_installed_vllm_takes_the_requests_and_gives_such_replies() -> None:
-    """What only a GPU runs: the route, the fields of the request, and the form of the reply."""
+    """The installed vLLM has the route, the request's fields and the reply's form that a GPU run uses."""
     from vllm.entrypoints.scale_out.token_in_token_out.api_router import router
     from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest, GenerateTokensResponse
     from vllm.logprobs import Logprob
