@@ -46,6 +46,7 @@ class Task(StrEnum):
     EXPERIENCE_RULE = "experience-rule"
     FROZEN_LAKE = "frozen-lake"
     FEW_SHOT = "few-shot"
+    CODE_STYLE = "code-style"
     GGUF = "gguf"
 
 
@@ -202,9 +203,10 @@ def prepare(
 ) -> None:
     """Write the model and the rows of a small task into a folder, once. Downloads nothing.
 
-    smollm2: a language model, from packaged weights. few-shot: rows of three tasks for it. hidden-rule: a larger and
-    a smaller model of a toy task. experience-rule: a model that writes down what it learns. frozen-lake: a model that
-    plays the game by its context. The last three are trained here, in minutes. gguf: your own model, from a GGUF file.
+    smollm2: a language model, from packaged weights. few-shot: rows of three tasks for it. code-style: rows for a
+    larger model that writes Python. hidden-rule: a larger and a smaller model of a toy task. experience-rule: a model
+    that writes down what it learns. frozen-lake: a model that plays the game by its context. The last three are
+    trained here, in minutes. gguf: your own model, from a GGUF file.
     """
     from deploy.tasks.folders import PrepareError
 
@@ -243,6 +245,10 @@ def _prepare(task: Task, folder: Path, file: Path | None, dtype: Dtype) -> bool:
             from deploy.tasks.few_shot import prepare_few_shot
 
             return prepare_few_shot(folder)
+        case Task.CODE_STYLE:
+            from deploy.tasks.code_style import prepare_code_style
+
+            return prepare_code_style(folder)
 
 
 @app.command()
