@@ -135,9 +135,12 @@ class TeacherConfig(Section):
     max_queued_tokens: Positive = 4 * 1024 * 1024
     """Upper bound for tokens in the queue; the server refuses further requests with a time to retry."""
     context_cache_bytes: Positive = 4 * 1024**3
-    """Memory for the key-value states of contexts; the least recently used context is evicted first. With `vllm` on CPU
+    """Memory for the key-value states of contexts; which of them leave first is in docs/tuning.md. With `vllm` on CPU
     this is the engine's whole key-value cache. With `vllm` on GPUs the engine has what `gpu_memory_utilization` leaves,
     and recomputes contexts that it evicts."""
+    context_host_bytes: Annotated[int, Field(ge=0)] = 0
+    """Host memory for key-value states that leave a GPU when `context_cache_bytes` is full, `transformers` only; they
+    come back when an item needs them. Default: none, evicted contexts are computed again."""
     server_keys_file: Path | None = None
     """Server: file with one ``TENANT SHA256`` line per client key (`opcd key` makes them)."""
     allow_anonymous: bool = False
@@ -181,6 +184,10 @@ class TeacherConfig(Section):
             raise ValueError(f"endpoint is for backend `remote`, not `{self.backend}`")
         if self.endpoint is None and (self.endpoint_model is not None or self.endpoint_key_file is not None):
             raise ValueError("endpoint_model and endpoint_key_file need endpoint")
+        if self.context_host_bytes and self.backend != "transformers":
+            raise ValueError(
+                f"context_host_bytes is for backend `transformers`: the engine of `{self.backend}` keeps the states"
+            )
         if self.refresh_every > 1 and self.kind not in ("live", "ema"):
             raise ValueError(
                 f"refresh_every is {self.refresh_every}, but kind `{self.kind}` keeps its weights: set kind to `live` "

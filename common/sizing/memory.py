@@ -268,11 +268,14 @@ def teacher_need(
         return ProcessNeed(label, 1, 0, {}, host={"process": PROCESS_BYTES["teacher"]})
     element = element_bytes(teacher.dtype, teacher.gpus)
     weights = element * model.parameters
-    contexts = min(teacher.context_cache_bytes, model.context_bytes(context_tokens, element))
+    needed = model.context_bytes(context_tokens, element)
+    contexts = min(teacher.context_cache_bytes, needed)
     batch = teacher.batch_tokens * (model.context_bytes(1, element) + layer_token_bytes(model, element))
     host = {"process": PROCESS_BYTES["teacher"]}
     if teacher.kind != "frozen":
         host["sync"] = 3 * bucket_bytes
+    if teacher.context_host_bytes:
+        host["contexts"] = min(teacher.context_host_bytes, needed - contexts)
     return ProcessNeed(
         label,
         1,

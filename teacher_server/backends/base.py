@@ -34,6 +34,14 @@ class Prefix(Protocol):
         """Bytes that this state holds, parents excluded."""
         ...
 
+    def to_host(self) -> None:
+        """Move its tensors from their devices into the host's memory. It cannot be scored under until `to_device`."""
+        ...
+
+    def to_device(self) -> None:
+        """Move its tensors back to their devices."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:

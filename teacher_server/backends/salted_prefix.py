@@ -23,3 +23,9 @@ class SaltedPrefix:
     def total_tokens(self) -> int:
         """Tokens of the whole prefix."""
         return int(self.ids.size)
+
+    def to_host(self) -> None:
+        """Nothing to do: the engine decides where its keys and values lie."""
+
+    def to_device(self) -> None:
+        """Nothing to do."""

@@ -1,23 +1,19 @@
-"""Contexts by content hash: the tokens that clients put, and the states that the backend computes from them.
+"""Contexts by content hash: the tokens that clients put.
 
-Both stores are bounded in bytes. They evict the least recently used entry of the tenant that holds most, so a tenant
-with endless contexts evicts its own. Names are always (tenant, hash): a tenant cannot see the contexts of another
-tenant, nor detect them by timing.
+The store is bounded in bytes. It evicts the least recently used context of the tenant that holds most, so a tenant with
+endless contexts evicts its own. Names are always (tenant, hash): a tenant cannot see the contexts of another tenant.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from common.protocol.schema import Context, Ids, context_hash
-from teacher_server.backends.base import Backend
 
 MAX_CHAIN = 16
 """Maximum number of contexts in a chain of parents: each costs a merge in every layer of every forward pass."""
@@ -145,160 +141,3 @@ class ContextRef:
         """Number of own tokens of each context in the chain, without its parent's, the root first."""
         ends = [0, *(int(context.ids.size) for context in (*reversed(self.parents), self.context))]
         return [end - begin for begin, end in pairwise(ends)]
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    state: Any
-    key: tuple[str, str, int]
-    parent: _Entry | None
-    pins: int = 0
-    children: int = 0
-
-
-class CacheFull(RuntimeError):
-    """Every cached state is pinned. Score the pinned items first, then acquire again."""
-
-
-@dataclass(slots=True)
-class CacheCounts:
-    """Totals since the start. `hit_tokens`: context tokens served from the cache; `computed_tokens`: computed."""
-
-    hits: int = 0
-    misses: int = 0
-    hit_tokens: int = 0
-    computed_tokens: int = 0
-    evictions: int = 0
-
-
-class PrefixCache:
-    """Computed states by (tenant, hash, weight version). Only `holds` may be called outside the worker thread."""
-
-    def __init__(self, backend: Backend, max_bytes: int) -> None:
-        self._backend = backend
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[tuple[str, str, int], _Entry] = OrderedDict()
-        self._bytes: Counter[str] = Counter()
-        self.counts = CacheCounts()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all states."""
-        return self._bytes.total()
-
-    def fits(self, ref: ContextRef) -> bool:
-        """Check that the states of a context and its parents fit into an empty cache together."""
-        return sum(map(self._backend.prefix_bytes, ref.own_tokens())) <= self._max_bytes
-
-    def holds(self, ref: ContextRef) -> bool:
-        """Tell if the state is cached at the moment. Thread-safe."""
-        return self._key(ref.tenant, ref.context) in self._entries
-
-    @contextmanager
-    def pinned(self) -> Iterator[Pins]:
-        """Scope that keeps its acquired states in the cache and releases all of them at the end."""
-        pins = Pins(self)
-        try:
-            yield pins
-        finally:
-            pins.release()
-
-    def acquire(self, ref: ContextRef) -> _Entry:
-        """Pin and return the entry of a context; compute it if missing. Raises CacheFull."""
-        entry = self._entries.get(self._key(ref.tenant, ref.context))
-        if entry is not None:
-            self.counts.hits += 1
-            self.counts.hit_tokens += int(ref.context.ids.size)
-        else:
-            self.counts.misses += 1
-            entry = self._compute(ref)
-        entry.pins += 1
-        self._entries.move_to_end(entry.key)
-        return entry
-
-    def drop_other_versions(self) -> None:
-        """Drop the states of other weight versions than the backend's. Call it between batches."""
-        for entry in reversed(list(self._entries.values())):
-            if entry.key[2] != self._backend.weight_version:
-                del self._entries[entry.key]
-                self._bytes[entry.key[0]] -= entry.state.nbytes
-
-    def clear(self) -> None:
-        """Drop all states. Call it between batches."""
-        self._entries.clear()
-        self._bytes.clear()
-
-    def _compute(self, ref: ContextRef) -> _Entry:
-        """Compute all missing states of a chain together: a forward pass for each would cost as many times more."""
-        parent: _Entry | None = None
-        missing: list[Context] = []
-        for context in (*reversed(ref.parents), ref.context):
-            entry = self._entries.get(self._key(ref.tenant, context))
-            if entry is not None:
-                parent, missing = entry, []
-            else:
-                missing.append(context)
-        begin = 0 if parent is None else parent.state.total_tokens
-        ends = [begin, *(int(context.ids.size) for context in missing)]
-        parts = [ref.context.ids[start:end] for start, end in pairwise(ends)]
-        if parent is not None:
-            parent.pins += 1
-        try:
-            self._make_room(sum(self._backend.prefix_bytes(int(part.size)) for part in parts))
-            states = self._backend.prefill(parts, None if parent is None else parent.state)
-        finally:
-            if parent is not None:
-                parent.pins -= 1
-        self.counts.computed_tokens += ends[-1] - begin
-        self.counts.hit_tokens += begin
-        for context, state in zip(missing, states, strict=True):
-            entry = _Entry(state, self._key(ref.tenant, context), parent)
-            if parent is not None:
-                parent.children += 1
-            self._entries[entry.key] = entry
-            self._bytes[ref.tenant] += state.nbytes
-            parent = entry
-        assert parent is not None
-        return parent
-
-    def _make_room(self, needed: int) -> None:
-        while self._entries and self.nbytes + needed > self._max_bytes:
-            idle = (entry for entry in self._entries.values() if not entry.pins and not entry.children)
-            # `max` returns the first of equals: the least recently used of the tenant that holds most.
-            victim = max(idle, key=lambda entry: self._bytes[entry.key[0]], default=None)
-            if victim is None:
-                raise CacheFull(f"{self.nbytes} bytes of context states are in use, {needed} more are needed")
-            self._drop(victim)
-            self.counts.evictions += 1
-
-    def _drop(self, entry: _Entry) -> None:
-        del self._entries[entry.key]
-        self._bytes[entry.key[0]] -= entry.state.nbytes
-        if entry.parent is not None:
-            entry.parent.children -= 1
-
-    def _key(self, tenant: str, context: Context) -> tuple[str, str, int]:
-        return tenant, context.hash, self._backend.weight_version
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-class Pins:
-    """The pinned states of one batch."""
-
-    def __init__(self, cache: PrefixCache) -> None:
-        self._cache = cache
-        self._entries: dict[Name, _Entry] = {}
-
-    def state(self, ref: ContextRef) -> Any:
-        """The state of a context, pinned until the scope ends. Raises CacheFull."""
-        if ref.name not in self._entries:
-            self._entries[ref.name] = self._cache.acquire(ref)
-        return self._entries[ref.name].state
-
-    def release(self) -> None:
-        """Unpin all states."""
-        for entry in self._entries.values():
-            entry.pins -= 1
-        self._entries.clear()

@@ -51,7 +51,9 @@ class Metrics:
         self.cache_hits = gauge("context_cache_hits", "Look-ups of a context state that found it.")
         self.cache_misses = gauge("context_cache_misses", "Look-ups of a context state that computed it.")
         self.cache_evictions = gauge("context_cache_evictions", "Evicted context states.")
-        self.cache_bytes = gauge("context_cache_bytes", "Memory of the cached context states.")
+        self.cache_bytes = gauge("context_cache_bytes", "Memory of the cached context states on the device.")
+        self.cache_host_bytes = gauge("context_cache_host_bytes", "Host memory of the context states moved there.")
+        self.cache_restored = gauge("context_cache_restored", "Context states moved back from the host.")
         self.body_bytes = gauge("body_bytes", "Memory of the request bodies in progress.")
         self.reply_bytes = gauge("reply_bytes", "Memory of the replies kept for repeated requests.")
 

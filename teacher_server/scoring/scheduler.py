@@ -21,8 +21,9 @@ from common.protocol.fields import shown
 from common.protocol.schema import ItemError, ItemScore
 from teacher_server.backends.base import Backend, BackendLost, Work
 from teacher_server.scoring.batch_size import BatchSizer
-from teacher_server.scoring.contexts import CacheFull, ContextRef, Name, PrefixCache
+from teacher_server.scoring.contexts import ContextRef, Name
 from teacher_server.scoring.fair_queue import FairQueue, Ticket
+from teacher_server.scoring.prefix_cache import CacheFull, PrefixCache
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class Scheduler:
         window_s: float,
         max_queued_tokens: int,
         context_cache_bytes: int,
+        context_host_bytes: int = 0,
         thread_setup: Callable[[], None] | None = None,
         on_batch: Callable[[BatchReport], None] = lambda _: None,
         on_failure: Callable[[str], None] = lambda _: None,
@@ -143,7 +145,7 @@ class Scheduler:
         self._batch_items = batch_items
         self._window_s = window_s
         self._max_queued = max_queued_tokens
-        self.cache = PrefixCache(backend, context_cache_bytes)
+        self.cache = PrefixCache(backend, context_cache_bytes, context_host_bytes)
         self.queue: FairQueue[Job] = FairQueue()
         self._sizer = BatchSizer(batch_tokens)
         self._arrived = asyncio.Event()

@@ -88,6 +88,7 @@ class TeacherService:
             window_s=self._config.batch_window_ms / 1000,
             max_queued_tokens=self._config.max_queued_tokens,
             context_cache_bytes=self._config.context_cache_bytes,
+            context_host_bytes=self._config.context_host_bytes,
             thread_setup=self._thread_setup,
             on_batch=self._observe,
             on_failure=self._on_failure,
@@ -236,9 +237,11 @@ class TeacherService:
             cache = self._scheduler.cache
             self.metrics.queued_tokens.set(self._scheduler.queue.tokens)
             self.metrics.cache_bytes.set(cache.nbytes)
+            self.metrics.cache_host_bytes.set(cache.host_nbytes)
             self.metrics.cache_hits.set(cache.counts.hits)
             self.metrics.cache_misses.set(cache.counts.misses)
             self.metrics.cache_evictions.set(cache.counts.evictions)
+            self.metrics.cache_restored.set(cache.counts.restored)
         return self.metrics.render()
 
     def _refuse_if_broken(self) -> None:

@@ -30,8 +30,8 @@ _NEUTRAL = {"position_ids", "use_cache", "output_attentions", "is_causal"}
 class KeyValues:
     """Keys and values of a run of tokens, per layer ``[key-value heads, tokens, head size]``, positions applied."""
 
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,21 @@ class PrefixState:
     total_tokens: int
     last_hidden: Tensor
     nbytes: int
+    devices: list[torch.device] = field(default_factory=list)
+    """Device of each layer's tensors while they are on the host."""
+
+    def to_host(self) -> None:
+        """Move keys and values into the host's memory, from a GPU into pinned memory."""
+        self.devices[:] = [keys.device for keys in self.own.keys]
+        for tensors in (self.own.keys, self.own.values):
+            tensors[:] = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+
+    def to_device(self) -> None:
+        """Move keys and values back."""
+        for tensors in (self.own.keys, self.own.values):
+            tensors[:] = [
+                tensor.to(device, non_blocking=True) for tensor, device in zip(tensors, self.devices, strict=True)
+            ]
 
     def chain(self) -> list[PrefixState]:
         """This state and its parents, the root first."""

@@ -39,6 +39,16 @@ class PlainPrefix:
         """Tokens of the whole prefix."""
         return int(self.ids.size)
 
+    def to_host(self) -> None:
+        """Move the cache into the host's memory."""
+        for layer in [] if self.cache is None else self.cache.layers:
+            layer.offload()
+
+    def to_device(self) -> None:
+        """Move the cache back."""
+        for layer in [] if self.cache is None else self.cache.layers:
+            layer.prefetch()
+
 
 class FullPath:
     """Computes the whole sequence, context included, for every answer."""

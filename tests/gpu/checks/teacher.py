@@ -73,6 +73,12 @@ def teacher(place: Place) -> Iterator[Figure]:
 
     works = [Work(item, prefix, "at_ids", 1.0, 0) for item in items]
     tokens = sum(item.prompt_ids.size + item.response_ids.size for item in items)
+    stayed = scores_of(backend.score(works[:1]))
+    prefix.to_host()
+    yield Figure("context restored", place.seconds_once(prefix.to_device), "s")
+    moved = scores_of(backend.score(works[:1]))
+    different = sum(not np.array_equal(*pair) for pair in zip(stayed, moved, strict=True))
+    yield Figure("arrays that differ after a stay on the host", different, at_most=0)
     yield gib("peak of a batch", place.peak_of(lambda: backend.score(works)))
     yield Figure("scored", tokens / place.seconds(lambda: backend.score(works), 3), "tokens/s")
     yield Figure("context", ids.size / place.seconds(lambda: backend.prefill([ids], None)), "tokens/s")

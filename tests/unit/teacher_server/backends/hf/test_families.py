@@ -76,6 +76,23 @@ def test_scores_are_those_of_a_plain_forward_pass(name: str, families: Families)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3-text", "granite4-hybrid", "mamba2"])
+def test_a_state_that_was_on_the_host_scores_the_same(name: str, families: Families) -> None:
+    backend = load(families / name)
+    batch = works(backend)
+    before = backend.score(batch)
+    prefixes = [work.prefix for work in batch if work.prefix is not None]
+    for prefix in prefixes:
+        nbytes = prefix.nbytes
+        prefix.to_host()
+        prefix.to_device()
+        assert prefix.nbytes == nbytes
+    for one, other in zip(before, backend.score(batch), strict=True):
+        assert isinstance(one, ItemScore)
+        assert isinstance(other, ItemScore)
+        np.testing.assert_array_equal(one.logprobs, other.logprobs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3-text", "granite4-hybrid", "mamba2"])
 def test_prefix_bytes_bound_what_a_context_takes(name: str, families: Families) -> None:
     backend = load(families / name)
     for tokens in (1, 10, 80):
