@@ -22,7 +22,7 @@ STAMP := $(VENV)/.setup-done
 LOCKS := deploy/requirements/cpu.txt deploy/requirements/cpu-nodeps.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup older demo test test-unit test-faults test-families soak check format bench gpu-check docs clean lock
+.PHONY: help setup older demo test test-unit test-faults test-families soak check format bench bench-smoke gpu-check docs clean lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,8 +55,11 @@ check: setup ## check formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup ## run the benchmarks, all or ONLY=name, into runs/bench/results.json
+bench: setup models/smollm2/config.json ## run the benchmarks, all or ONLY=name, and add the figures to runs/bench/history.jsonl
 	$(BIN)/python -m tests.benchmarks $(ONLY)
+
+bench-smoke: setup ## check in five minutes that no figure is twice as bad as its target
+	$(BIN)/python -m tests.benchmarks smoke
 
 gpu-check: ## check a GPU machine before the first run, in ten minutes; without a GPU in tiny sizes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu $(ARGS)

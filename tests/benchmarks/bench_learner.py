@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from learner.trainer.losses import topk_divergence
 from learner.trainer.output_layer import ChunkView, LogitTransform, OutputLayer
+from tests.benchmarks.e2e_runs import MODEL
+from tests.benchmarks.figures import THREADS, Figure, Figures
 from tests.support.memory import peak_bytes, reset_peak
 
 VOCABULARY, WIDTH, K = 151_936, 1024, 256
@@ -23,25 +25,22 @@ CHUNK_TOKENS = 256
 FLOAT_BYTES = 4
 
 
-def run() -> dict[str, dict[str, Any]]:
+def run() -> Figures:
     """All figures; about five minutes on two cores."""
-    from deploy.tasks.gguf import prepare_smollm2
-
-    with tempfile.TemporaryDirectory(prefix="bench-learner-") as folder:
-        model = Path(folder) / "smollm2"
-        prepare_smollm2(model)
-        return {
-            **loss_peak(),
-            **loss_time(),
-            **shared_passes(),
-            **{name: figure for part in (step_memory, forward_backward) for name, figure in apart(part, model).items()},
-        }
+    torch.set_num_threads(THREADS)
+    return {
+        **loss_peak(),
+        **loss_time(),
+        **shared_passes(),
+        **apart(step_memory, MODEL),
+        **apart(forward_backward, MODEL),
+    }
 
 
 def apart(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """`function` in a process of its own: peak memory and process groups belong to one measurement."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
+    with context.Pool(1, torch.set_num_threads, (THREADS,)) as pool:
         return pool.apply(function, args)
 
 
@@ -51,12 +50,12 @@ def apart(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]
 class Head:
     """One micro-batch of random hidden states over a vocabulary of today's size."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, width: int) -> None:
         torch.manual_seed(0)
-        self.linear = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.linear = nn.Linear(width, VOCABULARY, bias=False)
         nn.init.normal_(self.linear.weight, std=0.02)
         self.layer = OutputLayer(self.linear, LogitTransform(), CHUNK_TOKENS)
-        self.hidden = torch.randn(tokens, WIDTH).requires_grad_()
+        self.hidden = torch.randn(tokens, width).requires_grad_()
         self.ids = torch.randint(0, VOCABULARY, (tokens, K))
         self.sampled = torch.randint(0, VOCABULARY, (tokens,))
         self.teacher = torch.full((tokens, K), -12.0)
@@ -88,29 +87,33 @@ class Head:
         return time.perf_counter() - started
 
 
-def loss_peak(tokens: int = 8192) -> dict[str, dict[str, Any]]:
+def loss_peak(tokens: int = 8192, width: int = WIDTH) -> Figures:
     """Peak extra memory of loss and gradient over one float32 [tokens, V] tensor, the weight's gradient left out."""
-    peak = apart(_extra_bytes, tokens)["bytes"]
-    weight_gradient = VOCABULARY * WIDTH * FLOAT_BYTES
+    peak = apart(_extra_bytes, tokens, width)["bytes"]
+    weight_gradient = VOCABULARY * width * FLOAT_BYTES
     ratio = (peak - weight_gradient) / (tokens * VOCABULARY * FLOAT_BYTES)
-    how = f"V={VOCABULARY}, d={WIDTH}, {tokens} tokens, k={K}, chunks of {CHUNK_TOKENS}: resident memory, own process"
-    return {"learner.loss_peak_ratio": figure(ratio, 1 / 8, how, at_most=True)}
+    how = f"V={VOCABULARY}, d={width}, {tokens} tokens, k={K}, chunks of {CHUNK_TOKENS}: resident memory, own process"
+    return {
+        "learner.loss_peak_ratio": Figure(
+            ratio, "ratio", how, at_most=1 / 8, limit=f"{CHUNK_TOKENS / tokens:.3g}: one chunk of logits"
+        )
+    }
 
 
-def _extra_bytes(tokens: int) -> dict[str, int]:
-    head = Head(tokens)
+def _extra_bytes(tokens: int, width: int) -> dict[str, int]:
+    head = Head(tokens, width)
     before = reset_peak()
     head.chunked()
     return {"bytes": peak_bytes() - before}
 
 
-def loss_time(tokens: int = 1024, repeats: int = 3) -> dict[str, dict[str, Any]]:
+def loss_time(tokens: int = 1024, width: int = WIDTH, repeats: int = 3) -> Figures:
     """Time of loss and gradient over that of the naive version, which fits at this length. Medians, interleaved."""
-    head = Head(tokens)
+    head = Head(tokens, width)
     pairs = [(head.timed(head.chunked), head.timed(head.naive)) for _ in range(repeats + 1)][1:]
     ratio = statistics.median(ours for ours, _ in pairs) / statistics.median(naive for _, naive in pairs)
-    how = f"V={VOCABULARY}, d={WIDTH}, {tokens} tokens, k={K}: medians of {repeats}, taken in turns"
-    return {"learner.loss_time_ratio": figure(ratio, 1.15, how, at_most=True)}
+    how = f"V={VOCABULARY}, d={width}, {tokens} tokens, k={K}: medians of {repeats}, taken in turns"
+    return {"learner.loss_time_ratio": Figure(ratio, "ratio", how, at_most=1.15, limit="1 by FLOPs")}
 
 
 # --- whole steps ----------------------------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ def make_engine(model: Path) -> tuple[Any, Any]:
     learner = {
         "micro_batch_tokens": BUDGET_TOKENS,
         "logit_chunk_tokens": CHUNK_TOKENS,
-        "threads": torch.get_num_threads(),
+        "threads": THREADS,
     }
     scored = make_scored(
         ANSWERS,
@@ -140,7 +143,7 @@ def make_engine(model: Path) -> tuple[Any, Any]:
     return LearnerEngine(learner_config(model, learner=learner)), scored
 
 
-def step_memory(model: Path) -> dict[str, dict[str, Any]]:
+def step_memory(model: Path) -> Figures:
     """Peak resident memory of the whole process in its third step over weights + gradients + Adam's state."""
     engine, scored = make_engine(model)
     peak = 0
@@ -151,10 +154,10 @@ def step_memory(model: Path) -> dict[str, dict[str, Any]]:
         peak = peak_bytes()
     state = 4 * FLOAT_BYTES * engine.info().parameters
     how = f"SmolLM2-135M, ZeRO 0, float32, micro-batches of {BUDGET_TOKENS} tokens; all of the process counts"
-    return {"learner.peak_rss_ratio": figure(peak / state, 1.6, how, at_most=True)}
+    return {"learner.peak_rss_ratio": Figure(peak / state, "ratio", how, at_most=1.6, limit="1: the state itself")}
 
 
-def forward_backward(model: Path, repeats: int = 5) -> dict[str, dict[str, Any]]:
+def forward_backward(model: Path, repeats: int = 5) -> Figures:
     """Tokens/s of `accumulate` over those of a bare transformers loop with cross-entropy on the same batches."""
     from transformers import AutoModelForCausalLM
 
@@ -177,10 +180,10 @@ def forward_backward(model: Path, repeats: int = 5) -> dict[str, dict[str, Any]]
         f"SmolLM2-135M, float32, {ANSWERS} answers of {PROMPT_TOKENS}+{RESPONSE_TOKENS} tokens in {len(batches)} "
         f"micro-batches: medians of {repeats}, taken in turns"
     )
-    return {"learner.fwd_bwd_ratio": figure(ratio, 0.95, how, at_most=False)}
+    return {"learner.fwd_bwd_ratio": Figure(ratio, "ratio", how, at_least=0.95)}
 
 
-def shared_passes() -> dict[str, dict[str, Any]]:
+def shared_passes() -> Figures:
     """Largest share of a pass without gradients (the learner's top k) that one of two ranks computes, under ZeRO-3."""
     from learner.trainer.distributed import free_port
     from tests.support.tiny import make_tiny_model
@@ -190,7 +193,9 @@ def shared_passes() -> dict[str, dict[str, Any]]:
         alone, *_ = _on_ranks(1, free_port(), model)
         shares = _on_ranks(2, free_port(), model)
     how = f"tiny model, {4 * ANSWERS} answers of 4 to 64 tokens, micro-batches of {BUDGET_TOKENS}, with fillers"
-    return {"learner.shared_pass_ratio": figure(max(shares) / alone, 0.6, how, at_most=True)}
+    return {
+        "learner.shared_pass_ratio": Figure(max(shares) / alone, "ratio", how, at_most=0.6, limit="0.5: a half each")
+    }
 
 
 def _on_ranks(ranks: int, port: int, model: Path) -> list[int]:
@@ -229,17 +234,3 @@ def seconds(function: Callable[[], None]) -> float:
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
-
-
-# --- measuring ------------------------------------------------------------------------------------------------------
-
-
-def figure(value: float, limit: float, how: str, *, at_most: bool) -> dict[str, Any]:
-    """One measurement, as ``python -m tests.benchmarks`` wants it."""
-    return {
-        "value": value,
-        "unit": "ratio",
-        "target": f"{'at most' if at_most else 'at least'} {limit:g}",
-        "ok": value <= limit if at_most else value >= limit,
-        "how": f"{how}; {torch.get_num_threads()} threads",
-    }

@@ -12,18 +12,19 @@ import ray
 from learner.cluster.services import Services
 from learner.loop.training_loop import TrainingLoop
 from learner.loop.weight_publisher import WeightPublisher
+from tests.benchmarks.figures import Figure, Figures
 from tests.benchmarks.stub_services import Latencies, install, prompts, stub_config
 
 ANSWERS, STEPS = 32, 7
 QUEUED = 10_000
 
 
-def run() -> dict[str, dict[str, Any]]:
+def run() -> Figures:
     """Both figures; about a minute."""
     return {**overlap(), **controller_cost()}
 
 
-def overlap() -> dict[str, dict[str, Any]]:
+def overlap() -> Figures:
     """Step time over the slowest stage: 1.0 s of rollouts, 0.8 s of scoring, 0.9 s of training."""
     latencies = Latencies(ANSWERS, rollout=1.0, score=0.8, train=0.9)
     config = stub_config(
@@ -32,17 +33,17 @@ def overlap() -> dict[str, dict[str, Any]]:
     seconds = steps(config, latencies, STEPS)
     value = statistics.median(seconds[1:])
     return {
-        "loop.overlap_ratio": {
-            "value": value,
-            "unit": "x",
-            "target": "<= 1.25",
-            "ok": value <= 1.25,
-            "how": f"median of {STEPS - 1} steps of {ANSWERS} answers; slowest stage 1.0 s; serial would be 2.7",
-        }
+        "loop.overlap_ratio": Figure(
+            value,
+            "x",
+            f"median of {STEPS - 1} steps of {ANSWERS} answers; slowest stage 1.0 s; serial would be 2.7",
+            at_most=1.25,
+            limit="1: the slowest stage",
+        )
     }
 
 
-def controller_cost() -> dict[str, dict[str, Any]]:
+def controller_cost() -> Figures:
     """Wall time per trajectory when all are ready at once: whatever is not a model costs at least this."""
     config = stub_config(
         rollout={"batch_size": QUEUED, "concurrency": 512}, learner={"micro_batch_tokens": 8192}, loss={"top_k": 1}
@@ -50,14 +51,13 @@ def controller_cost() -> dict[str, dict[str, Any]]:
     whole, busy = timed_steps(config, Latencies(QUEUED), 2)[1]
     value = busy / QUEUED * 1e6
     return {
-        "loop.controller_us_per_trajectory": {
-            "value": value,
-            "unit": "us",
-            "target": "< 2000",
-            "ok": value < 2000,
-            "how": f"CPU time of the loop's thread in a step of {QUEUED} queued answers; the step itself took "
+        "loop.controller_us_per_trajectory": Figure(
+            value,
+            "us",
+            f"CPU time of the loop's thread in a step of {QUEUED} queued answers; the step itself took "
             f"{whole / QUEUED * 1e6:.0f} us an answer (actors, HTTP and object store on the same two cores)",
-        }
+            at_most=2000,
+        )
     }
 
 

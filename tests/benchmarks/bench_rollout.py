@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.protocol.schema import Sampling
 from rollout_workers.engine.engine import Generation, RolloutEngine
+from tests.benchmarks.figures import Figure, Figures
 from tests.support.engines import PROMPT, run_config
 from tests.support.memory import peak_bytes, reset_peak
 from tests.support.tiny import make_tiny_model
@@ -32,13 +32,13 @@ class Round:
     pause_s: float
 
 
-def run() -> dict[str, dict[str, Any]]:
+def run() -> Figures:
     """All figures; about a minute on two cores."""
     with tempfile.TemporaryDirectory(prefix="bench-rollout-") as folder:
         return asyncio.run(figures(make_tiny_model(Path(folder))))
 
 
-async def figures(model: Path) -> dict[str, dict[str, Any]]:
+async def figures(model: Path) -> Figures:
     """Rounds at `K` and at 0 log-probs in turns, after one of each to warm up."""
     config = run_config(model)
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_num_seqs": ANSWERS})})
@@ -56,17 +56,18 @@ async def figures(model: Path) -> dict[str, dict[str, Any]]:
         "turns, of the process that takes the answers"
     )
     return {
-        "rollout.logprob_us_per_token": figure(
-            difference(lambda one: 1e6 * one.cpu_s / one.tokens), 10, "us", f"{how}; CPU time"
+        "rollout.logprob_us_per_token": Figure(
+            difference(lambda one: 1e6 * one.cpu_s / one.tokens), "us", f"{how}; CPU time", at_most=10
         ),
-        "rollout.logprob_bytes_per_token": figure(
-            difference(lambda one: one.extra_bytes / one.tokens), 3000, "bytes", f"{how}; peak of resident memory"
+        "rollout.logprob_bytes_per_token": Figure(
+            difference(lambda one: one.extra_bytes / one.tokens),
+            "bytes",
+            f"{how}; peak of resident memory",
+            at_most=3000,
+            limit=f"{4 * K}: k ids of four bytes",
         ),
-        "rollout.loop_pause_ms": figure(
-            statistics.median(1e3 * with_k.pause_s for _, with_k in pairs),
-            None,
-            "ms",
-            f"{how.split(',')[0]}; longest pause",
+        "rollout.loop_pause_ms": Figure(
+            statistics.median(1e3 * with_k.pause_s for _, with_k in pairs), "ms", f"{how.split(',')[0]}; longest pause"
         ),
     }
 
@@ -94,9 +95,3 @@ async def watch_pauses(pauses: list[float]) -> None:
         began = time.perf_counter()
         await asyncio.sleep(TICK_S)
         pauses.append(time.perf_counter() - began - TICK_S)
-
-
-def figure(value: float, limit: float | None, unit: str, how: str) -> dict[str, Any]:
-    """One measurement, as ``python -m tests.benchmarks`` wants it."""
-    target = None if limit is None else f"<= {limit:,}"
-    return {"value": value, "unit": unit, "target": target, "ok": None if limit is None else value <= limit, "how": how}

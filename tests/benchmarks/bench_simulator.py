@@ -11,7 +11,8 @@ from typing import Any
 
 from deploy.simulator.file import load_simulation
 from deploy.simulator.simulate import simulate
-from tests.benchmarks.e2e_runs import Setting, figure, folder_for, train, write_config
+from tests.benchmarks.e2e_runs import Setting, folder_for, train, write_config
+from tests.benchmarks.figures import Figure, Figures
 
 STEPS = 9
 """Of each run, the first left out: lengths of 64 answers would differ by a sixth from run to run by chance."""
@@ -31,17 +32,17 @@ ASKED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 }
 
 
-def run() -> dict[str, dict[str, Any]]:
+def run() -> Figures:
     """``simulator.error_a`` and ``_b``."""
     with folder_for("simulator") as folder:
         return errors(folder)
 
 
-def errors(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def errors(folder: Path, **sections: dict[str, Any]) -> Figures:
     """Both errors; keyword arguments change all three runs."""
     fitted = write_config(folder / "fitted", SETTING, STEPS, **_with(sections, {"rollout": SENTENCE}))
     measured = train(fitted, folder / "fitted/run")
-    figures: dict[str, dict[str, Any]] = {}
+    figures: Figures = {}
     for name, (what, changes) in ASKED.items():
         config = write_config(folder / name, SETTING, STEPS, **_with(sections, changes))
         asked = load_simulation(config, ["simulation.steps=50"], folder / "fitted/run")
@@ -49,14 +50,13 @@ def errors(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]
         real = train(config, folder / name / "run")
         real_s = statistics.fmean(real.seconds())
         error = abs(predicted.step_s / real_s - 1)
-        figures[f"simulator.error_{name}"] = figure(
+        figures[f"simulator.error_{name}"] = Figure(
             error,
             "share",
-            "<= 0.2",
-            error <= 0.2,
             f"{what}: predicted {predicted.step_s:.2f} s a step, took {real_s:.2f} s (mean of {len(real.seconds())}; "
             f"{real.stages()}); fitted to a run of 16 prompts with {statistics.fmean(measured.seconds()):.2f} s a step "
             f"({measured.stages()})",
+            at_most=0.2,
         )
     return figures
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,30 +14,27 @@ from torch import Tensor
 
 from common.config.loader import validate
 from common.config.model import Config, SyncConfig
+from tests.benchmarks.e2e_runs import MODEL
+from tests.benchmarks.figures import THREADS, Figure, Figures
 from tests.support.processes import free_port
 from tests.support.weight_groups import HOST, manifest_of, open_all, sync_once
 
 REPEATS = 5
 STEPS = 3
 LEARNING_RATE = 1e-6
-DELTA_RATIO = 0.1
 TIMEOUT_S = 120.0
 
 
-def run() -> dict[str, dict[str, Any]]:
+def run() -> Figures:
     """All figures; about two minutes on two cores."""
-    from deploy.tasks.gguf import prepare_smollm2
-
-    with tempfile.TemporaryDirectory(prefix="bench-sync-") as folder:
-        model = Path(folder) / "smollm2"
-        prepare_smollm2(model)
-        return {**asyncio.run(sync_seconds(model)), **delta_bytes(model)}
+    torch.set_num_threads(THREADS)
+    return {**asyncio.run(sync_seconds(MODEL)), **delta_bytes(MODEL)}
 
 
 # --- a whole model --------------------------------------------------------------------------------------------------
 
 
-async def sync_seconds(model: Path) -> dict[str, dict[str, Any]]:
+async def sync_seconds(model: Path) -> Figures:
     """Seconds of a sync, from an engine's pause to its resume. No target."""
     from learner.publishing.sender import open_sender
     from rollout_workers.engine.engine import RolloutEngine
@@ -66,7 +62,7 @@ async def sync_seconds(model: Path) -> dict[str, dict[str, Any]]:
         f"SmolLM2-135M, {plan.nbytes / 1e6:.0f} MB of float32 over gloo, pause to resume: "
         f"{plan.nbytes / seconds / 1e9:.2f} GB/s; median of {REPEATS}"
     )
-    return {"sync.seconds": figure(seconds, "s", None, how)}
+    return {"sync.seconds": Figure(seconds, "s", how)}
 
 
 def run_config(model: Path) -> dict[str, Any]:
@@ -75,7 +71,7 @@ def run_config(model: Path) -> dict[str, Any]:
         "student": {"model": str(model), "max_sequence_tokens": 256},
         "context": {"text": "unused"},
         "data": {"train": "unused"},
-        "rollout": {"max_num_seqs": 16, "threads": torch.get_num_threads()},
+        "rollout": {"max_num_seqs": 16, "threads": THREADS},
         "sync": {"timeout_s": TIMEOUT_S},
     }
 
@@ -83,7 +79,7 @@ def run_config(model: Path) -> dict[str, Any]:
 # --- deltas ---------------------------------------------------------------------------------------------------------
 
 
-def delta_bytes(model: Path) -> dict[str, dict[str, Any]]:
+def delta_bytes(model: Path) -> Figures:
     """Bytes on the wire over those of all weights, in bfloat16, for AdamW steps on a float32 master copy."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,12 +101,12 @@ def delta_bytes(model: Path) -> dict[str, dict[str, Any]]:
     sender.close()
     ratios = [report.bytes / report.weight_bytes for report in reports[1:]]
     how = (
-        f"SmolLM2-135M, float32 master, bfloat16 on the wire, AdamW, lr {LEARNING_RATE:g}, one sequence of "
+        f"{model.name}, float32 master, bfloat16 on the wire, AdamW, lr {LEARNING_RATE:g}, one sequence of "
         f"{tokens.shape[1]} tokens: the largest of {STEPS} steps ({', '.join(f'{ratio:.3f}' for ratio in ratios)}); a "
         f"delta sync took {statistics.median(r.seconds for r in reports[1:]):.2f} s, the whole one "
         f"{reports[0].seconds:.2f} s"
     )
-    return {"sync.delta_bytes_ratio": figure(max(ratios), "ratio", DELTA_RATIO, how)}
+    return {"sync.delta_bytes_ratio": Figure(max(ratios), "ratio", how, at_most=0.1)}
 
 
 def load(model: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -126,14 +122,3 @@ def rounded(master: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The master's parameters as they go on the wire."""
     for name, parameter in master.named_parameters():
         yield name, parameter.detach().bfloat16()
-
-
-def figure(value: float, unit: str, max_value: float | None, how: str) -> dict[str, Any]:
-    """One measurement, as ``python -m tests.benchmarks`` expects it; without an upper bound it is only reported."""
-    return {
-        "value": value,
-        "unit": unit,
-        "target": None if max_value is None else f"at most {max_value:g}",
-        "ok": None if max_value is None else value <= max_value,
-        "how": f"{how}; {torch.get_num_threads()} threads",
-    }

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,21 +23,25 @@ import torch
 
 from common.config.model import TeacherConfig
 from common.protocol.codec import encode_request, encode_response
-from common.protocol.schema import Context, Ids, ItemScore, ScoreItem, ScoreRequest, as_ids, context_hash
+from common.protocol.schema import Context, Ids, ItemScore, ScoreItem, ScoreRequest, ScoreResponse, as_ids, context_hash
 from teacher_server.backends.base import Work
 from teacher_server.backends.hf.backend import TransformersBackend
 from teacher_server.client import TeacherClient
 from teacher_server.http.auth import Authenticator
 from teacher_server.http.serve import start_in_thread
 from teacher_server.scoring.service import TeacherService, TokenizerIdentity
+from tests.benchmarks.e2e_runs import MODEL
+from tests.benchmarks.figures import THREADS, Figure, Figures
+from tests.support.memory import peak_bytes, reset_peak
 
-MODEL = Path("models/smollm2")
-THREADS = 2
 K, PROMPT, RESPONSE = 256, 16, 64
+CACHE_LIMIT = "10.6 by FLOPs"
+"""Multiplications a sample of SmolLM2-135M. With 1,024 tokens of context in the pass: 1,104 tokens x 106M weights of
+the layers, 21G of attention, 64 x 28M of the output layer, 140G in all. With the context cached: 80 x 106M, 2.9G of
+attention, the same output layer, 13.2G in all.
+"""
 PAUSE_S = 1.0
 IDENTITY = TokenizerIdentity("ab" * 32, "cd" * 32)
-
-Figures = dict[str, dict[str, Any]]
 
 
 def run() -> Figures:
@@ -46,16 +49,11 @@ def run() -> Figures:
     torch.set_num_threads(THREADS)
     backend = TransformersBackend.load(str(MODEL))
     figures: Figures = {}
-    for part in (cache_speedup, linearity, bytes_per_token, flood):
+    for part in (cache_speedup, linearity, flood):
         figures.update(part(backend))
-    for alone in (memory, wire):
+    for alone in (bytes_per_token, memory, wire):
         figures.update(alone())
     return figures
-
-
-def figure(value: float, unit: str, target: str, ok: bool, how: str) -> dict[str, Any]:
-    """One measurement in the form of the results file."""
-    return {"value": round(value, 3), "unit": unit, "target": target, "ok": bool(ok), "how": how}
 
 
 def make_items(
@@ -102,7 +100,7 @@ def cache_speedup(backend: TransformersBackend) -> Figures:
         f"16 samples under 1,024 tokens of context: {statistics.median(without):.2f} s with the context in every "
         f"forward pass, {statistics.median(with_cache):.2f} s with its cache warm; medians of 3, alternating"
     )
-    return {"teacher.context_cache_speedup": figure(ratio, "x", ">= 8.5", ratio >= 8.5, how)}
+    return {"teacher.context_cache_speedup": Figure(ratio, "x", how, at_least=8.5, limit=CACHE_LIMIT)}
 
 
 def linearity(backend: TransformersBackend) -> Figures:
@@ -121,7 +119,7 @@ def linearity(backend: TransformersBackend) -> Figures:
         f"{1000 * statistics.median(each_many):.0f} ms at 64, context of 1,024 tokens; median ratio of 5 rounds, "
         "alternating"
     )
-    return {"teacher.context_linearity": figure(ratio, "x", "<= 1.1", ratio <= 1.1, how)}
+    return {"teacher.context_linearity": Figure(ratio, "x", how, at_most=1.1, limit="1 by FLOPs")}
 
 
 def memory() -> Figures:
@@ -137,7 +135,7 @@ def memory() -> Figures:
         f"peak resident memory of a fresh process while 32 samples are scored under 4,096 tokens of context, context "
         f"included, less what was resident before: {extra / 1e6:.0f} MB over {held / 1e6:.0f} MB of one context state"
     )
-    return {"teacher.context_memory_ratio": figure(ratio, "x", "<= 1.5", ratio <= 1.5, how)}
+    return {"teacher.context_memory_ratio": Figure(ratio, "x", how, at_most=1.5, limit="1: one state")}
 
 
 def print_memory() -> None:
@@ -152,31 +150,24 @@ def print_memory() -> None:
     held = prefix.nbytes
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = resident_bytes("VmRSS") - held
-    Path("/proc/self/clear_refs").write_text("5")
+    before = reset_peak() - held
     backend.score(works(make_items(32), prefix))
-    print(held, resident_bytes("VmHWM") - before)
+    print(held, peak_bytes() - before)
 
 
-def resident_bytes(field: str) -> int:
-    """A size of this process from the kernel."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
-
-
-def bytes_per_token(backend: TransformersBackend) -> Figures:
-    """Encoded bodies of one real exchange over its response tokens."""
+def bytes_per_token() -> Figures:
+    """Encoded bodies of one exchange over its response tokens."""
     batch = make_items(16)
     request = len(encode_request(ScoreRequest("0" * 32, "run", "at_ids", 1.0, K, tuple(batch)))) / (16 * RESPONSE)
-    results = tuple(backend.score(works(batch)))
-    from common.protocol.schema import ScoreResponse
-
+    results = tuple(ZeroCost(RESPONSE).score(works(batch)))
     reply = len(encode_response(ScoreResponse("0" * 32, "0" * 64, 0, results))) / (16 * RESPONSE)
     return {
-        "teacher.request_bytes_per_token": figure(request, "B", "<= 800", request <= 800, "encoded request, k = 256"),
-        "teacher.reply_bytes_per_token": figure(reply, "B", "<= 530", reply <= 530, "encoded reply, k = 256"),
+        "teacher.request_bytes_per_token": Figure(
+            request, "B", f"encoded request, k = {K}", at_most=800, limit=f"{2 * K + 2}: k + 1 ids of two bytes"
+        ),
+        "teacher.reply_bytes_per_token": Figure(
+            reply, "B", f"encoded reply, k = {K}", at_most=530, limit=f"{2 * K + 8}: k float16, two float32"
+        ),
     }
 
 
@@ -194,13 +185,13 @@ class ZeroCost:
     max_sequence_tokens = 1 << 20
     weight_version = 0
 
-    def __init__(self) -> None:
+    def __init__(self, response: int) -> None:
         self.modes = {"at_ids": None}
         rng = np.random.default_rng(0)
         self._score = ItemScore(
-            rng.normal(size=(1024, K)).astype(np.float16),
-            rng.normal(size=1024).astype(np.float32),
-            rng.normal(size=1024).astype(np.float32),
+            rng.normal(size=(response, K)).astype(np.float16),
+            rng.normal(size=response).astype(np.float32),
+            rng.normal(size=response).astype(np.float32),
         )
 
     def prefix_bytes(self, tokens: int) -> int:
@@ -234,7 +225,7 @@ def served(backend: Any, **settings: Any) -> Iterator[str]:
 
 def serve_zero_cost() -> None:
     """In a process of its own: serve until the parent closes its end."""
-    with served(ZeroCost(), max_sequence_tokens=2048, batch_tokens=1 << 20, batch_window_ms=0) as url:
+    with served(ZeroCost(1024), max_sequence_tokens=2048, batch_tokens=1 << 20, batch_window_ms=0) as url:
         print(url, flush=True)
         sys.stdin.read()
 
@@ -273,7 +264,7 @@ def wire() -> Figures:
         f"65,536 tokens in one call of the client: {sent / 1e6:.0f} MB there, {received / 1e6:.0f} MB back, "
         f"{1000 * took:.0f} ms; client and server in two processes, a backend that computes nothing; median of 15"
     )
-    return {"teacher.wire_share": figure(rate, "MB/s", ">= 300", rate >= 300, how)}
+    return {"teacher.wire_share": Figure(rate, "MB/s", how, at_least=300)}
 
 
 def flood(backend: TransformersBackend) -> Figures:
@@ -339,4 +330,4 @@ def flood(backend: TransformersBackend) -> Figures:
         f"{1000 * statistics.median(hasty):.0f} ms where each follows the one before at once, which asks for the whole "
         "teacher and gets a quarter; 90, 90 and 15 requests in three rounds, alternating, default settings"
     )
-    return {"teacher.flood_p99_ratio": figure(ratio, "x", "<= 4", ratio <= 4, how)}
+    return {"teacher.flood_p99_ratio": Figure(ratio, "x", how, at_most=4)}

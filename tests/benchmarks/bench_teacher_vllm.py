@@ -23,7 +23,9 @@ import numpy as np
 
 from common.protocol.schema import Context, Ids, ItemScore, ScoreItem, as_ids, context_hash
 from teacher_server.client import TeacherClient
-from tests.benchmarks.bench_teacher import MODEL, THREADS, Figures, K, figure, make_items
+from tests.benchmarks.bench_teacher import K, make_items
+from tests.benchmarks.e2e_runs import MODEL
+from tests.benchmarks.figures import THREADS, Figure, Figures
 from tests.support.processes import free_port
 from tests.support.teacher_running import process
 
@@ -68,9 +70,9 @@ def compared(ours: str, theirs: str, *, name: str, target: int, context: int) ->
     how = (
         f"{SAMPLES} samples under {context} tokens of context: {tokens / seconds[0]:.0f} scored tokens/s over our HTTP "
         f"(at the student's ids, context cache warm), {tokens / seconds[1]:.1f} over vLLM's (prompt_logprobs={K}, 16 "
-        f"requests at once, JSON read), {THREADS} threads each, float32; median ratio of {ROUNDS} rounds, alternating"
+        f"requests at once, JSON read), float32; median ratio of {ROUNDS} rounds, alternating"
     )
-    return {name: figure(ratio, "x", f">= {target}", ratio >= target, how)}
+    return {name: Figure(ratio, "x", how, at_least=target)}
 
 
 async def score_ours(url: str, items: list[ScoreItem], lead: Ids) -> float:

@@ -16,11 +16,12 @@ from typing import Any
 
 import yaml
 
+from tests.benchmarks.figures import THREADS
 from tests.support.paths import ROOT
 
 MODEL = ROOT / "models/smollm2"
 DEMO = ROOT / "deploy/configs/demo"
-THREADS, BATCH, TOP_K, LEARNING_RATE = 2, 16, 256, 1e-6
+BATCH, TOP_K, LEARNING_RATE = 16, 256, 1e-6
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,3 @@ def step_metrics(run: Path) -> list[dict[str, float]]:
     """The lines of ``metrics.jsonl`` that are steps."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "time/total_s" in line]
-
-
-def figure(value: float, unit: str, target: str, ok: bool, how: str) -> dict[str, Any]:
-    """One measurement in the form of the results file; says how busy the machine was."""
-    load = os.getloadavg()[1]
-    return {"value": value, "unit": unit, "target": target, "ok": bool(ok), "how": f"{how}; load average {load:.1f}"}

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.e2e_runs import BATCH, LEARNING_RATE, MODEL, ROOT, THREADS, TOP_K, folder_for
+from tests.benchmarks.e2e_runs import BATCH, LEARNING_RATE, MODEL, ROOT, TOP_K, folder_for
+from tests.benchmarks.figures import THREADS
 
 VERSION = "1.16.0"
 
