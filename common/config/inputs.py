@@ -39,7 +39,7 @@ class RunConfig(Section):
     """Address of MLflow's tracking server or database. Default: MLflow's own setting."""
     token_samples: NonNegative = 2
     """Responses per step whose first 512 tokens go to ``tokens.jsonl`` one by one, for ``report.html``. The choice does
-    not depend on the number of ranks."""
+    not depend on the number of ranks. After step 100 fewer and fewer steps write theirs (docs/watching.md)."""
 
     @property
     def path(self) -> Path:

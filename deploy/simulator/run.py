@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def measured(folder: Path) -> Measured:
     config = load_config(folder / "config.yaml")
     events = read_trace(folder / "trace.json")
     tracks = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
-    spans = [event for event in events if event["ph"] == "X"]
+    spans = _without_gaps([event for event in events if event["ph"] == "X"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "time/total_s" in line]
     answers = _answers(spans, tracks)
@@ -104,6 +105,17 @@ def measured(folder: Path) -> Measured:
         parity_s=tuple(event["dur"] / 1e6 for event in closing["parity"]),
         loop_s=tuple(line["time/total_s"] * line.get("time/wait_ratio/other", 0.0) for line in later),
     )
+
+
+def _without_gaps(spans: list[Event]) -> list[Event]:
+    """The spans up to the first step that a long run left out (`common.telemetry.kept_steps`)."""
+    closing = [event for event in spans if event["name"] in ("step", "sync", "parity") and "version" in event["args"]]
+    known = sorted({event["args"]["version"] for event in closing})
+    last = next((version for version, following in pairwise(known) if following > version + 1), None)
+    if last is None:
+        return spans
+    end = max(_span(event)[1] for event in closing if event["args"]["version"] == last)
+    return [event for event in spans if _span(event)[1] <= end]
 
 
 def _by_part(lines: Sequence[dict[str, Any]]) -> dict[int, list[int]]:

@@ -23,6 +23,7 @@ from common.protocol.schema import Sample
 from common.protocol.scoring import ScorerFactory
 from common.sizing.memory import CUDA_BYTES, length_fault
 from common.sizing.model_size import read_model_size
+from common.telemetry.kept_steps import TOKEN_STEPS, keeps_details, keeps_trace
 from common.telemetry.run_files import Progress, RunFiles, write_json
 from common.telemetry.trace import TraceFile
 from common.weight_sync.collective import SyncError
@@ -300,8 +301,11 @@ class Run:
         summary.add_times(outcome.times)
         self._files.metrics(outcome.version, {**outcome.metrics, "run/part": self._part})
         self._files.audit(outcome.version, outcome.trained, outcome.failed, outcome.contexts, outcome.dropped)
-        self._token_files.add_records(outcome.version, outcome.tokens)
-        self._trace.write(outcome.spans)
+        if keeps_details(outcome.version, TOKEN_STEPS):
+            self._token_files.add_records(outcome.version, outcome.tokens)
+        rollout = self._config.rollout
+        if keeps_trace(outcome.version, rollout.batch_size * rollout.samples_per_prompt):
+            self._trace.write(outcome.spans)
         left_s = (summary.planned_steps - summary.steps) * summary.times.total_s / summary.steps
         self._progress.line(step_line(outcome.version, summary.planned_steps, outcome.metrics, left_s))
         if self._progress.verbose:

@@ -127,6 +127,17 @@ def test_a_fit_predicts_other_runs(tmp_path: Path, change: dict[str, Any]) -> No
     assert predicted.step_s == pytest.approx(other.step_s, rel=0.1)
 
 
+def test_a_long_run_is_fitted_to_the_steps_before_the_first_that_its_timeline_leaves_out(tmp_path: Path) -> None:
+    simulation = write_run_files(tmp_path, merged(TRUTH, {"max_staleness": 0}))
+    whole = measured(tmp_path)
+    (gap_start, gap_end) = sorted(span.end for span in simulation.spans if span.stage == "parity")[-3:-1]
+    with TraceFile(tmp_path / "trace.json") as trace:
+        trace.write(span for span in simulation.spans if not gap_start < span.end <= gap_end)
+    found = measured(tmp_path)
+    assert found.steps == whole.steps[:-2]
+    assert found.all_answers == tuple(answer for answer in whole.all_answers if answer.step < 4)
+
+
 def test_a_resumed_run_is_fitted_like_one_that_went_through(tmp_path: Path) -> None:
     """Its second process starts hours later, and its first step is slow again."""
     (tmp_path / "through").mkdir()

@@ -123,6 +123,21 @@ def steps_of(config: Config) -> list[tuple[int, int]]:
     return [(line["step"], line["run/part"]) for line in lines if "run/part" in line]
 
 
+def test_the_timeline_of_a_long_run_leaves_steps_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def keeps(step: int, answers: int) -> bool:
+        asked.append((step, answers))
+        return step != 3
+
+    monkeypatch.setattr(run_module, "keeps_trace", keeps)
+    execute(config, monkeypatch, lambda stage, step: None, resume=False)
+    assert asked == [(step, 4) for step in range(1, 6)]
+    events = read_trace(config.run.path / "trace.json")
+    assert [event["args"]["version"] for event in events if event["name"] == "step"] == [1, 2, 4, 5]
+    assert [step for step, _ in steps_of(config)] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(("moment", "kept"), [("rollout", 2), ("optimiser", 3)])
 def test_an_interrupted_run_goes_on_where_it_was(
     config: Config,
