@@ -97,6 +97,7 @@ class StalenessTracker:
     _ready: dict[str, _Sample] = field(default_factory=dict, init=False)
     _evicted: dict[str, _Sample] = field(default_factory=dict, init=False)
     _ended: set[str] = field(default_factory=set, init=False)
+    """Samples that ended since the last `advance`; earlier ones are forgotten, so a long run takes no more memory."""
     _ages: Counter[int] = field(default_factory=Counter, init=False)
 
     def __post_init__(self) -> None:
@@ -191,6 +192,7 @@ class StalenessTracker:
             )
         self.version += 1
         self._ages.clear()
+        self._ended.clear()
         stale = [sample_id for sample_id, sample in self._ready.items() if self._too_old(sample)]
         for sample_id in stale:
             self._evict(sample_id, self._ready.pop(sample_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter, deque
 
@@ -45,6 +46,21 @@ def test_strict_training_issues_one_step_and_waits_for_it() -> None:
     assert tracker.may_issue() == 0
     assert tracker.advance() == []
     assert tracker.may_issue() == 2
+
+
+def test_a_long_run_takes_no_more_memory() -> None:
+    def size(steps: int) -> int:
+        tracker = StalenessTracker(max_staleness=1, samples_per_step=4)
+        for step in range(steps):
+            names = [f"{step}/{number}" for number in range(tracker.may_issue())]
+            for name in names:
+                tracker.issue(name)
+                tracker.finish(name, [(0, step)], 5)
+            tracker.take()
+            tracker.advance()
+        return len(pickle.dumps(tracker))
+
+    assert abs(size(500) - size(10)) < 100
 
 
 def test_strict_training_evicts_an_answer_that_saw_a_sync() -> None:
