@@ -200,10 +200,9 @@ def _row(problem: Problem, checks: str, system: str | None = None) -> dict[str, 
 def grade(answer: str, expected: str) -> bool:
     """Grader ``deploy.tasks.code_style:grade``: the row's `checks` are ``rules``, ``tests`` or ``expression``."""
     row = json.loads(expected)
-    if row["checks"] == "rules":
-        return follows_rules(answer)
-    code = functions_of(answer) if row["checks"] == "tests" else expression_of(answer, row["name"])
-    return passes(code, row["name"], row["tests"])
+    if row["checks"] == "tests":
+        return passes(functions_of(answer), row["name"], row["tests"])
+    return follows_rules(answer) if row["checks"] == "rules" else is_expression(answer)
 
 
 def functions_of(answer: str) -> str:
@@ -217,11 +216,13 @@ def functions_of(answer: str) -> str:
     return ast.unparse(ast.Module(kept, type_ignores=[]))
 
 
-def expression_of(answer: str, name: str) -> str:
-    """Return an assignment to `name` of an answer that is one lambda expression on one line; empty for others."""
-    body = _parsed(answer.strip())
-    alone = len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Lambda)
-    return f"{name} = {answer.strip()}" if alone and "\n" not in answer.strip() else ""
+def is_expression(answer: str) -> bool:
+    """Whether an answer is one lambda expression on one line; a code block around it is not held against it."""
+    line = re.sub(r"\A```(?:python)?\n(.*)\n```\Z", r"\1", answer.strip(), flags=re.DOTALL).strip()
+    match _parsed(line):
+        case [ast.Expr(ast.Lambda())]:
+            return "\n" not in line
+    return False
 
 
 def _parsed(code: str) -> list[ast.stmt]:

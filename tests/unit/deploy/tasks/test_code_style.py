@@ -10,9 +10,7 @@ import pytest
 from common.config.loader import load_config
 from deploy.tasks.code_style import (
     SPLITS,
-    expression_of,
     follows_rules,
-    functions_of,
     grade,
     passes,
     prepare_code_style,
@@ -113,10 +111,18 @@ def test_a_function_that_never_ends_or_takes_all_memory_fails(monkeypatch: pytes
     assert not passes("def f(x):\n    while True: pass", "f", [(1, 2)])
 
 
-def test_an_expression_is_one_lambda_on_one_line() -> None:
-    expected = json.dumps({"checks": "expression", "name": "f", "tests": [[[1, 2], 3]]})
-    assert grade(" lambda xs: sum(xs)\n", expected)
-    for wrong in ("lambda xs: max(xs)", "f = lambda xs: sum(xs)", "```python\nlambda xs: sum(xs)\n```", "sum", "x\ny"):
-        assert not grade(wrong, expected), wrong
-    assert expression_of("lambda x:\n x", "f") == ""
-    assert functions_of("def f(:") == ""
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        (" lambda xs: sum(xs)\n", True),
+        ("```python\nlambda xs: sum(xs)\n```", True),
+        ("f = lambda xs: sum(xs)", False),
+        ("lambda xs:\\\n sum(xs)", False),
+        ("Here it is:\n```python\nlambda xs: sum(xs)\n```", False),
+        (GOOD, False),
+        ("sum", False),
+        ("lambda xs: sum(xs", False),
+    ],
+)
+def test_an_expression_is_one_lambda_on_one_line(answer: str, right: bool) -> None:
+    assert grade(answer, json.dumps({"checks": "expression", "name": "f", "tests": []})) is right
