@@ -30,7 +30,7 @@ from tests.benchmarks.figures import Figure, Figures
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 HISTORY = Path("runs/bench/history.jsonl")
-BY_NAME = frozenset({"e2e_accuracy", "e2e_trl", "smoke"})
+BY_NAME = frozenset({"e2e_accuracy", "e2e_trl", "loop_memory", "smoke"})
 """Benchmarks that run only by name: a quarter of an hour each, or small copies of others."""
 WHOLE_S = 1800.0
 """Target for all benchmarks but those of `BY_NAME`."""

@@ -41,11 +41,13 @@ VARIABLE = "OPCD_BENCH_LATENCIES"
 @dataclass(frozen=True)
 class Latencies:
     """Seconds. Answers end evenly over `rollout`; `score` and `train` are the whole step's work of a server and of a
-    rank; `step` is the optimiser's, `sync` one publication's.
+    rank; `step` is the optimiser's, `sync` one publication's. With `sigma`, an answer takes `rollout` times a lognormal
+    factor of mean 1.
     """
 
     answers: int
     rollout: float = 0.0
+    sigma: float = 0.0
     score: float = 0.0
     train: float = 0.0
     step: float = 0.0
@@ -55,6 +57,10 @@ class Latencies:
     def here(cls) -> Latencies:
         """What `install` was given, in any process of the run."""
         return cls(**json.loads(os.environ[VARIABLE]))
+
+    def answer_s(self, seed: int | None) -> float:
+        """Seconds of the answer with that seed, if `sigma` is set."""
+        return self.rollout * float(np.random.default_rng(seed).lognormal(-(self.sigma**2) / 2, self.sigma))
 
 
 def install(latencies: Latencies) -> None:
@@ -80,10 +86,12 @@ class StubEngine:
         latencies = Latencies.here()
         place = self._asked % latencies.answers + 1
         self._asked += 1
-        await asyncio.sleep(latencies.rollout * place / latencies.answers)
-        ids = as_ids(np.arange(TOKENS))
-        topk = as_ids(np.tile(np.arange(max(sampling.top_logprobs, 1)), (TOKENS, 1)))
-        return Generation(ids, np.full(TOKENS, -1.0, np.float32), topk, "length", ((0, self.weight_version),))
+        versions = ((0, self.weight_version),)
+        evenly_s = latencies.rollout * place / latencies.answers
+        await asyncio.sleep(latencies.answer_s(sampling.seed) if latencies.sigma else evenly_s)
+        ids = as_ids(np.arange(sampling.max_tokens))
+        topk = as_ids(np.tile(np.arange(max(sampling.top_logprobs, 1)), (len(ids), 1)))
+        return Generation(ids, np.full(len(ids), -1.0, np.float32), topk, "length", versions)
 
     async def logprobs(self, sequences: Sequence[TokenSequence]) -> list[Any]:
         return [np.full(len(sequence.response_ids), -1.0, np.float32) for sequence in sequences]
@@ -98,7 +106,7 @@ class StubEngine:
     async def check_health(self) -> None:
         return None
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def answer_text(self, ids: Sequence[int], stop: Sequence[str]) -> str:
         return ""
 
     def close(self) -> None:
@@ -120,6 +128,9 @@ class StubRank(LearnerRank):
     def setup(self, host: str, port: int) -> LearnerInfo:
         self._version, self._seen = 0, 0
         return LearnerInfo(self._rank, self._world_size, "cpu", "float32", 0, 0, VOCABULARY, (), 0)
+
+    def try_save(self, *_: Any) -> None:
+        return None
 
     def accumulate(self, more: Sequence[tuple[float, str]], *scored: Any) -> AccumulateReport:
         started, latencies = time.time(), Latencies.here()

@@ -8,6 +8,11 @@ from pathlib import Path
 def reset_peak() -> int:
     """Let the process's peak resident memory start again from here; bytes resident now."""
     Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Resident memory now."""
     return _status_bytes("VmRSS")
 
 
