@@ -132,14 +132,24 @@ def _metadata(kind: str, process: int, thread: int, args: Mapping[str, str | int
 
 def read_trace(path: Path) -> list[Event]:
     """Events of a trace file, closed or cut anywhere; a partial last event is dropped."""
-    return _whole_events(path.read_bytes())[0]
+    return list(TraceEvents(path))
 
 
-def _whole_events(data: bytes) -> tuple[list[Event], int]:
-    """Return (events, bytes up to the end of the last whole one)."""
-    events: list[Event] = []
-    kept = position = 0
-    for line in data.splitlines(keepends=True):
+@dataclass(frozen=True, slots=True)
+class TraceEvents:
+    """The events of `read_trace`, read from the file each time they are iterated: a long run's do not fit in memory."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[Event]:
+        with self.path.open("rb") as stream:
+            yield from (event for event, _ in _whole_events(stream))
+
+
+def _whole_events(lines: Iterable[bytes]) -> Iterator[tuple[Event, int]]:
+    """Yield each event of a file's lines, with the bytes up to its end."""
+    position = 0
+    for line in lines:
         position += len(line)
         text = line.strip().rstrip(b",")
         if text in (b"[", b""):
@@ -147,10 +157,8 @@ def _whole_events(data: bytes) -> tuple[list[Event], int]:
         try:
             event = json.loads(text)
         except ValueError:  # the closing bracket, or a line cut by a crash
-            break
-        events.append(event)
-        kept = position - len(line) + line.rindex(b"}") + 1
-    return events, kept
+            return
+        yield event, position - len(line) + line.rindex(b"}") + 1
 
 
 class TraceFile:
@@ -165,8 +173,9 @@ class TraceFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         events: list[Event] = []
         if resume_at is not None and path.exists():
-            events, kept = _whole_events(path.read_bytes()[:resume_at])
-            os.truncate(path, kept)
+            whole = list(_whole_events(path.read_bytes()[:resume_at].splitlines(keepends=True)))
+            events = [event for event, _ in whole]
+            os.truncate(path, whole[-1][1] if whole else 0)
             self._layout.restore(events)
         self._empty = not events
         self._stream = path.open("a" if events else "w", encoding="utf-8")

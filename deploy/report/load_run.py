@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from common.telemetry.trace import read_trace
+from common.telemetry.trace import TraceEvents
 
 Record = dict[str, Any]
 
@@ -42,7 +42,8 @@ class RunData:
     tokens: list[Record]
     contexts: dict[str, str]
     questions: dict[str, str]
-    events: list[Record]
+    events: Iterable[Record]
+    """Of the timeline; read from the file each time they are iterated."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -150,10 +151,10 @@ class _Reader:
             self.notes.append(f"{name}: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
         return found
 
-    def events(self, name: str) -> list[Record]:
-        """Read the events of a timeline, which may be cut anywhere."""
+    def events(self, name: str) -> Iterable[Record]:
+        """Return the events of a timeline, which may be cut anywhere."""
         path = self._folder / name
-        return read_trace(path) if path.is_file() else []
+        return TraceEvents(path) if path.is_file() else []
 
 
 def _by_step(lines: Iterator[Record]) -> list[Record]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from deploy.report.charts import Bar, Lane, stacked_bars, timeline
 from deploy.report.load_run import Record, RunData
@@ -87,14 +87,13 @@ def stage_class(stage: str) -> str:
 # --- one step ---------------------------------------------------------------------------------------------------
 
 
-def step_lanes(events: Sequence[Record], lengths: Mapping[int, float]) -> tuple[int, float, list[Lane]] | None:
+def step_lanes(events: Iterable[Record], lengths: Mapping[int, float]) -> tuple[int, float, list[Lane]] | None:
     """(step, seconds, lanes) of the step of median length; None without a timeline.
 
-    `lengths` are seconds by step. A step ends with the parity probe after its weight sync.
+    `lengths` are seconds by step. A step ends with the parity probe after its weight sync. `events` are iterated twice.
     """
-    spans = _spans(events)
     ends: dict[int, float] = {}
-    for _, stage, _, end, args in spans:
+    for _, stage, _, end, args in _spans(events):
         if stage in ("step", "sync", "parity") and isinstance(args.get("version"), int):
             ends[args["version"]] = max(end, ends.get(args["version"], end))
     known = sorted((lengths[version], version) for version in ends if lengths.get(version, 0) > 0)
@@ -103,17 +102,16 @@ def step_lanes(events: Sequence[Record], lengths: Mapping[int, float]) -> tuple[
     seconds, version = known[len(known) // 2]
     start, end = ends[version] - seconds, ends[version]
     inside: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for track, stage, begun, ended, _ in spans:
+    for track, stage, begun, ended, _ in _spans(events):
         if stage != "queue" and ended > start and begun < end:
             inside.setdefault((track, stage), []).append((max(begun, start) - start, min(ended, end) - start))
     order = sorted(inside, key=lambda lane: (min(inside[lane]), lane))
     return version, seconds, [Lane(t, s, stage_class(s), _merged(inside[t, s])) for t, s in order]
 
 
-def _spans(events: Sequence[Record]) -> list[tuple[str, str, float, float, Record]]:
-    """(track, stage, start, end, args) of each span, times in seconds."""
+def _spans(events: Iterable[Record]) -> Iterator[tuple[str, str, float, float, Record]]:
+    """Yield (track, stage, start, end, args) of each span, times in seconds."""
     names: dict[object, str] = {}
-    found = []
     for event in events:
         args = event.get("args", {})
         if event.get("ph") == "M" and event.get("name") == "process_name":
@@ -121,8 +119,7 @@ def _spans(events: Sequence[Record]) -> list[tuple[str, str, float, float, Recor
         elif event.get("ph") == "X":
             start = float(event["ts"]) / 1e6
             track = names.get(event.get("pid"), "?")
-            found.append((track, str(event["name"]), start, start + float(event["dur"]) / 1e6, args))
-    return found
+            yield track, str(event["name"]), start, start + float(event["dur"]) / 1e6, args
 
 
 def _merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tracemalloc
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from common.telemetry.trace import TraceLayout, TraceSpan
+from common.telemetry.trace import TraceFile, TraceLayout, TraceSpan
 from deploy.cli.main import app
 from deploy.report.answers import held_out
 from deploy.report.load_run import ReportError, read_run
@@ -278,6 +279,20 @@ def test_the_timeline_shows_the_step_of_median_length() -> None:
     ]
     assert lanes[0].spans == [(pytest.approx(0.0, abs=1e-5), pytest.approx(1.0))]
     assert step_lanes([], {1: 1.0}) is None
+
+
+def test_a_long_timeline_does_not_lie_in_memory(run: Path) -> None:
+    with TraceFile(run / "trace.json") as trace:
+        for step in range(1, 1001):
+            args = {"version": step}
+            trace.write([TraceSpan("rollout", "worker 0", step + n / 99, step + n / 98, {}) for n in range(10)])
+            trace.write([TraceSpan("step", "rank 0", step + 0.5, step + 1, args)])
+    tracemalloc.start()
+    found = step_lanes(read_run(run).events, dict.fromkeys(range(1, 1001), 1.0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found is not None
+    assert peak < 1_000_000  # as a list: 8 MB
 
 
 def test_answers_are_grouped_by_their_change() -> None:
