@@ -68,6 +68,7 @@ docs: setup ## build the documentation into site/
 	$(BIN)/python -m deploy.docs_tools.docs --check
 	$(BIN)/python -m deploy.docs_tools.sizes --check
 	$(BIN)/python -m deploy.docs_tools.roofline --check
+	$(BIN)/python -m deploy.docs_tools.results --check
 	$(BIN)/python -m deploy.docs_tools.licences --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -175,6 +175,23 @@ def _run(outcome: Outcome) -> dict[str, Any]:
 
 def markdown(result: Mapping[str, Any], command: str) -> str:
     """The content of ``compare.md``: the table, a reading guide, and the runs."""
+    faults = [f"- {one['title']}, {why}" for one in result["arms"].values() for why in one["faults"]]
+    each = [[one["arm"], str(one["seed"]), *_run_cells(one)] for one in result["runs"] if one["outcome"] == "finished"]
+    parts = [
+        "# Methods compared",
+        f"`{command}`",
+        methods_table(result),
+        "Means over seeds and rows; brackets are 95% intervals over both (docs/evaluation.md). *Against* a method: the "
+        "difference from its accuracy, paired by row and seed.",
+        *(["## Runs without a result", "\n".join(faults)] if faults else []),
+        "## Runs",
+        _table(["method", "seed", "accuracy", "gap closed", "KL, first", "last", "seconds"], each),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def methods_table(result: Mapping[str, Any]) -> str:
+    """A row for each method and setting; the untrained model comes first."""
     arms = result["arms"].values()
     tasks = sorted({name for one in arms for name in one.get("ood", {})})
     texts = sorted({name for one in arms for name in one.get("perplexity", {})})
@@ -190,20 +207,7 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
         [one["title"], "", _share(one["accuracy"], one["ci95"]), *_at_k(one, at_k), *[""] * (width - 3 - len(at_k))]
         for one in result["before"]
     ]
-    rows += [_cells(one, at_k, tasks, texts, width) for one in arms]
-    faults = [f"- {one['title']}, {why}" for one in arms for why in one["faults"]]
-    each = [[one["arm"], str(one["seed"]), *_run_cells(one)] for one in result["runs"] if one["outcome"] == "finished"]
-    parts = [
-        "# Methods compared",
-        f"`{command}`",
-        _table(head, rows),
-        "Means over seeds and rows; brackets are 95% intervals over both (docs/evaluation.md). *Against* a method: the "
-        "difference from its accuracy, paired by row and seed.",
-        *(["## Runs without a result", "\n".join(faults)] if faults else []),
-        "## Runs",
-        _table(["method", "seed", "accuracy", "gap closed", "KL, first", "last", "seconds"], each),
-    ]
-    return "\n\n".join(parts) + "\n"
+    return _table(head, rows + [_cells(one, at_k, tasks, texts, width) for one in arms])
 
 
 def _at_k(one: Mapping[str, Any], at_k: Sequence[str]) -> list[str]:

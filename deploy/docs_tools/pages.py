@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 
-def with_table(page: Path, begin: str, end: str, table: str) -> str:
-    """Return the text of `page` with `table` between the lines `begin` and `end`."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, _, after = rest.partition(end)
+def with_table(page: str, begin: str, end: str, table: str) -> str:
+    """Return the text `page` with `table` between the lines `begin` and `end`. Raises ValueError if it lacks one."""
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"the page has no line {(end if found else begin).strip()!r}")
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 

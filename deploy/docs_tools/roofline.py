@@ -124,7 +124,7 @@ def table() -> str:
 
 def page() -> str:
     """The page with a current table."""
-    return with_table(PAGE, BEGIN, END, table())
+    return with_table(PAGE.read_text(encoding="utf-8"), BEGIN, END, table())
 
 
 def main(arguments: list[str]) -> int:

@@ -110,7 +110,7 @@ def _longest(model: ModelSize, ranks: int) -> str:
 
 def page() -> str:
     """The page with a current table."""
-    return with_table(PAGE, BEGIN, END, table())
+    return with_table(PAGE.read_text(encoding="utf-8"), BEGIN, END, table())
 
 
 def main(arguments: list[str]) -> int:

@@ -18,7 +18,7 @@ class BackendError(RuntimeError):
 
 
 class BackendLost(RuntimeError):
-    """The process that runs the model died. `Backend.restart` starts another one."""
+    """The process that runs the model died, it seems of a request. `Backend.restart` makes it usable again."""
 
 
 class Prefix(Protocol):
@@ -114,7 +114,10 @@ class Backend(Protocol):
         ...
 
     def restart(self) -> None:
-        """Start the model's process again after BackendLost. Prefixes stay valid. Raises BackendError."""
+        """Start the model's process again after BackendLost, if it is this backend's; prefixes stay valid.
+
+        Raises BackendError.
+        """
         ...
 
 

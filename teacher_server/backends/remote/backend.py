@@ -21,9 +21,9 @@ from common.config.model import TeacherConfig
 from common.data.fingerprint import tokenizer_fingerprint
 from common.data.model_lookup import load_model_config
 from common.protocol.schema import ForwardPathName, Ids, ItemError, ItemScore, ScoreMode, as_ids
-from teacher_server.backends.base import BackendError, Work
+from teacher_server.backends.base import BackendError, BackendLost, Work
 from teacher_server.backends.remote.completions import max_reply_bytes
-from teacher_server.backends.remote.endpoint import Endpoint, EndpointError
+from teacher_server.backends.remote.endpoint import Endpoint, EndpointCut, EndpointError
 from teacher_server.backends.remote.model import MAX_CONNECTIONS, EndpointModel
 from teacher_server.backends.remote.probe import check_determinism, probe_ids
 from teacher_server.backends.rows import InvalidRows, item_score, support_error
@@ -88,7 +88,7 @@ class RemoteBackend:
         self._model.close()
 
     def restart(self) -> None:
-        """Do nothing: no process here runs the model."""
+        """Do nothing: requests wait until whoever runs the endpoint has started it again."""
 
     def prefix_bytes(self, tokens: int) -> int:
         """Bytes of the ids."""
@@ -113,10 +113,17 @@ class RemoteBackend:
         return prefixes
 
     def score(self, batch: Sequence[Work]) -> list[ItemScore | ItemError]:
-        """Results in the order of `batch`, whose items the endpoint gets at once."""
+        """Results in the order of `batch`, whose items the endpoint gets at once.
+
+        Raises BackendLost if the endpoint seems to die of an item.
+        """
         try:
             self._prove(PROBE_EVERY_S)
-            results = self._model.at_once(self._score_item, batch, [_reply_bytes(work) for work in batch])
+            results = []
+            for result in self._model.at_once(self._score_item, batch, [_reply_bytes(work) for work in batch]):
+                if isinstance(result, EndpointCut):
+                    raise BackendLost(str(result))
+                results.append(result)
             self._prove(float("inf"))  # if a connection broke, another process may have answered a part of the batch
         except EndpointError as error:
             results = [ItemError("internal", str(error)) for _ in batch]
@@ -125,7 +132,7 @@ class RemoteBackend:
             log.error("%d of %d items have no score, the first: %s", len(failed), len(batch), failed[0])
         return results
 
-    def _score_item(self, work: Work) -> ItemScore | ItemError:
+    def _score_item(self, work: Work) -> ItemScore | ItemError | EndpointCut:
         if not work.item.response_ids.size:
             return work.empty_score()
         if (fault := support_error(work, self.vocab_size)) is not None:
@@ -134,6 +141,8 @@ class RemoteBackend:
         for last in (False, True):
             try:
                 rows, settings = self._model.score(work, _sequence(work), salt=None if last else salt)
+            except EndpointCut as error:
+                return error
             except EndpointError as error:
                 return ItemError("internal", str(error))
             except InvalidRows as error:

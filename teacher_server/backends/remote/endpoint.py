@@ -40,6 +40,10 @@ class RequestRefused(EndpointError):
         self.status = status
 
 
+class EndpointCut(EndpointError):
+    """The connection broke in each of `MAX_BROKEN` attempts of one request: the endpoint seems to die of it."""
+
+
 class Endpoint:
     """Connections to one address, for several threads."""
 
@@ -85,7 +89,7 @@ class Endpoint:
         """
         deadline = time.monotonic() + timeout_s
         backoff = FIRST_BACKOFF_S
-        broken = 0
+        broken = cut = 0
         while True:
             pause_s = 0.0
             try:
@@ -104,10 +108,12 @@ class Endpoint:
                 reason = f"{type(error).__name__} {one_line(error)}"
                 if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
                     broken += 1
+                    cut += isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
             wait = max(pause_s, backoff) * random.uniform(1.0, MAX_JITTER)
             down_s = 0.0 if self._down_since is None else time.monotonic() - self._down_since
             if broken >= MAX_BROKEN or down_s > LOST_AFTER_S or time.monotonic() + wait >= deadline:
-                raise EndpointError(f"the endpoint {self.address} did not answer {path}, last error: {reason}")
+                kind = EndpointCut if cut >= MAX_BROKEN else EndpointError
+                raise kind(f"the endpoint {self.address} did not answer {path}, last error: {reason}")
             time.sleep(wait)
             backoff = min(2 * backoff, MAX_BACKOFF_S)
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from common.protocol.schema import LOGPROB_FLOOR, ItemError, ItemScore, ScoreItem, ScoreMode, as_ids
-from teacher_server.backends.base import BackendError, Work
+from teacher_server.backends.base import BackendError, BackendLost, Work
 from teacher_server.backends.remote import backend as module
+from teacher_server.backends.remote import endpoint as endpoint_module
 from teacher_server.backends.remote import model as model_module
 from teacher_server.backends.remote.prompt_rows import MASS_ERROR
 from tests.support.fake_vllm import ADDRESS, FakeVllm, V, connect
@@ -384,3 +385,35 @@ def test_a_refused_item_fails_alone() -> None:
     assert isinstance(error, ItemError)
     assert error.message == f"the endpoint {ADDRESS}: HTTP 400 too long"
     assert isinstance(score, ItemScore)
+
+
+def test_an_endpoint_that_dies_of_an_item_is_lost_and_the_item_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler then sends item by item, and refuses the deadly one for good."""
+    monkeypatch.setattr(endpoint_module, "FIRST_BACKOFF_S", 0.0)
+    fake = FakeVllm()
+    backend = connect(fake)
+    batch = [work_of("sampled", seed=seed) for seed in range(3)]
+    fatal = str(batch[1].item.response_ids.tolist())[1:-1].replace(" ", "").encode()
+
+    def dies(request: httpx.Request) -> None:
+        if fatal in request.content.replace(b" ", b""):
+            raise httpx.ReadError("connection reset")
+
+    fake.reply = dies
+    for some in (batch, batch[1:2]):
+        with pytest.raises(BackendLost, match=r"did not answer .*connection reset"):
+            backend.score(some)
+    backend.restart()
+    for alive in (batch[0], batch[2]):
+        (score,) = backend.score([alive])
+        assert isinstance(score, ItemScore)
+
+
+def test_an_internal_error_of_the_endpoint_is_an_error_of_its_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_module, "FIRST_BACKOFF_S", 0.0)
+    fake = FakeVllm()
+    backend = connect(fake)
+    fake.reply = lambda _: httpx.Response(500, text="out of memory")
+    (result,) = backend.score([work_of("sampled")])
+    assert isinstance(result, ItemError)
+    assert "HTTP 500" in result.message
