@@ -96,6 +96,10 @@ class StalenessTracker:
     _in_flight: dict[str, _Sample] = field(default_factory=dict, init=False)
     _ready: dict[str, _Sample] = field(default_factory=dict, init=False)
     _evicted: dict[str, _Sample] = field(default_factory=dict, init=False)
+    _ready_versions: Counter[int] = field(default_factory=Counter, init=False)
+    """Ready samples by the version of their oldest token."""
+    _reissued: dict[str, int] = field(default_factory=dict, init=False)
+    """Samples in flight again -> the version at their newest issue."""
     _ended: set[str] = field(default_factory=set, init=False)
     """Samples that ended since the last `advance`; earlier ones are forgotten, so a long run takes no more memory."""
     _ages: Counter[int] = field(default_factory=Counter, init=False)
@@ -132,6 +136,7 @@ class StalenessTracker:
         sample = self._take_out(sample_id, "evicted")
         self.counts["reissued"] += 1
         self._in_flight[sample_id] = _Sample(order=sample.order)
+        self._reissued[sample_id] = self.version
 
     # --- outcomes ----------------------------------------------------------------------------------------------------
 
@@ -144,16 +149,26 @@ class StalenessTracker:
             self._evict(sample_id, sample)
             return Verdict.EVICTED
         self._ready[sample_id] = sample
+        self._ready_versions[sample.oldest] += 1
         return Verdict.READY
 
     def take(self) -> list[str]:
-        """Samples to train now, in step `version`: ready ones, oldest weights first, as many as have a position."""
-        if not self.room():
+        """Samples to train now, in step `version`: ready ones, oldest weights first, as many as have a position.
+
+        A sample that was issued again and would be too old after this step keeps a position until it is finished.
+        Otherwise an answer that takes longer than `max_staleness` + 1 steps is sampled again and again, and never
+        trained. Ready samples that would be too old go first.
+        """
+        room, due = self.room(), self.version - self.max_staleness
+        awaited = sum(issued_at <= due for issued_at in self._reissued.values())
+        last_chance = sum(count for oldest, count in self._ready_versions.items() if oldest <= due)
+        count = min(room, max(room - awaited, last_chance))
+        if not count:
             return []
         order = sorted(self._ready, key=lambda name: (self._ready[name].oldest, self._ready[name].order))
-        taken = order[: self.room()]
+        taken = order[:count]
         for sample_id in taken:
-            sample = self._ready.pop(sample_id)
+            sample = self._take_out(sample_id, "ready")
             self._ages.update(token_ages(sample.versions, sample.tokens, self.version))
             self._end(sample_id, "trained")
             self.filled += 1
@@ -168,9 +183,9 @@ class StalenessTracker:
 
     def discard(self, sample_id: str) -> None:
         """Drop a sample that was not trained (a straggler, an evicted one); its position is free for another prompt."""
-        for state in self._states().values():
+        for name, state in self._states().items():
             if sample_id in state:
-                del state[sample_id]
+                self._take_out(sample_id, name)
                 self._end(sample_id, "discarded")
                 return
         raise StalenessError(f"sample {sample_id} is in no state from which it can be discarded")
@@ -193,9 +208,10 @@ class StalenessTracker:
         self.version += 1
         self._ages.clear()
         self._ended.clear()
+        self._ready_versions = +self._ready_versions  # without the zeros
         stale = [sample_id for sample_id, sample in self._ready.items() if self._too_old(sample)]
         for sample_id in stale:
-            self._evict(sample_id, self._ready.pop(sample_id))
+            self._evict(sample_id, self._take_out(sample_id, "ready"))
         return stale
 
     # --- queries ----------------------------------------------------------------------------------------------------
@@ -273,6 +289,9 @@ class StalenessTracker:
         sample = self._states()[state].pop(sample_id, None)
         if sample is None:
             raise StalenessError(f"sample {sample_id} is not {state.replace('_', ' ')}")
+        self._reissued.pop(sample_id, None)
+        if state == "ready":
+            self._ready_versions[sample.oldest] -= 1
         return sample
 
     def _check_room(self, sample_id: str) -> None:

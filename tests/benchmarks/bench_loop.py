@@ -37,12 +37,12 @@ def overlap() -> Figures:
     }
 
 
-def tail(steps: int = 20, answers: int = 64, slots: int = 8) -> Figures:
+def tail(steps: int = 50, answers: int = 64, slots: int = 8) -> Figures:
     """Step time over the mean work of a step, for answers of very different lengths, one step ahead.
 
     The work of a step is the sum of its answers' durations over the engine's slots.
     """
-    latencies = Latencies(answers, rollout=0.3, sigma=1.0)
+    latencies = Latencies(answers, rollout=0.2, sigma=1.0)
     config = stub_config(
         rollout={"batch_size": answers, "concurrency": slots, "max_staleness": 1}, learner={"steps": steps}
     )

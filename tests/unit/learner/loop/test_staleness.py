@@ -48,6 +48,86 @@ def test_strict_training_issues_one_step_and_waits_for_it() -> None:
     assert tracker.may_issue() == 2
 
 
+def test_an_answer_that_is_made_again_is_waited_for() -> None:
+    """Otherwise an answer that takes three steps is made again and again."""
+    tracker = StalenessTracker(max_staleness=1, samples_per_step=2)
+
+    def ready(version: int, names: str) -> None:
+        for name in names:
+            assert tracker.finish(name, [(0, version)], 5) is Verdict.READY
+
+    filled_with(tracker, "abcd")
+    ready(0, "bc")
+    assert tracker.take() == ["b", "c"]
+    tracker.advance()
+    filled_with(tracker, "ef")
+    ready(0, "d")
+    ready(1, "e")
+    assert tracker.take() == ["d", "e"]  # the first time it is not waited for
+    tracker.advance()
+    assert tracker.finish("a", [(0, 0)], 5) is Verdict.EVICTED
+    tracker.reissue("a")
+    filled_with(tracker, "g")
+    ready(1, "f")
+    ready(2, "g")
+    assert tracker.take() == ["f", "g"]  # it can be trained in the next step
+    tracker.advance()
+    filled_with(tracker, "hi")
+    ready(3, "hi")
+    assert tracker.take() == ["h"]
+    assert tracker.take() == []
+    assert tracker.room() == 1
+    ready(2, "a")
+    assert tracker.take() == ["a"]
+    assert tracker.counts["evicted"] == 1
+    tracker.advance()
+    filled_with(tracker, "jk")
+    ready(4, "j")
+    assert tracker.take() == ["i", "j"]  # nothing is awaited any more
+
+
+@pytest.mark.parametrize("end", ["fail", "discard"])
+def test_an_answer_that_will_not_come_is_not_awaited(end: str) -> None:
+    tracker = StalenessTracker(max_staleness=0, samples_per_step=2)
+    filled_with(tracker, "ab")
+    assert tracker.finish("a", [(0, 0)], 5) is Verdict.READY
+    assert tracker.take() == ["a"]
+    assert tracker.finish("b", [(0, -1)], 5) is Verdict.EVICTED
+    tracker.reissue("b")
+    getattr(tracker, end)("b")
+    while tracker.room():
+        for name in (names := [f"{end}{number}" for number in range(tracker.may_issue())]):
+            tracker.issue(name)
+            tracker.finish(name, [(0, 0)], 5)
+        assert tracker.take() == names
+    tracker.advance()
+    filled_with(tracker, "cd")
+    for name in "cd":
+        tracker.finish(name, [(0, 1)], 5)
+    assert tracker.take() == ["c", "d"]
+
+
+def test_an_answer_that_is_made_again_does_not_make_ready_ones_too_old() -> None:
+    tracker = StalenessTracker(max_staleness=1, samples_per_step=1)
+    filled_with(tracker, "ab")
+    assert tracker.finish("b", [(0, 0)], 5) is Verdict.READY
+    assert tracker.take() == ["b"]
+    tracker.advance()
+    tracker.issue("c")
+    assert tracker.finish("c", [(0, 1)], 5) is Verdict.READY
+    assert tracker.take() == ["c"]
+    tracker.advance()
+    assert tracker.finish("a", [(0, 0)], 5) is Verdict.EVICTED
+    tracker.reissue("a")
+    tracker.issue("d")
+    assert tracker.finish("d", [(0, 2)], 5) is Verdict.READY
+    assert tracker.take() == ["d"]
+    tracker.advance()
+    tracker.issue("f")
+    assert tracker.finish("f", [(0, 2)], 5) is Verdict.READY
+    assert tracker.take() == ["f"]  # as old as a
+
+
 def test_a_long_run_takes_no_more_memory() -> None:
     def size(steps: int) -> int:
         tracker = StalenessTracker(max_staleness=1, samples_per_step=4)
