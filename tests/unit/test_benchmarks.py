@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks import __main__ as benchmarks
+from tests.benchmarks import bench_e2e_accuracy
 from tests.benchmarks.figures import THREADS, Figure
 
 FIGURE = "Figure(1.5, 's', 'once', at_most=2)"
@@ -148,3 +149,15 @@ def test_the_history_names_commit_and_processor(tmp_path: Path) -> None:
     cpuinfo.write_text("processor : 0\nmodel name\t: Z80 @ 4 MHz\nflags: none\n")
     assert benchmarks.cpu_model(cpuinfo) == "Z80 @ 4 MHz"
     assert benchmarks.cpu_model(tmp_path / "none") != ""
+
+
+@pytest.mark.parametrize(("step", "ratio"), [(4, 5.0), (None, 0.0)])
+def test_a_run_that_never_reached_the_accuracy_counts_as_ratio_0(
+    monkeypatch: pytest.MonkeyPatch, step: int | None, ratio: float
+) -> None:
+    """Otherwise a short run of ours without success looks fast."""
+    reached = bench_e2e_accuracy.Reached
+    monkeypatch.setattr(bench_e2e_accuracy, "ours", lambda seed: (reached(20.0, step if seed == 1 else 4), 0.9))
+    monkeypatch.setattr(bench_e2e_accuracy, "theirs", lambda seed, enough: reached(100.0, 9))
+    (figure,) = bench_e2e_accuracy.run().values()
+    assert (figure.value, figure.ok) == (ratio, ratio >= 1)
