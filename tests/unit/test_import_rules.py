@@ -63,9 +63,9 @@ ORDER = {
     "rollout_workers": [{"vllm_plugin", "pool"}, {"engine"}, {"environments", "answer_contexts"}, {"actor"}],
     "teacher_server": [{"backends"}, {"scoring"}, {"http"}, {"client", "actor"}],
     "deploy": [
-        {"docs_tools", "inspect", "report", "serve", "simulator", "starter", "submit", "tasks"},
+        {"inspect", "report", "serve", "simulator", "starter", "submit", "tasks"},
         {"compare"},
-        {"cli"},
+        {"docs_tools", "cli"},
     ],
 }
 """Rooms of each package in tiers: a room imports itself and the tiers before its own."""
