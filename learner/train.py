@@ -23,6 +23,7 @@ from common.async_utils import run_in_background
 from common.config.loader import dump_config, load_config
 from common.config.model import Config, ConfigError
 from common.error_text import one_line
+from common.garbage import skip_present_objects
 from common.import_names import use_folder
 from common.openmp import share_cores
 from common.protocol.schema import Prompt
@@ -138,7 +139,8 @@ def _run_once(config: Config, inputs: Inputs, progress: Progress, resumed: Resum
         a_run = Run(config, inputs, files, trace, progress, resumed)
         (config.run.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         write_json(config.run.path / "environment.json", environment())
-        asyncio.run(a_run.run())
+        with skip_present_objects():
+            asyncio.run(a_run.run())
         return a_run.summary
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from common.config.model import Config
+from common.garbage import skip_present_objects
 from learner.cluster.services import Services
 from learner.loop.training_loop import TrainingLoop
 from learner.loop.weight_publisher import WeightPublisher
@@ -50,7 +51,8 @@ def _stub_cluster(latencies: Latencies, **settings: Any) -> Iterator[None]:
     install(latencies)
     ray.init("local", num_cpus=2, log_to_driver=False, include_dashboard=False, **settings)
     try:
-        yield
+        with skip_present_objects():  # as in `learner.train`
+            yield
     finally:
         ray.shutdown()
 

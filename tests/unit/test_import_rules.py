@@ -46,7 +46,7 @@ ENTRY_POINTS = {
 """Rooms of ``deploy`` -> the modules of services that they start or check with; the simulator runs the loop's rules."""
 ORDER = {
     "common": [
-        {"async_utils", "error_text", "files", "float32_head", "network", "openmp"},
+        {"async_utils", "error_text", "files", "float32_head", "garbage", "network", "openmp"},
         {"protocol", "config", "models"},
         {"devices", "data", "telemetry", "evaluation", "weight_sync", "sizing", "import_names", "serving"},
     ],
