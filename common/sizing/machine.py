@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 GIB = 1024**3
+RAY_KILLS_AT = 0.95
+"""Used share of a node's memory above which Ray ends workers: its default."""
+RAY_THRESHOLD = "RAY_memory_usage_threshold"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Machine:
 
     gpus: tuple[Gpu, ...]
     memory_free: int
+    """What a run may take before Ray ends its processes."""
     memory_total: int
 
 
@@ -46,6 +51,17 @@ def available_memory_bytes() -> int:
     if limit.isdigit() and used.isdigit():
         return min(available, max(0, int(limit) - int(used)))
     return available
+
+
+def memory_before_kills_bytes() -> int:
+    """Return the memory that a run may take before Ray ends its processes.
+
+    Ray does so when `RAY_KILLS_AT` of the memory is used, or the share in the environment variable `RAY_THRESHOLD`.
+    """
+    share = float(os.environ.get(RAY_THRESHOLD, RAY_KILLS_AT))
+    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
+    total = min(_meminfo("MemTotal"), int(limit)) if limit.isdigit() else _meminfo("MemTotal")
+    return max(0, available_memory_bytes() - int((1 - share) * total))
 
 
 def total_memory_bytes() -> int:

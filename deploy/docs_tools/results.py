@@ -22,7 +22,7 @@ def page() -> str:
     text = PAGE.read_text(encoding="utf-8")
     for file in sorted((DOCS / "results").glob("*.json")):
         table = methods_table(json.loads(file.read_text(encoding="utf-8")))
-        text = with_table(text, f"<!-- results of {file.stem} -->\n", f"\n<!-- end of {file.stem} -->", table)
+        text = with_table(text, f"<!-- results of {file.stem} -->\n", f"<!-- end of {file.stem} -->", f"{table}\n")
     return text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from common.config.gpus import is_part
 from common.config.model import Config
 from common.sizing.disk import disk_needs, folder_bytes, free_bytes
-from common.sizing.machine import GIB, Machine, available_memory_bytes, cuda_devices, total_memory_bytes
+from common.sizing.machine import GIB, Machine, cuda_devices, memory_before_kills_bytes, total_memory_bytes
 from common.sizing.memory import CUDA_BYTES, ProcessNeed, length_fault, longest_trainable, process_needs
 from common.sizing.model_size import ModelSize, read_model_size
 from learner.data.inputs import Inputs
@@ -58,7 +58,7 @@ def find_needs(config: Config, *, context_tokens: int = 0, longest_prompt: int =
 
 def gather_machine(*, wants_gpus: bool) -> Machine:
     """Facts about this machine; torch is imported only if the run wants GPUs."""
-    return Machine(cuda_devices() if wants_gpus else (), available_memory_bytes(), total_memory_bytes())
+    return Machine(cuda_devices() if wants_gpus else (), memory_before_kills_bytes(), total_memory_bytes())
 
 
 def _teachers(config: Config, student: ModelSize) -> dict[str, ModelSize]:
@@ -121,7 +121,8 @@ def _memory_faults(needs: Sequence[ProcessNeed], machine: Machine, *, alone: boo
         )
     elif total > machine.memory_free:
         yield warning(
-            f"the run needs about {_gib(total)} GiB of host memory, {_gib(machine.memory_free)} are free here"
+            f"the run needs about {_gib(total)} GiB of host memory, {_gib(machine.memory_free)} are free here before "
+            "Ray ends processes for want of memory"
         )
     for need in (need for need in needs if need.gpus and machine.gpus):
         room = _gpu(machine, need.gpus)
