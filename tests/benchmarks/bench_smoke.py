@@ -1,6 +1,6 @@
 """Figures that hold on any machine, in small sizes: ratios of one run, bytes and counts. No model is needed.
 
-At most five minutes on two cores. Continuous integration runs it: ``make bench-smoke``. Seconds and rates are left out,
+Meant to take at most five minutes on two cores: ``make bench-smoke``. Seconds and rates are left out,
 because a machine of continuous integration may be four times slower than the one that the targets were set on.
 """
 
