@@ -237,7 +237,7 @@ def length_fault(config: Config, model: ModelSize, memory_bytes: int, longest: i
 
 
 def engine_need(config: Config, model: ModelSize, longest: int) -> ProcessNeed:
-    """A rollout worker: on a GPU the least that vLLM starts with, on CPU the whole key-value cache."""
+    """A rollout worker: on a GPU the least that vLLM starts with, on CPU all weights and the whole key-value cache."""
     rollout = config.rollout
     element = element_bytes(config.student.dtype, rollout.gpus_per_worker)
     shares = rollout.tensor_parallel_size
@@ -248,13 +248,16 @@ def engine_need(config: Config, model: ModelSize, longest: int) -> ProcessNeed:
         name = "cache of one sequence"
     else:
         cache, name = rollout.kv_cache_gib * GIB, "key-value cache"
+        # vLLM packs the weights for oneDNN, the output layer in addition to its plain weight.
+        weights += element * model.vocabulary * model.hidden
     logits = 3 * FLOAT32 * rollout.max_num_seqs * model.vocabulary
     return ProcessNeed(
         "rollout worker",
         rollout.workers,
         rollout.gpus_per_worker * shares,
         {"weights": weights, name: cache},
-        {"logits": logits},
+        # A sync packs the new weights on CPU while the old ones are still there.
+        {"logits": logits, "a sync": 0 if rollout.gpus_per_worker else weights},
         {"process": PROCESS_BYTES["engine"], "sync": 3 * config.sync.bucket_bytes},
     )
 

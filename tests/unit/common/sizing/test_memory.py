@@ -107,6 +107,13 @@ def test_processes_and_contexts() -> None:
     }
     assert needs["teacher"].parts == {"weights": 2 * N, "contexts": 1000 * 2 * 36 * 1024 * 2}
     assert needs["rollout worker"].parts == {"weights": 2 * N, "cache of one sequence": 1024 * 2 * 36 * 1024 * 2}
+    assert needs["rollout worker"].peak["a sync"] == 0
+    on_cpu = settings.model_copy(update={"rollout": settings.rollout.model_copy(update={"gpus_per_worker": 0})})
+    engine = next(need for need in process_needs(on_cpu, EIGHT, sizes) if need.name == "rollout worker")
+    # Measured with 0.5B parameters in float32: 5.3 GB, and 7.6 GB while a sync packs the weights anew.
+    packed = 4 * (N + EIGHT.vocabulary * EIGHT.hidden)
+    assert engine.parts == {"weights": packed, "key-value cache": GIB}
+    assert engine.peak["a sync"] == packed
     many = {need.name: need for need in process_needs(settings, EIGHT, sizes, context_tokens=10**9)}
     assert many["teacher"].parts["contexts"] == 2**30
     asking = TeacherConfig(model="m", backend="remote", endpoint="http://e")
