@@ -96,8 +96,6 @@ class StalenessTracker:
     _in_flight: dict[str, _Sample] = field(default_factory=dict, init=False)
     _ready: dict[str, _Sample] = field(default_factory=dict, init=False)
     _evicted: dict[str, _Sample] = field(default_factory=dict, init=False)
-    _ready_versions: Counter[int] = field(default_factory=Counter, init=False)
-    """Ready samples by the version of their oldest token."""
     _reissued: dict[str, int] = field(default_factory=dict, init=False)
     """Samples in flight again -> the version at their newest issue."""
     _ended: set[str] = field(default_factory=set, init=False)
@@ -149,7 +147,6 @@ class StalenessTracker:
             self._evict(sample_id, sample)
             return Verdict.EVICTED
         self._ready[sample_id] = sample
-        self._ready_versions[sample.oldest] += 1
         return Verdict.READY
 
     def take(self) -> list[str]:
@@ -159,14 +156,13 @@ class StalenessTracker:
         Otherwise an answer that takes longer than `max_staleness` + 1 steps is sampled again and again, and never
         trained. Ready samples that would be too old go first.
         """
-        room, due = self.room(), self.version - self.max_staleness
-        awaited = sum(issued_at <= due for issued_at in self._reissued.values())
-        last_chance = sum(count for oldest, count in self._ready_versions.items() if oldest <= due)
-        count = min(room, max(room - awaited, last_chance))
-        if not count:
+        if not (room := self.room()):
             return []
+        due = self.version - self.max_staleness
+        awaited = sum(issued_at <= due for issued_at in self._reissued.values())
+        last_chance = sum(sample.oldest <= due for sample in self._ready.values())
         order = sorted(self._ready, key=lambda name: (self._ready[name].oldest, self._ready[name].order))
-        taken = order[:count]
+        taken = order[: min(room, max(room - awaited, last_chance))]
         for sample_id in taken:
             sample = self._take_out(sample_id, "ready")
             self._ages.update(token_ages(sample.versions, sample.tokens, self.version))
@@ -208,7 +204,6 @@ class StalenessTracker:
         self.version += 1
         self._ages.clear()
         self._ended.clear()
-        self._ready_versions = +self._ready_versions  # without the zeros
         stale = [sample_id for sample_id, sample in self._ready.items() if self._too_old(sample)]
         for sample_id in stale:
             self._evict(sample_id, self._take_out(sample_id, "ready"))
@@ -290,8 +285,6 @@ class StalenessTracker:
         if sample is None:
             raise StalenessError(f"sample {sample_id} is not {state.replace('_', ' ')}")
         self._reissued.pop(sample_id, None)
-        if state == "ready":
-            self._ready_versions[sample.oldest] -= 1
         return sample
 
     def _check_room(self, sample_id: str) -> None:
