@@ -28,7 +28,7 @@ class Machine:
 
     gpus: tuple[Gpu, ...]
     memory_free: int
-    """What a run may take before Ray ends its processes."""
+    """Bytes that a run may take before Ray ends its processes."""
     memory_total: int
 
 

@@ -43,7 +43,7 @@ class RunData:
     contexts: dict[str, str]
     questions: dict[str, str]
     events: Iterable[Record]
-    """Of the timeline; read from the file each time they are iterated."""
+    """Events of the timeline, read from the file at each iteration."""
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -220,7 +220,7 @@ def functions_of(answer: str) -> str:
 
 
 def is_expression(answer: str) -> bool:
-    """Whether an answer is one lambda expression on one line; a code block around it is not held against it."""
+    """Return True for one lambda expression on one line, with or without a code block around it."""
     line = re.sub(r"\A```(?:python)?\n(.*)\n```\Z", r"\1", answer.strip(), flags=re.DOTALL).strip()
     match _parsed(line):
         case [ast.Expr(ast.Lambda())]:
@@ -236,7 +236,7 @@ def _parsed(code: str) -> list[ast.stmt]:
 
 
 def follows_rules(answer: str) -> bool:
-    """Whether an answer keeps all house rules; whether its function is right is another question."""
+    """Return True if an answer keeps all house rules. Its function may be wrong all the same."""
     block = re.fullmatch(r"```python\n(.*?\n)```", answer.strip(), re.DOTALL)
     if block is None or "```" in block.group(1) or "#" in block.group(1):
         return False

@@ -44,7 +44,7 @@ class _Entry:
     on_host: bool = False
     children: int = 0
     device_children: int = 0
-    """Of `children`, those on the device: they read this state's keys and values."""
+    """Number of children on the device, which read this state's keys and values."""
 
 
 class CacheFull(RuntimeError):
@@ -177,8 +177,12 @@ class PrefixCache:
             for one in away:
                 self._move(one, on_host=True)
             raise
-        for one in away:
-            one.state.to_device()
+        try:
+            for one in away:
+                one.state.to_device()
+        except BaseException:  # out of memory: a state that lies in two memories would fail every later batch
+            self._drop(away[0])
+            raise
         self.counts.restored += len(away)
 
     def _make_room(self, tenant: str, needed: int) -> None:
@@ -195,7 +199,11 @@ class PrefixCache:
             assert victim is not None
             held[victim.key[0]] -= victim.state.nbytes
             if self._make_host_room(victim.key[0], victim.state.nbytes):
-                victim.state.to_host()
+                try:
+                    victim.state.to_host()
+                except BaseException:
+                    self._drop(victim)
+                    raise
                 self._move(victim, on_host=True)
             else:
                 self._drop(victim)
@@ -274,7 +282,7 @@ def _chain(entry: _Entry) -> Iterator[_Entry]:
 
 @contextmanager
 def _pins(entries: Iterable[_Entry]) -> Iterator[None]:
-    """Keep entries where they are."""
+    """Pin entries for the length of the block."""
     kept = list(entries)
     for entry in kept:
         entry.pins += 1

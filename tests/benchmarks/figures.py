@@ -24,7 +24,7 @@ class Figure:
     value: float
     unit: str
     how: str
-    """What was measured: sizes, repeats, raw numbers."""
+    """Method: sizes, repeats, raw numbers."""
     at_most: float | None = None
     at_least: float | None = None
     limit: str | None = None

@@ -374,3 +374,29 @@ def test_random_uses_keep_every_bound(backend: CountingBackend) -> None:
             backend.weight_version += 1
             cache.drop_other_versions()
             assert cache.nbytes == cache.host_nbytes == 0
+
+
+@pytest.mark.parametrize("move", ["to_device", "to_host"])
+def test_a_state_whose_move_fails_is_dropped(
+    move: str, tiered: PrefixCache, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of its tensors may have moved; the next use computes it again."""
+    parent = make(30)
+    child = ContextRef("t", make(50, parent), (parent,))
+    use(tiered, child)
+    other = ContextRef("t", make(95))
+    if move == "to_device":
+        use(tiered, other)
+
+    def fail(self: State) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(State, move, fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        use(tiered, child if move == "to_device" else other)
+    monkeypatch.undo()
+    backend.computed.clear()
+    use(tiered, child)
+    assert backend.computed == [(0, 50) if move == "to_device" else (30, 50)]
+    use(tiered, other)
+    assert tiered.nbytes == 950
