@@ -12,6 +12,7 @@ def kept(whole: int, steps: int) -> list[int]:
 def test_all_early_steps_are_kept_then_ever_fewer() -> None:
     assert kept(4, 32) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
     assert kept(100, 100) == list(range(1, 101))
+    assert kept(21, 30) == [*range(1, 22), 22, 24, 26, 28, 30]  # with an odd number the last of the first steps counts
 
 
 def test_a_run_a_hundred_times_longer_keeps_a_few_times_more() -> None:

@@ -123,7 +123,9 @@ def steps_of(config: Config) -> list[tuple[int, int]]:
     return [(line["step"], line["run/part"]) for line in lines if "run/part" in line]
 
 
-def test_the_timeline_of_a_long_run_leaves_steps_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeline_and_token_records_of_a_long_run_leave_steps_out(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[int, int]] = []
 
     def keeps(step: int, answers: int) -> bool:
@@ -131,7 +133,11 @@ def test_the_timeline_of_a_long_run_leaves_steps_out(config: Config, monkeypatch
         return step != 3
 
     monkeypatch.setattr(run_module, "keeps_trace", keeps)
+    written: list[int] = []
+    monkeypatch.setattr(run_module, "keeps_details", lambda step, whole: step != 2)
+    monkeypatch.setattr(run_module.TokenRecordFiles, "add_records", lambda self, version, _: written.append(version))
     execute(config, monkeypatch, lambda stage, step: None, resume=False)
+    assert written == [1, 3, 4, 5]
     assert asked == [(step, 4) for step in range(1, 6)]
     events = read_trace(config.run.path / "trace.json")
     assert [event["args"]["version"] for event in events if event["name"] == "step"] == [1, 2, 4, 5]
